@@ -1,0 +1,238 @@
+"""The public functions: validate, pick a plan, call one op."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from cnnlstm_fast import plans, reference
+from cnnlstm_fast.ops import conv_block as op
+from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, finish_layout
+
+__all__ = ["conv_block"]
+
+
+def conv_block(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    norm: nn.Module | None = None,
+    activation="relu",
+    pool: nn.Module | None = None,
+    layout: str = "channels_first",
+    plan: str = "auto",
+) -> Tensor:
+    """``layout(pool(activation(norm(conv(x)))))`` in one op.
+
+    Args:
+        x: ``(N, C, H, W)`` or ``(C, H, W)`` with a 4-d weight, ``(N, C, L)`` or ``(C, L)`` with a
+            3-d one. Any strides.
+        weight: ``(C_out, C // groups, KH, KW)`` or ``(C_out, C // groups, K)``.
+        bias: ``(C_out,)`` or None.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` / ``conv1d``.
+        norm: an ``nn.BatchNorm1d/2d`` (its mode says which statistics), or None.
+        activation: a name in ``torch.nn.functional``, an ``nn`` module, or None.
+        pool: an ``nn`` pooling module, or None.
+        layout: how the result lies in memory, see :func:`cnnlstm_fast.reference.to_layout`.
+        plan: ``"auto"``, ``"direct"``, ``"chunked"`` or ``"reference"``
+            (:mod:`cnnlstm_fast.plans`).
+
+    Returns:
+        The pooled map in the shape of ``layout``, in the dtype that PyTorch would give.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: shapes do not fit, a name is unknown, or ``plan`` cannot run this call.
+    """
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        raise TypeError(f"x and weight must be tensors, got {type(x).__name__} and {type(weight).__name__}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if plan not in plans.PLANS:
+        raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.PLANS)}")
+    rank = weight.dim()
+    _check_shapes(x, weight, bias, rank, groups)
+
+    spec, reason = make_spec(rank, stride, padding, dilation, groups, norm, activation, pool, layout)
+    forward_plan = "reference"
+    if spec is not None:
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight, bias = _autocast(x, weight, bias)
+        x4, weight4 = _as_2d(x, weight, rank)
+        forward_plan, backward_plan, reason = plans.choose(plan, spec, x4, weight4, bias)
+    elif plan not in ("auto", "reference"):
+        raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
+    watched = plans.observer
+    if watched is not None:
+        watched.block_begins(x, weight, norm, activation, pool, layout, forward_plan, reason)
+    if forward_plan == "reference":
+        out = _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
+    else:
+        _check_sizes(spec, x4, weight4)
+        args = (spec.conv_args(), ACTIVATIONS[spec.activation], spec.pool_args(), spec.order)
+        plan_id = op.PLANS[forward_plan]
+        if torch.is_grad_enabled() and (
+            x4.requires_grad or weight4.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            raw, _ = op.ConvBlockFunction.apply(x4, weight4, bias, *args, plan_id, op.PLANS[backward_plan])
+        else:
+            raw, _ = op.forward_op(x4, weight4, bias, *args, plan_id, False)
+        out = finish_layout(raw, layout, rank)
+        out = out.squeeze(reference.batch_dim(layout)) if x.dim() == rank - 1 else out
+    if watched is not None:
+        watched.block_ends(out)
+    return out
+
+
+def _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout):
+    return reference.conv_block(
+        x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        norm=norm, activation=activation, pool=pool, layout=layout,
+    )  # fmt: skip
+
+
+def _as_2d(x: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A batch of maps (N, C, H, W) and a 2-d weight, whatever the rank; views only."""
+    if x.dim() == rank - 1:
+        x = x.unsqueeze(0)
+    return (x, weight) if rank == 4 else (x.unsqueeze(2), weight.unsqueeze(2))
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
+    """Cast as autocast casts a convolution's arguments (float64 stays)."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, weight, bias)
+    ]
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
+    if rank not in (3, 4):
+        raise ValueError(
+            f"got a weight of shape {tuple(weight.shape)}, expected (C_out, C_in/groups, KH, KW) for "
+            "images or (C_out, C_in/groups, K) for signals"
+        )
+    names = "(N, C, H, W) or (C, H, W)" if rank == 4 else "(N, C, L) or (C, L)"
+    if x.dim() not in (rank, rank - 1):
+        raise ValueError(
+            f"got an input of shape {tuple(x.shape)} for a weight of shape {tuple(weight.shape)}, "
+            f"expected {names}"
+            + (": fold the time axis first, or use cf.TimeDistributed" if x.dim() > rank else "")
+        )
+    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"got groups={groups} with {weight.shape[0]} output channels, expected a divisor of them"
+        )
+    channels = x.shape[1 - rank]
+    if channels != weight.shape[1] * groups:
+        raise ValueError(
+            f"the input has {channels} channels but the weight of shape {tuple(weight.shape)} with "
+            f"groups={groups} expects {weight.shape[1] * groups}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"got a bias of shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+
+
+def _check_sizes(spec: BlockSpec, x: Tensor, weight: Tensor) -> None:
+    size, kernel = tuple(x.shape[2:]), tuple(weight.shape[2:])
+    conv = spec.conv_size(size, kernel)
+    if min(conv) < 1:
+        raise ValueError(
+            f"an input of {size[0]}x{size[1]} is too small for a {kernel[0]}x{kernel[1]} kernel with "
+            f"padding={spec.padding} and dilation={spec.dilation}: nothing is left. Use a larger input "
+            "or more padding"
+        )
+    if spec.pool is not None and min(spec.out_size(size, kernel)) < 1:
+        raise ValueError(
+            f"the convolution gives {conv[0]}x{conv[1]}, too small for a pool of {spec.pool.kernel[0]}x"
+            f"{spec.pool.kernel[1]}: nothing is left. Use a larger input or a smaller pool"
+        )
+
+
+def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, int]:
+    """A conv or pool parameter as (h, w); for signals h is neutral (``one_d``)."""
+    if isinstance(value, int):
+        values = (value,) * (rank - 2)
+    else:
+        values = tuple(value)
+        if len(values) == 1:
+            values *= rank - 2
+    if len(values) != rank - 2 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"got {name}={value!r}, expected an int or {rank - 2} ints")
+    if min(values) < low:
+        raise ValueError(f"got {name}={value!r}, expected values of at least {low}")
+    return values if rank == 4 else (one_d, values[0])
+
+
+def make_spec(
+    rank, stride, padding, dilation, groups, norm, activation, pool, layout
+) -> tuple[BlockSpec | None, str | None]:
+    """The block's spec, or (None, why the fused plans have no words for it)."""
+    if norm is not None:
+        return None, f"{type(norm).__name__} is not fused"
+    if isinstance(activation, nn.Module):
+        if type(activation) is not nn.ReLU:
+            return None, f"{type(activation).__name__} is not fused"
+        if activation._forward_hooks or activation._forward_pre_hooks:
+            return None, "the activation has hooks"
+        activation = "relu"
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"got padding={padding!r}, expected an int, ints, 'same' or 'valid'")
+        return None, f"padding={padding!r} is not fused"
+    if pool is not None:
+        if type(pool) is not (nn.MaxPool2d if rank == 4 else nn.MaxPool1d):
+            return None, f"{type(pool).__name__} is not fused"
+        if pool.return_indices:
+            return None, "the pool returns indices"
+        if pool._forward_hooks or pool._forward_pre_hooks:
+            return None, "the pool has hooks"
+        pool = (
+            _hashable(pool.kernel_size), _hashable(pool.stride), _hashable(pool.padding),
+            _hashable(pool.dilation), pool.ceil_mode,
+        )  # fmt: skip
+    return _spec(
+        rank, _hashable(stride), _hashable(padding), _hashable(dilation), groups, activation, pool, layout
+    ), None
+
+
+def _hashable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=4096)
+def _spec(rank, stride, padding, dilation, groups, activation, pool, layout) -> BlockSpec:
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"got activation={activation!r}, expected a name, an nn module or None")
+    if activation is not None and not hasattr(torch.nn.functional, activation):
+        raise ValueError(f"unknown activation {activation!r}, expected a name in torch.nn.functional")
+    max_pool = None
+    if pool is not None:
+        kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = pool
+        max_pool = Pool(
+            _pair(kernel, rank, "kernel_size", 1, 1),
+            _pair(pool_stride or kernel, rank, "stride", 1, 1),
+            _pair(pool_padding, rank, "padding", 0, 0),
+            _pair(pool_dilation, rank, "dilation", 1, 1),
+            ceil_mode,
+        )
+        for pad, k in zip(max_pool.padding, max_pool.kernel, strict=True):
+            if pad > k // 2:
+                raise ValueError(f"got a pool padding of {pad} for a kernel of {k}, expected at most half of it")
+    return BlockSpec(
+        _pair(stride, rank, "stride", 1, 1),
+        _pair(padding, rank, "padding", 0, 0),
+        _pair(dilation, rank, "dilation", 1, 1),
+        groups,
+        activation,
+        max_pool,
+        layout,
+    )

@@ -1,0 +1,244 @@
+"""Everything the package computes, in plain PyTorch: the oracle, the fallback and the explanation.
+
+How to match a CNN's output to an LSTM's input
+-----------------------------------------------
+A CNN gives a map of shape ``(N, C, H, W)``; an LSTM with ``batch_first=True`` takes
+``(B, S, F)``: batch, steps, features per step. Matching the two means deciding what a step is.
+
+===================  ==========================================  =====================
+A step is            the map becomes                             LSTM ``input_size``
+===================  ==========================================  =====================
+a location           ``(N, C, H, W) -> (N, H*W, C)``             ``C``
+an image column      ``(N, C, H, W) -> (N, W, C*H)``             ``C * H``
+a spectrogram row    ``(N, C, H, W) -> (N, H, C*W)``             ``C * W``
+a frame of a clip    ``(B*T, C, H, W) -> (B, T, C*H*W)``         ``C * H * W``
+===================  ==========================================  =====================
+
+Two rules cover it all. Whenever a step's features come from an axis that is not already last,
+the axes must be *moved* (``permute``/``transpose``); ``view`` alone would keep the sizes right and
+mix the values up. And ``H`` and ``W`` are those after the pool: a 28x28 image pooled once by 2 is
+14x14, so a frame of it has ``64 * 14 * 14 = 12544`` features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnnlstm_fast.spec import LAYOUTS, finish_layout
+
+__all__ = ["CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed", "conv_block", "to_layout"]
+
+
+def to_layout(y: Tensor, layout: str) -> Tensor:
+    """Bring a map ``(N, C, H, W)`` or ``(N, C, L)`` into a named layout, contiguous as promised.
+
+    =======================  ===================================  ==============================
+    layout                   result                               a step is
+    =======================  ===================================  ==============================
+    ``channels_first``       ``(N, C, H, W)``                     (for the next convolution)
+    ``channels_last``        ``(N, C, H, W)``, C fastest          (for the next convolution)
+    ``locations``            ``(N, H*W, C)``                      a location
+    ``locations_time_major`` ``(H*W, N, C)``                      a location
+    ``features``             ``(N, C*H*W)``                       a frame of a clip
+    ``columns``              ``(N, W, C*H)``                      an image column
+    ``columns_time_major``   ``(W, N, C*H)``                      an image column
+    ``rows``                 ``(N, H, C*W)``                      a spectrogram frame
+    ``rows_time_major``      ``(H, N, C*W)``                      a spectrogram frame
+    =======================  ===================================  ==============================
+    """
+    rank = y.dim()
+    if rank == 3:
+        y = y.unsqueeze(2)
+    order = ["NCHW".index(axis) for axis in LAYOUTS[layout][0]]
+    return finish_layout(y.permute(order).contiguous(), layout, rank)
+
+
+def apply_activation(y: Tensor, activation) -> Tensor:
+    """Apply an activation given as a name in ``torch.nn.functional``, a module, or None."""
+    if activation is None:
+        return y
+    if isinstance(activation, str):
+        return getattr(F, activation)(y)
+    return activation(y)
+
+
+def conv_block(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    norm: nn.Module | None = None,
+    activation="relu",
+    pool: nn.Module | None = None,
+    layout: str = "channels_first",
+    plan: str = "auto",
+) -> Tensor:
+    """``layout(pool(activation(norm(conv(x)))))`` with PyTorch's own operators.
+
+    The twin of :func:`cnnlstm_fast.functional.conv_block`, which documents the arguments.
+    ``plan`` is accepted and ignored: there is only one way here.
+    """
+    del plan
+    conv = F.conv1d if weight.dim() == 3 else F.conv2d
+    unbatched = x.dim() == weight.dim() - 1
+    y = conv(x.unsqueeze(0) if unbatched else x, weight, bias, stride, padding, dilation, groups)
+    if norm is not None:
+        y = norm(y)
+    y = apply_activation(y, activation)
+    if pool is not None:
+        y = pool(y)
+    y = to_layout(y, layout)
+    return y.squeeze(batch_dim(layout)) if unbatched else y
+
+
+def batch_dim(layout: str) -> int:
+    """Which dimension of a layout's result is the batch."""
+    return 1 if layout.endswith("_time_major") else 0
+
+
+class CNN_LSTM_Simple(nn.Module):
+    """Image -> conv block -> every location a time step -> stacked LSTM -> class scores.
+
+    Args:
+        input_channels: channels of the image.
+        lstm_hidden_size: hidden units of each LSTM layer.
+        lstm_num_layers: stacked LSTM layers.
+        num_classes: scores per image.
+
+    Shapes: ``(B, input_channels, H, W)`` -> features ``(B, (H//2)*(W//2), 64)`` ->
+    ``(B, num_classes)``.
+    """
+
+    def __init__(self, input_channels: int, lstm_hidden_size: int, lstm_num_layers: int, num_classes: int):
+        super().__init__()
+        self.cnn = nn.Conv2d(input_channels, 64, kernel_size=3, stride=1, padding=1)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.lstm = nn.LSTM(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.fc = nn.Linear(lstm_hidden_size, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the LSTM gets: ``(B, C, H, W) -> (B, H'*W', 64)``."""
+        y = self.pool(self.relu(self.cnn(x)))  # (B, 64, H', W')
+        return y.flatten(2).transpose(1, 2)  # a view would mix channels into time steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, _ = self.lstm(self.features(x))
+        return self.fc(steps[:, -1])
+
+
+class CNN_LSTM_1DConv(nn.Module):
+    """Image -> conv block -> Conv1d along the locations -> stacked LSTM -> class scores.
+
+    Args:
+        input_channels: channels of the image.
+        lstm_hidden_size: hidden units of each LSTM layer.
+        lstm_num_layers: stacked LSTM layers.
+        num_classes: scores per image.
+        sequence_length: accepted for the tutorial's sake; the image's size decides the length.
+
+    Shapes: ``(B, input_channels, H, W)`` -> features ``(B, (H//2)*(W//2), 64)`` ->
+    ``(B, num_classes)``.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        lstm_hidden_size: int,
+        lstm_num_layers: int,
+        num_classes: int,
+        sequence_length: int | None = None,
+    ):
+        super().__init__()
+        self.sequence_length = sequence_length
+        self.cnn = nn.Sequential(
+            nn.Conv2d(input_channels, 64, kernel_size=3, stride=1, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=2, stride=2),
+        )
+        self.cnn_1d = nn.Conv1d(64, 64, kernel_size=3, stride=1, padding=1)
+        self.lstm = nn.LSTM(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.fc = nn.Linear(lstm_hidden_size, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the LSTM gets: ``(B, C, H, W) -> (B, H'*W', 64)``."""
+        y = self.cnn(x).flatten(2)  # (B, 64, H'*W')
+        return self.cnn_1d(y).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, _ = self.lstm(self.features(x))
+        return self.fc(steps[:, -1])
+
+
+class CNN_LSTM_TimeDistributed(nn.Module):
+    """Clip -> the same conv block on every frame -> each frame a time step -> LSTM -> class scores.
+
+    Args:
+        input_channels: channels of a frame.
+        lstm_hidden_size: hidden units of each LSTM layer.
+        lstm_num_layers: stacked LSTM layers.
+        num_classes: scores per clip.
+        sequence_length: accepted for the tutorial's sake; the clip's length decides.
+        image_size: (H, W) of a frame, which fixes the LSTM's input size.
+
+    Shapes: ``(B, T, input_channels, H, W)`` -> features ``(B, T, 64*(H//2)*(W//2))`` ->
+    ``(B, num_classes)``.
+
+    Raises:
+        ValueError: frames of another size than ``image_size``.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        lstm_hidden_size: int,
+        lstm_num_layers: int,
+        num_classes: int,
+        sequence_length: int | None = None,
+        *,
+        image_size: tuple[int, int] = (28, 28),
+    ):
+        super().__init__()
+        self.sequence_length = sequence_length
+        self.image_size = tuple(image_size)
+        self.cnn = nn.Sequential(
+            nn.Conv2d(input_channels, 64, kernel_size=3, stride=1, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(kernel_size=2, stride=2),
+        )
+        pooled = 64 * (self.image_size[0] // 2) * (self.image_size[1] // 2)
+        self.lstm = nn.LSTM(pooled, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.fc = nn.Linear(lstm_hidden_size, num_classes)
+
+    def check_frames(self, x: Tensor) -> None:
+        """Raise a ``ValueError`` that names the mend if the frames do not fit the LSTM."""
+        if x.dim() != 5:
+            raise ValueError(
+                f"got an input of shape {tuple(x.shape)}, expected a batch of clips "
+                "(B, T, C, H, W): add the missing dimension, e.g. x.unsqueeze(0) for one clip"
+            )
+        h, w = x.shape[-2:]
+        given = 64 * (h // 2) * (w // 2)
+        if given != self.lstm.input_size:
+            raise ValueError(
+                f"the LSTM expects {self.lstm.input_size} features but the CNN gives {given} = "
+                f"64 x {h // 2} x {w // 2} for {h}x{w} images (this model was made for "
+                f"{self.image_size[0]}x{self.image_size[1]}): pass image_size=({h}, {w})"
+            )
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the LSTM gets: ``(B, T, C, H, W) -> (B, T, 64*H'*W')``."""
+        self.check_frames(x)
+        b, t = x.shape[:2]
+        frames = x.flatten(0, 1)  # (B*T, C, H, W): the CNN sees a larger batch
+        return self.cnn(frames).flatten(1).unflatten(0, (b, t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, _ = self.lstm(self.features(x))
+        return self.fc(steps[:, -1])

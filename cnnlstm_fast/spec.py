@@ -1,0 +1,157 @@
+"""What a block is: ``layout(pool(act(conv(x))))``, its parameters, and all of its shape arithmetic.
+
+Nothing here touches a tensor; every other file asks this one how large things are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+#: Memory order of the pooled map (N, C, H, W) for every layout name, slowest axis first, and how
+#: many of the ordered axes each dimension of the result merges.
+LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "channels_first": ("NCHW", (1, 1, 1, 1)),
+    "channels_last": ("NHWC", (1, 1, 1, 1)),
+    "locations": ("NHWC", (1, 2, 1)),
+    "locations_time_major": ("HWNC", (2, 1, 1)),
+    "features": ("NCHW", (1, 3)),
+    "columns": ("NWCH", (1, 1, 2)),
+    "columns_time_major": ("WNCH", (1, 1, 2)),
+    "rows": ("NHCW", (1, 1, 2)),
+    "rows_time_major": ("HNCW", (1, 1, 2)),
+}
+
+#: Activations that the fused plans compute, by the number the ops know them by.
+ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1}
+
+#: Winner codes: windows of up to this many elements take half a byte, larger ones one byte.
+NIBBLE_WINDOW = 14
+BYTE_WINDOW = 254
+#: Channels per code group: a group of 16 channels is 8 bytes (nibbles) or 16 bytes.
+CODE_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A max pool, in the terms of ``torch.nn.MaxPool2d``."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+    @property
+    def window(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block with 2-d parameters (a 1-d block is a 2-d block of height 1).
+
+    ``order`` is the permutation of (N, C, H, W) in which the result lies in memory.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    activation: str | None = "relu"
+    pool: Pool | None = None
+    layout: str = "channels_first"
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        return tuple("NCHW".index(axis) for axis in LAYOUTS[self.layout][0])
+
+    def conv_args(self) -> list[int]:
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+    def pool_args(self) -> list[int]:
+        if self.pool is None:
+            return []
+        p = self.pool
+        return [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)]
+
+    @property
+    def window(self) -> int:
+        return self.pool.window if self.pool else 1
+
+    def conv_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of the convolution's map for an input of ``size``; below 1 where nothing fits."""
+        return conv_size(size, kernel, self.stride, self.padding, self.dilation)
+
+    def out_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) after the pool for an input of ``size``."""
+        conv = self.conv_size(size, kernel)
+        return pool_size(conv, self.pool_args())
+
+
+def conv_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
+    h, w = (
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    return h, w
+
+
+def pool_size(size, pool_args) -> tuple[int, int]:
+    """Size after a max pool given as ``BlockSpec.pool_args``; the last window must start inside."""
+    if not pool_args:
+        return tuple(size)
+    kernel, stride, padding, dilation = (pool_args[i : i + 2] for i in (0, 2, 4, 6))
+    out = []
+    for i in (0, 1):
+        span = size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1
+        n = (span + (stride[i] - 1 if pool_args[8] else 0)) // stride[i] + 1
+        if pool_args[8] and (n - 1) * stride[i] >= size[i] + padding[i]:
+            n -= 1
+        out.append(n)
+    return tuple(out)
+
+
+def raw_shape(order, n: int, c: int, size) -> list[int]:
+    """Shape of the op's contiguous result: (N, C, H, W) permuted into memory order."""
+    nchw = (n, c, *size)
+    return [nchw[axis] for axis in order]
+
+
+def codes_shape(window: int, n: int, c: int, size) -> list[int]:
+    """Shape of the uint8 winner codes: (N, H, W, groups of 16 channels, 8 or 16 bytes).
+
+    With nibbles, byte b of a group holds channel b in its low half and channel b + 8 in its high
+    half. A code is the winner's place in its window, row by row; all ones means that the
+    activation passed nothing.
+    """
+    bytes_per_group = CODE_GROUP // 2 if window <= NIBBLE_WINDOW else CODE_GROUP
+    return [n, *size, -(-c // CODE_GROUP), bytes_per_group]
+
+
+@lru_cache(maxsize=None)
+def layout_dims(layout: str, rank: int) -> tuple[str, tuple[int, ...]]:
+    """Memory order and merged axes for 2-d (``rank`` 4) or 1-d (``rank`` 3) maps."""
+    order, merge = LAYOUTS[layout]
+    return order, merge
+
+
+def finish_layout(raw, layout: str, rank: int):
+    """View the op's raw result (memory order) as the shape the layout promises; never a copy.
+
+    ``rank`` is that of the block's input: 4 for (N, C, H, W), 3 for (N, C, L).
+    """
+    order, merge = LAYOUTS[layout]
+    if layout in ("channels_first", "channels_last"):
+        if rank == 3:
+            raw = raw.squeeze(order.index("H"))
+            return raw if layout == "channels_first" else raw.transpose(1, 2)
+        return raw if layout == "channels_first" else raw.permute(0, 3, 1, 2)
+    shape, at = [], 0
+    for count in merge:
+        size = 1
+        for axis in range(at, at + count):
+            size *= raw.shape[axis]
+        shape.append(size)
+        at += count
+    return raw.view(shape)

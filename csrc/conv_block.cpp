@@ -1,0 +1,472 @@
+// cnnlstm_fast::conv_block and its backward on the CPU: checks, allocation, threads. The schema and
+// the meaning of every argument stand in cnnlstm_fast/ops/conv_block.py, the arithmetic in cpu/.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "memory.h"
+
+namespace cnnlstm_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+enum Plan : int64_t { kDirect = 1, kChunked = 2 };
+
+// Convolution maps of one chunk: what two cores' second-level caches hold beside weights and input.
+constexpr int64_t kChunkBytes = int64_t{2} << 20;
+constexpr int64_t kMaxScratchFloats = int64_t{1} << 30;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- Calls of PyTorch's own operators
+
+Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv) {
+  using torch::stable::detail::from;
+  StableIValue stack[9] = {from(x),
+                           from(weight),
+                           from(bias),
+                           from(Ints{conv[0], conv[1]}),
+                           from(Ints{conv[2], conv[3]}),
+                           from(Ints{conv[4], conv[5]}),
+                           from(false),
+                           from(Ints{0, 0}),
+                           from(conv[6])};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+struct ConvolutionGrads {
+  Tensor x, weight, bias;
+};
+
+ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& conv,
+                                      bool need_x, bool need_weight, bool need_bias) {
+  using torch::stable::detail::from;
+  const bool mask[3] = {need_x, need_weight, need_bias};
+  StableIValue stack[11] = {from(grad),
+                            from(x),
+                            from(weight),
+                            from(std::optional<Ints>(Ints{weight.size(0)})),
+                            from(Ints{conv[0], conv[1]}),
+                            from(Ints{conv[2], conv[3]}),
+                            from(Ints{conv[4], conv[5]}),
+                            from(false),
+                            from(Ints{0, 0}),
+                            from(conv[6]),
+                            from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack, TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+          torch::stable::detail::to<Tensor>(stack[2])};
+}
+
+Tensor channels_last(const Tensor& t) {
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// ---- Description of a call
+
+int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil) {
+  const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
+  if (span < 0 && !(ceil && span + stride - 1 >= 0)) return 0;
+  int64_t length = (span + (ceil ? stride - 1 : 0)) / stride + 1;
+  if (ceil && (length - 1) * stride >= size + padding) --length;
+  return length;
+}
+
+// Whether every window along one axis meets at least one element.
+bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  for (int64_t i = 0; i < windows; ++i) {
+    const int64_t start = i * stride - padding;
+    const int64_t skipped = start < 0 ? ceil_div(-start, dilation) : 0;
+    if (skipped >= kernel || start + skipped * dilation >= size) return false;
+  }
+  return true;
+}
+
+struct Call {
+  Block block;
+  Ints conv, order;
+  bool keeps_codes;  // whether a backward of such a block reads codes
+};
+
+Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t activation, const Ints& pool,
+              const Ints& order) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "conv_block: expected a 4-d input and weight, got ", x.dim(),
+                  "-d and ", weight.dim(), "-d");
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "conv_block: the kernels compute float32 and bfloat16 only");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype, "conv_block: input and weight differ in dtype");
+  STD_TORCH_CHECK(weight.is_cpu(), "conv_block: input and weight are on different devices");
+  STD_TORCH_CHECK(conv.size() == 7, "conv_block: conv must be [stride, padding, dilation (h, w each), groups]");
+  STD_TORCH_CHECK(pool.empty() || pool.size() == 9, "conv_block: pool must be empty or have 9 values, got ",
+                  pool.size());
+  STD_TORCH_CHECK(activation == kNone || activation == kReLU, "conv_block: unknown activation ", activation);
+  Ints sorted = order;
+  std::sort(sorted.begin(), sorted.end());
+  STD_TORCH_CHECK((sorted == Ints{0, 1, 2, 3}), "conv_block: order must be a permutation of 0, 1, 2, 3");
+
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  for (int i = 0; i < 7; ++i) {
+    const int64_t least = i == 2 || i == 3 ? 0 : 1;
+    STD_TORCH_CHECK(conv[i] >= least && conv[i] <= kMax, "conv_block: conv[", i, "] = ", conv[i],
+                    " is out of range");
+  }
+  for (size_t i = 0; i < pool.size(); ++i) {
+    const int64_t least = i == 4 || i == 5 || i == 8 ? 0 : 1;
+    STD_TORCH_CHECK(pool[i] >= least && pool[i] <= kMax, "conv_block: pool[", i, "] = ", pool[i],
+                    " is out of range");
+  }
+
+  Block b{};
+  b.n = x.size(0), b.c = x.size(1), b.h = x.size(2), b.w = x.size(3);
+  b.co = weight.size(0), b.kh = weight.size(2), b.kw = weight.size(3);
+  b.sh = conv[0], b.sw = conv[1], b.ph = conv[2], b.pw = conv[3], b.dh = conv[4], b.dw = conv[5];
+  b.groups = conv[6];
+  STD_TORCH_CHECK(b.c >= 1 && b.co >= 1 && b.kh >= 1 && b.kw >= 1 && b.co % b.groups == 0 && b.c % b.groups == 0 &&
+                      weight.size(1) == b.c / b.groups,
+                  "conv_block: an input of ", b.c, " channels does not fit a weight (", b.co, ", ", weight.size(1),
+                  ", ", b.kh, ", ", b.kw, ") with groups=", b.groups);
+  b.oh = out_length(b.h, b.kh, b.sh, b.ph, b.dh, false);
+  b.ow = out_length(b.w, b.kw, b.sw, b.pw, b.dw, false);
+  STD_TORCH_CHECK(b.h >= 1 && b.w >= 1 && b.oh >= 1 && b.ow >= 1, "conv_block: an input of ", b.h, "x", b.w,
+                  " is too small for the kernel");
+  const Ints p = pool.empty() ? Ints{1, 1, 1, 1, 0, 0, 1, 1, 0} : pool;
+  b.pool_kh = p[0], b.pool_kw = p[1], b.pool_sh = p[2], b.pool_sw = p[3], b.pool_ph = p[4], b.pool_pw = p[5];
+  b.pool_dh = p[6], b.pool_dw = p[7];
+  STD_TORCH_CHECK(b.pool_kh <= kByteWindow && b.pool_kw <= kByteWindow && b.pool_kh * b.pool_kw <= kByteWindow,
+                  "conv_block: a pool window of ", b.pool_kh, "x", b.pool_kw, " has more than ", kByteWindow,
+                  " elements");
+  STD_TORCH_CHECK(b.pool_ph <= b.pool_kh / 2 && b.pool_pw <= b.pool_kw / 2,
+                  "conv_block: pool padding is more than half the kernel");
+  b.out_h = out_length(b.oh, b.pool_kh, b.pool_sh, b.pool_ph, b.pool_dh, p[8]);
+  b.out_w = out_length(b.ow, b.pool_kw, b.pool_sw, b.pool_pw, b.pool_dw, p[8]);
+  STD_TORCH_CHECK(b.out_h >= 1 && b.out_w >= 1, "conv_block: a map of ", b.oh, "x", b.ow,
+                  " is too small for the pool");
+  STD_TORCH_CHECK(windows_meet(b.oh, b.out_h, b.pool_kh, b.pool_sh, b.pool_ph, b.pool_dh) &&
+                      windows_meet(b.ow, b.out_w, b.pool_kw, b.pool_sw, b.pool_pw, b.pool_dw),
+                  "conv_block: a pool window meets no element of the map");
+  b.activation = static_cast<int32_t>(activation);
+  b.dtype = dtype == ScalarType::Float ? kFloat32 : kBFloat16;
+  for (int i = 0; i < 4; ++i) b.x_stride[i] = x.stride(i);
+  b.code_bytes = b.pool_kh * b.pool_kw <= kNibbleWindow ? kCodeGroup / 2 : kCodeGroup;
+  b.code_groups = ceil_div(b.co, kCodeGroup);
+  b.padded_h = b.h + 2 * b.ph, b.padded_w = b.w + 2 * b.pw;
+  b.taps = b.c / b.groups * b.kh * b.kw;
+
+  const int64_t size[4] = {b.n, b.co, b.out_h, b.out_w};
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; --i) {
+    b.out_stride[order[i]] = stride;
+    stride *= size[order[i]];
+  }
+  return {b, conv, order, activation != kNone || !pool.empty()};
+}
+
+Ints in_order(const Block& b, const Ints& order) {
+  const int64_t size[4] = {b.n, b.co, b.out_h, b.out_w};
+  return {size[order[0]], size[order[1]], size[order[2]], size[order[3]]};
+}
+
+Ints codes_size(const Block& b) { return {b.n, b.out_h, b.out_w, b.code_groups, b.code_bytes}; }
+
+void check_direct(const Block& b) {
+  STD_TORCH_CHECK(b.groups == 1 || b.co / b.groups % kCodeGroup == 0,
+                  "conv_block: the direct plan takes groups of a multiple of 16 output channels");
+  STD_TORCH_CHECK(b.padded_h <= kMaxScratchFloats / b.padded_w &&
+                      b.padded_h * b.padded_w <= kMaxScratchFloats / b.c / 2 &&
+                      b.oh * b.ow <= kMaxScratchFloats / std::max<int64_t>(b.taps, 64) / 2,
+                  "conv_block: one image is too large for the direct plan");
+}
+
+// Items are handed out one after another, so that a slow core does less.
+template <class F>
+void for_each_item(int64_t items, const F& run) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < items; i = next++) run(i);
+  });
+}
+
+// Pooled rows per item: enough items for every thread, scratch that stays in cache.
+int64_t rows_per_item(const Block& b, int64_t scratch_of_row, int64_t scratch_of_two) {
+  constexpr int64_t kScratchFloats = 96 * 1024;
+  const int64_t per_row = std::max<int64_t>(1, scratch_of_two - scratch_of_row);
+  int64_t rows = std::max<int64_t>(1, 1 + (kScratchFloats - scratch_of_row) / per_row);
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  if (b.n < wanted) rows = std::min(rows, ceil_div(b.out_h, ceil_div(wanted, b.n)));
+  rows = std::min(rows, b.out_h);
+  return ceil_div(b.out_h, ceil_div(b.out_h, rows));
+}
+
+uint8_t* codes_pointer(const Tensor& codes) {
+  return codes.numel() ? static_cast<uint8_t*>(codes.data_ptr()) : nullptr;
+}
+
+// ---- Forward
+
+void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const Tensor& out, const Tensor& codes) {
+  const Block& b = call.block;
+  check_direct(b);
+  const KernelTable& k = kernels();
+  const int64_t og = b.co / b.groups, padded = k.packed_channels(og);
+  std::vector<float> packed(b.groups * padded * b.taps + kMaxVector), packed_bias(b.groups * padded + kMaxVector);
+  const Tensor w = torch::stable::contiguous(weight);
+  const bool by_width = b.x_stride[3] == 1 || b.x_stride[1] != 1;
+  k.pack_weight(b, w.data_ptr(), by_width, packed.data(), 0, b.groups * ceil_div(padded, k.block_width));
+  if (bias) {
+    const Tensor flat = torch::stable::contiguous(*bias);
+    for (int64_t c = 0; c < b.co; ++c)
+      packed_bias[c / og * padded + c % og] = k.to_float(flat.data_ptr(), c, b.dtype);
+  }
+  const int64_t rows = rows_per_item(b, k.forward_scratch(b, 1), k.forward_scratch(b, 2));
+  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.forward_scratch(b, rows);
+  for_each_item(b.n * bands, [&](int64_t item) {
+    const int64_t row0 = item % bands * rows;
+    k.forward(b, x.data_ptr(), packed.data(), packed_bias.data(), out.data_ptr(), codes_pointer(codes),
+              item / bands, row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+  });
+}
+
+int64_t images_per_chunk(const Block& b) {
+  const int64_t image = b.oh * b.ow * b.co * (b.dtype == kFloat32 ? 4 : 2);
+  return std::clamp<int64_t>(kChunkBytes / image, 1, b.n);
+}
+
+void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& out, const Tensor& codes) {
+  const Block& b = call.block;
+  const KernelTable& k = kernels();
+  const Tensor w = channels_last(weight);
+  const int64_t chunk = images_per_chunk(b);
+  for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
+    const int64_t count = std::min(chunk, b.n - n0);
+    Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
+    const Tensor map = channels_last(convolution(channels_last(part), w, bias, call.conv));
+    const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
+    const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
+    const char* data = static_cast<const char*>(map.data_ptr());
+    for_each_item(count * bands, [&](int64_t item) {
+      const int64_t i = item / bands, row0 = item % bands * rows;
+      const int64_t image_bytes = b.oh * b.ow * b.co * map.element_size();
+      k.finish(b, {data + i * image_bytes, b.ow * b.co, b.co, b.dtype}, out.data_ptr(), codes_pointer(codes), n0 + i,
+               row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints conv,
+                                      int64_t activation, Ints pool, Ints order, int64_t plan, bool keep) {
+  const Call call = describe(x, weight, conv, activation, pool, order);
+  const Block& b = call.block;
+  if (bias)
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == b.co && bias->scalar_type() == x.scalar_type() &&
+                        bias->is_cpu(),
+                    "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
+  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block: unknown plan ", plan);
+  const Tensor out = torch::stable::new_empty(x, in_order(b, order));
+  const Tensor codes =
+      torch::stable::new_empty(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  advise_huge_pages(out);
+  advise_huge_pages(codes);
+  if (b.n > 0) {
+    if (plan == kDirect)
+      forward_direct(call, x, weight, bias, out, codes);
+    else
+      forward_chunked(call, x, weight, bias, out, codes);
+  }
+  return {out, codes};
+}
+
+// ---- Backward
+
+// Owns what a Patch points to.
+struct PatchStorage {
+  std::vector<int32_t> offset, tap;
+  Patch patch;
+};
+
+// Taps in memory order are (kh, kw, c): runs of taps that lie side by side become whole vectors; the
+// last vector of a run is moved back over the one before, and lanes it repeats are marked.
+PatchStorage make_patch(const Block& b, int64_t lanes, bool may_gather) {
+  PatchStorage s;
+  const int64_t cg = b.c / b.groups, row = b.padded_w * b.c;
+  const bool joined = b.dw == 1 && b.groups == 1;  // kw and c lie side by side
+  const int64_t run = joined ? b.kw * cg : cg, runs = joined ? b.kh : b.kh * b.kw;
+  const bool gathered = may_gather && joined && b.taps % lanes != 0 && b.taps < 8 * lanes;
+  const int64_t vectors_of_run = ceil_div(gathered ? b.taps : run, lanes);
+  const int64_t count = gathered ? vectors_of_run : vectors_of_run * runs;
+  s.tap.assign(count * lanes, -1);
+  auto tap_of = [&](int64_t i) {  // position in (kh, kw, c) to position in the weight's (c, kh, kw)
+    const int64_t c = i % cg, kw = i / cg % b.kw, kh = i / cg / b.kw;
+    return static_cast<int32_t>((c * b.kh + kh) * b.kw + kw);
+  };
+  for (int64_t r = 0; r < (gathered ? 1 : runs); ++r)
+    for (int64_t v = 0; v < vectors_of_run; ++v) {
+      const int64_t length = gathered ? b.taps : run;
+      const int64_t at = gathered || length < lanes ? v * lanes : std::min(v * lanes, length - lanes);
+      const int64_t base = gathered ? 0 : joined ? r * b.dh * row : r / b.kw * b.dh * row + r % b.kw * b.dw * b.c;
+      for (int64_t lane = v * lanes - at; lane < lanes && at + lane < length; ++lane)
+        s.tap[(r * vectors_of_run + v) * lanes + lane] = tap_of(r * length + at + lane);
+      s.offset.push_back(static_cast<int32_t>(base + at));
+    }
+  const int64_t patch = count * lanes;
+  s.patch = {count, s.offset.data(), s.tap.data(), gathered ? b.ow * patch : b.sh * row, gathered ? patch : b.sw * b.c,
+             gathered};
+  return s;
+}
+
+void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
+                     const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
+                     const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
+  const Block& b = call.block;
+  check_direct(b);
+  const KernelTable& k = kernels();
+  const int64_t lanes = k.vector;
+  if (grad_weight || grad_bias) {
+    const PatchStorage s = make_patch(b, lanes, true);
+    const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_weight_scratch(b, s.patch);
+    // A fixed number of slices, each summed on its own and then added up in order: the same bits with
+    // any number of threads.
+    const int64_t per_slice = b.co * (grad_weight ? patch : 0) + b.co;
+    const int64_t slices =
+        std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
+    std::vector<float> sums(slices * per_slice, 0.f);
+    for_each_item(slices, [&](int64_t slice) {
+      float* sum = sums.data() + slice * per_slice;
+      for (int64_t n = slice * b.n / slices; n < (slice + 1) * b.n / slices; ++n)
+        k.backward_weight(b, s.patch, x.data_ptr(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
+                          grad_weight ? sum + b.co : nullptr, grad_bias ? sum : nullptr, thread_scratch(scratch));
+    });
+    for_each_item(b.co, [&](int64_t c) {
+      for (int64_t i = -1; i < (grad_weight ? patch : 0); ++i) {
+        const bool is_bias = i < 0;
+        if (is_bias ? !grad_bias : s.tap[i % patch] < 0) continue;
+        double total = 0;
+        for (int64_t slice = 0; slice < slices; ++slice)
+          total += sums[slice * per_slice + (is_bias ? c : b.co + c * patch + i)];
+        const Tensor& to = is_bias ? *grad_bias : *grad_weight;
+        k.from_float(static_cast<float>(total), to.data_ptr(), is_bias ? c : c * b.taps + s.tap[i], b.dtype);
+      }
+    });
+  }
+  if (grad_x) {
+    const PatchStorage s = make_patch(b, lanes, false);
+    const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_input_scratch(b, s.patch);
+    const Tensor w = torch::stable::contiguous(weight);
+    std::vector<float> rows(b.co * patch + kMaxVector, 0.f);
+    for (int64_t c = 0; c < b.co; ++c)
+      for (int64_t i = 0; i < patch; ++i)
+        if (s.tap[i] >= 0) rows[c * patch + i] = k.to_float(w.data_ptr(), c * b.taps + s.tap[i], b.dtype);
+    const int64_t stride[4] = {grad_x->stride(0), grad_x->stride(1), grad_x->stride(2), grad_x->stride(3)};
+    for_each_item(b.n, [&](int64_t n) {
+      k.backward_input(b, s.patch, rows.data(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
+                       grad_x->data_ptr(), stride, thread_scratch(scratch));
+    });
+  }
+}
+
+void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
+                      const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
+                      const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
+  const Block& b = call.block;
+  const KernelTable& k = kernels();
+  const Tensor w = channels_last(weight);
+  const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co;
+  std::vector<double> weight_sum(grad_weight ? weight.numel() : 0, 0.0), bias_sum(grad_bias ? b.co : 0, 0.0);
+  for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
+    const int64_t count = std::min(chunk, b.n - n0);
+    Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
+    char* data = static_cast<char*>(raw.data_ptr());
+    for_each_item(count, [&](int64_t i) {
+      k.spread(b, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n0 + i,
+               data + i * image * raw.element_size(), thread_scratch(image));
+    });
+    // (n, oh, ow, co) seen as (n, co, oh, ow)
+    const Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
+    Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
+    const ConvolutionGrads found = convolution_backward(map, channels_last(part), w, call.conv, grad_x.has_value(),
+                                                        grad_weight.has_value(), grad_bias.has_value());
+    if (grad_x) {
+      Tensor to = torch::stable::narrow(const_cast<Tensor&>(*grad_x), 0, n0, count);
+      torch::stable::copy_(to, found.x);
+    }
+    if (grad_weight) {
+      const Tensor flat = torch::stable::contiguous(found.weight);
+      for (size_t i = 0; i < weight_sum.size(); ++i) weight_sum[i] += k.to_float(flat.data_ptr(), i, b.dtype);
+    }
+    if (grad_bias)
+      for (int64_t i = 0; i < b.co; ++i) bias_sum[i] += k.to_float(found.bias.data_ptr(), i, b.dtype);
+  }
+  for (size_t i = 0; i < weight_sum.size(); ++i)
+    k.from_float(static_cast<float>(weight_sum[i]), grad_weight->data_ptr(), i, b.dtype);
+  for (size_t i = 0; i < bias_sum.size(); ++i)
+    k.from_float(static_cast<float>(bias_sum[i]), grad_bias->data_ptr(), i, b.dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor codes, Ints conv,
+                                                       int64_t activation, Ints pool, Ints order, int64_t plan,
+                                                       bool need_x, bool need_weight, bool need_bias) {
+  const Call call = describe(x, weight, conv, activation, pool, order);
+  const Block& b = call.block;
+  const Ints expected = in_order(b, order);
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == x.scalar_type(),
+                  "conv_block_backward: expected a 4-d gradient in the input's dtype, on its device");
+  Ints grad_stride(4);
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(grad.size(i) == expected[i], "conv_block_backward: the gradient has size ", grad.size(i), " at ",
+                    i, ", expected ", expected[i]);
+    grad_stride[order[i]] = grad.stride(i);
+  }
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_cpu() && codes.is_contiguous(),
+                  "conv_block_backward: codes must be contiguous uint8 on the CPU");
+  if (call.keeps_codes) {
+    const Ints size = codes_size(b);
+    STD_TORCH_CHECK(codes.dim() == 5, "conv_block_backward: expected 5-d codes, got ", codes.dim(), "-d");
+    for (int i = 0; i < 5; ++i)
+      STD_TORCH_CHECK(codes.size(i) == size[i], "conv_block_backward: codes have size ", codes.size(i), " at ", i,
+                      ", expected ", size[i]);
+  } else {
+    STD_TORCH_CHECK(codes.numel() == 0, "conv_block_backward: this block has no codes");
+  }
+  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block_backward: unknown plan ", plan);
+
+  std::optional<Tensor> grad_x, grad_weight, grad_bias;
+  const Tensor nothing = torch::stable::new_empty(x, Ints{0});
+  if (need_x) {
+    grad_x = torch::stable::new_empty(x, Ints{b.n, b.c, b.h, b.w});
+    advise_huge_pages(*grad_x);
+  }
+  if (need_weight) grad_weight = torch::stable::new_empty(x, Ints{b.co, b.c / b.groups, b.kh, b.kw});
+  if (need_bias) grad_bias = torch::stable::new_empty(x, Ints{b.co});
+  if (b.n == 0) {
+    if (need_weight) torch::stable::zero_(*grad_weight);
+    if (need_bias) torch::stable::zero_(*grad_bias);
+  } else if (plan == kDirect) {
+    backward_direct(call, grad, grad_stride, x, weight, codes, grad_x, grad_weight, grad_bias);
+  } else {
+    backward_chunked(call, grad, grad_stride, x, weight, codes, grad_x, grad_weight, grad_bias);
+  }
+  return {grad_x.value_or(nothing), grad_weight.value_or(nothing), grad_bias.value_or(nothing)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
+  m.impl("conv_block", TORCH_BOX(&conv_block));
+  m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward));
+}
+
+}  // namespace cnnlstm_fast

@@ -1,0 +1,23 @@
+#include "block.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2")
+#endif
+#define CNNLSTM_FAST_VECTOR 16
+#define CNNLSTM_FAST_NAME "avx512"
+#include "kernels.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace cnnlstm_fast {
+const KernelTable* avx512_kernels() { return &kTable; }
+}  // namespace cnnlstm_fast
+#else
+namespace cnnlstm_fast {
+const KernelTable* avx512_kernels() { return nullptr; }
+}  // namespace cnnlstm_fast
+#endif

@@ -1,0 +1,8 @@
+// The kernels for whatever the compiler targets by default: SSE2 on x86-64, NEON on aarch64.
+#define CNNLSTM_FAST_VECTOR 4
+#define CNNLSTM_FAST_NAME "baseline"
+#include "kernels.inc"
+
+namespace cnnlstm_fast {
+const KernelTable* baseline_kernels() { return &kTable; }
+}  // namespace cnnlstm_fast

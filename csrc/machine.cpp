@@ -1,0 +1,47 @@
+// What this machine is and can do: the chosen instruction set and its measured arithmetic peak.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace cnnlstm_fast {
+namespace {
+
+std::string isa() { return kernels().name; }
+
+// float32 GFLOP/s of fused multiply-adds on all of torch's threads at once.
+double fma_peak(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<double> rate(threads, 0.0);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const auto start = Clock::now();
+    double flops = 0, spent = 0;
+    do {
+      flops += kernels().fma_burst(100000);
+      spent = std::chrono::duration<double>(Clock::now() - start).count();
+    } while (spent < seconds);
+    for (int64_t t = begin; t < end; ++t) rate[t] = flops / spent / static_cast<double>(end - begin);
+  });
+  double total = 0;
+  for (double r : rate) total += r;
+  return total / 1e9;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
+  m.def("isa() -> str");
+  m.def("fma_peak(float seconds) -> float");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("fma_peak", TORCH_BOX(&fma_peak));
+}
+
+}  // namespace cnnlstm_fast

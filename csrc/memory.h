@@ -1,0 +1,17 @@
+// Scratch memory of a thread, and outputs on huge pages.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+namespace cnnlstm_fast {
+
+// At least `floats` floats, aligned to a cache line, valid until this thread's next call. The memory
+// stays with the thread, since fresh pages cost more than most blocks; more than a few megabytes are
+// given back at the next smaller request.
+float* thread_scratch(int64_t floats);
+
+// Ask for huge pages under a tensor that nothing has written yet. Does nothing where the system has none.
+void advise_huge_pages(const torch::stable::Tensor& fresh);
+
+}  // namespace cnnlstm_fast

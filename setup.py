@@ -1,0 +1,62 @@
+"""Build the CPU kernels against LibTorch's stable ABI: one `_C.abi3.so` serves torch 2.11 and later.
+
+A failed build is not fatal: the package then runs on its reference plan, and
+`python -m cnnlstm_fast doctor` says what is missing. CNNLSTM_FAST_REQUIRE_EXTENSION=1 makes it fatal.
+"""
+
+import os
+import sys
+
+from setuptools import setup
+
+TARGET_TORCH = "0x020b000000000000"  # 2.11
+
+sources = [
+    "csrc/conv_block.cpp",
+    "csrc/machine.cpp",
+    "csrc/memory.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/kernels_baseline.cpp",
+    "csrc/cpu/kernels_avx2.cpp",
+    "csrc/cpu/kernels_avx512.cpp",
+]
+
+
+def extension():
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class OptionalBuild(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                if os.environ.get("CNNLSTM_FAST_REQUIRE_EXTENSION") == "1":
+                    raise
+                print(f"cnnlstm_fast: the compiled kernels were not built: {error}", file=sys.stderr)
+                self.extensions = []
+
+    module = CppExtension(
+        "cnnlstm_fast._C",
+        sources,
+        py_limited_api=True,
+        extra_compile_args=[
+            "-O3",
+            "-std=c++17",
+            "-ffp-contract=fast",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-psabi",
+            f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
+            "-DPy_LIMITED_API=0x030a0000",
+        ],
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+try:
+    build = extension()
+except ImportError as error:
+    print(f"cnnlstm_fast: no torch at build time ({error}): building without kernels", file=sys.stderr)
+    build = {}
+
+setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **build)
