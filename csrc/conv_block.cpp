@@ -222,7 +222,7 @@ void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, con
   check_direct(b);
   const KernelTable& k = kernels();
   const int64_t og = b.co / b.groups, padded = k.packed_channels(og);
-  std::vector<float> packed(b.groups * padded * b.taps + kMaxVector), packed_bias(b.groups * padded + kMaxVector);
+  AlignedFloats packed(b.groups * padded * b.taps), packed_bias(b.groups * padded);
   const Tensor w = torch::stable::contiguous(weight);
   const bool by_width = b.x_stride[3] == 1 || b.x_stride[1] != 1;
   k.pack_weight(b, w.data_ptr(), by_width, packed.data(), 0, b.groups * ceil_div(padded, k.block_width));
@@ -340,36 +340,43 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_weight_scratch(b, s.patch);
     // A fixed number of slices, each summed on its own and then added up in order: the same bits with
     // any number of threads.
-    const int64_t per_slice = b.co * (grad_weight ? patch : 0) + b.co;
+    const int64_t per_slice = b.co * (grad_weight ? patch : 0) + ceil_div(b.co, kMaxVector) * kMaxVector;
+    const int64_t bias_floats = per_slice - b.co * (grad_weight ? patch : 0);
     const int64_t slices =
         std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
-    std::vector<float> sums(slices * per_slice, 0.f);
+    AlignedFloats sums(slices * per_slice);
     for_each_item(slices, [&](int64_t slice) {
       float* sum = sums.data() + slice * per_slice;
       for (int64_t n = slice * b.n / slices; n < (slice + 1) * b.n / slices; ++n)
         k.backward_weight(b, s.patch, x.data_ptr(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
-                          grad_weight ? sum + b.co : nullptr, grad_bias ? sum : nullptr, thread_scratch(scratch));
+                          grad_weight ? sum + bias_floats : nullptr, grad_bias ? sum : nullptr, thread_scratch(scratch));
     });
     for_each_item(b.co, [&](int64_t c) {
-      for (int64_t i = -1; i < (grad_weight ? patch : 0); ++i) {
-        const bool is_bias = i < 0;
-        if (is_bias ? !grad_bias : s.tap[i % patch] < 0) continue;
+      auto put_total = [&](int64_t at, void* to, int64_t index) {
         double total = 0;
-        for (int64_t slice = 0; slice < slices; ++slice)
-          total += sums[slice * per_slice + (is_bias ? c : b.co + c * patch + i)];
-        const Tensor& to = is_bias ? *grad_bias : *grad_weight;
-        k.from_float(static_cast<float>(total), to.data_ptr(), is_bias ? c : c * b.taps + s.tap[i], b.dtype);
-      }
+        for (int64_t slice = 0; slice < slices; ++slice) total += sums[slice * per_slice + at];
+        k.from_float(static_cast<float>(total), to, index, b.dtype);
+      };
+      if (grad_bias) put_total(c, grad_bias->data_ptr(), c);
+      if (!grad_weight) return;
+      void* to = grad_weight->data_ptr();
+      for (int64_t i = 0; i < patch; ++i)
+        if (s.tap[i] >= 0) put_total(bias_floats + c * patch + i, to, c * b.taps + s.tap[i]);
     });
   }
   if (grad_x) {
     const PatchStorage s = make_patch(b, lanes, false);
     const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_input_scratch(b, s.patch);
     const Tensor w = torch::stable::contiguous(weight);
-    std::vector<float> rows(b.co * patch + kMaxVector, 0.f);
-    for (int64_t c = 0; c < b.co; ++c)
-      for (int64_t i = 0; i < patch; ++i)
-        if (s.tap[i] >= 0) rows[c * patch + i] = k.to_float(w.data_ptr(), c * b.taps + s.tap[i], b.dtype);
+    AlignedFloats rows(b.co * patch);
+    const int64_t tile = k.input_tile(b) * lanes;
+    for (int64_t t = 0; t < patch; t += tile) {
+      const int64_t width = std::min(tile, patch - t);
+      for (int64_t c = 0; c < b.co; ++c)
+        for (int64_t i = 0; i < width; ++i)
+          if (s.tap[t + i] >= 0)
+            rows[t * b.co + c * width + i] = k.to_float(w.data_ptr(), c * b.taps + s.tap[t + i], b.dtype);
+    }
     const int64_t stride[4] = {grad_x->stride(0), grad_x->stride(1), grad_x->stride(2), grad_x->stride(3)};
     for_each_item(b.n, [&](int64_t n) {
       k.backward_input(b, s.patch, rows.data(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,

@@ -11,6 +11,20 @@ namespace cnnlstm_fast {
 // given back at the next smaller request.
 float* thread_scratch(int64_t floats);
 
+// Zeroed floats on a cache line's boundary: vectors that cross lines cost two loads.
+class AlignedFloats {
+ public:
+  explicit AlignedFloats(int64_t count);
+  ~AlignedFloats();
+  AlignedFloats(const AlignedFloats&) = delete;
+  AlignedFloats& operator=(const AlignedFloats&) = delete;
+  float* data() const { return data_; }
+  float& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  float* data_;
+};
+
 // Ask for huge pages under a tensor that nothing has written yet. Does nothing where the system has none.
 void advise_huge_pages(const torch::stable::Tensor& fresh);
 

@@ -85,11 +85,14 @@ struct KernelTable {
                           const int64_t* grad_stride, const uint8_t* codes, int64_t image, float* grad_weight,
                           float* grad_bias, float* scratch);
 
-  // Input gradient of one image; `rows` is the weight as [co][patch.vectors * vector].
+  // Input gradient of one image; `rows` is the weight as [tile][co][vectors of the tile], where a tile
+  // is input_tile vectors of a patch (the last one fewer).
   int64_t (*backward_input_scratch)(const Block&, const Patch&);
   void (*backward_input)(const Block&, const Patch&, const float* rows, const void* grad,
                          const int64_t* grad_stride, const uint8_t* codes, int64_t image, void* grad_x,
                          const int64_t* grad_x_stride, float* scratch);
+
+  int64_t (*input_tile)(const Block&);
 
   // A stretch of fused multiply-adds at full rate; returns the floating point operations done.
   double (*fma_burst)(int64_t rounds);
