@@ -199,12 +199,16 @@ void for_each_item(int64_t items, const F& run) {
   });
 }
 
+// Scratch of one item: what a second-level cache holds beside the weights.
+constexpr int64_t kItemFloats = 96 * 1024;
+
+int64_t wanted_items() { return 4 * static_cast<int64_t>(torch::stable::get_num_threads()); }
+
 // Pooled rows per item: enough items for every thread, scratch that stays in cache.
 int64_t rows_per_item(const Block& b, int64_t scratch_of_row, int64_t scratch_of_two) {
-  constexpr int64_t kScratchFloats = 96 * 1024;
   const int64_t per_row = std::max<int64_t>(1, scratch_of_two - scratch_of_row);
-  int64_t rows = std::max<int64_t>(1, 1 + (kScratchFloats - scratch_of_row) / per_row);
-  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  int64_t rows = std::max<int64_t>(1, 1 + (kItemFloats - scratch_of_row) / per_row);
+  const int64_t wanted = wanted_items();
   if (b.n < wanted) rows = std::min(rows, ceil_div(b.out_h, ceil_div(wanted, b.n)));
   rows = std::min(rows, b.out_h);
   return ceil_div(b.out_h, ceil_div(b.out_h, rows));
@@ -225,36 +229,47 @@ void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, con
   AlignedFloats packed(b.groups * padded * b.taps), packed_bias(b.groups * padded);
   const Tensor w = torch::stable::contiguous(weight);
   const bool by_width = b.x_stride[3] == 1 || b.x_stride[1] != 1;
-  k.pack_weight(b, w.data_ptr(), by_width, packed.data(), 0, b.groups * ceil_div(padded, k.block_width));
+  const void* weight_data = w.data_ptr();
+  for_each_item(b.groups * ceil_div(padded, k.block_width), [&](int64_t unit) {
+    k.pack_weight(b, weight_data, by_width, packed.data(), unit, unit + 1);
+  });
   if (bias) {
     const Tensor flat = torch::stable::contiguous(*bias);
     for (int64_t c = 0; c < b.co; ++c)
       packed_bias[c / og * padded + c % og] = k.to_float(flat.data_ptr(), c, b.dtype);
   }
-  const int64_t rows = rows_per_item(b, k.forward_scratch(b, 1), k.forward_scratch(b, 2));
-  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.forward_scratch(b, rows);
-  for_each_item(b.n * bands, [&](int64_t item) {
-    const int64_t row0 = item % bands * rows;
-    k.forward(b, x.data_ptr(), packed.data(), packed_bias.data(), out.data_ptr(), codes_pointer(codes),
-              item / bands, row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+  auto scratch_of = [&](int64_t rows) { return k.forward_scratch(b, 1, rows); };
+  const int64_t rows = rows_per_item(b, scratch_of(1), scratch_of(2)), bands = ceil_div(b.out_h, rows);
+  // Small images share a pass over the weights.
+  const int64_t spare = kItemFloats / std::max<int64_t>(1, k.forward_scratch(b, 2, rows) - scratch_of(rows));
+  const int64_t images = bands > 1 ? 1 : std::clamp<int64_t>(std::min(spare, b.n / wanted_items()), 1, 64);
+  const int64_t scratch = k.forward_scratch(b, images, rows);
+  const void* data = x.data_ptr();
+  void* to = out.data_ptr();
+  uint8_t* to_codes = codes_pointer(codes);
+  for_each_item(ceil_div(b.n, images) * bands, [&](int64_t item) {
+    const int64_t n = item / bands * images, row0 = item % bands * rows;
+    k.forward(b, data, packed.data(), packed_bias.data(), to, to_codes, n, std::min(images, b.n - n), row0,
+              std::min(b.out_h, row0 + rows), thread_scratch(scratch));
   });
 }
 
+// Large weights want large chunks: every chunk reads them, and its backward writes them.
 int64_t images_per_chunk(const Block& b) {
-  const int64_t image = b.oh * b.ow * b.co * (b.dtype == kFloat32 ? 4 : 2);
-  return std::clamp<int64_t>(kChunkBytes / image, 1, b.n);
+  const int64_t size = b.dtype == kFloat32 ? 4 : 2;
+  const int64_t bytes = std::max(kChunkBytes, 8 * b.co * b.taps * size);
+  return std::clamp<int64_t>(bytes / (b.oh * b.ow * b.co * size), 1, b.n);
 }
 
 void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const Tensor& out, const Tensor& codes) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  const Tensor w = channels_last(weight);
   const int64_t chunk = images_per_chunk(b);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
-    const Tensor map = channels_last(convolution(channels_last(part), w, bias, call.conv));
+    const Tensor map = channels_last(convolution(channels_last(part), weight, bias, call.conv));
     const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
     const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
     const char* data = static_cast<const char*>(map.data_ptr());
@@ -390,37 +405,50 @@ void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_str
                       const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  const Tensor w = channels_last(weight);
   const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co;
-  std::vector<double> weight_sum(grad_weight ? weight.numel() : 0, 0.0), bias_sum(grad_bias ? b.co : 0, 0.0);
+  AlignedFloats weight_sum(grad_weight ? weight.numel() : 0), bias_sum(grad_bias ? b.co : 0);
+  auto add = [&](const Tensor& found, AlignedFloats& sum) {
+    const Tensor flat = torch::stable::contiguous(found);
+    const void* data = flat.data_ptr();
+    const int64_t count = flat.numel();
+    if (b.dtype == kFloat32)
+      for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const float*>(data)[i];
+    else
+      for (int64_t i = 0; i < count; ++i) sum[i] += k.to_float(data, i, b.dtype);
+  };
+  auto put = [&](const AlignedFloats& sum, const Tensor& to) {
+    void* data = to.data_ptr();
+    const int64_t count = to.numel();
+    if (b.dtype == kFloat32)
+      std::copy_n(sum.data(), count, static_cast<float*>(data));
+    else
+      for (int64_t i = 0; i < count; ++i) k.from_float(sum[i], data, i, b.dtype);
+  };
+  const void* grad_data = grad.data_ptr();
+  const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
     char* data = static_cast<char*>(raw.data_ptr());
+    const int64_t size = raw.element_size();
     for_each_item(count, [&](int64_t i) {
-      k.spread(b, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n0 + i,
-               data + i * image * raw.element_size(), thread_scratch(image));
+      k.spread(b, grad_data, grad_stride.data(), code_data, n0 + i, data + i * image * size,
+               thread_scratch(k.spread_scratch(b)));
     });
     // (n, oh, ow, co) seen as (n, co, oh, ow)
     const Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
     Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
-    const ConvolutionGrads found = convolution_backward(map, channels_last(part), w, call.conv, grad_x.has_value(),
+    const ConvolutionGrads found = convolution_backward(map, channels_last(part), weight, call.conv, grad_x.has_value(),
                                                         grad_weight.has_value(), grad_bias.has_value());
     if (grad_x) {
       Tensor to = torch::stable::narrow(const_cast<Tensor&>(*grad_x), 0, n0, count);
       torch::stable::copy_(to, found.x);
     }
-    if (grad_weight) {
-      const Tensor flat = torch::stable::contiguous(found.weight);
-      for (size_t i = 0; i < weight_sum.size(); ++i) weight_sum[i] += k.to_float(flat.data_ptr(), i, b.dtype);
-    }
-    if (grad_bias)
-      for (int64_t i = 0; i < b.co; ++i) bias_sum[i] += k.to_float(found.bias.data_ptr(), i, b.dtype);
+    if (grad_weight) add(found.weight, weight_sum);
+    if (grad_bias) add(found.bias, bias_sum);
   }
-  for (size_t i = 0; i < weight_sum.size(); ++i)
-    k.from_float(static_cast<float>(weight_sum[i]), grad_weight->data_ptr(), i, b.dtype);
-  for (size_t i = 0; i < bias_sum.size(); ++i)
-    k.from_float(static_cast<float>(bias_sum[i]), grad_bias->data_ptr(), i, b.dtype);
+  if (grad_weight) put(weight_sum, *grad_weight);
+  if (grad_bias) put(bias_sum, *grad_bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor codes, Ints conv,

@@ -63,10 +63,10 @@ struct KernelTable {
   void (*pack_weight)(const Block&, const void* weight, bool width_contiguous, float* packed, int64_t begin,
                       int64_t end);
 
-  // Pooled rows [row0, row1) of image `image`; `scratch` holds forward_scratch floats.
-  int64_t (*forward_scratch)(const Block&, int64_t rows);
+  // Pooled rows [row0, row1) of `images` images from `image` on; `scratch` holds forward_scratch floats.
+  int64_t (*forward_scratch)(const Block&, int64_t images, int64_t rows);
   void (*forward)(const Block&, const void* x, const float* packed, const float* bias, void* out,
-                  uint8_t* codes, int64_t image, int64_t row0, int64_t row1, float* scratch);
+                  uint8_t* codes, int64_t image, int64_t images, int64_t row0, int64_t row1, float* scratch);
 
   // Activation, pool and layout of pooled rows of one image from a finished convolution.
   int64_t (*finish_scratch)(const Block&, int64_t rows);
@@ -75,6 +75,7 @@ struct KernelTable {
 
   // The gradient of one image's convolution map, (oh, ow, co) contiguous, from the gradient of the
   // pooled map and the codes.
+  int64_t (*spread_scratch)(const Block&);
   void (*spread)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes,
                  int64_t image, void* map, float* scratch);
 
