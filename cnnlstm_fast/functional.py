@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from cnnlstm_fast import plans, reference
 from cnnlstm_fast.ops import conv_block as op
@@ -58,6 +61,7 @@ def conv_block(
     if plan not in plans.PLANS:
         raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.PLANS)}")
     rank = weight.dim()
+    groups = _whole(groups, "groups")
     _check_shapes(x, weight, bias, rank, groups)
 
     spec, reason = make_spec(rank, stride, padding, dilation, groups, norm, activation, pool, layout)
@@ -71,7 +75,7 @@ def conv_block(
         raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
     watched = plans.observer
     if watched is not None:
-        watched.block_begins(x, weight, norm, activation, pool, layout, forward_plan, reason)
+        watched.block_begins(spec, x, weight, norm, activation, pool, layout, forward_plan, reason)
     if forward_plan == "reference":
         out = _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
     else:
@@ -127,7 +131,7 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, gro
             f"expected {names}"
             + (": fold the time axis first, or use cf.TimeDistributed" if x.dim() > rank else "")
         )
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+    if groups < 1 or weight.shape[0] % groups:
         raise ValueError(
             f"got groups={groups} with {weight.shape[0]} output channels, expected a divisor of them"
         )
@@ -159,13 +163,15 @@ def _check_sizes(spec: BlockSpec, x: Tensor, weight: Tensor) -> None:
 
 def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, int]:
     """A conv or pool parameter as (h, w); for signals h is neutral (``one_d``)."""
-    if isinstance(value, int):
-        values = (value,) * (rank - 2)
-    else:
-        values = tuple(value)
-        if len(values) == 1:
-            values *= rank - 2
-    if len(values) != rank - 2 or not all(isinstance(v, int) for v in values):
+    try:
+        values = (
+            tuple(operator.index(v) for v in value) if isinstance(value, tuple) else (operator.index(value),)
+        )
+    except TypeError:
+        raise TypeError(f"got {name}={value!r}, expected an int or {rank - 2} ints") from None
+    if len(values) == 1:
+        values *= rank - 2
+    if len(values) != rank - 2:
         raise ValueError(f"got {name}={value!r}, expected an int or {rank - 2} ints")
     if min(values) < low:
         raise ValueError(f"got {name}={value!r}, expected values of at least {low}")
@@ -181,8 +187,8 @@ def make_spec(
     if isinstance(activation, nn.Module):
         if type(activation) is not nn.ReLU:
             return None, f"{type(activation).__name__} is not fused"
-        if activation._forward_hooks or activation._forward_pre_hooks:
-            return None, "the activation has hooks"
+        if not unhooked(activation):
+            return None, "the activation has hooks or a forward of its own"
         activation = "relu"
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -193,19 +199,45 @@ def make_spec(
             return None, f"{type(pool).__name__} is not fused"
         if pool.return_indices:
             return None, "the pool returns indices"
-        if pool._forward_hooks or pool._forward_pre_hooks:
-            return None, "the pool has hooks"
+        if not unhooked(pool):
+            return None, "the pool has hooks or a forward of its own"
         pool = (
             _hashable(pool.kernel_size), _hashable(pool.stride), _hashable(pool.padding),
             _hashable(pool.dilation), pool.ceil_mode,
         )  # fmt: skip
-    return _spec(
+    build = _spec.__wrapped__ if torch.compiler.is_compiling() else _spec  # dynamo warns of caches
+    return build(
         rank, _hashable(stride), _hashable(padding), _hashable(dilation), groups, activation, pool, layout
     ), None
 
 
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
 def _hashable(value):
-    return tuple(value) if isinstance(value, list) else value
+    return (
+        value
+        if isinstance(value, int) or value is None
+        else tuple(value)
+        if isinstance(value, Iterable)
+        else value
+    )
+
+
+def _whole(value, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"got {name}={value!r}, expected an int") from None
 
 
 @lru_cache(maxsize=4096)
@@ -226,7 +258,9 @@ def _spec(rank, stride, padding, dilation, groups, activation, pool, layout) -> 
         )
         for pad, k in zip(max_pool.padding, max_pool.kernel, strict=True):
             if pad > k // 2:
-                raise ValueError(f"got a pool padding of {pad} for a kernel of {k}, expected at most half of it")
+                raise ValueError(
+                    f"got a pool padding of {pad} for a kernel of {k}, expected at most half of it"
+                )
     return BlockSpec(
         _pair(stride, rank, "stride", 1, 1),
         _pair(padding, rank, "padding", 0, 0),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast import _ext
-from cnnlstm_fast.spec import ACTIVATIONS, BYTE_WINDOW, BlockSpec
+from cnnlstm_fast.spec import ACTIVATIONS, BYTE_WINDOW, CODE_GROUP, BlockSpec
 
 PLANS = ("auto", "direct", "chunked", "reference")
 
@@ -32,6 +32,8 @@ def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | Non
         return f"the activation {spec.activation!r} has no fused kernel"
     if spec.window > BYTE_WINDOW:
         return f"the pool's window of {spec.window} elements is larger than {BYTE_WINDOW}"
+    if spec.pool and not spec.windows_meet(x.shape[2:], weight.shape[2:]):
+        return "the pool has windows without an element"
     if x.dtype not in _DTYPES:
         return f"the fused kernels compute float32 and bfloat16, not {str(x.dtype)[6:]}"
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -50,10 +52,14 @@ def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | Non
         return "a torch.func transform is active"
     if torch.overrides.has_torch_function((x, weight)) or not _is_plain(x) or not _is_plain(weight):
         return "the input or a parameter is a Tensor subclass"
-    if x.is_quantized or x.layout != torch.strided or x.is_conj() or x.is_neg():
+    if 0 in x.shape[1:] or 0 in weight.shape:
+        return "there are no channels or places to compute"
+    if x.is_quantized or x.layout != torch.strided:
         return "the input is not a plain strided tensor"
-    if torch.onnx.is_in_onnx_export():
-        return "ONNX export needs standard operators"
+    if not torch.compiler.is_compiling() and (x.is_conj() or x.is_neg()):  # dynamo cannot ask that
+        return "the input is not a plain strided tensor"
+    if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+        return "ONNX export and torch.jit.trace need standard operators"
     return None
 
 
@@ -82,6 +88,61 @@ def _is_plain(t: Tensor) -> bool:
     return isinstance(t, (FakeTensor, FunctionalTensor))
 
 
+#: Elements of one image's scratch and map that the direct plan's 32-bit offsets reach.
+_DIRECT_ELEMENTS = 2**29
+
+
+def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
+    """Why ``direct`` cannot run a call that the fused plans can, as a sentence; None if it can."""
+    if x.device.type != "cpu":
+        return None
+    if spec.groups > 1 and weight.shape[0] // spec.groups % CODE_GROUP:
+        return f"the direct plan takes groups of a multiple of {CODE_GROUP} output channels"
+    height, width = (s + 2 * p for s, p in zip(x.shape[2:], spec.padding, strict=True))
+    out = spec.conv_size(x.shape[2:], weight.shape[2:])
+    if max(height * width * x.shape[1], out[0] * out[1] * max(_taps(weight), 64)) > _DIRECT_ELEMENTS:
+        return "one image is too large for the direct plan"
+    return None
+
+
+def _taps(weight: Tensor) -> int:
+    return weight.shape[1] * weight.shape[2] * weight.shape[3]
+
+
+def _measured(spec: BlockSpec, x: Tensor, weight: Tensor, training: bool) -> tuple[str, str, str]:
+    """The fastest (forward plan, backward plan) and why, by rules read off `python -m benchmarks blocks`.
+
+    ``direct`` wins by what it need not write and read: the map before the pool, and its gradient. The
+    library's convolutions win where arithmetic over large weights dominates.
+    """
+    taps, channels = _taps(weight), x.shape[1]
+    weights, pooled = taps * weight.shape[0], spec.window
+    conv = spec.conv_size(x.shape[2:], weight.shape[2:])
+    outputs = x.shape[0] * weight.shape[0] * conv[0] * conv[1]
+    if x.dtype == torch.bfloat16 and taps > 64:
+        return "chunked", "chunked", "the library's bfloat16 arithmetic is faster over many taps"
+    if not training:
+        if taps <= 32 or (pooled > 1 and weights <= 2**20) or weights <= 2**14:
+            return "direct", "direct", "bound by memory: the map before the pool never exists"
+        if outputs >= 2**21:
+            plan = "direct" if weights <= 2**19 else "chunked"
+            return plan, plan, "a large map: kept in cache"
+    elif channels <= 24 or not x.requires_grad:
+        if taps <= 64 or (pooled > 2 and channels <= 192):
+            return "direct", "direct", "bound by memory: gradients go to the winners only"
+        if weights <= 2**15 and x.requires_grad:
+            return "direct", "direct", "few weights"
+    elif pooled <= 2:
+        if outputs >= 2**20 and weights <= 2**15:
+            return "direct", "direct", "a large map: kept in cache"
+    else:
+        if weights <= 2**18:
+            return "direct", "direct", "gradients go to the winners only"
+        if weights <= 2**20 and outputs >= 2**19:
+            return "direct", "chunked", "large weights: the library's gradients, in chunks"
+    return "reference", "reference", "bound by arithmetic over large weights: the library is as fast"
+
+
 def choose(
     plan: str, spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[str, str, str]:
@@ -93,13 +154,23 @@ def choose(
     if plan == "reference":
         return "reference", "reference", "asked for"
     why_not = why_not_fused(spec, x, weight, bias)
-    if why_not is not None:
-        if plan != "auto":
+    not_direct = None if why_not else why_not_direct(spec, x, weight)
+    if plan != "auto":
+        why_not = why_not or (not_direct if plan == "direct" else None)
+        if why_not:
             raise ValueError(
                 f'plan="{plan}" cannot run here: {why_not}. Pass plan="auto" to let '
-                "the package choose, or plan=\"reference\" for PyTorch's own operators"
+                'the package choose, or plan="reference" for PyTorch\'s own operators'
             )
-        return "reference", "reference", why_not
-    if plan != "auto":
         return plan, plan, "asked for"
-    return "direct", "direct", "default"
+    if why_not:
+        return "reference", "reference", why_not
+    if x.device.type != "cpu":
+        return "direct", "direct", "the only fused plan measured on this device"
+    training = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    forward, backward, reason = _measured(spec, x, weight, training)
+    if not_direct and "direct" in (forward, backward):
+        return "reference", "reference", not_direct
+    return forward, backward, reason

@@ -22,7 +22,6 @@ mix the values up. And ``H`` and ``W`` are those after the pool: a 28x28 image p
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -225,9 +224,10 @@ class CNN_LSTM_TimeDistributed(nn.Module):
             )
         h, w = x.shape[-2:]
         given = 64 * (h // 2) * (w // 2)
-        if given != self.lstm.input_size:
+        expected = 64 * (self.image_size[0] // 2) * (self.image_size[1] // 2)
+        if given != expected:  # not self.lstm.input_size: dynamo must not touch an nn.LSTM
             raise ValueError(
-                f"the LSTM expects {self.lstm.input_size} features but the CNN gives {given} = "
+                f"the LSTM expects {expected} features but the CNN gives {given} = "
                 f"64 x {h // 2} x {w // 2} for {h}x{w} images (this model was made for "
                 f"{self.image_size[0]}x{self.image_size[1]}): pass image_size=({h}, {w})"
             )

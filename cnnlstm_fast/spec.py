@@ -6,7 +6,7 @@ Nothing here touches a tensor; every other file asks this one how large things a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 #: Memory order of the pooled map (N, C, H, W) for every layout name, slowest axis first, and how
 #: many of the ordered axes each dimension of the result merges.
@@ -88,12 +88,24 @@ class BlockSpec:
         conv = self.conv_size(size, kernel)
         return pool_size(conv, self.pool_args())
 
+    def windows_meet(self, size: tuple[int, int], kernel: tuple[int, int]) -> bool:
+        """Whether every pool window holds an element of the map; a dilated one may fall between."""
+        pool = self.pool
+        if max(pool.dilation) == 1 or max(pool.padding) == 0:
+            return True
+        conv, out = self.conv_size(size, kernel), self.out_size(size, kernel)
+        return all(
+            any(
+                0 <= i * pool.stride[axis] - pool.padding[axis] + j * pool.dilation[axis] < conv[axis]
+                for j in range(pool.kernel[axis])
+            )
+            for axis in (0, 1)
+            for i in range(out[axis])
+        )
+
 
 def conv_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
-    h, w = (
-        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
+    h, w = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
     return h, w
 
 
@@ -129,7 +141,7 @@ def codes_shape(window: int, n: int, c: int, size) -> list[int]:
     return [n, *size, -(-c // CODE_GROUP), bytes_per_group]
 
 
-@lru_cache(maxsize=None)
+@cache
 def layout_dims(layout: str, rank: int) -> tuple[str, tuple[int, ...]]:
     """Memory order and merged axes for 2-d (``rank`` 4) or 1-d (``rank`` 3) maps."""
     order, merge = LAYOUTS[layout]

@@ -26,7 +26,9 @@ enum Plan : int64_t { kDirect = 1, kChunked = 2 };
 constexpr int64_t kChunkBytes = int64_t{2} << 20;
 constexpr int64_t kMaxScratchFloats = int64_t{1} << 30;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // ---- Calls of PyTorch's own operators
 
@@ -119,13 +121,11 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   for (int i = 0; i < 7; ++i) {
     const int64_t least = i == 2 || i == 3 ? 0 : 1;
-    STD_TORCH_CHECK(conv[i] >= least && conv[i] <= kMax, "conv_block: conv[", i, "] = ", conv[i],
-                    " is out of range");
+    STD_TORCH_CHECK(conv[i] >= least && conv[i] <= kMax, "conv_block: conv[", i, "] = ", conv[i], " is out of range");
   }
   for (size_t i = 0; i < pool.size(); ++i) {
     const int64_t least = i == 4 || i == 5 || i == 8 ? 0 : 1;
-    STD_TORCH_CHECK(pool[i] >= least && pool[i] <= kMax, "conv_block: pool[", i, "] = ", pool[i],
-                    " is out of range");
+    STD_TORCH_CHECK(pool[i] >= least && pool[i] <= kMax, "conv_block: pool[", i, "] = ", pool[i], " is out of range");
   }
 
   Block b{};
@@ -151,8 +151,7 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
                   "conv_block: pool padding is more than half the kernel");
   b.out_h = out_length(b.oh, b.pool_kh, b.pool_sh, b.pool_ph, b.pool_dh, p[8]);
   b.out_w = out_length(b.ow, b.pool_kw, b.pool_sw, b.pool_pw, b.pool_dw, p[8]);
-  STD_TORCH_CHECK(b.out_h >= 1 && b.out_w >= 1, "conv_block: a map of ", b.oh, "x", b.ow,
-                  " is too small for the pool");
+  STD_TORCH_CHECK(b.out_h >= 1 && b.out_w >= 1, "conv_block: a map of ", b.oh, "x", b.ow, " is too small for the pool");
   STD_TORCH_CHECK(windows_meet(b.oh, b.out_h, b.pool_kh, b.pool_sh, b.pool_ph, b.pool_dh) &&
                       windows_meet(b.ow, b.out_w, b.pool_kw, b.pool_sw, b.pool_pw, b.pool_dw),
                   "conv_block: a pool window meets no element of the map");
@@ -178,7 +177,9 @@ Ints in_order(const Block& b, const Ints& order) {
   return {size[order[0]], size[order[1]], size[order[2]], size[order[3]]};
 }
 
-Ints codes_size(const Block& b) { return {b.n, b.out_h, b.out_w, b.code_groups, b.code_bytes}; }
+Ints codes_size(const Block& b) {
+  return {b.n, b.out_h, b.out_w, b.code_groups, b.code_bytes};
+}
 
 void check_direct(const Block& b) {
   STD_TORCH_CHECK(b.groups == 1 || b.co / b.groups % kCodeGroup == 0,
@@ -202,7 +203,9 @@ void for_each_item(int64_t items, const F& run) {
 // Scratch of one item: what a second-level cache holds beside the weights.
 constexpr int64_t kItemFloats = 96 * 1024;
 
-int64_t wanted_items() { return 4 * static_cast<int64_t>(torch::stable::get_num_threads()); }
+int64_t wanted_items() {
+  return 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+}
 
 // Pooled rows per item: enough items for every thread, scratch that stays in cache.
 int64_t rows_per_item(const Block& b, int64_t scratch_of_row, int64_t scratch_of_two) {
@@ -230,13 +233,11 @@ void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, con
   const Tensor w = torch::stable::contiguous(weight);
   const bool by_width = b.x_stride[3] == 1 || b.x_stride[1] != 1;
   const void* weight_data = w.data_ptr();
-  for_each_item(b.groups * ceil_div(padded, k.block_width), [&](int64_t unit) {
-    k.pack_weight(b, weight_data, by_width, packed.data(), unit, unit + 1);
-  });
+  for_each_item(b.groups * ceil_div(padded, k.block_width),
+                [&](int64_t unit) { k.pack_weight(b, weight_data, by_width, packed.data(), unit, unit + 1); });
   if (bias) {
     const Tensor flat = torch::stable::contiguous(*bias);
-    for (int64_t c = 0; c < b.co; ++c)
-      packed_bias[c / og * padded + c % og] = k.to_float(flat.data_ptr(), c, b.dtype);
+    for (int64_t c = 0; c < b.co; ++c) packed_bias[c / og * padded + c % og] = k.to_float(flat.data_ptr(), c, b.dtype);
   }
   auto scratch_of = [&](int64_t rows) { return k.forward_scratch(b, 1, rows); };
   const int64_t rows = rows_per_item(b, scratch_of(1), scratch_of(2)), bands = ceil_div(b.out_h, rows);
@@ -287,9 +288,9 @@ std::tuple<Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Ten
   const Call call = describe(x, weight, conv, activation, pool, order);
   const Block& b = call.block;
   if (bias)
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == b.co && bias->scalar_type() == x.scalar_type() &&
-                        bias->is_cpu(),
-                    "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->size(0) == b.co && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
+        "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
   STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block: unknown plan ", plan);
   const Tensor out = torch::stable::new_empty(x, in_order(b, order));
   const Tensor codes =
@@ -320,7 +321,7 @@ PatchStorage make_patch(const Block& b, int64_t lanes, bool may_gather) {
   const int64_t cg = b.c / b.groups, row = b.padded_w * b.c;
   const bool joined = b.dw == 1 && b.groups == 1;  // kw and c lie side by side
   const int64_t run = joined ? b.kw * cg : cg, runs = joined ? b.kh : b.kh * b.kw;
-  const bool gathered = may_gather && joined && b.taps % lanes != 0 && b.taps < 8 * lanes;
+  const bool gathered = may_gather && joined && run % lanes != 0 && b.taps < 8 * lanes;
   const int64_t vectors_of_run = ceil_div(gathered ? b.taps : run, lanes);
   const int64_t count = gathered ? vectors_of_run : vectors_of_run * runs;
   s.tap.assign(count * lanes, -1);
@@ -338,8 +339,9 @@ PatchStorage make_patch(const Block& b, int64_t lanes, bool may_gather) {
       s.offset.push_back(static_cast<int32_t>(base + at));
     }
   const int64_t patch = count * lanes;
-  s.patch = {count, s.offset.data(), s.tap.data(), gathered ? b.ow * patch : b.sh * row, gathered ? patch : b.sw * b.c,
-             gathered};
+  s.patch = {
+      count,   s.offset.data(), s.tap.data(), gathered ? b.ow * patch : b.sh * row, gathered ? patch : b.sw * b.c,
+      gathered};
   return s;
 }
 
@@ -357,14 +359,14 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     // any number of threads.
     const int64_t per_slice = b.co * (grad_weight ? patch : 0) + ceil_div(b.co, kMaxVector) * kMaxVector;
     const int64_t bias_floats = per_slice - b.co * (grad_weight ? patch : 0);
-    const int64_t slices =
-        std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
+    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
     AlignedFloats sums(slices * per_slice);
     for_each_item(slices, [&](int64_t slice) {
       float* sum = sums.data() + slice * per_slice;
       for (int64_t n = slice * b.n / slices; n < (slice + 1) * b.n / slices; ++n)
         k.backward_weight(b, s.patch, x.data_ptr(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
-                          grad_weight ? sum + bias_floats : nullptr, grad_bias ? sum : nullptr, thread_scratch(scratch));
+                          grad_weight ? sum + bias_floats : nullptr, grad_bias ? sum : nullptr,
+                          thread_scratch(scratch));
     });
     for_each_item(b.co, [&](int64_t c) {
       auto put_total = [&](int64_t at, void* to, int64_t index) {
@@ -461,8 +463,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
                   "conv_block_backward: expected a 4-d gradient in the input's dtype, on its device");
   Ints grad_stride(4);
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(grad.size(i) == expected[i], "conv_block_backward: the gradient has size ", grad.size(i), " at ",
-                    i, ", expected ", expected[i]);
+    STD_TORCH_CHECK(grad.size(i) == expected[i], "conv_block_backward: the gradient has size ", grad.size(i), " at ", i,
+                    ", expected ", expected[i]);
     grad_stride[order[i]] = grad.stride(i);
   }
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_cpu() && codes.is_contiguous(),

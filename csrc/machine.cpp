@@ -11,7 +11,9 @@
 namespace cnnlstm_fast {
 namespace {
 
-std::string isa() { return kernels().name; }
+std::string isa() {
+  return kernels().name;
+}
 
 // float32 GFLOP/s of fused multiply-adds on all of torch's threads at once.
 double fma_peak(double seconds) {

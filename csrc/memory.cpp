@@ -15,7 +15,9 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kKeptBytes = int64_t{16} << 20;
 
-int64_t round_up(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
+int64_t round_up(int64_t bytes, int64_t to) {
+  return (bytes + to - 1) / to * to;
+}
 
 struct Arena {
   void* data = nullptr;
@@ -32,7 +34,9 @@ AlignedFloats::AlignedFloats(int64_t count) {
   std::memset(data_, 0, bytes);
 }
 
-AlignedFloats::~AlignedFloats() { std::free(data_); }
+AlignedFloats::~AlignedFloats() {
+  std::free(data_);
+}
 
 float* thread_scratch(int64_t floats) {
   static thread_local Arena arena;

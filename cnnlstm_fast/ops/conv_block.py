@@ -16,10 +16,9 @@ The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cnnlstm_fast.spec import codes_shape, conv_size, pool_size, raw_shape
+from cnnlstm_fast.spec import CODE_GROUP, codes_shape, conv_size, pool_size, raw_shape
 
 PLANS = {"direct": 1, "chunked": 2}
 
@@ -63,44 +62,85 @@ def _(grad, x, weight, codes, conv, activation, pool, order, plan, need_x, need_
     )
 
 
-def composite(x, weight, bias, conv, activation, pool, order) -> Tensor:
-    """The op in differentiable PyTorch, in the op's own terms."""
-    y = F.conv2d(x, weight, bias, conv[0:2], conv[2:4], conv[4:6], conv[6])
-    if activation:
-        y = F.relu(y)
-    if pool:
-        y = F.max_pool2d(y, pool[0:2], pool[2:4], pool[4:6], pool[6:8], bool(pool[8]))
-    return y.permute(order).contiguous()
+def spread(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int], order) -> Tensor:
+    """The gradient of the convolution's map (N, C_out, OH, OW) from that of the op's result.
+
+    Every gradient goes to the place that its winner code names. Plain PyTorch, differentiable in
+    ``grad``; ``codes`` may be empty where the block keeps none.
+    """
+    inverse = sorted(range(4), key=lambda axis: order[axis])
+    grad = grad.permute(inverse)
+    if codes.numel() == 0:
+        return grad
+    n, c, out_h, out_w = grad.shape
+    if codes.shape[-1] == CODE_GROUP // 2:
+        codes = torch.cat([codes & 15, codes >> 4], -1)
+        stopped = 15
+    else:
+        stopped = 255
+    place = codes.flatten(3)[..., :channels].permute(0, 3, 1, 2).long()
+    passed = place != stopped
+    kernel_w, stride, padding, dilation = (
+        (pool[1], pool[2:4], pool[4:6], pool[6:8]) if pool else (1, (1, 1), (0, 0), (1, 1))
+    )
+    place = place.where(passed, 0)
+    rows = torch.arange(out_h, device=grad.device)[:, None] * stride[0] - padding[0]
+    cols = torch.arange(out_w, device=grad.device) * stride[1] - padding[1]
+    flat = (rows + place // kernel_w * dilation[0]) * conv_hw[1] + cols + place % kernel_w * dilation[1]
+    flat = flat.where(passed, 0)
+    values = grad.where(passed, 0)
+    spread_map = grad.new_zeros(n, c, conv_hw[0] * conv_hw[1])
+    return spread_map.scatter_add(2, flat.flatten(2), values.flatten(2)).unflatten(2, tuple(conv_hw))
 
 
 class ConvBlockFunction(torch.autograd.Function):
     """Autograd around the op; entered only when a gradient is needed."""
 
     @staticmethod
-    def forward(x, weight, bias, conv, activation, pool, order, plan, backward_plan):
-        return forward_op(x, weight, bias, conv, activation, pool, order, plan, True)
+    def forward(*args):  # named parameters would cost 75 us: torch binds them by inspect.signature
+        *args, plan, _ = args
+        return forward_op(*args, plan, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, *ctx.args, _, ctx.backward_plan = inputs
+        x, weight, _, *ctx.args, _, ctx.backward_plan = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, output[1])
+        # What no gradient reads is not kept, and may change in place before the backward.
+        need_x, need_weight, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            x if need_weight else x.new_empty(()).expand(x.shape),
+            weight if need_x else weight.new_empty(()).expand(weight.shape),
+            output[1],
+        )
 
     @staticmethod
     def backward(ctx, grad, _):
         nothing = (None,) * 6
         if grad is None:
             return None, None, None, *nothing
-        x, weight, bias, codes = ctx.saved_tensors
+        x, weight, codes = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-        if torch.is_grad_enabled():  # create_graph=True: differentiable backward
-            inputs = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-            found = iter(
-                torch.autograd.grad(
-                    composite(x, weight, bias, *ctx.args), inputs, grad, create_graph=True
-                )
-            )
-            return *(next(found) if need else None for need in needs), *nothing
-        grads = backward_op(grad, x, weight, codes, *ctx.args, ctx.backward_plan, *needs)
+        if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+            grads = _differentiable_backward(grad, x, weight, codes, *ctx.args, needs)
+        else:
+            grads = backward_op(grad, x, weight, codes, *ctx.args, ctx.backward_plan, *needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def _differentiable_backward(grad, x, weight, codes, conv, activation, pool, order, needs):
+    conv_hw = conv_size(x.shape[2:], weight.shape[2:], conv[0:2], conv[2:4], conv[4:6])
+    spread_map = spread(grad, codes, conv_hw, weight.shape[0], pool, order)
+    return torch.ops.aten.convolution_backward(
+        spread_map,
+        x,
+        weight,
+        [weight.shape[0]],
+        conv[0:2],
+        conv[2:4],
+        conv[4:6],
+        False,
+        [0, 0],
+        conv[6],
+        needs,
+    )

@@ -9,33 +9,33 @@ namespace cnnlstm_fast {
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 enum Activation : int32_t { kNone = 0, kReLU = 1 };
 
-constexpr int64_t kCodeGroup = 16;    // channels per group of winner codes
-constexpr int64_t kNibbleWindow = 14; // larger windows take a byte per code
+constexpr int64_t kCodeGroup = 16;     // channels per group of winner codes
+constexpr int64_t kNibbleWindow = 14;  // larger windows take a byte per code
 constexpr int64_t kByteWindow = 254;
-constexpr int64_t kMaxVector = 16;    // floats in the widest vector of any instruction set
+constexpr int64_t kMaxVector = 16;  // floats in the widest vector of any instruction set
 
 // One block. All strides are in elements.
 struct Block {
-  int64_t n, c, h, w;                // input
-  int64_t co, kh, kw;                // convolution
+  int64_t n, c, h, w;  // input
+  int64_t co, kh, kw;  // convolution
   int64_t sh, sw, ph, pw, dh, dw, groups;
-  int64_t oh, ow;                    // convolution map
+  int64_t oh, ow;                                                                  // convolution map
   int64_t pool_kh, pool_kw, pool_sh, pool_sw, pool_ph, pool_pw, pool_dh, pool_dw;  // 1 1 1 1 0 0 1 1 without pool
-  int64_t out_h, out_w;              // pooled map
+  int64_t out_h, out_w;                                                            // pooled map
   int32_t activation, dtype;
-  int64_t x_stride[4];               // of (n, c, h, w)
-  int64_t out_stride[4];             // of (n, c, h, w): the layout
-  int64_t code_bytes;                // per group of 16 channels: 8 or 16
+  int64_t x_stride[4];    // of (n, c, h, w)
+  int64_t out_stride[4];  // of (n, c, h, w): the layout
+  int64_t code_bytes;     // per group of 16 channels: 8 or 16
 
-  int64_t code_groups;               // groups of 16 channels
-  int64_t padded_h, padded_w;        // input with the convolution's padding
-  int64_t taps;                      // per output channel: c / groups * kh * kw
+  int64_t code_groups;         // groups of 16 channels
+  int64_t padded_h, padded_w;  // input with the convolution's padding
+  int64_t taps;                // per output channel: c / groups * kh * kw
 };
 
 // Rows of a map whose channels are contiguous: where `finish` reads a library's convolution.
 struct MapRows {
-  const void* data;                  // (oh, ow, co) of one image
-  int64_t row_stride, col_stride;    // in elements
+  const void* data;                // (oh, ow, co) of one image
+  int64_t row_stride, col_stride;  // in elements
   int32_t dtype;
 };
 
@@ -43,16 +43,16 @@ struct MapRows {
 // channels are contiguous. Lane l of vector j holds tap `tap[j * vector + l]`, or none where it is -1.
 struct Patch {
   int64_t vectors;
-  const int32_t* offset;             // [vectors], from the patch's first element
-  const int32_t* tap;                // [vectors * vector lanes]
-  int64_t row_step, col_step;        // from one convolution position to the next
-  bool gathered;                     // patches are copied side by side (im2col) before they are read
+  const int32_t* offset;       // [vectors], from the patch's first element
+  const int32_t* tap;          // [vectors * vector lanes]
+  int64_t row_step, col_step;  // from one convolution position to the next
+  bool gathered;               // patches are copied side by side (im2col) before they are read
 };
 
 struct KernelTable {
   const char* name;
-  int64_t vector;                    // floats per vector
-  int64_t block_width;               // most output channels that one pass computes
+  int64_t vector;       // floats per vector
+  int64_t block_width;  // most output channels that one pass computes
 
   float (*to_float)(const void* data, int64_t index, int32_t dtype);
   void (*from_float)(float value, void* data, int64_t index, int32_t dtype);
@@ -65,33 +65,32 @@ struct KernelTable {
 
   // Pooled rows [row0, row1) of `images` images from `image` on; `scratch` holds forward_scratch floats.
   int64_t (*forward_scratch)(const Block&, int64_t images, int64_t rows);
-  void (*forward)(const Block&, const void* x, const float* packed, const float* bias, void* out,
-                  uint8_t* codes, int64_t image, int64_t images, int64_t row0, int64_t row1, float* scratch);
+  void (*forward)(const Block&, const void* x, const float* packed, const float* bias, void* out, uint8_t* codes,
+                  int64_t image, int64_t images, int64_t row0, int64_t row1, float* scratch);
 
   // Activation, pool and layout of pooled rows of one image from a finished convolution.
   int64_t (*finish_scratch)(const Block&, int64_t rows);
-  void (*finish)(const Block&, const MapRows&, void* out, uint8_t* codes, int64_t image, int64_t row0,
-                 int64_t row1, float* scratch);
+  void (*finish)(const Block&, const MapRows&, void* out, uint8_t* codes, int64_t image, int64_t row0, int64_t row1,
+                 float* scratch);
 
   // The gradient of one image's convolution map, (oh, ow, co) contiguous, from the gradient of the
   // pooled map and the codes.
   int64_t (*spread_scratch)(const Block&);
-  void (*spread)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes,
-                 int64_t image, void* map, float* scratch);
+  void (*spread)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes, int64_t image,
+                 void* map, float* scratch);
 
   // Add one image to the gradients of weight [co][patch.vectors * vector] and bias [co] (either may
   // be null).
   int64_t (*backward_weight_scratch)(const Block&, const Patch&);
-  void (*backward_weight)(const Block&, const Patch&, const void* x, const void* grad,
-                          const int64_t* grad_stride, const uint8_t* codes, int64_t image, float* grad_weight,
-                          float* grad_bias, float* scratch);
+  void (*backward_weight)(const Block&, const Patch&, const void* x, const void* grad, const int64_t* grad_stride,
+                          const uint8_t* codes, int64_t image, float* grad_weight, float* grad_bias, float* scratch);
 
   // Input gradient of one image; `rows` is the weight as [tile][co][vectors of the tile], where a tile
   // is input_tile vectors of a patch (the last one fewer).
   int64_t (*backward_input_scratch)(const Block&, const Patch&);
-  void (*backward_input)(const Block&, const Patch&, const float* rows, const void* grad,
-                         const int64_t* grad_stride, const uint8_t* codes, int64_t image, void* grad_x,
-                         const int64_t* grad_x_stride, float* scratch);
+  void (*backward_input)(const Block&, const Patch&, const float* rows, const void* grad, const int64_t* grad_stride,
+                         const uint8_t* codes, int64_t image, void* grad_x, const int64_t* grad_x_stride,
+                         float* scratch);
 
   int64_t (*input_tile)(const Block&);
 
@@ -100,7 +99,7 @@ struct KernelTable {
 };
 
 const KernelTable* baseline_kernels();
-const KernelTable* avx2_kernels();    // null where the compiler has no such target
+const KernelTable* avx2_kernels();  // null where the compiler has no such target
 const KernelTable* avx512_kernels();
 
 }  // namespace cnnlstm_fast

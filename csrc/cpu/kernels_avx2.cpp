@@ -14,10 +14,14 @@
 #endif
 
 namespace cnnlstm_fast {
-const KernelTable* avx2_kernels() { return &kTable; }
+const KernelTable* avx2_kernels() {
+  return &kTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
-const KernelTable* avx2_kernels() { return nullptr; }
+const KernelTable* avx2_kernels() {
+  return nullptr;
+}
 }  // namespace cnnlstm_fast
 #endif

@@ -2,7 +2,8 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2")
 #endif
@@ -14,10 +15,14 @@
 #endif
 
 namespace cnnlstm_fast {
-const KernelTable* avx512_kernels() { return &kTable; }
+const KernelTable* avx512_kernels() {
+  return &kTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
-const KernelTable* avx512_kernels() { return nullptr; }
+const KernelTable* avx512_kernels() {
+  return nullptr;
+}
 }  // namespace cnnlstm_fast
 #endif

@@ -4,5 +4,7 @@
 #include "kernels.inc"
 
 namespace cnnlstm_fast {
-const KernelTable* baseline_kernels() { return &kTable; }
+const KernelTable* baseline_kernels() {
+  return &kTable;
+}
 }  // namespace cnnlstm_fast

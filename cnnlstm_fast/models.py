@@ -1,0 +1,54 @@
+"""The three systems, fast: the constructors of :mod:`cnnlstm_fast.reference`, other ``features``.
+
+Attribute names and ``state_dict`` keys are those of the reference twins, so weights load both ways.
+A child that was replaced by another type or carries a hook is called as it is.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cnnlstm_fast import patterns, reference
+
+__all__ = ["CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed"]
+
+
+def _block(modules: list[nn.Module], conv: type[nn.Module]) -> patterns.Block | None:
+    """The modules as one block around a ``conv`` that ends in a map, or None."""
+    block = patterns.as_block(modules)
+    return block if block is not None and type(block.conv) is conv and block.flatten is None else None
+
+
+class CNN_LSTM_Simple(reference.CNN_LSTM_Simple):
+    __doc__ = reference.CNN_LSTM_Simple.__doc__
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the LSTM gets, contiguous: ``(B, C, H, W) -> (B, H'*W', 64)``."""
+        block = _block([self.cnn, self.relu, self.pool], nn.Conv2d)
+        if block is None or x.dim() != 4:
+            return super().features(x)
+        return patterns.run(block, x, "locations")
+
+
+class CNN_LSTM_1DConv(reference.CNN_LSTM_1DConv):
+    __doc__ = reference.CNN_LSTM_1DConv.__doc__
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the LSTM gets, contiguous: ``(B, C, H, W) -> (B, H'*W', 64)``."""
+        block, block_1d = _block([self.cnn], nn.Conv2d), _block([self.cnn_1d], nn.Conv1d)
+        if block is None or block_1d is None or x.dim() != 4:
+            return super().features(x)
+        y = patterns.run(block, x, "locations")  # the Conv1d reads it through its strides
+        return patterns.run(block_1d, y.transpose(1, 2), "locations")
+
+
+class CNN_LSTM_TimeDistributed(reference.CNN_LSTM_TimeDistributed):
+    __doc__ = reference.CNN_LSTM_TimeDistributed.__doc__
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the LSTM gets, contiguous: ``(B, T, C, H, W) -> (B, T, 64*H'*W')``."""
+        self.check_frames(x)
+        block = _block([self.cnn], nn.Conv2d)
+        if block is None:
+            return super().features(x)
+        return patterns.run(block, x.flatten(0, 1), "features").unflatten(0, x.shape[:2])

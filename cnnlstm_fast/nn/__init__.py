@@ -1,0 +1,6 @@
+"""Drop-in modules."""
+
+from cnnlstm_fast.nn.sequential import Sequential
+from cnnlstm_fast.nn.time_distributed import TimeDistributed
+
+__all__ = ["Sequential", "TimeDistributed"]

@@ -1,0 +1,43 @@
+"""``nn.Sequential`` whose blocks run as one op each."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cnnlstm_fast import patterns
+
+__all__ = ["Sequential"]
+
+
+class Sequential(nn.Sequential):
+    """An ``nn.Sequential`` with the same children, keys and results, but fused.
+
+    Runs of a convolution and the activation, max pool and ``Flatten(1)`` that follow it become one
+    op; what cannot be fused, and every child that carries a hook, is called as it is
+    (:func:`cnnlstm_fast.explain.explain` shows which and why). Plain ``nn.Sequential`` children are
+    looked into. Children may be exchanged, appended and hooked at any time.
+
+    Shapes, dtypes and strides of the result are those of ``nn.Sequential``.
+
+    Raises:
+        ValueError: an input that the convolution of a fused block cannot take.
+    """
+
+    def forward(self, input):
+        if torch.jit.is_scripting():
+            for module in self:
+                input = module(input)
+            return input
+        else:
+            return _run(self, input)
+
+
+@torch.jit.ignore
+def _run(container: nn.Sequential, input):
+    for step in patterns.steps(container._modules.values()):
+        input = patterns.run(step, input) if isinstance(step, patterns.Block) else step(input)
+    return input
+
+
+patterns.CONTAINERS.add(Sequential)
