@@ -211,6 +211,11 @@ def make_spec(
     ), None
 
 
+def global_hooks() -> bool:
+    """Whether hooks on all modules are set, by anyone but an observer that knows of fused ones."""
+    return _has_any_global_hook() and (plans.observer is None or not plans.observer.alone)
+
+
 def unhooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's forward and nothing else."""
     return not (
@@ -219,7 +224,7 @@ def unhooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
+        or global_hooks()
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from cnnlstm_fast import functional, plans
 from cnnlstm_fast.functional import unhooked
@@ -131,9 +130,7 @@ def steps(modules: Iterable[nn.Module]) -> list[Block | nn.Module]:
     Containers inside are unrolled. Looked up anew on every call, so that hooks, replaced children
     and changed attributes count at once.
     """
-    if torch.jit.is_tracing() or (
-        _has_any_global_hook() and (plans.observer is None or not plans.observer.alone)
-    ):
+    if torch.jit.is_tracing() or functional.global_hooks():
         return list(modules)
     members = _members(modules)
     parts = [part_of(module) for module in members]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast import _ext
-from cnnlstm_fast.spec import ACTIVATIONS, BYTE_WINDOW, CODE_GROUP, BlockSpec
+from cnnlstm_fast.spec import ACTIVATIONS, BYTE_WINDOW, BlockSpec
 
 PLANS = ("auto", "direct", "chunked", "reference")
 
@@ -96,8 +96,6 @@ def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     """Why ``direct`` cannot run a call that the fused plans can, as a sentence; None if it can."""
     if x.device.type != "cpu":
         return None
-    if spec.groups > 1 and weight.shape[0] // spec.groups % CODE_GROUP:
-        return f"the direct plan takes groups of a multiple of {CODE_GROUP} output channels"
     height, width = (s + 2 * p for s, p in zip(x.shape[2:], spec.padding, strict=True))
     out = spec.conv_size(x.shape[2:], weight.shape[2:])
     if max(height * width * x.shape[1], out[0] * out[1] * max(_taps(weight), 64)) > _DIRECT_ELEMENTS:
@@ -115,6 +113,8 @@ def _measured(spec: BlockSpec, x: Tensor, weight: Tensor, training: bool) -> tup
     ``direct`` wins by what it need not write and read: the map before the pool, and its gradient. The
     library's convolutions win where arithmetic over large weights dominates.
     """
+    if spec.groups > 1:
+        return "reference", "reference", "grouped convolutions: the library is as fast"
     taps, channels = _taps(weight), x.shape[1]
     weights, pooled = taps * weight.shape[0], spec.window
     conv = spec.conv_size(x.shape[2:], weight.shape[2:])
@@ -135,6 +135,8 @@ def _measured(spec: BlockSpec, x: Tensor, weight: Tensor, training: bool) -> tup
     elif pooled <= 2:
         if outputs >= 2**20 and weights <= 2**15:
             return "direct", "direct", "a large map: kept in cache"
+        if weights <= 2**14 and spec.layout not in ("channels_first", "channels_last"):
+            return "direct", "direct", "a bridge: written straight into its layout"
     else:
         if weights <= 2**18:
             return "direct", "direct", "gradients go to the winners only"

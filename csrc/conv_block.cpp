@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -182,12 +183,45 @@ Ints codes_size(const Block& b) {
 }
 
 void check_direct(const Block& b) {
-  STD_TORCH_CHECK(b.groups == 1 || b.co / b.groups % kCodeGroup == 0,
-                  "conv_block: the direct plan takes groups of a multiple of 16 output channels");
   STD_TORCH_CHECK(b.padded_h <= kMaxScratchFloats / b.padded_w &&
                       b.padded_h * b.padded_w <= kMaxScratchFloats / b.c / 2 &&
                       b.oh * b.ow <= kMaxScratchFloats / std::max<int64_t>(b.taps, 64) / 2,
                   "conv_block: one image is too large for the direct plan");
+}
+
+// How many groups the direct plan computes as one, with zeros between them: its blocks of channels
+// begin at multiples of 16, so groups that end elsewhere are joined until they do.
+int64_t joined_groups(const Block& b) {
+  for (int64_t joined = 1; joined < b.groups; ++joined)
+    if (b.groups % joined == 0 && b.co / b.groups * joined % kCodeGroup == 0) return joined;
+  return b.groups;
+}
+
+// The block whose groups are joined.
+Block join_groups(Block b, int64_t joined) {
+  b.groups /= joined;
+  b.taps *= joined;
+  return b;
+}
+
+// Copies weights (co, c / groups, kh, kw) into or out of the joined groups' (co, joined * c / groups, kh, kw).
+template <class Copy>
+void for_each_joined_row(const Block& b, int64_t joined, const Copy& copy) {
+  const int64_t og = b.co / b.groups;
+  for (int64_t c = 0; c < b.co; ++c) copy(c * b.taps, (c * joined + c / og % joined) * b.taps);
+}
+
+Tensor join_weight(const Block& b, const Tensor& weight, int64_t joined) {
+  const Tensor from = torch::stable::contiguous(weight);
+  if (joined == 1) return from;
+  const Tensor to = torch::stable::new_zeros(weight, Ints{b.co, joined * b.c / b.groups, b.kh, b.kw});
+  const int64_t size = from.element_size();
+  const char* source = static_cast<const char*>(from.data_ptr());
+  char* target = static_cast<char*>(to.data_ptr());
+  for_each_joined_row(b, joined, [&](int64_t apart, int64_t together) {
+    std::memcpy(target + together * size, source + apart * size, b.taps * size);
+  });
+  return to;
 }
 
 // Items are handed out one after another, so that a slow core does less.
@@ -225,12 +259,13 @@ uint8_t* codes_pointer(const Tensor& codes) {
 
 void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Tensor& out, const Tensor& codes) {
-  const Block& b = call.block;
+  const int64_t joined = joined_groups(call.block);
+  const Block b = join_groups(call.block, joined);
   check_direct(b);
   const KernelTable& k = kernels();
   const int64_t og = b.co / b.groups, padded = k.packed_channels(og);
   AlignedFloats packed(b.groups * padded * b.taps), packed_bias(b.groups * padded);
-  const Tensor w = torch::stable::contiguous(weight);
+  const Tensor w = join_weight(call.block, weight, joined);
   const bool by_width = b.x_stride[3] == 1 || b.x_stride[1] != 1;
   const void* weight_data = w.data_ptr();
   for_each_item(b.groups * ceil_div(padded, k.block_width),
@@ -348,7 +383,8 @@ PatchStorage make_patch(const Block& b, int64_t lanes, bool may_gather) {
 void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
                      const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
                      const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
-  const Block& b = call.block;
+  const int64_t joined = joined_groups(call.block);
+  const Block b = join_groups(call.block, joined);
   check_direct(b);
   const KernelTable& k = kernels();
   const int64_t lanes = k.vector;
@@ -368,6 +404,9 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
                           grad_weight ? sum + bias_floats : nullptr, grad_bias ? sum : nullptr,
                           thread_scratch(scratch));
     });
+    std::optional<Tensor> joined_grad = grad_weight;
+    if (grad_weight && joined > 1)
+      joined_grad = torch::stable::new_empty(weight, Ints{b.co, b.c / b.groups, b.kh, b.kw});
     for_each_item(b.co, [&](int64_t c) {
       auto put_total = [&](int64_t at, void* to, int64_t index) {
         double total = 0;
@@ -376,15 +415,23 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
       };
       if (grad_bias) put_total(c, grad_bias->data_ptr(), c);
       if (!grad_weight) return;
-      void* to = grad_weight->data_ptr();
+      void* to = joined_grad->data_ptr();
       for (int64_t i = 0; i < patch; ++i)
         if (s.tap[i] >= 0) put_total(bias_floats + c * patch + i, to, c * b.taps + s.tap[i]);
     });
+    if (grad_weight && joined > 1) {
+      const int64_t size = weight.element_size();
+      const char* from = static_cast<const char*>(joined_grad->data_ptr());
+      char* to = static_cast<char*>(grad_weight->data_ptr());
+      for_each_joined_row(call.block, joined, [&](int64_t apart, int64_t together) {
+        std::memcpy(to + apart * size, from + together * size, call.block.taps * size);
+      });
+    }
   }
   if (grad_x) {
     const PatchStorage s = make_patch(b, lanes, false);
     const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_input_scratch(b, s.patch);
-    const Tensor w = torch::stable::contiguous(weight);
+    const Tensor w = join_weight(call.block, weight, joined);
     AlignedFloats rows(b.co * patch);
     const int64_t tile = k.input_tile(b) * lanes;
     for (int64_t t = 0; t < patch; t += tile) {
@@ -438,9 +485,13 @@ void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_str
                thread_scratch(k.spread_scratch(b)));
     });
     // (n, oh, ow, co) seen as (n, co, oh, ow)
-    const Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
+    Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
     Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
-    const ConvolutionGrads found = convolution_backward(map, channels_last(part), weight, call.conv, grad_x.has_value(),
+    // The library's channels-last bfloat16 gradient of a pointwise weight writes past its memory.
+    const bool plain = b.dtype == kBFloat16 && b.kh * b.kw == 1;
+    if (plain) map = torch::stable::contiguous(map);
+    const Tensor input = plain ? torch::stable::contiguous(part) : channels_last(part);
+    const ConvolutionGrads found = convolution_backward(map, input, weight, call.conv, grad_x.has_value(),
                                                         grad_weight.has_value(), grad_bias.has_value());
     if (grad_x) {
       Tensor to = torch::stable::narrow(const_cast<Tensor&>(*grad_x), 0, n0, count);

@@ -108,11 +108,8 @@ class ConvBlockFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # What no gradient reads is not kept, and may change in place before the backward.
         need_x, need_weight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(
-            x if need_weight else x.new_empty(()).expand(x.shape),
-            weight if need_x else weight.new_empty(()).expand(weight.shape),
-            output[1],
-        )
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None, output[1])
+        ctx.shapes = x.shape, weight.shape
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -120,6 +117,10 @@ class ConvBlockFunction(torch.autograd.Function):
         if grad is None:
             return None, None, None, *nothing
         x, weight, codes = ctx.saved_tensors
+        if x is None:
+            x = grad.new_empty(()).expand(ctx.shapes[0])
+        if weight is None:
+            weight = grad.new_empty(()).expand(ctx.shapes[1])
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
             grads = _differentiable_backward(grad, x, weight, codes, *ctx.args, needs)
