@@ -1,0 +1,186 @@
+"""``python -m benchmarks run | blocks | plot | show``."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import blocks as block_races
+from benchmarks import dispatch, memory, roofline, trace
+from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
+from benchmarks.race import WrongResult, race
+from benchmarks.results import Report, read
+from benchmarks.tables import show
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnlstm_fast against its peers.")
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+#: Peers that a quick run leaves out: preparing them takes longer than racing them.
+_NOT_QUICK = ("torch.compile", *LENT_PEERS)
+
+
+class Part(str, enum.Enum):
+    """What a run can measure."""
+
+    races = "races"
+    memory = "memory"
+    dispatch = "dispatch"
+    traces = "traces"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+@app.command()
+def run(
+    quick: Annotated[
+        bool,
+        typer.Option("--quick/--full", help="2 minutes: features stage, no torch.compile; or 30 with all."),
+    ] = True,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="A case, or the beginning of its name; repeatable. All without it."),
+    ] = None,
+    part: Annotated[
+        list[Part] | None, typer.Option(help="What to measure; repeatable. All without it.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per race (quick 5, full 15).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the inputs; random without it, and reported.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Result file; benchmarks/results/ for a run of everything.")
+    ] = None,
+) -> None:
+    """Race the cases, measure memory and dispatch, trace; write a result file and print tables.
+
+    Exits with 1 where a result was wrong.
+    """
+    if case:
+        chosen = [c for name, c in CASES.items() if any(name.startswith(prefix) for prefix in case)]
+    else:
+        chosen = [c for c in CASES.values() if c.head is None or not quick]
+    if not chosen:
+        raise typer.BadParameter(f"no case begins with {case}; there are: {', '.join(CASES)}")
+    parts = part or list(Part)
+    if Part.memory in parts and not sys.platform.startswith("linux"):
+        console.print("memory is left out: it is read from /proc, which only Linux has")
+        parts = [p for p in parts if p is not Part.memory]
+    report = Report.begin("quick" if quick else "full")
+    with _progress() as progress:
+        report.roofline.append(roofline.measure())
+        if Part.races in parts:
+            _races(report, chosen, quick, rounds, seed, progress)
+        report.roofline.append(roofline.measure())
+        if Part.dispatch in parts:
+            wanted = [(channels, mode) for channels in dispatch.CHANNELS for mode in ("inference", "forward")]
+            for w in progress.track(wanted, description="dispatch"):
+                report.dispatch.append(dispatch.measure(*w))
+        if Part.traces in parts:
+            for kind in progress.track(SYSTEMS, description="traces"):
+                report.traces.extend(trace.trace(kind))
+        if Part.memory in parts:
+            wanted = [(c.name, side) for c in chosen if c.training for side in memory.SIDES]
+            for w in progress.track(wanted, description="memory"):
+                report.memory.append(memory.measure(*w))
+    whole = not case and not part
+    _finish(report, output or (report.path if whole else None))
+
+
+def _races(report: Report, cases: list[Case], quick: bool, rounds: int | None, seed, progress) -> None:
+    rounds = rounds or (5 if quick else 15)
+    for case in cases:
+        skipped = [p for p in case.peers if quick and p in _NOT_QUICK]
+        task = progress.add_task(case.name, total=rounds)
+        try:
+            result = race(
+                replace(case, peers=tuple(p for p in case.peers if p not in skipped)),
+                rounds=rounds,
+                turn_s=0.1 if quick else 0.25,
+                seed=torch.seed() % 2**31 if seed is None else seed,
+                tell=lambda what, t=task, n=case.name: progress.update(t, description=f"{n}: {what}"),
+                advance=lambda t=task: progress.advance(t),
+            )
+        except WrongResult as error:
+            report.failures.append(str(error))
+        else:
+            left_out = result.left_out | dict.fromkeys(skipped, "not in a quick run")
+            report.races.append(replace(result, left_out=left_out))
+        progress.remove_task(task)
+
+
+@app.command()
+def blocks(
+    count: Annotated[int, typer.Option(min=1, help="How many random block shapes.")] = 300,
+    seed: Annotated[int, typer.Option(help="Of the shapes and inputs.")] = 0,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="inference, training; repeatable. Both without it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Result file; benchmarks/results/ without it.")] = None,
+) -> None:
+    """Race random blocks like the field's over eager: which plan each gets, and its ratio.
+
+    Exits with 1 where a result was wrong.
+    """
+    modes = mode or ["inference", "training"]
+    if not set(modes) <= {"inference", "training"}:
+        raise typer.BadParameter(f"unknown mode in {modes}, expected inference or training")
+    report = Report.begin("blocks")
+    wanted = [(b, m) for b in block_races.draw_blocks(count, seed) for m in modes]
+    with _progress() as progress:
+        report.roofline.append(roofline.measure())
+        for at, (block, m) in enumerate(progress.track(wanted, description="blocks")):
+            try:
+                report.blocks.append(block_races.race_block(block, m, seed=seed + at))
+            except WrongResult as error:
+                report.failures.append(str(error))
+        report.roofline.append(roofline.measure())
+    _finish(report, output or report.path)
+
+
+def _finish(report: Report, path: Path | None) -> None:
+    show(report, console)
+    if path is not None:
+        report.write(path)
+        console.print(f"written: {path}")
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command("show")
+def show_file(path: Path) -> None:
+    """Print a result file's tables."""
+    show(read(path), console)
+
+
+@app.command()
+def plot(
+    path: Annotated[Path, typer.Argument(help="Result file.")],
+    output: Annotated[Path | None, typer.Option(help="PNG; beside the result file without it.")] = None,
+) -> None:
+    """Draw a result file's ratios as a PNG."""
+    from benchmarks.plot import plot_ratios
+
+    target = output or path.with_suffix(".png")
+    plot_ratios(read(path), target)
+    console.print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="torch")
+    app()

@@ -1,0 +1,485 @@
+"""The measuring core itself: ratios, the gate before the clock, result files, and what it watches."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+import cnnlstm_fast as cf
+from benchmarks import __main__ as command_line
+from benchmarks import blocks, memory, plot, race, results, roofline, trace
+from benchmarks.cases import CASES, INPUT_STEP, WEIGHT_STEP, Case, conv_flops, on_grid, system
+from benchmarks.dispatch import Dispatch
+from benchmarks.peers import PEERS, Peer
+from benchmarks.race import OURS, PEER_ERROR, Spread, WrongResult
+
+
+def quick() -> dict:
+    """A short race on inputs of this test's own seed (conftest.py seeds ``random``)."""
+    return {"rounds": 2, "turn_s": 0.0, "seed": random.randrange(10**6)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_fresh_state):
+    """Nothing here is large enough for two."""
+    torch.set_num_threads(1)
+
+
+def small(kind: str = "Simple", mode: str = "inference", **options) -> Case:
+    case = system(kind, mode=mode, batch=3, frames=7, size=(8, 10), hidden=4, **options)
+    return dataclasses.replace(case, peers=("eager", "chunked 16"))
+
+
+def with_fast(case: Case, change) -> Case:
+    """The case with its fast model changed by ``change(model)``."""
+
+    def build():
+        reference, fast = case.build()
+        change(fast)
+        return reference, fast
+
+    return dataclasses.replace(case, build=build)
+
+
+# ---------------------------------------------------------------- ratios
+
+
+def test_spread_is_the_20th_50th_and_80th_percentile():
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == Spread(2.0, 3.5, 5.0)
+
+
+def test_a_ratio_is_paired_within_its_round():
+    """A round in which the whole machine was ten times slower must not move the ratio."""
+    ours, theirs = [1.0, 10.0, 1.0, 2.0, 1.0], [3.0, 30.0, 3.0, 6.0, 3.0]
+    assert race.paired_ratio(theirs, ours) == Spread(3.0, 3.0, 3.0)
+
+
+def test_a_ratio_is_the_median_over_rounds():
+    assert race.paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]).p50 == 2.0
+
+
+def test_ratios_need_one_turn_of_each_per_round():
+    with pytest.raises(ValueError, match="got 2 and 1 turns"):
+        race.paired_ratio([1.0, 2.0], [1.0])
+
+
+def test_the_best_peer_has_the_lowest_median():
+    """One lucky call does not make a peer the best, one disturbed call does not unmake it."""
+    assert race.best_peer({"lucky": [1.0, 9.0, 9.0], "steady": [4.0, 4.0, 400.0]}) == "steady"
+
+
+def test_flops_of_a_convolution():
+    """Counted by hand: 2 images of 4 x 5, 3 channels to 7, kernel 3x2, one multiply and one add each."""
+    assert conv_flops(2 * 7 * 4 * 5, 3, (3, 2)) == 2 * (2 * 7 * 4 * 5) * (3 * 3 * 2)
+    assert CASES["TimeDistributed/features/inference"].flops == 3_468_165_120
+
+
+# ---------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("stage", ["features", "model"])
+@pytest.mark.parametrize("kind", ["Simple", "1DConv", "TimeDistributed"])
+def test_a_right_case_races(kind, stage, mode):
+    result = race.race(small(kind, mode, stage=stage), **quick())
+    assert [s.name for s in result.standings] == [OURS, "eager", "chunked 16"]
+    assert result.left_out == {}
+    assert result.best in ("eager", "chunked 16")
+    assert result.standing(OURS).ratio == Spread(1.0, 1.0, 1.0)
+    assert all(0 < s.ms.p20 <= s.ms.p50 <= s.ms.p80 and s.error < PEER_ERROR for s in result.standings)
+    assert (result.gflops is not None) == (stage == "features" and mode == "inference")
+
+
+def no_clock(*args, **kwargs):
+    pytest.fail("something was timed behind a red gate")
+
+
+def scale_weight(model: nn.Module) -> None:
+    conv = model.cnn if isinstance(model.cnn, nn.Conv2d) else model.cnn[0]
+    with torch.no_grad():
+        conv.weight *= 1 + 1e-4
+
+
+def scale_gradient(model: nn.Module) -> None:
+    conv = model.cnn if isinstance(model.cnn, nn.Conv2d) else model.cnn[0]
+    conv.bias.register_hook(lambda grad: grad * (1 + 1e-4))
+
+
+def drop_gradient(model: nn.Module) -> None:
+    (model.cnn if isinstance(model.cnn, nn.Conv2d) else model.cnn[0]).bias.requires_grad_(False)
+
+
+def give_nan(model: nn.Module) -> None:
+    right = model.features
+    model.features = lambda x: right(x) * float("nan")
+
+
+def give_another_shape(model: nn.Module) -> None:
+    right = model.features
+    model.features = lambda x: right(x)[:, :-1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault", "said"),
+    [
+        ("inference", scale_weight, "the output is off"),
+        ("inference", give_nan, "the output is off"),
+        ("inference", give_another_shape, "the output is off"),
+        ("training", scale_gradient, r"the gradient of cnn.*bias is off"),
+        ("training", drop_gradient, r"the gradient of cnn.*bias is off"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["Simple", "TimeDistributed"])
+def test_a_wrong_result_is_never_timed(monkeypatch, kind, mode, fault, said):
+    monkeypatch.setattr(race, "turn", no_clock)
+    with pytest.raises(WrongResult, match=said) as error:
+        race.race(with_fast(small(kind, mode), fault), **(quick() | {"seed": 5}))
+    assert "seed 5" in str(error.value) and kind in str(error.value)
+
+
+def wrong_peer(case, model, x):
+    return lambda x: case.forward(model, x.bfloat16().float())
+
+
+def broken_peer(case, model, x):
+    raise RuntimeError("no such operator\nand a long tail")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "why"), [(wrong_peer, "the output is off"), (broken_peer, "no such operator")]
+)
+def test_a_wrong_or_broken_peer_is_left_out_by_name(monkeypatch, prepare, why):
+    monkeypatch.setitem(PEERS, "bad", Peer("bad", prepare))
+    result = race.race(dataclasses.replace(small(), peers=("bad", "eager")), **quick())
+    assert [s.name for s in result.standings] == [OURS, "eager"]
+    assert why in result.left_out["bad"] and "\n" not in result.left_out["bad"]
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(PEERS, "absent", Peer("absent", broken_peer, package="no_such_package"))
+    result = race.race(dataclasses.replace(small(), peers=("eager", "absent")), **quick())
+    assert "pip install no_such_package" in result.left_out["absent"]
+
+
+def test_a_lent_output_is_shown_but_never_the_best(monkeypatch):
+    reference = system("Simple").build()[0]
+
+    def lent(case, model, x):
+        out = case.forward(reference, x)
+        return lambda x: out
+
+    fast_and_lent = Peer("lent", lent, lent=True)
+    monkeypatch.setattr(race, "exceeding", lambda found, limits: None)
+    monkeypatch.setitem(PEERS, "lent", fast_and_lent)
+    result = race.race(dataclasses.replace(small(), peers=("eager", "lent")), **quick())
+    assert result.standing("lent").lent and result.best == "eager"
+
+
+def test_training_is_verified_where_sums_are_exact():
+    """On the grid a float32 convolution equals float64's, so that no winner hangs on rounding."""
+    reference, _ = system("TimeDistributed", size=(8, 8)).build()
+    x = on_grid(torch.randn(4, 3, 8, 8), INPUT_STEP)
+    conv = reference.cnn[0]
+    exact = copy.deepcopy(conv).double()(x.double())
+    assert torch.equal(conv(x).double(), exact)
+    assert torch.equal(conv.weight, on_grid(conv.weight, WEIGHT_STEP)) and conv.weight.unique().numel() > 100
+
+
+def test_turns_count_only_after_an_uncounted_call():
+    seen = []
+    times = race.turn(lambda batch: seen.append(batch), ["a", "b", "c"], seconds=10.0)
+    assert len(times) == 20 and seen == ["c", *("a", "b", "c") * 6, "a", "b"]
+
+
+# ---------------------------------------------------------------- peers
+
+
+@pytest.mark.parametrize("name", ["channels_last", "chunked 16", "chunked 8"])
+@pytest.mark.parametrize("stage", ["features", "model"])
+@pytest.mark.parametrize(("kind", "batch"), [("Simple", 19), ("1DConv", 17), ("TimeDistributed", 5)])
+def test_plain_peers_compute_the_model(name, stage, kind, batch):
+    """Batches that chunks do not divide."""
+    case = dataclasses.replace(small(kind, stage=stage), shape=(batch, *small(kind).shape[1:]))
+    reference, _ = case.build()
+    x = torch.randn(case.shape)
+    with torch.no_grad():
+        found = PEERS[name].prepare(case, copy.deepcopy(reference), x)(x)
+        torch.testing.assert_close(found, case.forward(reference, x), rtol=1e-5, atol=1e-5)
+
+
+def test_peers_that_do_not_train_say_so():
+    case = small(mode="training")
+    assert PEERS["OpenVINO"].why_not(case) == "OpenVINO does not train"
+    assert PEERS["eager"].why_not(case) is None
+
+
+def test_every_case_names_known_peers():
+    for case in CASES.values():
+        assert set(case.peers) <= set(PEERS) and set(case.targets) <= {"best", *case.peers}
+        assert all(PEERS[name].trains for name in case.peers) or not case.training
+
+
+# ---------------------------------------------------------------- result files
+
+
+def a_report() -> results.Report:
+    report = results.Report.begin("quick")
+    report.roofline.append(roofline.Roofline(228.0, "fma loop", 20.0))
+    report.races.append(race.race(small(), **quick()))
+    report.memory.extend(memory.Memory("Simple/features/training", s, "kept", 5, 7) for s in memory.SIDES)
+    report.dispatch.append(Dispatch(8, "inference", 10.0, 20.0, Spread(9.0, 10.0, 11.0)))
+    report.traces.append(trace.Trace("Simple", "inference", ["cnnlstm_fast::conv_block"], [], 9))
+    report.blocks.append(
+        blocks.BlockResult(
+            "1x3x8x8", "image", "inference", "direct", "direct", "default", 2.0, 1.0, Spread(1, 2, 3), 9
+        )
+    )
+    report.failures.append("Simple: off")
+    return report
+
+
+def test_a_report_survives_its_file(tmp_path):
+    report = a_report()
+    path = tmp_path / "new folder" / "report.json"
+    report.write(path)
+    assert results.read(path) == report
+    text = path.read_text()
+    for key in ("cpu", "cores", "our_isa", "commit", "date", "versions", "torch"):
+        assert f'"{key}"' in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: d.update(schema=0), "has schema 0, expected 1: run the benchmarks again"),
+        (lambda d: d.pop("commit"), "expected the fields"),
+        (lambda d: d["races"][0].update(extra=1), r"races\[0\]: expected the fields"),
+        (
+            lambda d: d["races"][0]["standings"][0]["ms"].update(p50="fast"),
+            r"ms.p50: expected .*float.*got 'fast'",
+        ),
+        (lambda d: d.update(races={}), "races: expected"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, damage, said):
+    path = tmp_path / "report.json"
+    a_report().write(path)
+    data = json.loads(path.read_text())
+    damage(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=said):
+        results.read(path)
+
+
+def test_device_slugs_are_file_names():
+    device = results.Device("Some (R) CPU @ 2.0GHz", 2, "AVX512", "avx512", 4.0, "Linux")
+    assert device.slug == "some-r-cpu-2-0ghz-2-cores-avx512"
+
+
+def test_tables_name_everything_that_matters():
+    console = Console(width=160, record=True, file=None, quiet=False, force_terminal=False)
+    with console.capture() as captured:
+        command_line.show(a_report(), console)
+    text = captured.get()
+    for part in (
+        OURS,
+        "chunked 16",
+        "(best)",
+        "seed",
+        "GFLOP/s",
+        "wrong: Simple: off",
+        "eager + 25 us",
+        "direct",
+    ):
+        assert part in text
+
+
+def test_plot_writes_a_picture(tmp_path):
+    plot.plot_ratios(a_report(), tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_says_when_there_is_nothing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="holds no races"):
+        plot.plot_ratios(results.Report.begin("quick"), tmp_path / "ratios.png")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_run_writes_what_it_measured(monkeypatch, tmp_path):
+    case = small()
+    monkeypatch.setattr(command_line, "CASES", {case.name: case})
+    monkeypatch.setattr(command_line.roofline, "measure", lambda: roofline.Roofline(1.0, "fma loop", 1.0))
+    target = tmp_path / "out.json"
+    arguments = ["run", "--part", "races", "--rounds", "1", "--seed", "7", "--output", str(target)]
+    done = CliRunner().invoke(command_line.app, arguments)
+    assert done.exit_code == 0, done.output
+    (result,) = results.read(target).races
+    assert (result.case, result.seed, result.rounds) == (case.name, 7, 1)
+
+
+def test_run_fails_on_a_wrong_result(monkeypatch, tmp_path):
+    case = with_fast(small(), scale_weight)
+    monkeypatch.setattr(command_line, "CASES", {case.name: case})
+    monkeypatch.setattr(command_line.roofline, "measure", lambda: roofline.Roofline(1.0, "fma loop", 1.0))
+    target = tmp_path / "out.json"
+    done = CliRunner().invoke(command_line.app, ["run", "--part", "races", "--output", str(target)])
+    assert done.exit_code == 1
+    report = results.read(target)
+    assert report.races == [] and "the output is off" in report.failures[0]
+
+
+def test_run_names_the_cases_there_are():
+    done = CliRunner().invoke(command_line.app, ["run", "--case", "nothing"])
+    assert done.exit_code == 2 and "Simple/features/inference" in done.output.replace("\n", "")
+
+
+# ---------------------------------------------------------------- memory, traces, roofline
+
+
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
+
+
+@needs_linux
+def test_memory_growth_is_what_stays():
+    def make():
+        del_at_return = torch.ones(8 << 20)  # 32 MiB that do not stay
+        return torch.ones(16 << 20) + del_at_return[0]
+
+    grown, held = memory.growth(make)
+    assert held.numel() == 16 << 20
+    assert grown == pytest.approx(64 << 20, rel=0.03)
+
+
+@needs_linux
+def test_peak_growth_counts_what_did_not_stay():
+    def run():
+        a = torch.ones(16 << 20)
+        del a
+        torch.ones(4 << 20)
+
+    assert memory.peak_growth(run) == pytest.approx(64 << 20, rel=0.03)
+
+
+@needs_linux
+def test_memory_is_measured_in_a_process_of_its_own():
+    found = memory.measure("Simple/features/training", "eager")
+    b, h, w, c = 128, 28, 28, 64
+    pooled = b * c * (h // 2) * (w // 2)
+    # input, ReLU's result and 8-byte pool indices; the output is counted apart
+    assert found.bytes == pytest.approx(b * 3 * h * w * 4 + b * c * h * w * 4 + pooled * 8, rel=0.05)
+    assert found.output_bytes == pooled * 4
+
+
+def test_a_failed_measurement_shows_its_error(monkeypatch):
+    failed = subprocess.CompletedProcess([], 2, "", "usage: ...\ninvalid choice: 'no/such/case'")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match="invalid choice"):
+        memory.measure("no/such/case", "eager")
+
+
+def test_a_map_sized_copy_is_seen_and_a_small_one_is_not():
+    x = torch.randn(8, 16, 12)
+    calls = trace.watch(lambda: x.transpose(1, 2).contiguous() + x[:2].clone().sum())
+    found = trace.map_copies(calls, map_elements=x.numel())
+    assert found and all("8 x 12 x 16" in copied for copied in found)
+    assert trace.map_copies(trace.watch(lambda: x.transpose(1, 2) + 1), x.numel()) == []
+
+
+def test_watching_ends_where_the_lstm_begins():
+    lstm, x = nn.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3)
+
+    def run():
+        lstm(x.relu())
+        return x.sigmoid()
+
+    names = [name for name, _ in trace.watch(run, until="aten::lstm")]
+    assert "aten::relu" in names and "aten::sigmoid" not in names
+    with pytest.raises(RuntimeError, match="has no aten::lstm"):
+        trace.watch(x.relu, until="aten::lstm")
+
+
+def test_own_ops_are_named_once_each():
+    calls = [("aten::relu", []), ("cnnlstm_fast::conv_block", []), ("cnnlstm_fast::conv_block", [])]
+    assert trace.own_ops(calls) == ["cnnlstm_fast::conv_block"]
+
+
+def test_roofline_names_its_source_without_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(roofline._ext, "loaded", False)
+    monkeypatch.setattr(roofline, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(roofline, "SGEMM_SIZE", 64)
+    found = roofline.measure(0.01)
+    assert found.source == "sgemm 64" and found.gflops > 0 and found.copy_gbs > 0
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def test_blocks_are_drawn_alike_from_a_seed():
+    drawn = blocks.draw_blocks(200, seed=3)
+    assert drawn == blocks.draw_blocks(200, seed=3) != blocks.draw_blocks(200, seed=4)
+    assert len(set(drawn)) == 200 and {b.family for b in drawn} == set(blocks._FAMILIES)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_blocks_are_valid_and_described(seed):
+    for block in blocks.draw_blocks(60, seed):
+        call = block.function(cf.reference.conv_block, training=False)
+        meta = {n: w.to("meta") for n, w in block.weights(torch.Generator()).items()}
+        if block.norm:
+            call = partial(call.func, **(call.keywords | {"norm": call.keywords["norm"].to("meta")}))
+        out = call(torch.empty(block.shape, device="meta"), **meta)
+        assert out.numel() > 0
+        conv = torch.nn.functional.conv1d if len(block.size) == 1 else torch.nn.functional.conv2d
+        x = torch.empty(block.shape, device="meta")
+        y = conv(x, **meta, stride=block.stride, padding=block.padding, groups=block.groups)
+        assert tuple(y.shape[2:]) == block.conv_size, block.describe()
+
+
+TINY = blocks.Block(
+    "image", 2, 3, (9, 8), 10, (3, 3), (1, 1), (1, 1), pool=("Max", (2, 2), (2, 2), (0, 0)), layout="features"
+)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize(
+    "block",
+    [TINY, dataclasses.replace(TINY, norm=True), dataclasses.replace(TINY, channels=12, activation="elu")],
+    ids=lambda b: b.describe(),
+)
+def test_a_block_races_and_names_its_plan(monkeypatch, block, mode):
+    monkeypatch.setattr(blocks, "ROUNDS", 3)
+    monkeypatch.setattr(blocks, "FLOOR", 0.0)
+    found = blocks.race_block(block, mode, seed=random.randrange(10**6), turn_s=0.0)
+    assert found.rounds == blocks.ROUNDS and found.reason
+    assert found.ratio.p50 == pytest.approx(found.eager_ms / found.ours_ms, rel=2)
+    if block.norm or block.activation != "relu":
+        assert found.plan == "reference"
+
+
+def test_a_slow_block_gets_more_rounds_and_loses_none(monkeypatch):
+    monkeypatch.setattr(blocks, "FLOOR", float("inf"))
+    monkeypatch.setattr(blocks, "MOST_ROUNDS", 20)
+    monkeypatch.setattr(blocks, "turn", lambda run, batches, seconds: [1.0])
+    assert blocks.race_block(TINY, "inference", seed=random.randrange(10**6)).rounds == 20
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_wrong_block_is_never_timed(monkeypatch, mode):
+    right = cf.functional.conv_block
+    monkeypatch.setattr(cf.functional, "conv_block", lambda *a, **k: right(*a, **k) * (1 + 1e-4))
+    monkeypatch.setattr(blocks, "turn", no_clock)
+    with pytest.raises(WrongResult, match="2x3x9x8 -> 10, k3x3"):
+        blocks.race_block(TINY, mode, seed=random.randrange(10**6))
