@@ -79,13 +79,12 @@ def conv_block(
     if forward_plan == "reference":
         out = _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
     else:
-        _check_sizes(spec, x4, weight4)
-        args = (spec.conv_args(), ACTIVATIONS[spec.activation], spec.pool_args(), spec.order)
+        args = (spec.conv_args, ACTIVATIONS[spec.activation], spec.pool_args, spec.order)
         plan_id = op.PLANS[forward_plan]
         if torch.is_grad_enabled() and (
             x4.requires_grad or weight4.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            raw, _ = op.ConvBlockFunction.apply(x4, weight4, bias, *args, plan_id, op.PLANS[backward_plan])
+            raw = op.ConvBlockFunction.apply(x4, weight4, bias, *args, plan_id, op.PLANS[backward_plan])
         else:
             raw, _ = op.forward_op(x4, weight4, bias, *args, plan_id, False)
         out = finish_layout(raw, layout, rank)
@@ -143,22 +142,6 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, gro
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"got a bias of shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-
-
-def _check_sizes(spec: BlockSpec, x: Tensor, weight: Tensor) -> None:
-    size, kernel = tuple(x.shape[2:]), tuple(weight.shape[2:])
-    conv = spec.conv_size(size, kernel)
-    if min(conv) < 1:
-        raise ValueError(
-            f"an input of {size[0]}x{size[1]} is too small for a {kernel[0]}x{kernel[1]} kernel with "
-            f"padding={spec.padding} and dilation={spec.dilation}: nothing is left. Use a larger input "
-            "or more padding"
-        )
-    if spec.pool is not None and min(spec.out_size(size, kernel)) < 1:
-        raise ValueError(
-            f"the convolution gives {conv[0]}x{conv[1]}, too small for a pool of {spec.pool.kernel[0]}x"
-            f"{spec.pool.kernel[1]}: nothing is left. Use a larger input or a smaller pool"
-        )
 
 
 def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, int]:

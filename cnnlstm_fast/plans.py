@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -23,17 +25,11 @@ observer = None
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why neither ``direct`` nor ``chunked`` can run this call, as a sentence; None if they can.
+def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
 
     ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
     """
-    if spec.activation not in ACTIVATIONS:
-        return f"the activation {spec.activation!r} has no fused kernel"
-    if spec.window > BYTE_WINDOW:
-        return f"the pool's window of {spec.window} elements is larger than {BYTE_WINDOW}"
-    if spec.pool and not spec.windows_meet(x.shape[2:], weight.shape[2:]):
-        return "the pool has windows without an element"
     if x.dtype not in _DTYPES:
         return f"the fused kernels compute float32 and bfloat16, not {str(x.dtype)[6:]}"
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -52,8 +48,6 @@ def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | Non
         return "a torch.func transform is active"
     if torch.overrides.has_torch_function((x, weight)) or not _is_plain(x) or not _is_plain(weight):
         return "the input or a parameter is a Tensor subclass"
-    if 0 in x.shape[1:] or 0 in weight.shape:
-        return "there are no channels or places to compute"
     if x.is_quantized or x.layout != torch.strided:
         return "the input is not a plain strided tensor"
     if not torch.compiler.is_compiling() and (x.is_conj() or x.is_neg()):  # dynamo cannot ask that
@@ -92,57 +86,85 @@ def _is_plain(t: Tensor) -> bool:
 _DIRECT_ELEMENTS = 2**29
 
 
-def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
-    """Why ``direct`` cannot run a call that the fused plans can, as a sentence; None if it can."""
-    if x.device.type != "cpu":
-        return None
-    height, width = (s + 2 * p for s, p in zip(x.shape[2:], spec.padding, strict=True))
-    out = spec.conv_size(x.shape[2:], weight.shape[2:])
-    if max(height * width * x.shape[1], out[0] * out[1] * max(_taps(weight), 64)) > _DIRECT_ELEMENTS:
-        return "one image is too large for the direct plan"
-    return None
+def check_sizes(spec: BlockSpec, size: tuple[int, int], kernel: tuple[int, int]) -> None:
+    """Raise a ``ValueError`` if an input of ``size`` (H, W) leaves the convolution or the pool nothing."""
+    conv = spec.conv_size(size, kernel)
+    if min(conv) < 1:
+        raise ValueError(
+            f"an input of {size[0]}x{size[1]} is too small for a {kernel[0]}x{kernel[1]} kernel with "
+            f"padding={spec.padding} and dilation={spec.dilation}: nothing is left. Use a larger input "
+            "or more padding"
+        )
+    if spec.pool is not None and min(spec.out_size(size, kernel)) < 1:
+        raise ValueError(
+            f"the convolution gives {conv[0]}x{conv[1]}, too small for a pool of {spec.pool.kernel[0]}x"
+            f"{spec.pool.kernel[1]}: nothing is left. Use a larger input or a smaller pool"
+        )
 
 
-def _taps(weight: Tensor) -> int:
-    return weight.shape[1] * weight.shape[2] * weight.shape[3]
+def _by_sizes(
+    spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.dtype, training: bool, needs_x: bool
+) -> tuple[str | None, str, str, str]:
+    """What follows from sizes alone: (why nothing is fused or None, forward plan, backward plan, reason).
 
-
-def _measured(spec: BlockSpec, x: Tensor, weight: Tensor, training: bool) -> tuple[str, str, str]:
-    """The fastest (forward plan, backward plan) and why, by rules read off `python -m benchmarks blocks`.
-
-    ``direct`` wins by what it need not write and read: the map before the pool, and its gradient. The
-    library's convolutions win where arithmetic over large weights dominates.
+    The plans are the fastest by rules read off ``python -m benchmarks blocks``: ``direct`` wins by what
+    it need not write and read, the map before the pool and its gradient. The library's convolutions win
+    where arithmetic over large weights dominates.
     """
+    reference = "reference", "reference"
+    if 0 in shape[1:] or 0 in weight_shape:
+        return "there are no channels or places to compute", *reference, ""
+    check_sizes(spec, shape[2:], weight_shape[2:])
+    if spec.activation not in ACTIVATIONS:
+        return f"the activation {spec.activation!r} has no fused kernel", *reference, ""
+    if spec.window > BYTE_WINDOW:
+        return f"the pool's window of {spec.window} elements is larger than {BYTE_WINDOW}", *reference, ""
+    if spec.pool and not spec.windows_meet(shape[2:], weight_shape[2:]):
+        return "the pool has windows without an element", *reference, ""
+
+    taps = weight_shape[1] * weight_shape[2] * weight_shape[3]
+    channels, weights, window = shape[1], taps * weight_shape[0], spec.window
+    conv = spec.conv_size(shape[2:], weight_shape[2:])
+    outputs = shape[0] * weight_shape[0] * conv[0] * conv[1]
     if spec.groups > 1:
-        return "reference", "reference", "grouped convolutions: the library is as fast"
-    taps, channels = _taps(weight), x.shape[1]
-    weights, pooled = taps * weight.shape[0], spec.window
-    conv = spec.conv_size(x.shape[2:], weight.shape[2:])
-    outputs = x.shape[0] * weight.shape[0] * conv[0] * conv[1]
-    if x.dtype == torch.bfloat16 and taps > 64:
-        return "chunked", "chunked", "the library's bfloat16 arithmetic is faster over many taps"
+        return None, *reference, "grouped convolutions: the library is as fast"
+    if dtype == torch.bfloat16 and taps > 64:
+        return None, "chunked", "chunked", "the library's bfloat16 arithmetic is faster over many taps"
     if not training:
-        if taps <= 32 or (pooled > 1 and weights <= 2**20) or weights <= 2**14:
-            return "direct", "direct", "bound by memory: the map before the pool never exists"
+        if taps <= 32 or (window > 1 and weights <= 2**20) or weights <= 2**14:
+            return None, "direct", "direct", "bound by memory: the map before the pool never exists"
         if outputs >= 2**21:
             plan = "direct" if weights <= 2**19 else "chunked"
-            return plan, plan, "a large map: kept in cache"
-    elif channels <= 24 or not x.requires_grad:
-        if taps <= 64 or (pooled > 2 and channels <= 192):
-            return "direct", "direct", "bound by memory: gradients go to the winners only"
-        if weights <= 2**15 and x.requires_grad:
-            return "direct", "direct", "few weights"
-    elif pooled <= 2:
+            return None, plan, plan, "a large map: kept in cache"
+    elif channels <= 24 or not needs_x:
+        if taps <= 64 or (window > 2 and channels <= 192):
+            return None, "direct", "direct", "bound by memory: gradients go to the winners only"
+        if weights <= 2**15 and needs_x:
+            return None, "direct", "direct", "few weights"
+    elif window <= 2:
         if outputs >= 2**20 and weights <= 2**15:
-            return "direct", "direct", "a large map: kept in cache"
+            return None, "direct", "direct", "a large map: kept in cache"
         if weights <= 2**14 and spec.layout not in ("channels_first", "channels_last"):
-            return "direct", "direct", "a bridge: written straight into its layout"
+            return None, "direct", "direct", "a bridge: written straight into its layout"
     else:
         if weights <= 2**18:
-            return "direct", "direct", "gradients go to the winners only"
+            return None, "direct", "direct", "gradients go to the winners only"
         if weights <= 2**20 and outputs >= 2**19:
-            return "direct", "chunked", "large weights: the library's gradients, in chunks"
-    return "reference", "reference", "bound by arithmetic over large weights: the library is as fast"
+            return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
+    return None, *reference, "bound by arithmetic over large weights: the library is as fast"
+
+
+_by_sizes_cached = lru_cache(maxsize=4096)(_by_sizes)
+
+
+def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
+    """Why ``direct`` cannot run a call that the fused plans can, as a sentence; None if it can."""
+    height, width = (s + 2 * p for s, p in zip(x.shape[2:], spec.padding, strict=True))
+    out = spec.conv_size(x.shape[2:], weight.shape[2:])
+    taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    if max(height * width * x.shape[1], out[0] * out[1] * max(taps, 64)) > _DIRECT_ELEMENTS:
+        return "one image is too large for the direct plan"
+    return None
 
 
 def choose(
@@ -151,14 +173,22 @@ def choose(
     """The plan for a call: (forward plan, backward plan, the reason in words).
 
     Raises:
-        ValueError: ``plan`` names a plan that cannot run this call; the message says why.
+        ValueError: ``plan`` names a plan that cannot run this call; the message says why. Or the input
+            is too small for the kernel or the pool.
     """
     if plan == "reference":
         return "reference", "reference", "asked for"
-    why_not = why_not_fused(spec, x, weight, bias)
-    not_direct = None if why_not else why_not_direct(spec, x, weight)
+    why_not = why_not_fused(x, weight, bias)
+    if why_not is None:
+        needs_x = x.requires_grad
+        training = torch.is_grad_enabled() and (
+            needs_x or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        by_sizes = _by_sizes if torch.compiler.is_compiling() else _by_sizes_cached
+        why_not, forward, backward, reason = by_sizes(spec, x.shape, weight.shape, x.dtype, training, needs_x)
+    if why_not is None and x.device.type == "cpu" and "direct" == (forward if plan == "auto" else plan):
+        why_not = why_not_direct(spec, x, weight)
     if plan != "auto":
-        why_not = why_not or (not_direct if plan == "direct" else None)
         if why_not:
             raise ValueError(
                 f'plan="{plan}" cannot run here: {why_not}. Pass plan="auto" to let '
@@ -169,10 +199,4 @@ def choose(
         return "reference", "reference", why_not
     if x.device.type != "cpu":
         return "direct", "direct", "the only fused plan measured on this device"
-    training = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    forward, backward, reason = _measured(spec, x, weight, training)
-    if not_direct and "direct" in (forward, backward):
-        return "reference", "reference", not_direct
     return forward, backward, reason

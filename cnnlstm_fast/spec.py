@@ -6,7 +6,6 @@ Nothing here touches a tensor; every other file asks this one how large things a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 #: Memory order of the pooled map (N, C, H, W) for every layout name, slowest axis first, and how
 #: many of the ordered axes each dimension of the result merges.
@@ -47,7 +46,7 @@ class Pool:
         return self.kernel[0] * self.kernel[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: a spec is a key on every call
 class BlockSpec:
     """One block with 2-d parameters (a 1-d block is a 2-d block of height 1).
 
@@ -62,18 +61,16 @@ class BlockSpec:
     pool: Pool | None = None
     layout: str = "channels_first"
 
-    @property
-    def order(self) -> tuple[int, ...]:
-        return tuple("NCHW".index(axis) for axis in LAYOUTS[self.layout][0])
-
-    def conv_args(self) -> list[int]:
-        return [*self.stride, *self.padding, *self.dilation, self.groups]
-
-    def pool_args(self) -> list[int]:
-        if self.pool is None:
-            return []
+    def __post_init__(self):
         p = self.pool
-        return [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)]
+        pool = [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)] if p else []
+        # What the op takes, made once: a list a call would be a microsecond each.
+        for name, value in (
+            ("order", ["NCHW".index(axis) for axis in LAYOUTS[self.layout][0]]),
+            ("conv_args", [*self.stride, *self.padding, *self.dilation, self.groups]),
+            ("pool_args", pool),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def window(self) -> int:
@@ -86,7 +83,7 @@ class BlockSpec:
     def out_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
         """(H, W) after the pool for an input of ``size``."""
         conv = self.conv_size(size, kernel)
-        return pool_size(conv, self.pool_args())
+        return pool_size(conv, self.pool_args)
 
     def windows_meet(self, size: tuple[int, int], kernel: tuple[int, int]) -> bool:
         """Whether every pool window holds an element of the map; a dilated one may fall between."""
@@ -139,13 +136,6 @@ def codes_shape(window: int, n: int, c: int, size) -> list[int]:
     """
     bytes_per_group = CODE_GROUP // 2 if window <= NIBBLE_WINDOW else CODE_GROUP
     return [n, *size, -(-c // CODE_GROUP), bytes_per_group]
-
-
-@cache
-def layout_dims(layout: str, rank: int) -> tuple[str, tuple[int, ...]]:
-    """Memory order and merged axes for 2-d (``rank`` 4) or 1-d (``rank`` 3) maps."""
-    order, merge = LAYOUTS[layout]
-    return order, merge
 
 
 def finish_layout(raw, layout: str, rank: int):
