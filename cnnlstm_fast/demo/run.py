@@ -1,0 +1,166 @@
+"""Train and measure the three systems, reference and fast from the same weights on the same batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from cnnlstm_fast import models, reference
+from cnnlstm_fast.demo import data, measure
+from cnnlstm_fast.demo.plot import draw
+from cnnlstm_fast.demo.report import Report, SystemReport, table
+from cnnlstm_fast.demo.training import BATCH, Learner, accuracy, initialise
+
+HIDDEN, LAYERS = 128, 2
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the tutorial's models, what it is shown, and how many steps its LSTM makes."""
+
+    name: str
+    inputs: Callable[[Tensor, torch.Generator], Tensor]
+    lstm_steps: int
+
+    def build(self, family) -> nn.Module:
+        return getattr(family, self.name)(data.CHANNELS, HIDDEN, LAYERS, data.CLASSES)
+
+
+LOCATIONS = (data.CANVAS // 2) ** 2
+SYSTEMS = (
+    System("CNN_LSTM_Simple", lambda scans, _: data.images(scans), LOCATIONS),
+    System("CNN_LSTM_1DConv", lambda scans, _: data.images(scans), LOCATIONS),
+    System("CNN_LSTM_TimeDistributed", data.clips, data.FRAMES),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to do: training steps, and rounds of each measurement at ``batch``."""
+
+    steps: int
+    rounds: int
+    batch: int
+
+
+FULL = Settings(steps=180, rounds=5, batch=128)
+QUICK = Settings(steps=10, rounds=2, batch=32)
+
+
+def run(output: Path, settings: Settings = FULL, console: Console | None = None, seed: int = 0) -> Report:
+    """Run the demo: progress and a table on ``console``, ``demo.json`` and ``demo.png`` in ``output``.
+
+    On the GPU where there is one.
+    """
+    console = console or Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report.begin(settings, device, seed)
+    begin = time.perf_counter()
+    train, test = data.load(seed)
+    progress = Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[doing]}"),
+        console=console,
+    )
+    with progress:
+        tasks = [
+            progress.add_task(s.name, start=False, doing="", total=settings.steps + 3 * settings.rounds)
+            for s in SYSTEMS
+        ]
+        for system, task in zip(SYSTEMS, tasks, strict=True):
+            progress.start_task(task)
+
+            def tell(doing: str, task=task) -> None:
+                progress.update(task, advance=1, doing=doing)
+
+            report.systems.append(compare(system, train, test, settings, device, seed, tell))
+    report.seconds = time.perf_counter() - begin
+    output.mkdir(parents=True, exist_ok=True)
+    report.write(output / "demo.json")
+    draw(report, output / "demo.png")
+    console.print(table(report))
+    console.print(f"written: {output / 'demo.png'}, {output / 'demo.json'}")
+    return report
+
+
+def compare(
+    system: System,
+    train: data.Digits,
+    test: data.Digits,
+    settings: Settings,
+    device: torch.device,
+    seed: int,
+    tell: Callable[[str], None],
+) -> SystemReport:
+    """Train and measure one system; ``tell`` hears of every training step and measured round."""
+    torch.manual_seed(seed)
+    plain, fast, nudged = (system.build(family).to(device) for family in (reference, models, reference))
+    initialise(plain, system.lstm_steps)
+    for other in (fast, nudged):
+        other.load_state_dict(plain.state_dict())
+    nudge(nudged)
+
+    generator = torch.Generator().manual_seed(seed)
+    batches = _batches(system, train, BATCH, generator, device)
+    learners = {"reference": plain, "fast": fast, "nudged": nudged}
+    learners = {name: Learner(model, settings.steps) for name, model in learners.items()}
+    curves = {name: [] for name in learners}
+    for _ in range(settings.steps):
+        x, y = next(batches)
+        for name, learner in learners.items():
+            curves[name].append(learner.step(x, y))
+        tell("training, loss {reference[-1]:.3f} and {fast[-1]:.3f}".format(**curves))
+
+    x, y = system.inputs(test.scans, torch.Generator().manual_seed(seed)).to(device), test.labels.to(device)
+    scores = {name: test_scores(learners[name].model, x) for name in ("reference", "fast")}
+    trained = system.build(models).to(device)
+    trained.load_state_dict(plain.state_dict())
+
+    batches = _batches(system, train, settings.batch, generator, device)
+
+    def rounds(doing: str) -> Iterator[tuple[Tensor, Tensor]]:
+        yield next(batches)
+        for _ in range(settings.rounds):
+            yield next(batches)
+            tell(f"measuring {doing}")
+
+    step = measure.compare_ms(learners["reference"].step, learners["fast"].step, rounds("training steps"))
+    features, whole = (
+        measure.compare_ms(*map(torch.inference_mode(), runs), ((x,) for x, _ in rounds("inference")))
+        for runs in ((plain.features, fast.features), (plain.forward, fast.forward))
+    )
+    x, _ = next(batches)
+    parameters = [*plain.parameters(), *fast.parameters()]
+    return SystemReport(
+        name=system.name,
+        curves=curves,
+        accuracy={name: accuracy(s, y) for name, s in scores.items()},
+        score_difference=(test_scores(trained, x_test) - scores["reference"]).abs().max().item(),
+        step_ms=step,
+        kept_features=measure.compare_kept(plain.features, fast.features, x, parameters),
+        kept_model=measure.compare_kept(plain, fast, x, parameters),
+        features_ms=features,
+        inference_ms=whole,
+    )
+
+
+def _batches(
+    system: System, digits: data.Digits, size: int, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless random batches on ``device``, every scan once per pass."""
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        if len(order) < size:
+            order = torch.randperm(len(digits), generator=generator)
+        chosen, order = order[:size], order[size:]
+        yield system.inputs(digits.scans[chosen], generator).to(device), digits.labels[chosen].to(device)
