@@ -37,7 +37,7 @@ def draw(report: Report, path: Path) -> None:
         accuracy = [f"{100 * system.accuracy[side]:.1f} %" for side in ("reference", "fast")]
         axes.text(
             0.97, 0.72, f"test accuracy {accuracy[0]} and {accuracy[1]}\n"
-            f"curves differ by {system.loss_difference:.1g} at most",
+            f"curves differ by {system.loss_difference('fast'):.1g} at most",
             transform=axes.transAxes, ha="right", va="top", color="0.25", fontsize=9.5,
         )  # fmt: skip
         axes.legend(frameon=False, loc="upper right", ncols=2)

@@ -144,3 +144,6 @@ def _differentiable_backward(grad, x, weight, codes, conv, activation, pool, ord
         conv[6],
         needs,
     )
+
+
+from cnnlstm_fast.ops import conv_block_cuda  # noqa: E402, F401  (registers the kernels of the ops above)

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``cnnlstm_fast.kernels``. Importing this package imports no Triton."""

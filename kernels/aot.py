@@ -1,0 +1,206 @@
+"""Compile every kernel ahead of time, for every architecture we support, on a machine without a GPU.
+
+The variants are not written down twice: each case below is a block, its launches are recorded from
+the real host functions on tensors without data, and compiled as the launcher would specialise them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cnnlstm_fast.kernels import conv_block
+from cnnlstm_fast.kernels.conv_block import CHUNKED, DIRECT
+
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block whose kernels are compiled: the op's arguments, in its own terms."""
+
+    name: str
+    x: tuple[int, int, int, int]
+    c_out: int
+    kernel: tuple[int, int]
+    conv: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 1)
+    activation: int = 1
+    pool: tuple[int, ...] = ()
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    bias: bool = True
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    plans: tuple[int, ...] = (DIRECT,)
+
+
+_POOL2 = (2, 2, 2, 2, 0, 0, 1, 1, 0)
+
+CASES = (
+    Case(
+        "tutorial",
+        (1280, 3, 28, 28),
+        64,
+        (3, 3),
+        pool=_POOL2,
+        dtypes=("float32", "tf32", "bfloat16"),
+        plans=(DIRECT, CHUNKED),
+    ),
+    Case(
+        "signal",
+        (128, 64, 1, 196),
+        64,
+        (1, 3),
+        (1, 1, 0, 1, 1, 1, 1),
+        order=(0, 2, 3, 1),
+        dtypes=("float32", "float16"),
+    ),
+    Case("ocr", (64, 256, 8, 25), 512, (3, 3), pool=(2, 2, 2, 1, 0, 1, 1, 1, 0), order=(3, 0, 1, 2)),
+    Case(
+        "depthwise", (32, 48, 16, 16), 48, (3, 3), (1, 1, 1, 1, 1, 1, 48), pool=_POOL2, dtypes=("bfloat16",)
+    ),
+    Case("groups", (32, 64, 16, 16), 64, (3, 3), (2, 2, 1, 1, 1, 1, 4), pool=(2, 3, 2, 2, 0, 0, 2, 2, 1)),
+    Case(
+        "large window",
+        (32, 16, 40, 40),
+        32,
+        (5, 5),
+        (1, 1, 2, 2, 1, 1, 1),
+        activation=0,
+        pool=(4, 4, 4, 4, 0, 0, 1, 1, 0),
+        dtypes=("float32",),
+    ),
+    Case("64-bit offsets", (60000, 3, 128, 128), 64, (3, 3), pool=_POOL2, dtypes=("bfloat16",)),
+    Case("bare", (32, 3, 32, 32), 64, (3, 3), activation=0, bias=False, dtypes=("bfloat16",)),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as the host functions start it."""
+
+    kernel: triton.runtime.JITFunction
+    args: dict
+    options: dict
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one compiled kernel needs of its architecture; ``shared`` and ``spills`` are in bytes."""
+
+    kernel: str
+    case: str
+    dtype: str
+    arch: str
+    registers: int
+    shared: int
+    spills: int
+    seconds: float = field(compare=False)
+
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
+
+
+def launches(case: Case, dtype: str) -> list[Launch]:
+    """Every launch of a block's forward and backward, as the host functions ask for them.
+
+    ``dtype`` is a torch dtype's name, or "tf32" for float32 with TF32 products.
+    """
+    found: list[Launch] = []
+
+    def record(kernel, programs, args, options):
+        found.append(Launch(kernel, args, options))
+
+    def data(*shape):
+        return torch.empty(shape, dtype=getattr(torch, dtype.replace("tf32", "float32")), device="meta")
+
+    x = data(*case.x)
+    weight = data(case.c_out, case.x[1] // case.conv[6], *case.kernel)
+    bias = data(case.c_out) if case.bias else None
+    block = (list(case.conv), case.activation, list(case.pool), list(case.order))
+    with _float32_products("tf32" if dtype == "tf32" else "ieee"):
+        for plan in case.plans:
+            out, codes = conv_block.forward(x, weight, bias, *block, plan, True, run=record)
+            grad = torch.empty_like(out)
+            conv_block.backward(grad, x, weight, codes, *block, plan, True, True, True, run=record)
+    return found
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str):
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def source(launch: Launch) -> ASTSource:
+    """What the launcher would compile: ones become constants, multiples of 16 are promised as such."""
+    signature, constants, attributes = {}, {}, {}
+    for place, param in enumerate(launch.kernel.params):
+        value = launch.args[param.name]
+        special = isinstance(value, int) and not param.do_not_specialize
+        if param.is_constexpr or (special and value == 1):
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+            continue
+        signature[param.name] = (
+            _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32" if value < 2**31 else "i64"
+        )
+        if isinstance(value, Tensor) or (special and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_launch(launch: Launch, arch: int) -> tuple[str, int, int, int]:
+    """Compile for sm_``arch``: (the architecture's full name, registers, shared bytes, spilled bytes)."""
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True  # a cached kernel comes without the assembler's log
+        knobs.nvidia.dump_ptxas_log = True
+        target = GPUTarget("cuda", arch, 32)
+        compiled = triton.compile(source(launch), target=target, options=launch.options)
+    return (
+        re.search(r"for '(sm_\w+)'", log.getvalue())[1],
+        int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+        compiled.metadata.shared,
+        sum(int(n) for n in re.findall(r"(\d+) bytes spill", log.getvalue())),
+    )
+
+
+def compile_all(cases: Iterable[Case] = CASES, archs: Iterable[int] = ARCHITECTURES) -> list[Record]:
+    """Compile every kernel in all its representative variants, each variant once.
+
+    Raises:
+        Exception: what Triton raises where a variant does not compile.
+    """
+    records, seen = [], set()
+    for case in cases:
+        for dtype in case.dtypes:
+            for launch in launches(case, dtype):
+                variant = source(launch).hash()
+                if variant in seen:
+                    continue
+                seen.add(variant)
+                for arch in archs:
+                    start = time.perf_counter()
+                    needs = compile_launch(launch, arch)
+                    seconds = time.perf_counter() - start
+                    records.append(Record(launch.kernel.__name__, case.name, dtype, *needs, seconds))
+    return records

@@ -1,0 +1,65 @@
+"""What every test gets: poisoned fresh memory, a seed of its own, two threads; and the report's header."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import pytest
+
+# Idle OpenMP threads sleep instead of spinning: thousands of small calls on a busy machine would
+# otherwise spend most of their time waiting for each other. Read when torch loads its OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+SEED = int(os.environ.setdefault("CNNLSTM_FAST_SEED", str(random.SystemRandom().randrange(10**9))))
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
+    )
+
+
+def pytest_report_header(config):
+    from cnnlstm_fast import _ext
+
+    kernels = "compiled kernels loaded" if _ext.loaded else f"compiled kernels missing: {_ext.error}"
+    forced = os.environ.get("CNNLSTM_FAST_ISA", "best")
+    return f"CNNLSTM_FAST_SEED={SEED} (set it to repeat this run); {kernels}; instruction set: {forced}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill fresh tensors, those that C++ allocates through the dispatcher too, with NaN or 255.
+
+    ``warn_only``, because no test should start failing over an operator that is merely not
+    deterministic on CUDA.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warned_only)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state(request):
+    """Seed each test by the run's seed and its own name; give each two threads."""
+    seed = zlib.crc32(f"{SEED} {request.node.nodeid}".encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(2)

@@ -1,0 +1,590 @@
+"""functional.conv_block against PyTorch: results and every gradient, over plans, dtypes and shapes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    FUSED,
+    LAYOUTS,
+    STRIDED,
+    Block,
+    PoolCase,
+    assert_block,
+    assert_close_as_torch,
+    decided,
+    evaluate,
+    field_blocks,
+    fused_plans,
+    in_layout,
+    integer_tensors,
+    needs_extension,
+    normal_tensors,
+    our_block,
+    plans,
+    random_block,
+    random_blocks,
+    run_python,
+    strided,
+    torch_block,
+    torch_ways,
+)
+
+import cnnlstm_fast
+from cnnlstm_fast.functional import conv_block
+
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
+SMALL = Block(3, 5, (9, 11), 19, (3, 3), padding=(1, 1), pool=POOL_2X2)
+
+
+def some_block(rank: int, **fixed) -> Block:
+    rng = random.Random(torch.initial_seed())
+    while (block := random_block(rng, **fixed)).rank != rank:
+        pass
+    return block
+
+
+def gradient_for(block: Block, tensors) -> torch.Tensor:
+    """A random gradient, zero where rounding decides which element wins."""
+    mask = decided(block, tensors)
+    return (torch.randn(mask.shape) + 0.3).to(tensors["x"].dtype) * mask
+
+
+# ------------------------------------------------------------- the sweep
+
+
+@pytest.mark.instruction_sets
+@random_blocks(60)
+@plans
+@floats
+def test_whole_numbers_are_exact(block, plan, dtype):
+    """No order of adding rounds small whole numbers, so nothing but a mistake makes a difference."""
+    tensors, grad = integer_tensors(block, dtype)
+    assert_block(block, tensors, grad, plan=plan, exact=True)
+
+
+@pytest.mark.instruction_sets
+@random_blocks(30)
+@plans
+@floats
+def test_error_is_as_pytorchs(block, plan, dtype):
+    tensors = normal_tensors(block, dtype)
+    assert_block(block, tensors, gradient_for(block, tensors), plan=plan)
+
+
+@field_blocks
+@plans
+@floats
+def test_blocks_of_the_field(block, plan, dtype):
+    tensors = normal_tensors(block, dtype)
+    assert_block(block, tensors, gradient_for(block, tensors), plan=plan)
+
+
+@random_blocks(10)
+@pytest.mark.parametrize("plan", ["auto", "reference"])
+def test_float64(block, plan):
+    tensors = normal_tensors(block, torch.float64)
+    assert_block(block, tensors, gradient_for(block, tensors), plan=plan)
+
+
+@random_blocks(4)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64], ids=["float16", "complex64"])
+def test_other_dtypes_are_pytorchs(block, dtype):
+    block = replace(block, activation=None, pool=None)
+    tensors = normal_tensors(block, dtype)
+    assert torch.equal(our_block(block, **tensors, plan="auto"), torch_block(block, **tensors))
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The marked tests once more with the kernels of each instruction set, chosen as the library loads."""
+    if forced := os.environ.get("CNNLSTM_FAST_ISA"):
+        pytest.skip(f"this run is itself forced to {forced}")
+    root = Path(cnnlstm_fast.__file__).parents[1]
+    # glibc fills what malloc returns: the kernels' scratch memory is poisoned as well as tensors
+    env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
+    asked = subprocess.run(
+        [sys.executable, "-c", "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())"],
+        env=env, cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if asked.stdout.strip() != isa:
+        assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
+        pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")
+    files = [
+        str(Path(__file__).with_name(f"test_{of}.py")) for of in ("conv_block", "layouts", "numbers", "ops")
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider",
+         "-m", "instruction_sets", "-k", " or ".join(FUSED), *files],
+        env=env, cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, f"{isa}: {ran.stdout[-4000:]}{ran.stderr[-2000:]}"
+
+
+# ------------------------------------------------------------- memory of the arguments
+
+
+@plans
+@pytest.mark.parametrize("how", STRIDED)
+def test_strided_input(plan, how):
+    tensors, grad = integer_tensors(SMALL, torch.float32)
+    tensors["x"] = strided(tensors["x"], how)
+    assert_block(SMALL, tensors, grad, plan=plan, exact=True)
+
+
+@plans
+@pytest.mark.parametrize("how", STRIDED)
+def test_strided_parameters(plan, how):
+    tensors, grad = integer_tensors(SMALL, torch.float32)
+    tensors["weight"] = strided(tensors["weight"], how)
+    two = torch.stack([tensors["bias"], torch.full_like(tensors["bias"], torch.nan)], 1)
+    tensors["bias"] = two[:, 0] if how != "expanded" else tensors["bias"][:1].expand(SMALL.c_out)
+    assert_block(SMALL, tensors, grad, plan=plan, exact=True)
+
+
+@plans
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("how", ["sliced", "transposed", "expanded", "offset"])
+def test_strided_gradient(plan, layout, how):
+    tensors, grad = integer_tensors(SMALL, torch.float32)
+    if how == "expanded":  # what .sum().backward() sends: stride 0 everywhere
+        grad = torch.ones(()).expand(grad.shape)
+        assert_block(
+            SMALL, tensors, grad, plan=plan, layout=layout, exact=True,
+            our_grad=lambda g: torch.ones(()).expand(g.shape),
+        )  # fmt: skip
+    else:
+        assert_block(
+            SMALL, tensors, grad, plan=plan, layout=layout, exact=True,
+            our_grad=lambda g: strided(g, how),
+        )  # fmt: skip
+
+
+@plans
+def test_overlapping_input(plan):
+    """Frames that share memory, as a sliding window over a long image gives them."""
+    long = torch.randint(-3, 4, (5, 40, 9)).float()  # (C, L, W)
+    x = long.unfold(1, 12, 4).permute(1, 0, 3, 2)  # (8, C, 12, W)
+    block = replace(SMALL, n=8, size=(12, 9))
+    tensors, grad = integer_tensors(block, torch.float32)
+    assert_block(block, tensors | {"x": x}, grad, plan=plan, exact=True)
+
+
+@plans
+def test_arguments_are_left_alone(plan):
+    tensors = normal_tensors(SMALL, torch.float32)
+    grad = gradient_for(SMALL, tensors)
+    before = copy.deepcopy((tensors, grad))
+    versions = [t._version for t in (*tensors.values(), grad)]
+    evaluate(lambda **t: our_block(SMALL, **t, plan=plan), tensors, grad)
+    assert versions == [t._version for t in (*tensors.values(), grad)]
+    assert torch.equal(grad, before[1])
+    assert all(torch.equal(t, before[0][k]) for k, t in tensors.items())
+
+
+# ------------------------------------------------------------- sizes
+
+
+@plans
+@floats
+@pytest.mark.parametrize("layout", ["channels_first", "features", "locations_time_major", "columns"])
+def test_empty_batch(plan, dtype, layout):
+    block = replace(SMALL, n=0)
+    tensors = normal_tensors(block, dtype)
+    ours = assert_block(block, tensors, torch.zeros(block.out_shape(), dtype=dtype), plan=plan, layout=layout)
+    assert not ours["weight"].any() and not ours["bias"].any()
+
+
+@plans
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unbatched(plan, rank, layout):
+    """An unbatched map gives what a batch of one gives, without the batch dimension."""
+    block = some_block(rank, n=1, groups=1)
+    tensors, grad = integer_tensors(block, torch.float32)
+    whole = our_block(block, **tensors, plan=plan, layout=layout)
+    batch_dim = 1 if layout.endswith("_time_major") else 0
+    tensors["x"] = tensors["x"][0]
+    one = our_block(block, **tensors, plan=plan, layout=layout)
+    assert torch.equal(one, whole.squeeze(batch_dim))
+    if layout == "channels_first":
+        assert_block(block, tensors, grad[0], plan=plan, exact=True)
+
+
+@plans
+@floats
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block(40, 1, (1, 1), 1, (1, 1)),
+        Block(40, 1, (1, 1), 1, (3, 3), padding=(1, 1)),
+        Block(7, 3, (1, 1), 17, (1, 1), pool=PoolCase((1, 1), (1, 1), (0, 0), (1, 1))),
+        Block(7, 3, (1, 1), 17, (2, 2), padding=(1, 1), pool=POOL_2X2),
+        Block(7, 2, (1, 33), 5, (1, 3), padding=(0, 1), pool=PoolCase((1, 2), (1, 2), (0, 0), (1, 1))),
+        Block(7, 2, (33, 1), 5, (3, 1), padding=(1, 0), pool=PoolCase((2, 1), (2, 1), (0, 0), (1, 1))),
+        Block(7, 2, (2, 2), 5, (2, 2), padding=(1, 1), pool=PoolCase((3, 3), (3, 3), (0, 0), (1, 1))),
+        Block(5, 2, (3, 3), 5, (3, 3), padding=(5, 6)),  # padding wider than the kernel
+        Block(5, 2, (4, 4), 5, (1, 1), stride=(5, 5)),  # stride larger than the input
+        Block(3, 2, (6, 6), 33, (3, 3), padding=(1, 1), pool=PoolCase((6, 6), (6, 6), (0, 0), (1, 1))),
+        Block(3, 2, (18, 18), 9, (3, 3), padding=(1, 1), pool=PoolCase((16, 15), (1, 1), (0, 0), (1, 1))),
+        Block(3, 2, (18, 18), 9, (3, 3), padding=(1, 1), pool=PoolCase((2, 127), (1, 1), (0, 63), (1, 1))),
+        Block(2, 2, (18, 18), 9, (3, 3), padding=(1, 1), pool=PoolCase((17, 17), (1, 1), (0, 0), (1, 1))),
+        Block(2, 257, (3, 3), 3, (1, 1)),
+        Block(2, 3, (3, 3), 257, (1, 1), pool=POOL_2X2),
+        Block(300, 3, (5,), 20, (3,), (1,), (1,), (1,), pool=PoolCase((2,), (2,), (1,), (1,), True)),
+    ],
+    ids=lambda b: "x".join(map(str, (b.n, b.c, *b.size, b.c_out))),
+)
+def test_extreme_sizes(block, plan, dtype):
+    tensors, grad = integer_tensors(block, dtype)
+    assert_block(block, tensors, grad, plan=plan, exact=True)
+
+
+@pytest.mark.instruction_sets
+@plans
+def test_taps_that_meet_nothing(plan):
+    """Columns of the kernel that see only padding get a gradient of zero."""
+    for block in (
+        Block(1, 16, (2,), 32, (7,), (4,), (6,), (1,)),
+        Block(3, 13, (5, 1), 17, (3, 5), stride=(3, 4), padding=(1, 2)),
+        Block(2, 3, (1, 1), 5, (5, 5), padding=(2, 2)),
+    ):
+        tensors, grad = integer_tensors(block, torch.float32)
+        assert_block(block, tensors, grad, plan=plan, exact=True)
+
+
+@pytest.mark.instruction_sets
+@plans
+def test_pointwise_strided(plan):
+    for c in (1, 14, 15, 33):
+        block = Block(3, c, (16, 29), 30, (1, 1), stride=(2, 2), pool=POOL_2X2)
+        tensors, grad = integer_tensors(block, torch.float32)
+        assert_block(block, tensors, grad, plan=plan, exact=True)
+
+
+@fused_plans
+def test_pointwise_strided_in_bfloat16(plan):
+    """Where PyTorch's own channels-last weight gradient breaks the heap, in a process of its own."""
+    code = f"""
+import torch
+from cnnlstm_fast.functional import conv_block
+for c in (14, 15):
+    for i in range(100):
+        x, w = torch.randn(3, c, 16, 28).bfloat16(), torch.randn(30, c, 1, 1).bfloat16().requires_grad_()
+        out = conv_block(x, w, stride=2, pool=torch.nn.MaxPool2d(2), plan="{plan}")
+        out.sum().backward()
+print("alive")
+"""
+    ran = run_python(code, MALLOC_CHECK_="3")
+    assert ran.returncode == 0 and "alive" in ran.stdout, f"exit status {ran.returncode}: {ran.stderr[:200]}"
+
+
+@pytest.mark.parametrize("plan", ["auto", "reference"])
+def test_zero_channels(plan):
+    """Whatever PyTorch makes of an input without channels."""
+    block = Block(2, 0, (6, 6), 4, (3, 3))
+    tensors = normal_tensors(block, torch.float32)
+    ours, theirs = our_block(block, **tensors, plan=plan), torch_block(block, **tensors)
+    assert ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+@plans
+def test_a_window_with_nothing_in_it(plan):
+    """Dilation carries this pool's only window past the map, where PyTorch gives -inf."""
+    block = Block(3, 2, (1, 2), 5, (1, 1), pool=PoolCase((1, 2), (1, 2), (0, 1), (1, 3)))
+    tensors, _ = integer_tensors(block, torch.float32)
+    assert_block(block, tensors, None, plan=plan, exact=True)
+
+
+@plans
+def test_large_output(plan):
+    """Over 64 MB, where outputs come from memory of their own, and not a multiple of any page."""
+    block = Block(71, 2, (63, 67), 61, (1, 1))
+    tensors, _ = integer_tensors(block, torch.float32)
+    expected = torch_block(block, **tensors)
+    assert expected.nbytes > 64 * 2**20
+    for layout in ("channels_first", "channels_last"):
+        first = our_block(block, **tensors, plan=plan, layout=layout)
+        second = our_block(block, **{k: -t for k, t in tensors.items()}, plan=plan, layout=layout)
+        assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+        assert torch.equal(first, expected)
+        del first, second
+
+
+# ------------------------------------------------------------- which gradients
+
+
+@plans
+@floats
+@pytest.mark.parametrize(
+    "needs",
+    [("x",), ("weight",), ("bias",), ("x", "weight"), ("x", "bias"), ("weight", "bias")],
+    ids="+".join,
+)
+def test_only_the_gradients_asked_for(plan, dtype, needs):
+    tensors, grad = integer_tensors(SMALL, dtype)
+    ours = assert_block(SMALL, tensors, grad, plan=plan, needs=needs, exact=True)
+    assert set(ours) == {"out", *needs}
+
+
+@plans
+def test_no_gradient(plan):
+    tensors = normal_tensors(SMALL, torch.float32)
+    leaves = {k: t.requires_grad_() for k, t in tensors.items()}
+    with torch.no_grad():
+        assert not our_block(SMALL, **leaves, plan=plan).requires_grad
+    with torch.inference_mode():
+        assert our_block(SMALL, **leaves, plan=plan).is_inference()
+    frozen = {k: t.detach() for k, t in tensors.items()}
+    assert not our_block(SMALL, **frozen, plan=plan).requires_grad
+    assert our_block(SMALL, **frozen | {"bias": tensors["bias"]}, plan=plan).requires_grad
+
+
+@plans
+def test_inference_mode_gives_the_same_numbers(plan):
+    tensors, _ = integer_tensors(SMALL, torch.float32)
+    with torch.inference_mode():
+        out = our_block(SMALL, **{k: t.clone() for k, t in tensors.items()}, plan=plan)
+    assert torch.equal(out, torch_block(SMALL, **tensors))
+
+
+@plans
+def test_gradients_accumulate_over_two_backwards(plan):
+    tensors, grad = integer_tensors(SMALL, torch.float32)
+    leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    out = our_block(SMALL, **leaves, plan=plan)
+    out.backward(grad, retain_graph=True)
+    first = {k: t.grad.clone() for k, t in leaves.items()}
+    out.backward(grad)
+    assert all(torch.equal(t.grad, 2 * first[k]) for k, t in leaves.items())
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward(grad)
+
+
+@plans
+def test_two_blocks_in_a_row(plan):
+    """The gradient of the first passes through the second's; the same input feeds both."""
+    first = Block(2, 4, (10, 12), 4, (3, 3), padding=(1, 1), pool=POOL_2X2)
+    second = replace(first, size=(5, 6))
+    a, _ = integer_tensors(first, torch.float32)
+    b, grad = integer_tensors(second, torch.float32)
+
+    def chain(block_fn):
+        def fn(x, w1, b1, w2, b2):
+            return block_fn(second, block_fn(first, x, w1, b1), w2, b2)
+
+        return fn
+
+    tensors = {"x": a["x"], "w1": a["weight"], "b1": a["bias"], "w2": b["weight"], "b2": b["bias"]}
+    grad = grad.sign()
+    ours = evaluate(chain(lambda *t: our_block(*t, plan=plan)), tensors, grad, tuple(tensors))
+    doubles = {k: t.double() for k, t in tensors.items()}
+    true = evaluate(chain(torch_block), doubles, grad.double(), tuple(tensors))
+    for name, t in ours.items():
+        assert torch.equal(t.double(), true[name]), name
+
+
+@plans
+def test_a_changed_input_is_noticed(plan):
+    """Backward after an in-place change of what it reads raises, as in PyTorch."""
+    tensors = normal_tensors(SMALL, torch.float32)
+    for name in ("x", "weight"):
+        leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+        moved = {k: t * 1 for k, t in leaves.items()}
+        out = our_block(SMALL, **moved, plan=plan)
+        moved[name].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+@plans
+def test_a_changed_bias_is_nobodys_business(plan):
+    """No gradient reads the bias, and PyTorch lets it change between forward and backward."""
+    tensors, grad = integer_tensors(SMALL, torch.float32)
+    leaves = {k: t.requires_grad_() for k, t in tensors.items()}
+    out = our_block(SMALL, **leaves, plan=plan)
+    with torch.no_grad():
+        leaves["bias"].add_(1)
+    out.backward(grad)
+    expected = grad * (out > 0)
+    assert torch.equal(leaves["bias"].grad, expected.sum((0, 2, 3)))
+
+
+@plans
+@pytest.mark.parametrize("trained", ["x", "weight"])
+def test_what_no_gradient_reads_may_change(plan, trained):
+    """PyTorch's convolution keeps the weight for the input's gradient and the input for the weight's."""
+    tensors, grad = integer_tensors(SMALL, torch.float32)
+    read = {"x": "weight", "weight": "x"}[trained]
+
+    def after_changes(fn):
+        moved = {k: t.clone().requires_grad_(k == trained) for k, t in tensors.items()}
+        out = fn(SMALL, **moved)
+        with torch.no_grad():
+            for name in moved.keys() - {read, trained}:
+                moved[name].zero_()
+        return torch.autograd.grad(out, moved[trained], grad)[0]
+
+    expected = after_changes(torch_block)
+    assert torch.equal(after_changes(lambda *a, **k: our_block(*a, **k, plan=plan)), expected)
+
+
+@plans
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_result_may_be_changed(plan, layout):
+    """PyTorch lets a pooled result be changed in place before backward."""
+    tensors, grad = integer_tensors(SMALL, torch.float32)
+    grad = in_layout(grad, layout)
+    results = []
+    for fn in (
+        lambda *a, **k: our_block(*a, **k, plan=plan, layout=layout),
+        lambda *a, **k: in_layout(torch_block(*a, **k), layout),
+    ):
+        leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+        out = fn(SMALL, **leaves)
+        out.mul_(2).add_(1)
+        results.append(torch.autograd.grad(out, list(leaves.values()), grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# ------------------------------------------------------------- arguments as PyTorch takes them
+
+
+@plans
+def test_arguments_in_every_form(plan):
+    """Ints, tuples, lists, one-element lists and numpy integers mean the same."""
+    numpy = pytest.importorskip("numpy")
+    x, w = torch.randint(-3, 4, (2, 4, 13, 12)).float(), torch.randint(-3, 4, (32, 2, 3, 3)).float()
+    expected = F.max_pool2d(F.relu(F.conv2d(x, w, None, 2, 1, 2, 2)), 2)
+    pool = torch.nn.MaxPool2d(2)
+    for two, one in [
+        (2, 1), ((2, 2), (1, 1)), ([2, 2], [1, 1]), ((2,), [1]), (torch.Size([2, 2]), torch.Size([1, 1])),
+        (numpy.int64(2), numpy.int32(1)), ((numpy.int64(2),) * 2, [numpy.int64(1)] * 2),
+    ]:  # fmt: skip
+        out = conv_block(x, w, stride=two, padding=one, dilation=two, groups=2, pool=pool, plan=plan)
+        assert torch.equal(out, expected), f"stride={two!r}, padding={one!r}"
+    for kernel in (2, (2, 2), [2, 2], numpy.int64(2)):
+        pool = torch.nn.MaxPool2d(kernel)
+        out = conv_block(x, w, stride=2, padding=1, dilation=2, groups=2, pool=pool, plan=plan)
+        assert torch.equal(out, expected), f"pool kernel {kernel!r}"
+    out = conv_block(x, w, stride=2, padding=1, dilation=2, groups=numpy.int64(2), pool=pool, plan=plan)
+    assert torch.equal(out, expected)
+
+
+@plans
+def test_activation_by_name_module_or_none(plan):
+    x, w = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+    y = F.conv2d(x, w)
+    for activation, expected in [
+        ("relu", F.relu(y)), (torch.nn.ReLU(), F.relu(y)), (torch.nn.ReLU(inplace=True), F.relu(y)), (None, y)
+    ]:  # fmt: skip
+        torch.testing.assert_close(conv_block(x, w, activation=activation, plan=plan), expected)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding):
+    x, w = torch.randn(2, 3, 9, 8), torch.randn(4, 3, 2, 3)
+    assert torch.equal(conv_block(x, w, padding=padding), F.relu(F.conv2d(x, w, padding=padding)))
+
+
+def test_anything_else_is_pytorchs():
+    """What no fused plan covers gives PyTorch's own bits."""
+    from torch import nn
+
+    x, w, b = torch.randn(3, 4, 12, 12), torch.randn(8, 4, 3, 3), torch.randn(8)
+    y = F.conv2d(x, w, b)
+    norm = nn.BatchNorm2d(8).eval()
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.weight.normal_()
+    for keywords, expected in [
+        ({"activation": "gelu"}, F.gelu(y)),
+        ({"activation": nn.Hardtanh(0, 20)}, F.hardtanh(y, 0, 20)),
+        ({"activation": nn.GLU(1)}, F.glu(y, 1)),
+        ({"pool": nn.AvgPool2d(2)}, F.avg_pool2d(F.relu(y), 2)),
+        ({"pool": nn.AdaptiveMaxPool2d(1)}, F.adaptive_max_pool2d(F.relu(y), 1)),
+        ({"pool": nn.LPPool2d(2, 2)}, F.lp_pool2d(F.relu(y), 2, 2)),
+        ({"norm": norm}, F.relu(norm(y))),
+        ({"norm": copy.deepcopy(norm).train()}, F.relu(copy.deepcopy(norm).train()(y))),
+    ]:
+        assert torch.equal(conv_block(x, w, b, **keywords), expected), keywords
+
+
+def test_an_images_pool_on_signals():
+    """PyTorch takes (N, C, L) for an unbatched image, and so does the block."""
+    x, weight = torch.randn(2, 4, 9), torch.randn(6, 4, 3)
+    expected = F.max_pool2d(F.relu(F.conv1d(x, weight)), 2)
+    assert torch.equal(conv_block(x, weight, pool=torch.nn.MaxPool2d(2)), expected)
+
+
+def test_hooks_on_parts_run():
+    """Forward and backward hooks of the activation and the pool are called, global ones too."""
+    from torch import nn
+    from torch.nn.modules import module
+
+    x, w = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
+    register = {
+        "forward": lambda m, hook: m.register_forward_hook(hook),
+        "forward pre": lambda m, hook: m.register_forward_pre_hook(hook),
+        "full backward": lambda m, hook: m.register_full_backward_hook(hook),
+        "full backward pre": lambda m, hook: m.register_full_backward_pre_hook(hook),
+        "global forward": lambda m, hook: module.register_module_forward_hook(hook),
+        "global forward pre": lambda m, hook: module.register_module_forward_pre_hook(hook),
+        "global full backward": lambda m, hook: module.register_module_full_backward_hook(hook),
+    }
+    for which in ("activation", "pool"):
+        for kind, hook_on in register.items():
+            parts = {"activation": nn.ReLU(), "pool": nn.MaxPool2d(2)}
+            called = []
+            handle = hook_on(parts[which], lambda *_, called=called: called.append(1) and None)
+            try:
+                conv_block(x, w, **parts).sum().backward()
+            finally:
+                handle.remove()
+            assert called, f"{kind} hook on the {which} was not called"
+
+
+def test_a_changed_module_is_not_fused():
+    """A subclass, or an instance with a forward of its own, runs as it is."""
+    from torch import nn
+
+    class Doubling(nn.ReLU):
+        def forward(self, y):
+            return 2 * super().forward(y)
+
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    expected = 2 * F.relu(F.conv2d(x, w))
+    assert torch.equal(conv_block(x, w, activation=Doubling()), expected)
+    patched = nn.ReLU()
+    patched.forward = lambda y: 2 * F.relu(y)
+    assert torch.equal(conv_block(x, w, activation=patched), expected)
+
+
+@fused_plans
+def test_a_pool_that_shows_its_indices(plan):
+    from torch import nn
+
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="indices"):
+        conv_block(x, w, pool=nn.MaxPool2d(2, return_indices=True), plan=plan)
+
+
+@plans
+def test_rank_3_is_rank_4_of_height_1(plan):
+    signal = some_block(3)
+    tensors = normal_tensors(signal, torch.float32)
+    ways, true = torch_ways(signal, tensors, None)
+    assert_close_as_torch(
+        our_block(signal, **tensors, plan=plan), [w["out"] for w in ways], true["out"], str(signal)
+    )

@@ -1,0 +1,460 @@
+"""The Triton kernels of the block op: in Triton's interpreter on any machine, compiled on a CUDA device.
+
+The interpreter's copy of the kernels is a module of its own, made while Triton's switch is on;
+nothing else in the process sees the switch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    FIELD_BLOCKS,
+    SEED,
+    STRIDED,
+    Block,
+    PoolCase,
+    as_2d,
+    assert_block,
+    assert_close_as_torch,
+    decided,
+    evaluate,
+    integer_tensors,
+    normal_tensors,
+    our_block,
+    random_block,
+    random_blocks,
+    strided,
+    torch_block,
+    torch_ways,
+    winners,
+)
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+KERNELS = Path(__file__).parents[1] / "kernels" / "conv_block.py"
+PLANS = {"direct": 1, "chunked": 2}
+ORDERS = list(itertools.permutations(range(4)))
+
+plans = pytest.mark.parametrize("plan", PLANS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+class Kernels:
+    """The host functions of the kernels, and where their tensors have to be."""
+
+    def __init__(self, module, device: str):
+        self.module, self.device = module, device
+
+    def forward(self, block, x, weight, bias=None, *, plan, order=(0, 1, 2, 3), keep=True):
+        """(the map in (N, C, H, W), its winner codes) of a 2-d block."""
+        raw, codes = self.module.forward(x, weight, bias, *_op_args(block), list(order), PLANS[plan], keep)
+        assert raw.is_contiguous()
+        return raw.permute([order.index(axis) for axis in range(4)]), codes
+
+    def backward(
+        self, block, grad, x, weight, codes, *, plan, order=(0, 1, 2, 3), needs=("x", "weight", "bias")
+    ):
+        """{name: gradient} of those in ``needs``; ``grad`` is in (N, C, H, W)."""
+        wanted = [name in needs for name in ("x", "weight", "bias")]
+        args = (*_op_args(block), list(order), PLANS[plan])
+        found = self.module.backward(grad.permute(order), x, weight, codes, *args, *wanted)
+        grads = dict(zip(("x", "weight", "bias"), found, strict=True))
+        assert all(grads[name].numel() == 0 for name in grads if name not in needs)
+        return {name: grads[name] for name in needs}
+
+
+def _op_args(block: Block) -> tuple[list[int], int, list[int]]:
+    p = block.pool
+    pool = [] if p is None else [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)]
+    conv = [*block.stride, *block.padding, *block.dilation, block.groups]
+    return conv, int(block.activation is not None), pool
+
+
+def _interpreted():
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec = importlib.util.spec_from_file_location("interpreted_conv_block", KERNELS)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request):
+    if request.param == "cuda":
+        from cnnlstm_fast.kernels import conv_block
+
+        yield Kernels(conv_block, "cuda")
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    interpreter_builder.options = replace(options, sanitize_overflow=False)  # triples every operation
+    yield Kernels(_interpreted(), "cpu")
+    interpreter_builder.options = options
+
+
+@pytest.fixture(autouse=True)
+def _float32_means_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def _interpreter_steps(block: Block) -> int:
+    """How many steps of a program's inner loop the interpreter takes for a block, about (ms each)."""
+    block, _ = as_2d(block, {})
+    _, _, *size = block.out_shape()
+    taps = math.prod(block.kernel)
+    c_out, c_in = block.c_out // block.groups, block.c // block.groups
+    window = math.prod(block.pool.kernel) if block.pool else 1
+    places, inputs = block.n * math.prod(size), block.n * math.prod(block.size)
+    forward = -(-places // 64) * max(block.groups, -(-block.c_out // 32)) * window * -(-taps * c_in // 16)
+    to_weight = -(-inputs // 32) * block.groups * -(-c_out // 64) * -(-taps * c_in // 32) * window
+    to_input = -(-inputs // 64) * block.groups * -(-c_in // 64) * taps * -(-c_out // 16) * window
+    return forward + to_weight + to_input
+
+
+def _small_blocks(count: int, **fixed):
+    rng = random.Random(f"{SEED} triton {count}")
+    found = []
+    while len(found) < count:
+        block = random_block(rng, **fixed)
+        if _interpreter_steps(block) <= 60:
+            found.append(block)
+    return pytest.mark.parametrize("block", found, ids=[str(i) for i in range(count)])
+
+
+def _on(device: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on a device with the strides they have."""
+
+    def moved(t):
+        shape = [1 if stride == 0 else size for size, stride in zip(t.shape, t.stride(), strict=True)]
+        there = torch.empty_strided(shape, t.stride(), dtype=t.dtype, device=device)
+        return there.copy_(t[tuple(slice(size) for size in shape)]).expand(t.shape)
+
+    return tensors if device == "cpu" else {name: moved(t) for name, t in tensors.items()}
+
+
+def _decode(codes: Tensor, window: int, channels: int) -> Tensor:
+    """Winner codes (N, H, W, groups, bytes) as places (N, C, H, W), -1 where nothing passed."""
+    codes = codes.cpu().int()
+    if window <= 14:
+        codes = torch.cat([codes & 15, codes >> 4], -1)
+        codes = torch.where(codes == 15, -1, codes)
+    else:
+        assert codes.shape[-1] == 16
+        codes = torch.where(codes == 255, -1, codes)
+    return codes.flatten(3)[..., :channels].movedim(-1, 1)
+
+
+def _window(block: Block) -> int:
+    return math.prod(block.pool.kernel) if block.pool else 1
+
+
+def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
+    """Map, codes and gradients of whole numbers that no order of adding rounds: equal to float64's."""
+    block, tensors = as_2d(block, tensors)
+    grad = grad if grad.dim() == 4 else grad.unsqueeze(2)
+    _, true = torch_ways(block, tensors, grad)
+    plain = replace(block, activation=None, pool=None)
+    places = winners(block, torch_block(plain, **{name: t.double() for name, t in tensors.items()}))
+    there = _on(kernels.device, tensors | {"grad": grad})
+    grad, x, weight = there.pop("grad"), there["x"], there["weight"]
+    out, codes = kernels.forward(block, **there, plan=plan, order=order)
+    found = {"out": out}
+    if block.activation or block.pool:
+        assert torch.equal(_decode(codes, _window(block), block.c_out), places.int()), f"codes of {block}"
+    found |= kernels.backward(block, grad, x, weight, codes, plan=plan, order=order, needs=tuple(tensors))
+    for name, mine in found.items():
+        assert mine.dtype == x.dtype
+        wrong = mine.cpu().double() != true[name]
+        assert not wrong.any(), f"{name} differs in {wrong.sum()} of {wrong.numel()}: {block}, {order}"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@plans
+@dtypes
+@_small_blocks(8)
+def test_random_blocks_are_as_near_to_float64_as_torch(kernels, block, dtype, plan):
+    block, tensors = as_2d(block, normal_tensors(block, dtype))
+    order = random.choice(ORDERS)
+    grad = (torch.randn(block.out_shape()) * decided(block, tensors)).to(dtype)
+    tensors = _on(kernels.device, tensors | {"grad": grad})
+    grad, x, weight = tensors.pop("grad"), tensors["x"], tensors["weight"]
+    ways, true = torch_ways(block, tensors, grad)
+    out, codes = kernels.forward(block, **tensors, plan=plan, order=order)
+    found = {"out": out}
+    found |= kernels.backward(block, grad, x, weight, codes, plan=plan, order=order, needs=tuple(tensors))
+    for name, mine in found.items():
+        assert_close_as_torch(mine, [way[name] for way in ways], true[name], f"{name} of {block}, {order}")
+
+
+@plans
+@_small_blocks(12)
+def test_ties_and_codes_are_exact_in_every_memory(kernels, block, plan):
+    tensors, grad = integer_tensors(block, random.choice([torch.float32, torch.bfloat16]))
+    tensors["x"] = strided(tensors["x"], random.choice(STRIDED[:3] + STRIDED[4:]))
+    tensors["weight"] = strided(tensors["weight"], random.choice(["sliced", "transposed", "channels_last"]))
+    grad = strided(grad, random.choice(["sliced", "transposed", "backwards_dims"]))
+    _assert_exact(kernels, block, tensors, grad, plan=plan, order=random.choice(ORDERS))
+
+
+TUTORIAL = Block(2, 3, (5, 6), 20, (3, 3), padding=(1, 1), pool=PoolCase((2, 2), (2, 2), (0, 0), (1, 1)))
+
+
+@plans
+@pytest.mark.parametrize("how", STRIDED)
+def test_strided_and_expanded_inputs_are_exact(kernels, how, plan):
+    tensors, grad = integer_tensors(TUTORIAL, torch.float32)
+    tensors["x"], grad = strided(tensors["x"], how), strided(grad, how)
+    _assert_exact(kernels, TUTORIAL, tensors, grad, plan=plan)
+
+
+@plans
+def test_the_gradient_of_a_sum_has_no_strides_at_all(kernels, plan):
+    tensors, grad = integer_tensors(TUTORIAL, torch.float32)
+    _assert_exact(kernels, TUTORIAL, tensors, torch.ones(()).expand(grad.shape), plan=plan)
+
+
+@plans
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join("NCHW"[axis] for axis in order))
+def test_every_memory_order_is_exact(kernels, order, plan):
+    block = replace(TUTORIAL, n=2, c=1, size=(4, 6), c_out=17)
+    _assert_exact(kernels, block, *integer_tensors(block, torch.bfloat16), plan=plan, order=order)
+
+
+SPECIAL_BLOCKS = {
+    "bare": replace(TUTORIAL, activation=None, pool=None),
+    "no pool": replace(TUTORIAL, pool=None),
+    "no activation": replace(TUTORIAL, activation=None, bias=False),
+    "14 elements": Block(1, 2, (4, 15), 17, (1, 2), pool=PoolCase((2, 7), (1, 4), (1, 3), (1, 1))),
+    "15 elements": Block(1, 2, (9, 7), 17, (2, 1), pool=PoolCase((5, 3), (3, 2), (2, 1), (1, 1), True)),
+    "254 elements": Block(1, 1, (2, 128), 3, (1, 2), pool=PoolCase((2, 127), (2, 127), (0, 0), (1, 1))),
+    "gaps": Block(2, 2, (9, 8), 5, (2, 2), pool=PoolCase((1, 2), (3, 3), (0, 0), (1, 1))),
+    "dilated pool": Block(1, 2, (8, 9), 5, (2, 2), pool=PoolCase((2, 2), (1, 2), (0, 1), (2, 3), True)),
+    "dilated strided": Block(2, 2, (11, 12), 18, (2, 3), (3, 2), (1, 2), (2, 3)),
+    "depthwise": Block(1, 6, (5, 6), 6, (3, 3), padding=(1, 1), groups=6, pool=TUTORIAL.pool),
+    "groups across code groups": Block(1, 6, (5, 4), 33, (2, 2), groups=3, pool=TUTORIAL.pool),
+    "groups of whole code groups": Block(1, 4, (5, 4), 96, (2, 2), groups=2, pool=TUTORIAL.pool),
+    "one of everything": Block(1, 1, (1, 1), 1, (1, 1), pool=PoolCase((1, 1), (1, 1), (0, 0), (1, 1))),
+}
+
+
+@plans
+@pytest.mark.parametrize("block", SPECIAL_BLOCKS.values(), ids=SPECIAL_BLOCKS)
+def test_special_blocks_are_exact(kernels, block, plan):
+    tensors, grad = integer_tensors(block, torch.float32)
+    _assert_exact(kernels, block, tensors, grad, plan=plan, order=random.choice(ORDERS))
+
+
+@plans
+@pytest.mark.parametrize("name", ["tutorial", "no activation", "14 elements", "dilated pool"])
+def test_nan_and_infinities_stand_where_torch_puts_them(kernels, name, plan):
+    block = SPECIAL_BLOCKS.get(name, TUTORIAL)
+    tensors, grad = integer_tensors(block, torch.float32)
+    for value in (math.nan, math.inf, -math.inf):
+        tensors["x"].view(-1)[random.randrange(tensors["x"].numel())] = value
+    grad.view(-1)[random.randrange(grad.numel())] = math.nan
+    ways, true = torch_ways(block, tensors, grad)
+    plain = replace(block, activation=None, pool=None)
+    places = winners(block, torch_block(plain, **{name: t.double() for name, t in tensors.items()}))
+    there = _on(kernels.device, tensors | {"grad": grad})
+    grad, x, weight = there.pop("grad"), there["x"], there["weight"]
+    out, codes = kernels.forward(block, **there, plan=plan)
+    if kernels.device == "cpu" or plan == "direct":  # a library on CUDA may multiply in another way
+        assert torch.equal(_decode(codes, _window(block), block.c_out), places.int())
+    found = {"out": out} | kernels.backward(block, grad, x, weight, codes, plan=plan, needs=tuple(tensors))
+    for name, mine in found.items():
+        assert_close_as_torch(mine.cpu(), [way[name] for way in ways], true[name], f"{name} of {block}")
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+@plans
+def test_only_what_is_asked_for_is_computed(kernels, plan):
+    tensors, grad = integer_tensors(TUTORIAL, torch.float32)
+    there = _on(kernels.device, tensors | {"grad": grad})
+    grad, x, weight = there.pop("grad"), there["x"], there["weight"]
+    out, codes = kernels.forward(TUTORIAL, **there, plan=plan)
+    without, nothing = kernels.forward(TUTORIAL, **there, plan=plan, keep=False)
+    assert torch.equal(out, without) and nothing.shape == (0,) and nothing.dtype == torch.uint8
+    everything = kernels.backward(TUTORIAL, grad, x, weight, codes, plan=plan)
+    for name, expected in everything.items():
+        alone = kernels.backward(TUTORIAL, grad, x, weight, codes, plan=plan, needs=(name,))
+        assert torch.equal(alone[name], expected), name
+
+
+@plans
+@pytest.mark.parametrize("pool", [TUTORIAL.pool, None])
+def test_empty_batch(kernels, pool, plan):
+    block = replace(TUTORIAL, n=0, pool=pool)
+    tensors = _on(kernels.device, normal_tensors(block, torch.float32))
+    out, codes = kernels.forward(block, **tensors, plan=plan)
+    assert out.shape == block.out_shape()
+    grads = kernels.backward(block, out, tensors["x"], tensors["weight"], codes, plan=plan)
+    assert all(torch.equal(grads[name], torch.zeros_like(t)) for name, t in tensors.items())
+
+
+@plans
+def test_64_bit_offsets_change_nothing(kernels, monkeypatch, plan):
+    tensors, grad = integer_tensors(TUTORIAL, torch.float32)
+    monkeypatch.setattr(kernels.module, "NARROW_REACH", 0)
+    _assert_exact(kernels, TUTORIAL, tensors, grad, plan=plan)
+
+
+@plans
+def test_runs_twice_to_the_same_bits(kernels, plan):
+    tensors = _on(kernels.device, normal_tensors(TUTORIAL, torch.float32))
+    runs = []
+    for _ in range(2):
+        out, codes = kernels.forward(TUTORIAL, **tensors, plan=plan)
+        grads = kernels.backward(TUTORIAL, out, tensors["x"], tensors["weight"], codes, plan=plan)
+        runs.append([out, codes, *grads.values()])
+    assert all(map(torch.equal, *runs))
+
+
+# ---------------------------------------------------------------- ahead of time, and registration
+
+
+def test_every_kernel_is_compiled_ahead_of_time():
+    from cnnlstm_fast.kernels import aot, conv_block
+
+    launched = {
+        launch.kernel for case in aot.CASES for dtype in case.dtypes for launch in aot.launches(case, dtype)
+    }
+    assert launched == {kernel for name, kernel in vars(conv_block).items() if name.endswith("_kernel")}
+
+
+def test_ahead_of_time_compilation_needs_no_device():
+    from cnnlstm_fast.kernels import aot
+
+    case = aot.Case("small", (2, 3, 8, 8), 16, (3, 3), dtypes=("bfloat16",))
+    records = aot.compile_all([case], [90])
+    assert [record.kernel for record in records] == [
+        "forward_kernel", "grad_input_kernel", "grad_weight_kernel", "grad_bias_kernel",
+    ]  # fmt: skip
+    for record in records:
+        assert record.arch == "sm_90a" and 16 <= record.registers <= 255 and record.spills == 0, record
+
+
+def test_importing_the_package_imports_no_triton():
+    code = "import sys, cnnlstm_fast; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@plans
+def test_tracing_shows_the_kernels(plan):
+    """Under AOTAutograd the op on CUDA tensors becomes its kernels, so that inductor can see them."""
+    from functorch.compile import aot_function
+    from torch._subclasses import FakeTensorMode
+
+    from cnnlstm_fast.ops.conv_block import backward_op, forward_op
+
+    args = (*_op_args(TUTORIAL), [0, 2, 3, 1], PLANS[plan])
+
+    def step(x, weight, bias, grad):
+        out, codes = forward_op(x, weight, bias, *args, True)
+        return (out, *backward_op(grad, x, weight, codes, *args, True, True, True))
+
+    class Captured(Exception):
+        pass
+
+    def capture(graph, inputs):
+        raise Captured([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+
+    with FakeTensorMode(), pytest.raises(Captured) as captured:
+        shapes = [*TUTORIAL.shapes().values(), (2, 2, 3, 20)]
+        inputs = [torch.empty(shape, device="cuda") for shape in shapes]
+        aot_function(step, fw_compiler=capture)(*inputs)
+    targets = captured.value.args[0]
+    assert not [target for target in targets if "cnnlstm_fast" in target]
+    assert targets.count("triton_kernel_wrapper_functional") == {"direct": 4, "chunked": 2}[plan]
+    assert ("aten.convolution.default" in targets) == (plan == "chunked")
+
+
+# ---------------------------------------------------------------- on a device
+
+
+compiled = pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+field_blocks = pytest.mark.parametrize(
+    "block", [block for block in FIELD_BLOCKS.values() if block.groups == 1], ids=str
+)
+
+
+@compiled
+@random_blocks(60)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_random_blocks(kernels, block, dtype):
+    for plan in PLANS:
+        test_random_blocks_are_as_near_to_float64_as_torch(kernels, block, dtype, plan)
+
+
+@compiled
+@plans
+@field_blocks
+def test_the_public_function(kernels, block, plan):
+    tensors = normal_tensors(block, torch.float32)
+    grad = torch.randn(block.out_shape()) * decided(block, tensors)
+    there = _on(kernels.device, tensors | {"grad": grad})
+    grad = there.pop("grad")
+    layout = random.choice(["channels_first", "channels_last", "locations_time_major", "features", "columns"])
+    assert_block(block, there, grad, plan=plan, layout=layout)
+
+
+@compiled
+@plans
+def test_compiled_and_captured_calls_give_the_same_bits(kernels, plan):
+    tensors = _on(kernels.device, normal_tensors(TUTORIAL, torch.float32))
+
+    def call(**tensors):
+        return our_block(TUTORIAL, **tensors, plan=plan, layout="locations")
+
+    eager = evaluate(call, tensors, torch.ones(2, 6, 20, device="cuda"))
+    fast = evaluate(torch.compile(call, fullgraph=True), tensors, torch.ones(2, 6, 20, device="cuda"))
+    assert all(torch.equal(fast[name], eager[name]) for name in eager)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(**tensors)
+    for t in tensors.values():
+        t.neg_()
+    graph.replay()
+    assert torch.equal(captured, call(**tensors)) and not torch.equal(captured, eager["out"])
+
+
+@compiled
+def test_direct_does_not_see_the_rest_of_the_batch(kernels):
+    block = replace(TUTORIAL, n=5)
+    tensors = _on(kernels.device, normal_tensors(block, torch.float32))
+    together, _ = kernels.forward(block, **tensors, plan="direct")
+    for i in range(5):
+        alone, _ = kernels.forward(block, **tensors | {"x": tensors["x"][i : i + 1]}, plan="direct")
+        assert torch.equal(alone[0], together[i])
+
+
+@compiled
+def test_tf32_only_where_torch_allows_it(kernels, monkeypatch):
+    block = FIELD_BLOCKS["tutorial"]
+    tensors = _on(kernels.device, normal_tensors(block, torch.float32))
+    true = torch_block(block, **{name: t.double() for name, t in tensors.items()})
+
+    def error():
+        out, _ = kernels.forward(block, **tensors, plan="direct")
+        return ((out.double() - true).norm() / true.norm()).item()
+
+    assert error() < 2**-20
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert 2**-16 < error() < 2**-9
