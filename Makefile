@@ -22,7 +22,6 @@ bench: $(VENV)/built
 gpu:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --no-index -e .
 	$(PYTHON) -m pytest -q -m gpu
-	$(PYTHON) -m benchmarks run --quick --device cuda
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,101 +1,111 @@
-"""``python -m cnnlstm_fast demo | bench | explain | doctor``."""
+"""``python -m cnnlstm_fast demo | bench | explain | doctor``.
+
+Exit codes: 0 done; 1 it failed, or something is missing, and the text says how to mend it; 2 the
+command line itself is wrong.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
-import re
+import os
+import subprocess
 import sys
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
-    help="CNN-to-RNN models in PyTorch, fast.",
-    rich_markup_mode=None,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Fast CNN-to-RNN models in PyTorch.",
+    epilog="Exits with 0 when done, 1 when something failed or is missing, 2 for a wrong command line.",
 )
-console = Console(width=None if sys.stdout.isatty() else 110)
 
-
-def _need(*packages: str) -> None:
-    """Exit with the command to run if one of the packages (import names) is missing."""
-    installable = {"sklearn": "scikit-learn"}
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        names = " ".join(installable.get(p, p) for p in missing)
-        console.print(f"this command needs more packages: pip install {names}")
-        raise typer.Exit(2)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where demo.png and demo.json go.")] = Path("demo_output"),
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps only: shows that it runs.")] = False,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for demo.png and demo.json.")] = Path(
+        "demo_output"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps only: shows that it runs; nothing is learned.")
+    ] = False,
 ) -> None:
-    """Train the tutorial's three systems on handwritten digits, reference and fast, and compare them."""
-    _need("sklearn", "matplotlib")
-    from cnnlstm_fast.demo import FULL, QUICK, run
+    """Train the three systems on real handwritten digits, reference and fast, and compare them.
 
-    run(output, QUICK if quick else FULL, console)
+    Ends in under 5 minutes on 2 cores and uses the GPU where there is one. Prints a table and writes a
+    picture of the loss curves and ratios.
+    """
+    try:
+        from cnnlstm_fast.demo import FULL, QUICK, run
+    except ModuleNotFoundError as error:
+        _needs(error, {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}, "the demo")
+    run(output, QUICK if quick else FULL, _console())
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
 def bench(context: typer.Context) -> None:
-    """Measure against the peers; takes the arguments of `python -m benchmarks`. Needs a checkout."""
-    if importlib.util.find_spec("benchmarks") is None:
-        console.print(
-            "the benchmarks are part of the repository, not of the installed package: run this there"
+    """Measure this machine against the peers: `python -m benchmarks` of a checkout, and its arguments."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        _fail(
+            "the benchmarks are part of the repository, not of the installed package: clone it, and run "
+            "this from the clone"
         )
-        raise typer.Exit(2)
-    from benchmarks.__main__ import app as benchmarks
-
-    benchmarks(context.args or ["run", "--quick"], prog_name="python -m benchmarks")
+    path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks", *(context.args or ["run", "--quick"])]
+    raise typer.Exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
 
 
 @app.command()
 def explain(
-    factory: Annotated[
-        str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model, called bare.")
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY",
+            help="A model, or what makes one: a name in a module, with literal arguments where it needs any, "
+            "as in 'cnnlstm_fast:CNN_LSTM_Simple(3, 128, 2, 10)'.",
+        ),
     ],
-    input: Annotated[list[str], typer.Option(help="Shape of an input, as 8x3x28x28; repeatable.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Stages as JSON.")] = False,
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", help="Size of a random float input, as in 8x3x28x28; once per argument."),
+    ],
+    device: Annotated[str, typer.Option(help="Where to run it.")] = "cpu",
+    as_json: Json = False,
 ) -> None:
-    """Say what every stage of a model gets, how it runs, why, and what it costs."""
-    import cnnlstm_fast
+    """Run a model once and show shape, layout, plan, reason, time and memory of every stage.
 
-    model = _load(factory)
-    report = cnnlstm_fast.explain(model, *(torch.randn(_shape(text)) for text in input))
-    if as_json:
-        print(json.dumps([asdict(stage) for stage in report.stages], indent=1))
-    else:
-        print(report)
+    The model runs in inference. Exits with 1 if it raises; the table then ends where it did, and says
+    what to change.
+    """
+    import torch
 
+    from cnnlstm_fast import explain as explain_model
 
-def _load(factory: str):
-    module, _, name = factory.partition(":")
-    if not name:
-        raise typer.BadParameter(f"got {factory!r}, expected MODULE:FACTORY, as my_package.models:make")
-    if (where := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, where)
+    made = _make_model(model)
     try:
-        return getattr(importlib.import_module(module), name)()
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"no module {error.name!r} can be imported from here") from error
-    except AttributeError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(x\d+)*", text):
-        raise typer.BadParameter(f"got the shape {text!r}, expected sizes with x between, as 8x3x28x28")
-    return tuple(map(int, text.split("x")))
+        made, xs = made.to(device), [torch.randn(_size(text), device=device) for text in inputs]
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+    with torch.no_grad():
+        report = explain_model(made.eval(), *xs)
+    typer.echo(json.dumps(asdict(report), indent=1) if as_json else str(report))
+    if report.error is not None:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -103,35 +113,104 @@ def doctor(
     compile_kernels: Annotated[
         bool,
         typer.Option(
-            "--compile-kernels", help="Compile the GPU kernels for sm_80, sm_90 and sm_100; no GPU needed."
+            "--compile-kernels",
+            help="Compile the GPU kernels for sm_80, sm_90 and sm_100 instead; needs no GPU.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what is built and available, and how to mend what is not.
+    """Say what is built and available on this machine, and how to mend what is not.
 
-    Exits with 1 where a GPU kernel spills registers.
+    Exits with 1 if something is missing that can be mended, or a GPU kernel spills registers.
     """
-    from cnnlstm_fast import doctor as examination
+    from cnnlstm_fast import doctor
 
-    if not compile_kernels:
-        report = examination.report()
-        print(json.dumps([asdict(f) for f in report.findings], indent=1) if as_json else report)
+    if compile_kernels:
+        try:
+            with _console().status("compiling the GPU kernels"):
+                kernels = doctor.compile_kernels()
+        except ImportError as error:
+            _fail(str(error))
+        if as_json:
+            typer.echo(json.dumps([asdict(k) for k in kernels], indent=1))
+        else:
+            _console().print(_kernel_table(kernels))
+        if any(k.spills for k in kernels):
+            _fail("a kernel spills registers")
         return
-    _need("triton")
-    with console.status("compiling the GPU kernels"):
-        records = examination.compile_kernels()
-    if as_json:
-        print(json.dumps([asdict(r) for r in records], indent=1))
-    else:
-        table = Table(title="GPU kernels, compiled ahead of time")
-        for name in ("kernel", "case", "dtype", "arch"):
-            table.add_column(name)
-        for name in ("registers", "shared, bytes", "spills, bytes"):
-            table.add_column(name, justify="right")
-        for r in records:
-            table.add_row(r.kernel, r.case, r.dtype, r.arch, str(r.registers), str(r.shared), str(r.spills))
-        console.print(table)
-    if any(r.spills for r in records):
-        console.print("[red]a kernel spills registers")
+    report = doctor.report()
+    typer.echo(json.dumps([asdict(f) for f in report.findings], indent=1) if as_json else str(report))
+    if any(f.status == "missing" and f.mend for f in report.findings):
         raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """On the terminal, or as wide as a table needs."""
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def _kernel_table(kernels: list) -> Table:
+    table = Table("kernel", "case", "dtype", "arch", title="GPU kernels, compiled ahead of time")
+    for name in ("registers", "shared, bytes", "spills, bytes"):
+        table.add_column(name, justify="right")
+    for k in kernels:
+        table.add_row(k.kernel, k.case, k.dtype, k.arch, str(k.registers), str(k.shared), str(k.spills))
+    return table
+
+
+def _make_model(text: str) -> Any:
+    """The ``nn.Module`` that ``MODULE:FACTORY`` or ``MODULE:FACTORY(literals)`` names."""
+    from torch import nn
+
+    module_name, _, expression = text.partition(":")
+    try:
+        tree = ast.parse(expression, mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else None
+        path = ast.unparse(call.func if call else tree).split(".")
+        if not (module_name and all(part.isidentifier() for part in path)):
+            raise ValueError("expected a name")
+        args = [ast.literal_eval(a) for a in call.args] if call else []
+        kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}
+    except (SyntaxError, ValueError):
+        raise _bad_model(
+            f"got {text!r}, expected MODULE:FACTORY or MODULE:FACTORY(literals), as in "
+            "'cnnlstm_fast:CNN_LSTM_Simple(3, 128, 2, 10)'"
+        ) from None
+    try:
+        found = reduce(getattr, path, importlib.import_module(module_name))
+    except (ImportError, AttributeError) as error:
+        raise _bad_model(str(error)) from None
+    if call is None and isinstance(found, nn.Module):
+        return found
+    try:
+        made = found(*args, **kwargs)
+    except TypeError as error:
+        raise _bad_model(f"{text}: {error}") from None
+    if not isinstance(made, nn.Module):
+        raise _bad_model(f"{text} gives a {type(made).__name__}, expected an nn.Module")
+    return made
+
+
+def _bad_model(message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint="MODULE:FACTORY")
+
+
+def _size(text: str) -> tuple[int, ...]:
+    """``8x3x28x28`` as a tuple."""
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"got {text!r}, expected sizes as in 8x3x28x28", param_hint="--input")
+    return tuple(map(int, parts))
+
+
+def _needs(error: ModuleNotFoundError, packages: dict[str, str], who: str) -> NoReturn:
+    """Say which package to install, if ``error`` is about one of ``packages`` (by module name)."""
+    package = packages.get((error.name or "").partition(".")[0])
+    if package is None:
+        raise error
+    _fail(f"{who} needs {package}, which is not installed: pip install {' '.join(packages.values())}")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(1)

@@ -56,6 +56,8 @@ def conv_block(
     """
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         raise TypeError(f"x and weight must be tensors, got {type(x).__name__} and {type(weight).__name__}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if plan not in plans.PLANS:
@@ -64,11 +66,15 @@ def conv_block(
     groups = _whole(groups, "groups")
     _check_shapes(x, weight, bias, rank, groups)
 
-    spec, reason = make_spec(rank, stride, padding, dilation, groups, norm, activation, pool, layout)
+    if x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _autocast(x, weight, bias)
+    elif x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        raise _different_dtypes(x, weight, bias)
+    spec, reason = make_spec(
+        rank, weight.shape[0], stride, padding, dilation, groups, norm, activation, pool, layout
+    )
     forward_plan = "reference"
     if spec is not None:
-        if torch.is_autocast_enabled(x.device.type):
-            x, weight, bias = _autocast(x, weight, bias)
         x4, weight4 = _as_2d(x, weight, rank)
         forward_plan, backward_plan, reason = plans.choose(plan, spec, x4, weight4, bias)
     elif plan not in ("auto", "reference"):
@@ -117,12 +123,24 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
     ]
 
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def _different_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> TypeError:
+    names = [str(t.dtype)[6:] for t in (x, weight, bias) if t is not None]
+    return TypeError(
+        f"input, weight and bias must have one dtype, got {', '.join(names)}: convert with .to(dtype)"
+    )
+
+
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
     if rank not in (3, 4):
         raise ValueError(
             f"got a weight of shape {tuple(weight.shape)}, expected (C_out, C_in/groups, KH, KW) for "
             "images or (C_out, C_in/groups, K) for signals"
         )
+    if 0 in (weight.shape[0], *weight.shape[2:]):
+        raise ValueError(f"got an empty weight of shape {tuple(weight.shape)}, expected sizes of at least 1")
     names = "(N, C, H, W) or (C, H, W)" if rank == 4 else "(N, C, L) or (C, L)"
     if x.dim() not in (rank, rank - 1):
         raise ValueError(
@@ -161,10 +179,43 @@ def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, i
     return values if rank == 4 else (one_d, values[0])
 
 
+def _check_pool(pool, rank: int) -> None:
+    if not isinstance(pool, nn.Module):
+        raise TypeError(f"got pool={pool!r}, expected an nn pooling module or None")
+    name = type(pool).__name__
+    wrong, right = ("1d", "2d") if rank == 4 else ("2d", "1d")
+    if name.endswith("Pool" + wrong):
+        raise ValueError(f"got a {name} for {'images' if rank == 4 else 'signals'}: use {name[:-2]}{right}")
+    if getattr(pool, "return_indices", False):
+        raise ValueError(f"got a {name} with return_indices=True, expected one that returns the map alone")
+
+
 def make_spec(
-    rank, stride, padding, dilation, groups, norm, activation, pool, layout
+    rank, weight_channels, stride, padding, dilation, groups, norm, activation, pool, layout
 ) -> tuple[BlockSpec | None, str | None]:
     """The block's spec, or (None, why the fused plans have no words for it)."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"got padding={padding!r}, expected an int, ints, 'same' or 'valid'")
+        if padding == "same" and any(v != 1 for v in _pair(_hashable(stride), rank, "stride", 1, 1)):
+            raise ValueError(
+                f"padding='same' keeps the size, so it goes with stride=1 only, got stride={stride!r}"
+            )
+    if pool is not None:
+        _check_pool(pool, rank)
+    if norm is not None:
+        if not isinstance(norm, nn.Module):
+            raise TypeError(f"got norm={norm!r}, expected an nn.BatchNorm1d/2d module or None")
+        channels = getattr(norm, "num_features", weight_channels)
+        if channels != weight_channels:
+            raise ValueError(f"got a norm of {channels} channels, the convolution gives {weight_channels}")
+    if activation is not None and not isinstance(activation, (str, nn.Module)):
+        raise TypeError(f"got activation={activation!r}, expected a name, an nn module or None")
+    if isinstance(activation, str) and activation not in reference.ACTIVATION_NAMES:
+        raise ValueError(
+            f"unknown activation {activation!r}, expected one of torch.nn.functional: "
+            f"{', '.join(sorted(reference.ACTIVATION_NAMES))}"
+        )
     if norm is not None:
         return None, f"{type(norm).__name__} is not fused"
     if isinstance(activation, nn.Module):
@@ -174,14 +225,10 @@ def make_spec(
             return None, "the activation has hooks or a forward of its own"
         activation = "relu"
     if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise ValueError(f"got padding={padding!r}, expected an int, ints, 'same' or 'valid'")
         return None, f"padding={padding!r} is not fused"
     if pool is not None:
         if type(pool) is not (nn.MaxPool2d if rank == 4 else nn.MaxPool1d):
             return None, f"{type(pool).__name__} is not fused"
-        if pool.return_indices:
-            return None, "the pool returns indices"
         if not unhooked(pool):
             return None, "the pool has hooks or a forward of its own"
         pool = (
@@ -212,13 +259,7 @@ def unhooked(module: nn.Module) -> bool:
 
 
 def _hashable(value):
-    return (
-        value
-        if isinstance(value, int) or value is None
-        else tuple(value)
-        if isinstance(value, Iterable)
-        else value
-    )
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 def _whole(value, name: str) -> int:
@@ -230,16 +271,12 @@ def _whole(value, name: str) -> int:
 
 @lru_cache(maxsize=4096)
 def _spec(rank, stride, padding, dilation, groups, activation, pool, layout) -> BlockSpec:
-    if activation is not None and not isinstance(activation, str):
-        raise TypeError(f"got activation={activation!r}, expected a name, an nn module or None")
-    if activation is not None and not hasattr(torch.nn.functional, activation):
-        raise ValueError(f"unknown activation {activation!r}, expected a name in torch.nn.functional")
     max_pool = None
     if pool is not None:
         kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = pool
         max_pool = Pool(
             _pair(kernel, rank, "kernel_size", 1, 1),
-            _pair(pool_stride or kernel, rank, "stride", 1, 1),
+            _pair(kernel if pool_stride is None else pool_stride, rank, "stride", 1, 1),
             _pair(pool_padding, rank, "padding", 0, 0),
             _pair(pool_dilation, rank, "dilation", 1, 1),
             ceil_mode,

@@ -46,7 +46,9 @@ def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return f"the input is on {x.device} and the weight on {weight.device}"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
-    if torch.overrides.has_torch_function((x, weight)) or not _is_plain(x) or not _is_plain(weight):
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives are being computed"
+    if not _is_plain(x) or not _is_plain(weight):
         return "the input or a parameter is a Tensor subclass"
     if x.is_quantized or x.layout != torch.strided:
         return "the input is not a plain strided tensor"
@@ -89,7 +91,7 @@ _DIRECT_ELEMENTS = 2**29
 def check_sizes(spec: BlockSpec, size: tuple[int, int], kernel: tuple[int, int]) -> None:
     """Raise a ``ValueError`` if an input of ``size`` (H, W) leaves the convolution or the pool nothing."""
     conv = spec.conv_size(size, kernel)
-    if min(conv) < 1:
+    if min(*conv, *size) < 1:
         raise ValueError(
             f"an input of {size[0]}x{size[1]} is too small for a {kernel[0]}x{kernel[1]} kernel with "
             f"padding={spec.padding} and dilation={spec.dilation}: nothing is left. Use a larger input "
@@ -112,9 +114,9 @@ def _by_sizes(
     where arithmetic over large weights dominates.
     """
     reference = "reference", "reference"
-    if 0 in shape[1:] or 0 in weight_shape:
-        return "there are no channels or places to compute", *reference, ""
     check_sizes(spec, shape[2:], weight_shape[2:])
+    if shape[1] == 0:
+        return "there are no channels", *reference, ""
     if spec.activation not in ACTIVATIONS:
         return f"the activation {spec.activation!r} has no fused kernel", *reference, ""
     if spec.window > BYTE_WINDOW:
@@ -177,6 +179,7 @@ def choose(
             is too small for the kernel or the pool.
     """
     if plan == "reference":
+        check_sizes(spec, x.shape[2:], weight.shape[2:])
         return "reference", "reference", "asked for"
     why_not = why_not_fused(x, weight, bias)
     if why_not is None:

@@ -54,6 +54,13 @@ def to_layout(y: Tensor, layout: str) -> Tensor:
     return finish_layout(y.permute(order).contiguous(), layout, rank)
 
 
+#: Names in ``torch.nn.functional`` that map one tensor to another of the same shape.
+ACTIVATION_NAMES = frozenset(
+    "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu relu6 rrelu "
+    "selu sigmoid silu softplus softshrink softsign tanh tanhshrink".split()
+)
+
+
 def apply_activation(y: Tensor, activation) -> Tensor:
     """Apply an activation given as a name in ``torch.nn.functional``, a module, or None."""
     if activation is None:
@@ -85,15 +92,15 @@ def conv_block(
     """
     del plan
     conv = F.conv1d if weight.dim() == 3 else F.conv2d
-    unbatched = x.dim() == weight.dim() - 1
-    y = conv(x.unsqueeze(0) if unbatched else x, weight, bias, stride, padding, dilation, groups)
+    y = conv(x, weight, bias, stride, padding, dilation, groups)
     if norm is not None:
         y = norm(y)
     y = apply_activation(y, activation)
     if pool is not None:
         y = pool(y)
-    y = to_layout(y, layout)
-    return y.squeeze(batch_dim(layout)) if unbatched else y
+    if x.dim() == weight.dim():
+        return to_layout(y, layout)
+    return to_layout(y.unsqueeze(0), layout).squeeze(batch_dim(layout))
 
 
 def batch_dim(layout: str) -> int:

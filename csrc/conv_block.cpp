@@ -327,11 +327,8 @@ std::tuple<Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Ten
         bias->dim() == 1 && bias->size(0) == b.co && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
         "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
   STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block: unknown plan ", plan);
-  const Tensor out = torch::stable::new_empty(x, in_order(b, order));
-  const Tensor codes =
-      torch::stable::new_empty(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
-  advise_huge_pages(out);
-  advise_huge_pages(codes);
+  const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
+  const Tensor codes = new_output(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
   if (b.n > 0) {
     if (plan == kDirect)
       forward_direct(call, x, weight, bias, out, codes);
@@ -378,75 +375,6 @@ PatchStorage make_patch(const Block& b, int64_t lanes, bool may_gather) {
       count,   s.offset.data(), s.tap.data(), gathered ? b.ow * patch : b.sh * row, gathered ? patch : b.sw * b.c,
       gathered};
   return s;
-}
-
-void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
-                     const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
-                     const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
-  const int64_t joined = joined_groups(call.block);
-  const Block b = join_groups(call.block, joined);
-  check_direct(b);
-  const KernelTable& k = kernels();
-  const int64_t lanes = k.vector;
-  if (grad_weight || grad_bias) {
-    const PatchStorage s = make_patch(b, lanes, true);
-    const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_weight_scratch(b, s.patch);
-    // A fixed number of slices, each summed on its own and then added up in order: the same bits with
-    // any number of threads.
-    const int64_t per_slice = b.co * (grad_weight ? patch : 0) + ceil_div(b.co, kMaxVector) * kMaxVector;
-    const int64_t bias_floats = per_slice - b.co * (grad_weight ? patch : 0);
-    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
-    AlignedFloats sums(slices * per_slice);
-    for_each_item(slices, [&](int64_t slice) {
-      float* sum = sums.data() + slice * per_slice;
-      for (int64_t n = slice * b.n / slices; n < (slice + 1) * b.n / slices; ++n)
-        k.backward_weight(b, s.patch, x.data_ptr(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
-                          grad_weight ? sum + bias_floats : nullptr, grad_bias ? sum : nullptr,
-                          thread_scratch(scratch));
-    });
-    std::optional<Tensor> joined_grad = grad_weight;
-    if (grad_weight && joined > 1)
-      joined_grad = torch::stable::new_empty(weight, Ints{b.co, b.c / b.groups, b.kh, b.kw});
-    for_each_item(b.co, [&](int64_t c) {
-      auto put_total = [&](int64_t at, void* to, int64_t index) {
-        double total = 0;
-        for (int64_t slice = 0; slice < slices; ++slice) total += sums[slice * per_slice + at];
-        k.from_float(static_cast<float>(total), to, index, b.dtype);
-      };
-      if (grad_bias) put_total(c, grad_bias->data_ptr(), c);
-      if (!grad_weight) return;
-      void* to = joined_grad->data_ptr();
-      for (int64_t i = 0; i < patch; ++i)
-        if (s.tap[i] >= 0) put_total(bias_floats + c * patch + i, to, c * b.taps + s.tap[i]);
-    });
-    if (grad_weight && joined > 1) {
-      const int64_t size = weight.element_size();
-      const char* from = static_cast<const char*>(joined_grad->data_ptr());
-      char* to = static_cast<char*>(grad_weight->data_ptr());
-      for_each_joined_row(call.block, joined, [&](int64_t apart, int64_t together) {
-        std::memcpy(to + apart * size, from + together * size, call.block.taps * size);
-      });
-    }
-  }
-  if (grad_x) {
-    const PatchStorage s = make_patch(b, lanes, false);
-    const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_input_scratch(b, s.patch);
-    const Tensor w = join_weight(call.block, weight, joined);
-    AlignedFloats rows(b.co * patch);
-    const int64_t tile = k.input_tile(b) * lanes;
-    for (int64_t t = 0; t < patch; t += tile) {
-      const int64_t width = std::min(tile, patch - t);
-      for (int64_t c = 0; c < b.co; ++c)
-        for (int64_t i = 0; i < width; ++i)
-          if (s.tap[t + i] >= 0)
-            rows[t * b.co + c * width + i] = k.to_float(w.data_ptr(), c * b.taps + s.tap[t + i], b.dtype);
-    }
-    const int64_t stride[4] = {grad_x->stride(0), grad_x->stride(1), grad_x->stride(2), grad_x->stride(3)};
-    for_each_item(b.n, [&](int64_t n) {
-      k.backward_input(b, s.patch, rows.data(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
-                       grad_x->data_ptr(), stride, thread_scratch(scratch));
-    });
-  }
 }
 
 void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
@@ -504,6 +432,83 @@ void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_str
   if (grad_bias) put(bias_sum, *grad_bias);
 }
 
+void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
+                     const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
+                     const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
+  const int64_t joined = joined_groups(call.block);
+  const Block b = join_groups(call.block, joined);
+  check_direct(b);
+  const KernelTable& k = kernels();
+  const int64_t lanes = k.vector;
+  if (grad_weight || grad_bias) {
+    const PatchStorage s = make_patch(b, lanes, true);
+    const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_weight_scratch(b, s.patch);
+    // A fixed number of slices, each summed on its own and then added up in order: the same bits with
+    // any number of threads.
+    const int64_t per_slice = b.co * (grad_weight ? patch : 0) + ceil_div(b.co, kMaxVector) * kMaxVector;
+    const int64_t bias_floats = per_slice - b.co * (grad_weight ? patch : 0);
+    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
+    AlignedFloats sums(slices * per_slice);
+    std::atomic<bool> finite{true};
+    for_each_item(slices, [&](int64_t slice) {
+      float* sum = sums.data() + slice * per_slice;
+      for (int64_t n = slice * b.n / slices; n < (slice + 1) * b.n / slices; ++n)
+        if (!k.backward_weight(b, s.patch, x.data_ptr(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
+                               grad_weight ? sum + bias_floats : nullptr, grad_bias ? sum : nullptr,
+                               thread_scratch(scratch)))
+          finite = false;
+    });
+    std::optional<Tensor> joined_grad = grad_weight;
+    if (grad_weight && joined > 1)
+      joined_grad = torch::stable::new_empty(weight, Ints{b.co, b.c / b.groups, b.kh, b.kw});
+    for_each_item(b.co, [&](int64_t c) {
+      auto put_total = [&](int64_t at, void* to, int64_t index) {
+        double total = 0;
+        for (int64_t slice = 0; slice < slices; ++slice) total += sums[slice * per_slice + at];
+        k.from_float(static_cast<float>(total), to, index, b.dtype);
+      };
+      if (grad_bias) put_total(c, grad_bias->data_ptr(), c);
+      if (!grad_weight) return;
+      void* to = joined_grad->data_ptr();
+      for (int64_t i = 0; i < patch; ++i)
+        if (s.tap[i] >= 0) put_total(bias_floats + c * patch + i, to, c * b.taps + s.tap[i]);
+    });
+    if (grad_weight && joined > 1) {
+      const int64_t size = weight.element_size();
+      const char* from = static_cast<const char*>(joined_grad->data_ptr());
+      char* to = static_cast<char*>(grad_weight->data_ptr());
+      for_each_joined_row(call.block, joined, [&](int64_t apart, int64_t together) {
+        std::memcpy(to + apart * size, from + together * size, call.block.taps * size);
+      });
+    }
+    if (grad_weight && !finite)
+      backward_chunked(call, grad, grad_stride, x, weight, codes, std::nullopt, grad_weight, std::nullopt);
+  }
+  if (grad_x) {
+    const PatchStorage s = make_patch(b, lanes, false);
+    const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_input_scratch(b, s.patch);
+    const Tensor w = join_weight(call.block, weight, joined);
+    AlignedFloats rows(b.co * patch);
+    const int64_t tile = k.input_tile(b) * lanes;
+    for (int64_t t = 0; t < patch; t += tile) {
+      const int64_t width = std::min(tile, patch - t);
+      for (int64_t c = 0; c < b.co; ++c)
+        for (int64_t i = 0; i < width; ++i)
+          if (s.tap[t + i] >= 0)
+            rows[t * b.co + c * width + i] = k.to_float(w.data_ptr(), c * b.taps + s.tap[t + i], b.dtype);
+    }
+    if (!k.all_finite(rows.data(), b.co * patch)) {  // 0 * inf is NaN also where no gradient arrived
+      backward_chunked(call, grad, grad_stride, x, weight, codes, grad_x, std::nullopt, std::nullopt);
+      return;
+    }
+    const int64_t stride[4] = {grad_x->stride(0), grad_x->stride(1), grad_x->stride(2), grad_x->stride(3)};
+    for_each_item(b.n, [&](int64_t n) {
+      k.backward_input(b, s.patch, rows.data(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
+                       grad_x->data_ptr(), stride, thread_scratch(scratch));
+    });
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor codes, Ints conv,
                                                        int64_t activation, Ints pool, Ints order, int64_t plan,
                                                        bool need_x, bool need_weight, bool need_bias) {
@@ -532,11 +537,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
   STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block_backward: unknown plan ", plan);
 
   std::optional<Tensor> grad_x, grad_weight, grad_bias;
-  const Tensor nothing = torch::stable::new_empty(x, Ints{0});
-  if (need_x) {
-    grad_x = torch::stable::new_empty(x, Ints{b.n, b.c, b.h, b.w});
-    advise_huge_pages(*grad_x);
-  }
+  auto nothing = [&] { return torch::stable::new_empty(x, Ints{0}); };
+  if (need_x) grad_x = new_output(x, Ints{b.n, b.c, b.h, b.w}, x.scalar_type());
   if (need_weight) grad_weight = torch::stable::new_empty(x, Ints{b.co, b.c / b.groups, b.kh, b.kw});
   if (need_bias) grad_bias = torch::stable::new_empty(x, Ints{b.co});
   if (b.n == 0) {
@@ -547,7 +549,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
   } else {
     backward_chunked(call, grad, grad_stride, x, weight, codes, grad_x, grad_weight, grad_bias);
   }
-  return {grad_x.value_or(nothing), grad_weight.value_or(nothing), grad_bias.value_or(nothing)};
+  return {grad_x ? *grad_x : nothing(), grad_weight ? *grad_weight : nothing(), grad_bias ? *grad_bias : nothing()};
 }
 
 }  // namespace

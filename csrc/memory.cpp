@@ -1,7 +1,11 @@
 #include "memory.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <mutex>
 #include <new>
 
 #if defined(__linux__)
@@ -9,6 +13,10 @@
 #endif
 
 namespace cnnlstm_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 namespace {
 
 constexpr int64_t kCacheLine = 64;
@@ -51,15 +59,95 @@ float* thread_scratch(int64_t floats) {
   return static_cast<float*>(arena.data);
 }
 
-void advise_huge_pages(const torch::stable::Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const uintptr_t end = begin + fresh.numel() * fresh.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)fresh;
-#endif
+
+namespace {
+
+// What glibc maps afresh at every call, whatever it has seen before.
+constexpr int64_t kPooledBytes = int64_t{32} << 20;
+constexpr int64_t kMostIdleBytes = int64_t{256} << 20;
+
+struct Buffer {
+  char* data;
+  int64_t bytes;
+};
+
+// Buffers that nobody holds, the longest unused first. Lives as long as the process: tensors may be
+// freed after static objects are.
+class Pool {
+ public:
+  // A buffer of at least `bytes`, or null.
+  Buffer take(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto it = idle_.rbegin(); it != idle_.rend(); ++it)
+        if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4) {
+          const Buffer found = *it;
+          idle_.erase(std::next(it).base());
+          idle_bytes_ -= found.bytes;
+          return found;
+        }
+    }
+    return map(round_up(bytes, kHugePage));
+  }
+
+  void give_back(Buffer buffer) {
+    std::vector<Buffer> surplus;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      idle_.push_back(buffer);
+      idle_bytes_ += buffer.bytes;
+      while (idle_bytes_ > kMostIdleBytes) {
+        surplus.push_back(idle_.front());
+        idle_bytes_ -= idle_.front().bytes;
+        idle_.erase(idle_.begin());
+      }
+    }
+    for (const Buffer& b : surplus) munmap(b.data, b.bytes);
+  }
+
+ private:
+  static Buffer map(int64_t bytes) {
+    void* all = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) return {nullptr, 0};
+    char* begin = static_cast<char*>(all);
+    char* data = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(begin), kHugePage));
+    if (data > begin) munmap(begin, data - begin);
+    if (begin + kHugePage > data) munmap(data + bytes, begin + kHugePage - data);
+    madvise(data, bytes, MADV_HUGEPAGE);
+    return {data, bytes};
+  }
+
+  std::mutex mutex_;
+  std::vector<Buffer> idle_;
+  int64_t idle_bytes_ = 0;
+};
+
+Pool& pool() {
+  static Pool* const all = new Pool;
+  return *all;
 }
+
+}  // namespace
+
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Byte ? 1 : like.element_size();
+  for (int64_t s : size) bytes *= s;
+  if (bytes < kPooledBytes) return torch::stable::new_empty(like, size, dtype);
+  const Buffer buffer = pool().take(bytes);
+  if (!buffer.data) return torch::stable::new_empty(like, size, dtype);
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size() - 1; i > 0; --i) stride[i - 1] = stride[i] * size[i];
+  return torch::stable::from_blob(buffer.data, size, stride, like.device(), dtype,
+                                  [buffer](void*) { pool().give_back(buffer); });
+}
+
+#else
+
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+#endif
 
 }  // namespace cnnlstm_fast

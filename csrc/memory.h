@@ -1,8 +1,10 @@
-// Scratch memory of a thread, and outputs on huge pages.
+// Scratch memory of a thread, and large outputs.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace cnnlstm_fast {
 
@@ -25,7 +27,10 @@ class AlignedFloats {
   float* data_;
 };
 
-// Ask for huge pages under a tensor that nothing has written yet. Does nothing where the system has none.
-void advise_huge_pages(const torch::stable::Tensor& fresh);
+// A new, unwritten CPU tensor like `like` of the given size. Memory so large that the C library would map
+// it afresh every time comes on huge pages, and returns to a small pool when its last owner lets go of
+// it: clearing fresh pages costs as much as a convolution. Where there are no huge pages, plain memory.
+torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
+                                 torch::headeronly::ScalarType dtype);
 
 }  // namespace cnnlstm_fast

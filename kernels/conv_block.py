@@ -12,7 +12,8 @@ For a pooled output ``m = (n, ph, pw)`` and an element ``e = (i, j)`` of its poo
 
 A program computes a tile of places (BM of them, M in all) by channels (BN); the window is a loop
 inside it, so that the convolution's map exists in registers only; a product runs BK at a time
-along its inner dimension. Every sum has a fixed order: the same bits each run.
+along its inner dimension, whose length INNER is an argument because the assembler unrolls constant
+loops until the registers are gone. Every sum has a fixed order: the same bits each run.
 
 Strides are in elements and named after their axis, ``x_n, x_c, x_h, x_w`` for (N, C, H, W) and
 ``w_o, w_c, w_h, w_w`` for the weight. Offsets take 64 bits where WIDE.
@@ -180,7 +181,7 @@ def _conv_grad(
 
 @triton.jit
 def _convolve(
-    x_ptr, w_ptr, n, oh, ow, inside, group, c, c_ok, H, W, x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
+    x_ptr, w_ptr, n, oh, ow, inside, group, c, c_ok, INNER, H, W, x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
     CIN_G: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr,
@@ -188,11 +189,10 @@ def _convolve(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The convolution at places (n, oh, ow) for channels ``c``, from one group's input: [BM, BN]."""
-    K: tl.constexpr = CIN_G * KH * KW
     acc = tl.full((BM, BN), 0.0, tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in range(0, INNER, BK):
         k = (k0 + tl.arange(0, BK)).to(OFFSET)
-        k_ok = k < K
+        k_ok = k < INNER
         ci, kh, kw = _split_tap(k, KH, KW)
         patch = _load_patches(
             x_ptr, n, oh, ow, inside, group * CIN_G + ci, kh, kw, k_ok, H, W, x_n, x_c, x_h, x_w,
@@ -210,9 +210,9 @@ def _convolve(
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "INNER"])
 def forward_kernel(
-    x_ptr, w_ptr, b_ptr, out_ptr, codes_ptr, M, H, W, OH, OW, PH, PW,
+    x_ptr, w_ptr, b_ptr, out_ptr, codes_ptr, M, INNER, H, W, OH, OW, PH, PW,
     x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w, b_o, o_n, o_c, o_h, o_w,
     COUT: tl.constexpr, CIN_G: tl.constexpr, GROUPS: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, CONV_SH: tl.constexpr, CONV_SW: tl.constexpr,
@@ -258,7 +258,8 @@ def forward_kernel(
         valid = m_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
         if ALIGNED:
             y = _convolve(
-                x_ptr, w_ptr, n, oh, ow, valid, first, c, c_ok, H, W, x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
+                x_ptr, w_ptr, n, oh, ow, valid, first, c, c_ok, INNER, H, W,
+                x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
                 CIN_G, KH, KW, CONV_SH, CONV_SW, CONV_PH, CONV_PW, CONV_DH, CONV_DW,
                 TF32, FLOAT32_PRODUCT, OFFSET, BM, BN, BK,
             )  # fmt: skip
@@ -266,7 +267,7 @@ def forward_kernel(
             y = tl.full((BM, BN), 0.0, tl.float32)
             for group in range(first, last + 1):
                 y_group = _convolve(
-                    x_ptr, w_ptr, n, oh, ow, valid, group, c, c_ok, H, W,
+                    x_ptr, w_ptr, n, oh, ow, valid, group, c, c_ok, INNER, H, W,
                     x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
                     CIN_G, KH, KW, CONV_SH, CONV_SW, CONV_PH, CONV_PW, CONV_DH, CONV_DW,
                     TF32, FLOAT32_PRODUCT, OFFSET, BM, BN, BK,
@@ -404,9 +405,9 @@ def grad_weight_kernel(
     tl.store(partial_ptr + (row * K)[:, None] + k[None, :], acc, mask=c_ok[:, None] & k_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "INNER"])
 def grad_input_kernel(
-    grad_ptr, w_ptr, codes_ptr, dx_ptr, M, H, W, OH, OW, PH, PW,
+    grad_ptr, w_ptr, codes_ptr, dx_ptr, M, INNER, H, W, OH, OW, PH, PW,
     g_n, g_c, g_h, g_w, w_o, w_c, w_h, w_w, d_n, d_c, d_h, d_w,
     COUT: tl.constexpr, CIN_G: tl.constexpr, GROUPS: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, CONV_SH: tl.constexpr, CONV_SW: tl.constexpr,
@@ -440,9 +441,9 @@ def grad_input_kernel(
         ow = from_w // CONV_SW
         inside = m_ok & (from_h >= 0) & (from_h % CONV_SH == 0) & (oh < OH)
         inside = inside & (from_w >= 0) & (from_w % CONV_SW == 0) & (ow < OW)
-        for k0 in range(0, COUT_G, BK):
+        for k0 in range(0, INNER, BK):
             c_in_group = k0 + tl.arange(0, BK)
-            c_ok = c_in_group < COUT_G
+            c_ok = c_in_group < INNER
             c = group * COUT_G + c_in_group
             dconv = _conv_grad(
                 grad_ptr, codes_ptr, n, oh, ow, inside, c, c_ok, PH, PW, g_n, g_c, g_h, g_w,
@@ -500,8 +501,9 @@ def unpool_kernel(
 
 
 #: Launch options of kernels that multiply, and of those that only pass over memory. Without a limit
-#: the assembler spills a few registers for occupancy, each of its versions in other kernels.
+#: on registers the assembler spills a few for occupancy, each of its versions in other kernels.
 PRODUCT = dict(num_warps=8, num_stages=1, maxnreg=128)
+WIDE_PRODUCT = dict(num_warps=8, num_stages=1, maxnreg=255)
 PASS = dict(num_warps=4, num_stages=1)
 
 
@@ -571,27 +573,30 @@ def forward(
     groups = conv[6]
     group_channels = channels // groups
     whole_code_groups = groups == 1 or group_channels % CODE_GROUP == 0
+    taps = math.prod(weight.shape[1:])
     product = _product_constants(x)
-    # A float32 product without tensor cores keeps its operands in registers: half the width for it.
+    wide = _wide(places, x, weight, out, codes)
+    # A float32 product without tensor cores needs registers for its operands: half the width.
     widest = 32 if x.dtype == torch.float32 and not product["TF32"] else 64
     bm, bn = 64, _tile(group_channels, widest) if whole_code_groups else CODE_GROUP
-    bk = _tile(math.prod(weight.shape[1:]), 64 // x.element_size())
+    bk = _tile(taps, 64 // x.element_size())
     tiles = groups * triton.cdiv(group_channels, bn) if whole_code_groups else triton.cdiv(channels, bn)
     args |= dict(
         x_ptr=x,
         w_ptr=weight,
+        INNER=taps,
         H=x.shape[2],
         W=x.shape[3],
         **_strides("x", x.stride()),
         **_strides("w", weight.stride(), "ochw"),
         **_conv_constants(weight, conv),
         **product,
-        WIDE=_wide(places, x, weight, out, codes),
+        WIDE=wide,
         BM=bm,
         BN=bn,
         BK=bk,
     )
-    run(forward_kernel, triton.cdiv(places, bm) * tiles, args, PRODUCT)
+    run(forward_kernel, triton.cdiv(places, bm) * tiles, args, WIDE_PRODUCT if wide else PRODUCT)
     return out, codes
 
 
@@ -665,6 +670,7 @@ def _grad_input(grad, x, weight, codes, groups, args, run) -> Tensor:
         w_ptr=weight,
         dx_ptr=dx,
         M=places,
+        INNER=weight.shape[0] // groups,
         **_strides("w", weight.stride(), "ochw"),
         **_strides("d", dx.stride()),
         WIDE=_wide(places, grad, weight, codes, dx),

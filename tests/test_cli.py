@@ -3,52 +3,174 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+import cnnlstm_fast.demo
+from cnnlstm_fast import cli, doctor
 from cnnlstm_fast.cli import app
+
+SIMPLE = "cnnlstm_fast:CNN_LSTM_Simple(3, 8, lstm_num_layers=1, num_classes=2)"
 
 
 def call(*args):
     return CliRunner().invoke(app, args)
 
 
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module with a factory, a model, and something that is none."""
+    (tmp_path / "mine.py").write_text(
+        "import cnnlstm_fast as cf\n"
+        "def make():\n    return cf.CNN_LSTM_Simple(3, 8, 1, 2)\n"
+        "class models:\n    ready = make()\n"
+        "def shape():\n    return (1, 2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("mine", None)
+
+
 def test_doctor():
     text, found = call("doctor"), json.loads(call("doctor", "--json").output)
-    assert text.exit_code == 0
+    assert [f["name"] for f in found] == [f.name for f in doctor.report().findings]
     for finding in found:
         assert finding["name"] in text.output
+    assert text.exit_code == any(f["status"] == "missing" and f["mend"] != "" for f in found)
 
 
-def test_explain(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "import cnnlstm_fast as cf\ndef make():\n    return cf.CNN_LSTM_Simple(3, 8, 1, 2)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    text = call("explain", "mine:make", "--input", "2x3x12x10")
+@pytest.mark.parametrize(
+    "status, mend, code", [("missing", "build it", 1), ("missing", "", 0), ("warning", "set it", 0)]
+)
+def test_doctor_fails_on_what_can_be_mended(status, mend, code, monkeypatch):
+    report = doctor.Report((doctor.Finding("a", "ok", "b"), doctor.Finding("part", status, "gone", mend)))
+    monkeypatch.setattr(doctor, "report", lambda: report)
+    for form in ((), ("--json",)):
+        done = call("doctor", *form)
+        assert done.exit_code == code and mend in done.output
+
+
+@pytest.mark.parametrize("spills, code", [(0, 0), (8, 1)])
+def test_doctor_compiles_kernels(spills, code, monkeypatch):
+    aot = pytest.importorskip("cnnlstm_fast.kernels.aot", reason="needs Triton")
+    record = aot.Record("forward", "tutorial", "float32", "sm_90", 77, 4096, spills, 0.5)
+    monkeypatch.setattr(doctor, "compile_kernels", lambda: [record])
+    text, found = (call("doctor", "--compile-kernels", *form) for form in ((), ("--json",)))
+    assert text.exit_code == found.exit_code == code
+    assert "sm_90" in text.output and "4096" in text.output
+    assert json.loads(found.stdout)[0]["registers"] == 77
+
+
+def test_doctor_without_triton(monkeypatch):
+    monkeypatch.setattr("cnnlstm_fast.plans.triton_available", lambda: False)
+    done = call("doctor", "--compile-kernels")
+    assert done.exit_code == 1 and "pip install triton" in done.output
+
+
+@pytest.mark.parametrize("model", ["mine:make", "mine:models.ready", SIMPLE])
+def test_explain(model, mine):
+    text = call("explain", model, "--input", "2x3x12x10")
     assert text.exit_code == 0 and "locations" in text.output
-    stages = json.loads(call("explain", "mine:make", "--input", "2x3x12x10", "--json").output)
-    assert [2, 30, 64] in [list(stage["shape"]) for stage in stages]
+    report = json.loads(call("explain", model, "--input", "2x3x12x10", "--json").output)
+    assert [2, 30, 64] in [stage["shape"] for stage in report["stages"]] and report["error"] is None
+
+
+def test_explain_fails_with_the_mend():
+    model = "cnnlstm_fast.reference:CNN_LSTM_TimeDistributed(3, 8, 1, 2)"
+    text, found = (
+        call("explain", model, "--input", "2x4x3x12x10", *form, "--device", "cpu")
+        for form in ((), ("--json",))
+    )
+    assert text.exit_code == found.exit_code == 1
+    assert "image_size=(12, 10)" in text.output
+    assert "image_size=(12, 10)" in json.loads(found.output)["error"]
 
 
 @pytest.mark.parametrize(
     "args, words",
     [
-        (("explain", "mine", "--input", "1"), "MODULE:FACTORY"),
-        (("explain", "no_such_module_here:make", "--input", "1"), "no_such_module_here"),
-        (("explain", "json:no_such_factory", "--input", "1"), "no_such_factory"),
-        (("explain", "collections:OrderedDict", "--input", "2xx3"), "8x3x28x28"),
+        (("mine", "--input", "1"), "MODULE:FACTORY"),
+        (("mine:make()()", "--input", "1"), "MODULE:FACTORY"),
+        (("mine:make(open)", "--input", "1"), "literals"),
+        (("mine:make(3)", "--input", "1"), "positional argument"),
+        (("mine:shape", "--input", "1"), "gives a tuple"),
+        (("no_such_module_here:make", "--input", "1"), "no_such_module_here"),
+        (("mine:no_such_factory", "--input", "1"), "no_such_factory"),
+        (("mine:make", "--input", "2xx3"), "8x3x28x28"),
+        (("mine:make", "--input", "2x3", "--device", "no_such_device"), "no_such_device"),
+        (("mine:make",), "--input"),
     ],
 )
-def test_bad_calls_say_what_to_do(args, words):
-    result = call(*args)
+def test_bad_calls_say_what_to_do(args, words, mine):
+    result = call("explain", *args)
     assert result.exit_code == 2
-    assert words in result.output
+    assert words in " ".join(result.output.replace("│", " ").split())
 
 
-def test_missing_rich_names_the_command():
-    run = "import runpy; runpy.run_module('cnnlstm_fast', run_name='__main__')"
-    code = f"import sys; sys.modules['rich'] = None; {run}"
+@pytest.mark.parametrize("flags, settings", [((), "FULL"), (("--quick",), "QUICK")])
+def test_demo_hands_over(flags, settings, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cnnlstm_fast.demo, "run", lambda *args: seen.append(args))
+    assert call("demo", "--output", str(tmp_path / "here"), *flags).exit_code == 0
+    assert seen[0][:2] == (tmp_path / "here", getattr(cnnlstm_fast.demo, settings))
+
+
+def test_demo_refuses_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    assert call("demo", "--output", str(tmp_path / "file")).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "args, handed_over",
+    [
+        ((), ["run", "--quick"]),
+        (("run", "--case", "Simple", "--rounds", "3"), ["run", "--case", "Simple", "--rounds", "3"]),
+        (("--help",), ["--help"]),
+    ],
+)
+def test_bench_hands_over(args, handed_over, monkeypatch):
+    seen = []
+
+    def run(command, env):
+        seen.append((command, env["PYTHONPATH"]))
+        return SimpleNamespace(returncode=5)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert call("bench", *args).exit_code == 5
+    command, path = seen[0]
+    assert command == [sys.executable, "-m", "benchmarks", *handed_over]
+    assert (Path(path.split(":")[0]) / "benchmarks" / "__main__.py").is_file()
+
+
+def test_bench_needs_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cnnlstm_fast" / "cli.py"))
+    done = call("bench")
+    assert done.exit_code == 1 and "clone" in done.output
+
+
+@pytest.mark.parametrize(
+    "missing, args, install",
+    [
+        ("rich", [], "pip install typer rich"),
+        ("typer", ["doctor"], "pip install typer rich"),
+        ("matplotlib", ["demo"], "pip install matplotlib scikit-learn"),
+        ("sklearn", ["demo"], "pip install matplotlib scikit-learn"),
+    ],
+)
+def test_missing_packages_name_the_command(missing, args, install):
+    code = (
+        f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {args}; "
+        "runpy.run_module('cnnlstm_fast', run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install typer rich" in done.stderr
+    assert done.returncode == 1 and install in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_names_every_command():
+    listed = call("--help").output
+    for command in ("demo", "bench", "explain", "doctor"):
+        assert command in listed
+        assert call(command, "--help").exit_code == 0 or command == "bench"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -33,6 +34,7 @@ from torch import nn
 
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.ops import conv_block as op
+from cnnlstm_fast.spec import conv_size, pool_size
 
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
@@ -256,6 +258,28 @@ def test_opcheck_backward(plan, name, dtype):
     for grad, needs in ((torch.randn_like(out), (True, True, True)), (expanded, (False, True, False))):
         rest = (tensors["x"], tensors["weight"], codes, *args, op.PLANS[plan], *needs)
         torch.library.opcheck(op.backward_op, (grad, *rest))
+
+
+def test_sizes_are_pytorchs():
+    """Every small convolution and pool against PyTorch on the meta device; below 1 where it refuses."""
+
+    def torch_size(fn, *args):
+        try:
+            return fn(*args).shape[-1]
+        except RuntimeError:
+            return 0
+
+    for size, kernel, stride, dilation in itertools.product(
+        range(1, 10), range(1, 5), range(1, 4), (1, 2, 3)
+    ):
+        x, weight = torch.empty(1, 1, size, device="meta"), torch.empty(1, 1, kernel, device="meta")
+        for padding in range(4):
+            _, found = conv_size((1, size), (1, kernel), (1, stride), (0, padding), (1, dilation))
+            assert max(found, 0) == torch_size(F.conv1d, x, weight, None, stride, padding, dilation)
+        for padding, ceil in itertools.product(range(kernel // 2 + 1), (False, True)):
+            pool = (1, kernel, 1, stride, 0, padding, 1, dilation, ceil)
+            _, found = pool_size((1, size), pool)
+            assert max(found, 0) == torch_size(F.max_pool1d, x, kernel, stride, padding, dilation, ceil), pool
 
 
 @random_blocks(12)

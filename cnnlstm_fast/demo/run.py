@@ -60,6 +60,7 @@ def run(output: Path, settings: Settings = FULL, console: Console | None = None,
     On the GPU where there is one.
     """
     console = console or Console()
+    output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report.begin(settings, device, seed)
     begin = time.perf_counter()
@@ -84,8 +85,9 @@ def run(output: Path, settings: Settings = FULL, console: Console | None = None,
                 progress.update(task, advance=1, doing=doing)
 
             report.systems.append(compare(system, train, test, settings, device, seed, tell))
+            if not console.is_terminal:  # there, bars show only at the end
+                console.print(f"{system.name}: done after {time.perf_counter() - begin:.0f} s")
     report.seconds = time.perf_counter() - begin
-    output.mkdir(parents=True, exist_ok=True)
     report.write(output / "demo.json")
     draw(report, output / "demo.png")
     console.print(table(report))

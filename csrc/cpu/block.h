@@ -80,9 +80,10 @@ struct KernelTable {
                  void* map, float* scratch);
 
   // Add one image to the gradients of weight [co][patch.vectors * vector] and bias [co] (either may
-  // be null).
+  // be null). Returns whether the image is finite: otherwise the gradient of the weight is not what
+  // sums over all places give, where 0 * inf is NaN.
   int64_t (*backward_weight_scratch)(const Block&, const Patch&);
-  void (*backward_weight)(const Block&, const Patch&, const void* x, const void* grad, const int64_t* grad_stride,
+  bool (*backward_weight)(const Block&, const Patch&, const void* x, const void* grad, const int64_t* grad_stride,
                           const uint8_t* codes, int64_t image, float* grad_weight, float* grad_bias, float* scratch);
 
   // Input gradient of one image; `rows` is the weight as [tile][co][vectors of the tile], where a tile
@@ -93,6 +94,7 @@ struct KernelTable {
                          float* scratch);
 
   int64_t (*input_tile)(const Block&);
+  bool (*all_finite)(const float* values, int64_t count);
 
   // A stretch of fused multiply-adds at full rate; returns the floating point operations done.
   double (*fma_burst)(int64_t rounds);
