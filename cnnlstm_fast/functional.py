@@ -183,9 +183,8 @@ def _check_pool(pool, rank: int) -> None:
     if not isinstance(pool, nn.Module):
         raise TypeError(f"got pool={pool!r}, expected an nn pooling module or None")
     name = type(pool).__name__
-    wrong, right = ("1d", "2d") if rank == 4 else ("2d", "1d")
-    if name.endswith("Pool" + wrong):
-        raise ValueError(f"got a {name} for {'images' if rank == 4 else 'signals'}: use {name[:-2]}{right}")
+    if rank == 4 and name.endswith("Pool1d"):  # PyTorch takes a 2-d pool on signals, as one image
+        raise ValueError(f"got a {name} for images: use {name[:-2]}2d")
     if getattr(pool, "return_indices", False):
         raise ValueError(f"got a {name} with return_indices=True, expected one that returns the map alone")
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from cnnlstm_fast import reference
 from cnnlstm_fast.demo import Settings, data, measure, run
+from cnnlstm_fast.demo.main import SYSTEMS, compare
 from cnnlstm_fast.demo.measure import Comparison
-from cnnlstm_fast.demo.run import SYSTEMS, compare
 from cnnlstm_fast.demo.training import Learner, accuracy, initialise, nudge, scores
 
 
@@ -199,8 +199,7 @@ def test_kept_bytes_counts_storages_once():
 def test_run_writes_table_json_and_picture(tmp_path, monkeypatch):
     few = some(data.load()[0], 40), some(data.load()[1], 9)
     monkeypatch.setattr(data, "load", lambda seed: few)
-    monkeypatch.setattr("cnnlstm_fast.demo.run.BATCH", 5)
-    settings = Settings(steps=3, rounds=1, batch=4)
+    settings = Settings(steps=3, rounds=1, batch=4, train_batch=5)
     text = io.StringIO()
     report = run(tmp_path / "new" / "folder", settings, Console(file=text, width=110))
     names = [system.name for system in SYSTEMS]
@@ -226,7 +225,7 @@ def test_features_stage_keeps_half_a_byte_per_output(system):
         system,
         some(train, 40),
         some(test, 5),
-        Settings(steps=1, rounds=1, batch=7),
+        Settings(steps=1, rounds=1, batch=7, train_batch=2),
         torch.device("cpu"),
         11,
         told.append,

@@ -1,5 +1,5 @@
 """The demo: the tutorial's three systems on real handwritten digits, reference and fast side by side."""
 
-from cnnlstm_fast.demo.run import FULL, QUICK, Settings, run
+from cnnlstm_fast.demo.main import FULL, QUICK, Settings, run
 
 __all__ = ["FULL", "QUICK", "Settings", "run"]

@@ -115,8 +115,9 @@ def table(report: Report) -> Table:
         title=f"Handwritten digits, reference (PyTorch) and fast, on {report.device}",
         caption="* Per batch, from the reference's. Left: PyTorch against itself, started from weights that "
         "differ in their last bit: so far does rounding alone drive a training.\n"
-        f"{report.settings['steps']} steps on the same batches; measured in turn at batch "
-        f"{report.settings['batch']}, {report.threads} threads, medians; {report.seconds:.0f} s in all.",
+        f"{report.settings['steps']} steps on the same batches of {report.settings['train_batch']}; the rest "
+        f"measured in turn at batch {report.settings['batch']}, {report.threads} threads, medians; "
+        f"{report.seconds:.0f} s in all.",
     )
     out.add_column("")
     for name in ("reference", "fast", "ratio"):

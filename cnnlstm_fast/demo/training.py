@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BATCH = 32
 LEARNING_RATE = 8e-3
 WARM_UP = 20
 MAX_GRAD_NORM = 1.0
@@ -73,7 +72,7 @@ def _rate(at: int, steps: int) -> float:
 @torch.inference_mode()
 def scores(model: nn.Module, x: Tensor) -> Tensor:
     """``model(x)`` in small batches."""
-    return torch.cat([model(part) for part in x.split(BATCH)])
+    return torch.cat([model(part) for part in x.split(32)])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

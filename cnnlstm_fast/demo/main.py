@@ -16,7 +16,7 @@ from cnnlstm_fast import models, reference
 from cnnlstm_fast.demo import data, measure
 from cnnlstm_fast.demo.plot import draw
 from cnnlstm_fast.demo.report import Report, SystemReport, table
-from cnnlstm_fast.demo.training import BATCH, Learner, accuracy, initialise, nudge, scores
+from cnnlstm_fast.demo.training import Learner, accuracy, initialise, nudge, scores
 
 HIDDEN, LAYERS = 128, 2
 
@@ -43,11 +43,12 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to do: training steps, and rounds of each measurement at ``batch``."""
+    """How much to do: training steps at ``train_batch``, and rounds of each measurement at ``batch``."""
 
     steps: int
     rounds: int
     batch: int
+    train_batch: int = 32
 
 
 FULL = Settings(steps=180, rounds=5, batch=128)
@@ -120,7 +121,7 @@ def compare(
     learners = {"reference": plain, "fast": fast, "nudged": nudged}
     learners = {name: Learner(model, settings.steps) for name, model in learners.items()}
     curves = {name: [] for name in learners}
-    batches = _batches(system, train, BATCH, generator, device)
+    batches = _batches(system, train, settings.train_batch, generator, device)
     for _ in range(settings.steps):
         x, y = next(batches)
         for name, learner in learners.items():
