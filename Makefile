@@ -15,8 +15,9 @@ test: $(VENV)/built lint
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/built
-	$(BIN)/python -m benchmarks run --quick
-	$(BIN)/python -m benchmarks plot
+	mkdir -p build
+	$(BIN)/python -m benchmarks run --quick --output build/benchmarks.json
+	$(BIN)/python -m benchmarks plot build/benchmarks.json
 
 # On a machine with a CUDA device: its own Python and torch, no network.
 gpu:
