@@ -14,6 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from cnnlstm_fast import functional_recurrent as functional
 
+# ``reset`` and ``lengths`` are meant as keywords; they are no keyword-only arguments because PyTorch's
+# TorchScript-based ONNX exporter passes every default by position.
+
 __all__ = ["GRU", "LSTM"]
 
 
@@ -93,7 +96,6 @@ class LSTM(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
         reset: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
@@ -127,7 +129,6 @@ class GRU(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         reset: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
