@@ -435,11 +435,11 @@ def _checked_lengths(lengths, x: Tensor, time: int, batch) -> Tensor:
             f"got lengths of shape {tuple(lengths.shape)}, expected {shape}: one length for each sequence"
         )
     if _values_are_readable(lengths) and lengths.numel():
-        low, high = (int(v) for v in lengths.aminmax())
-        if low < 0 or high > time:
+        values = lengths.tolist() if lengths.dim() else [lengths.item()]
+        if min(values) < 0 or max(values) > time:
             raise ValueError(
-                f"got lengths from {low} to {high}, expected 0 to {time}, the steps of the input: pass "
-                f"lengths.clamp(0, {time}) or a longer input"
+                f"got lengths from {min(values)} to {max(values)}, expected 0 to {time}, the steps of "
+                f"the input: pass lengths.clamp(0, {time}) or a longer input"
             )
         return lengths.to(device=x.device, dtype=torch.int64)
     return lengths.to(device=x.device, dtype=torch.int64).clamp(0, time)
