@@ -342,8 +342,8 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
         for (int64_t b = 0; b < l.batch; ++b) rows.push_back(l.x + t * l.x_step + b * l.x_sequence);
       const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
       for_each_item(items, [&](int64_t i) {
-        const int64_t first = i * count / items;
-        k.project_inputs(l, rows.data(), count, first, (i + 1) * count / items - first, projected);
+        const int64_t first = i * count / items, some = (i + 1) * count / items - first;
+        k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(some)));
       });
     }
     if (by_units(l)) {
@@ -351,15 +351,15 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
       run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
         for (int64_t b = 0; b < l.batch; b += kMaxRows)
           k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
-                         thread_scratch(k.forward_scratch));
+                         thread_scratch(k.forward_scratch(l)));
       });
     } else {
       const Tiles tiles(l.batch);
       for_each_item(tiles.count, [&](int64_t i) {
-        float* scratch = thread_scratch(k.forward_scratch);
+        float* scratch = thread_scratch(k.forward_scratch(l));
         for (int64_t step = 0; step < steps; ++step) {
           k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
-          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i));
+          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i), scratch);
         }
       });
     }
