@@ -22,10 +22,13 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Maybe = std::optional<Tensor>;
 
-// More inputs than this are projected for all steps by the library's matrix product.
-constexpr int64_t kMostFusedInputs = 1024;
-// Gradients of the pre-activations that are kept at a time.
+// More inputs than this are projected for many steps at once.
+constexpr int64_t kMostFusedInputs = 512;
+// Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
+// or two hold.
 constexpr int64_t kChunkFloats = int64_t{1} << 20;
+// Gradients of pre-activations that meet all weights of the inputs at a time.
+constexpr int64_t kRowsFloats = int64_t{1} << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -178,6 +181,13 @@ void for_each_item(int64_t items, const F& run) {
   });
 }
 
+// Into how many even shares of at least `least` and about `most` to cut `count`, every thread having one.
+int64_t shares(int64_t count, int64_t least, int64_t most) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = ceil_div(ceil_div(count, most), threads) * threads;
+  return std::clamp<int64_t>(wanted, 1, ceil_div(count, least));
+}
+
 // Tiles of sequences, as many as threads can share evenly.
 struct Tiles {
   int64_t batch, count;
@@ -233,7 +243,7 @@ void pack_weights(const Call& call, int64_t d, Prepared& p) {
     });
     return packed;
   };
-  if (call.fused_inputs()) l.packed_x = pack(w.w_ih, l.inputs, true);
+  l.packed_x = pack(w.w_ih, l.inputs, true);
   l.packed_h = pack(w.w_hh, l.width, false);
   if (l.projected) {
     const Tensor turned = as_contiguous(torch::stable::transpose(*w.w_hr, 0, 1));
@@ -316,23 +326,43 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
     const float* from = floats(*call.c0) + d * l.batch * l.hidden;
     for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.hidden, l.hidden, l.c + b * l.padded_hidden);
   }
-  auto time = [&](int64_t step) { return l.reversed ? l.steps - 1 - step : step; };
-  if (by_units(l)) {
-    const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
-    run_team(l.steps, blocks.count, [&](int64_t step, int64_t i) {
-      for (int64_t b = 0; b < l.batch; b += kMaxRows)
-        k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
-                       thread_scratch(k.forward_scratch));
-    });
-  } else {
-    const Tiles tiles(l.batch);
-    for_each_item(tiles.count, [&](int64_t i) {
-      float* scratch = thread_scratch(k.forward_scratch);
-      for (int64_t step = 0; step < l.steps; ++step) {
-        k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
-        if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i));
-      }
-    });
+  const bool fused = call.fused_inputs();
+  const int64_t per_step = 4 * l.batch * l.padded_hidden;
+  const int64_t chunk = fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
+  float* projected = fused ? nullptr : p.memory(chunk * per_step);
+  std::vector<const float*> rows;
+  for (int64_t s0 = 0; s0 < l.steps; s0 += chunk) {
+    const int64_t steps = std::min(chunk, l.steps - s0);
+    auto time = [&](int64_t step) { return l.reversed ? l.steps - 1 - s0 - step : s0 + step; };
+    if (!fused) {
+      l.projected_x = projected, l.projected_rows = steps * l.batch;
+      l.projected_step = std::min(time(0), time(steps - 1));
+      rows.clear();
+      for (int64_t t = l.projected_step; t < l.projected_step + steps; ++t)
+        for (int64_t b = 0; b < l.batch; ++b) rows.push_back(l.x + t * l.x_step + b * l.x_sequence);
+      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
+      for_each_item(items, [&](int64_t i) {
+        const int64_t first = i * count / items, some = (i + 1) * count / items - first;
+        k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(some)));
+      });
+    }
+    if (by_units(l)) {
+      const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
+      run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
+        for (int64_t b = 0; b < l.batch; b += kMaxRows)
+          k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
+                         thread_scratch(k.forward_scratch(l)));
+      });
+    } else {
+      const Tiles tiles(l.batch);
+      for_each_item(tiles.count, [&](int64_t i) {
+        float* scratch = thread_scratch(k.forward_scratch(l));
+        for (int64_t step = 0; step < steps; ++step) {
+          k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
+          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i), scratch);
+        }
+      });
+    }
   }
   for (int64_t b = 0; b < l.batch; ++b) {
     const int64_t length = l.lengths ? l.lengths[b] : l.steps;
@@ -367,13 +397,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(
       Prepared p;
       describe_layer(call, d, rows, out, saved, p);
       pack_weights(call, d, p);
-      Tensor product;
-      if (!call.fused_inputs()) {
-        product = as_floats(torch::stable::matmul(x, torch::stable::transpose(call.directions[d].w_ih, 0, 1)));
-        p.layer.projected_x = floats(product);
-        p.layer.projected_step = product.stride(call.step_dim());
-        p.layer.projected_sequence = product.stride(1 - call.step_dim());
-      }
       run_forward(call, d, p, h_n, c_n);
     }
   }
@@ -391,7 +414,7 @@ struct DirectionGrads {
 struct ChunkRows {
   std::vector<int32_t> row_of;
   std::vector<const float*> x, h, m;
-  std::vector<float*> grad_x, natural;
+  std::vector<float*> grad_x;
 };
 
 // Sums of outer products [n][panel] for every panel of the gates, and their columns' own sums.
@@ -401,38 +424,40 @@ struct Products {
   Products(int64_t panel, int64_t begin, int64_t end, int64_t columns, int64_t count)
       : panel(panel), begin(begin), end(end), count(count), sums(ceil_div(columns, panel) * panel * count) {}
 
-  static constexpr int64_t kPart = 96;
-  int64_t parts() const { return ceil_div(count, kPart); }
-  int64_t items() const { return ceil_div(end, panel) * parts(); }
+  // Items are a part of the rows and a share of the panels each.
+  int64_t parts() const { return ceil_div(count, recurrent_kernels().outer_rows); }
+  int64_t panels() const { return ceil_div(end, panel); }
+  int64_t groups() const {
+    const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+    return std::clamp<int64_t>(ceil_div(wanted, parts()), 1, panels());
+  }
+  int64_t items() const { return groups() * parts(); }
   void add(int64_t item, const float* const* rows, const float* gates, int64_t gate_rows) {
     const RecurrentTable& k = recurrent_kernels();
-    const int64_t p = item / parts(), n = item % parts() * kPart;
-    const int64_t v0 = std::max<int64_t>(0, begin - p * panel) / k.lanes;
-    const int64_t v1 = ceil_div(std::min(panel, end - p * panel), k.lanes);
-    if (v0 < v1)
-      k.add_outer(rows, n, std::min(count, n + kPart), gates + p * gate_rows * panel, gate_rows, v0, v1,
-                  sums.data() + p * panel * count);
+    const int64_t group = item % groups(), n = item / groups() * k.outer_rows;
+    const int64_t first = std::max(begin, group * panels() / groups() * panel);
+    const int64_t last = std::min(end, (group + 1) * panels() / groups() * panel);
+    if (first < last)
+      k.add_outer(rows, n, std::min(count, n + k.outer_rows), gates, gate_rows, first, last, count, sums.data());
   }
-  float at(int64_t column, int64_t n) const { return sums[(column / panel * count + n) * panel + column % panel]; }
+  // Columns that begin at `column`, of `units`, as rows of `to`.
+  void put(int64_t column, int64_t units, float* to) const {
+    for (int64_t u = 0; u < units;) {
+      const int64_t inside = (column + u) % panel, some = std::min(units - u, panel - inside);
+      recurrent_kernels().turn(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some,
+                               to + u * count, count);
+      u += some;
+    }
+  }
 };
 
 void put_weight_grad(const Call& call, const Products& products, bool of_inputs, const Tensor& to) {
   const int32_t* order = gate_order(call.mode, of_inputs);
-  const int64_t count = products.count;
-  for_each_item(call.gates * call.hidden, [&](int64_t i) {
-    const int64_t gate = i / call.hidden, u = i % call.hidden;
-    float* row = mutable_floats(to) + (order[gate] * call.hidden + u) * count;
-    const int64_t column = products.begin + gate * call.padded_hidden() + u;
-    for (int64_t n = 0; n < count; ++n) row[n] = products.at(column, n);
-  });
-}
-
-void add_into(const Tensor& total, const Tensor& part) {
-  const int64_t count = total.numel();
-  const float* from = floats(part);
-  float* to = mutable_floats(total);
-  torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+  const int64_t blocks = call.padded_hidden() / kUnitGroup;
+  for_each_item(call.gates * blocks, [&](int64_t i) {
+    const int64_t gate = i / blocks, u = i % blocks * kUnitGroup;
+    products.put(products.begin + gate * call.padded_hidden() + u, std::min(kUnitGroup, call.hidden - u),
+                 mutable_floats(to) + (order[gate] * call.hidden + u) * products.count);
   });
 }
 
@@ -449,7 +474,6 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   const DirectionWeights& w = call.directions[d];
   const int64_t hidden = l.padded_hidden, step = call.step_dim(), columns = 4 * hidden;
   const int64_t x_end = call.gates * hidden, h_begin = columns - call.gates * hidden;
-  const bool fused = call.fused_inputs();
 
   RecurrentBackward b{};
   if (want.grad_out) {
@@ -480,7 +504,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   };
   b.columns_h = pack_columns(w.w_hh, call.gates, l.hidden, false);
   if (l.projected) b.columns_r = pack_columns(*w.w_hr, 1, l.width, false);
-  const float* columns_x = want.grad_x && fused ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
+  const float* columns_x = want.grad_x ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
 
   const int64_t per_step = l.batch * columns;
   const int64_t chunk = std::clamp<int64_t>(kChunkFloats / per_step, 1, l.steps), most = chunk * l.batch;
@@ -492,17 +516,10 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   std::optional<Products> of_x, of_h, of_m;
   AlignedFloats bias(ceil_div(columns, k.panel) * k.panel);
   if (want.need_weights) {
-    if (fused) of_x.emplace(k.panel, 0, x_end, columns, l.inputs);
+    of_x.emplace(k.panel, 0, x_end, columns, l.inputs);
     of_h.emplace(k.panel, h_begin, columns, columns, l.width);
     if (l.projected) of_m.emplace(k.panel, 0, l.padded_width, l.padded_width, l.hidden);
   }
-  // Gradients of the pre-activations in the weights' order, for the library's products over many inputs.
-  Tensor natural;
-  if (!fused && (want.need_weights || want.grad_x)) {
-    natural = new_output(want.rows, call.sequence(call.gates * l.hidden), ScalarType::Float);
-    if (l.lengths) torch::stable::zero_(natural);
-  }
-
   ChunkRows rows;
   rows.row_of.resize(most);
   const Tiles tiles(l.batch);
@@ -510,7 +527,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t place = l.reversed ? c : chunks - 1 - c;
     const int64_t t0 = place * l.steps / chunks, t1 = (place + 1) * l.steps / chunks;
-    rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear(), rows.natural.clear();
+    rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear();
     int32_t count = 0;
     for (int64_t t = t0; t < t1; ++t)
       for (int64_t q = 0; q < l.batch; ++q) {
@@ -527,8 +544,6 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
         if (columns_x)
           rows.grad_x.push_back(mutable_floats(*want.grad_x) + t * want.grad_x->stride(step) +
                                 q * want.grad_x->stride(1 - step));
-        if (!fused && natural.defined())
-          rows.natural.push_back(mutable_floats(natural) + t * natural.stride(step) + q * natural.stride(1 - step));
       }
     if (count == 0) continue;
     if (l.projected)
@@ -558,28 +573,19 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
       });
     }
     // Everything that all steps of the chunk contribute to, in one list of items.
-    constexpr int64_t kRowsOfItem = 48;
     const int64_t x_items = of_x ? of_x->items() : 0, h_items = of_h ? of_h->items() : 0;
     const int64_t m_items = of_m ? of_m->items() : 0, bias_items = want.need_weights ? ceil_div(columns, k.panel) : 0;
-    const int64_t row_items = columns_x || !rows.natural.empty() ? ceil_div(count, kRowsOfItem) : 0;
+    const int64_t row_items = columns_x ? shares(count, 24, std::max<int64_t>(48, kRowsFloats / x_end)) : 0;
     for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
       if (i < x_items) return of_x->add(i, rows.x.data(), b.gates, count);
       if ((i -= x_items) < h_items) return of_h->add(i, rows.h.data(), b.gates, count);
       if ((i -= h_items) < m_items) return of_m->add(i, rows.m.data(), b.dy, count);
       if ((i -= m_items) < bias_items)
         return k.add_rows(b.gates + i * k.panel * count, count, bias.data() + i * k.panel);
-      const int64_t first = (i - bias_items) * kRowsOfItem, some = std::min<int64_t>(kRowsOfItem, count - first);
-      if (columns_x)
-        return k.multiply_rows(b.gates, count, first, some, 0, x_end, columns_x, l.inputs, d > 0,
-                               rows.grad_x.data() + first);
-      const int32_t* order = gate_order(call.mode, true);
-      for (int64_t r = first; r < first + some; ++r)
-        for (int64_t g = 0; g < call.gates; ++g)
-          for (int64_t u = 0; u < l.hidden; ++u) {
-            const int64_t column = g * hidden + u;
-            rows.natural[r][order[g] * l.hidden + u] =
-                b.gates[(column / k.panel * count + r) * k.panel + column % k.panel];
-          }
+      i -= bias_items;
+      const int64_t first = i * count / row_items;
+      k.multiply_rows(b.gates, count, first, (i + 1) * count / row_items - first, 0, x_end, columns_x, l.inputs, d > 0,
+                      rows.grad_x.data() + first);
     });
   }
 
@@ -590,27 +596,10 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   };
   put_state(want.grad_h0, b.dh, l.width, l.padded_width);
   put_state(want.grad_c0, b.dc, l.hidden, hidden);
-  if (natural.defined()) {
-    const Ints flat{l.batch * l.steps, call.gates * l.hidden};
-    if (want.need_weights) {
-      const Tensor turned = torch::stable::transpose(torch::stable::reshape(natural, flat), 0, 1);
-      const Tensor inputs = torch::stable::reshape(want.rows, Ints{flat[0], l.inputs});
-      torch::stable::copy_(const_cast<Tensor&>(grads.w_ih), torch::stable::matmul(turned, inputs));
-    }
-    if (want.grad_x) {
-      const Tensor product = torch::stable::matmul(natural, as_floats(w.w_ih));
-      if (d == 0)
-        torch::stable::copy_(const_cast<Tensor&>(*want.grad_x), product);
-      else
-        add_into(*want.grad_x, product);
-    }
-  }
   if (!want.need_weights) return;
-  if (of_x) put_weight_grad(call, *of_x, true, grads.w_ih);
+  put_weight_grad(call, *of_x, true, grads.w_ih);
   put_weight_grad(call, *of_h, false, grads.w_hh);
-  if (of_m)
-    for (int64_t i = 0; i < l.width; ++i)
-      for (int64_t n = 0; n < l.hidden; ++n) mutable_floats(*grads.w_hr)[i * l.hidden + n] = of_m->at(i, n);
+  if (of_m) of_m->put(0, l.width, mutable_floats(*grads.w_hr));
   if (grads.b_ih)
     for (int64_t g = 0; g < call.gates; ++g)
       for (int64_t u = 0; u < l.hidden; ++u) {
