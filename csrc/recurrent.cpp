@@ -97,7 +97,8 @@ void check_tensor(const Maybe& t, const Ints& size, const char* name) {
   if (!t) return;
   bool fits = t->dim() == static_cast<int64_t>(size.size());
   for (size_t i = 0; fits && i < size.size(); ++i) fits = t->size(i) == size[i];
-  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name, " does not fit the other arguments in shape or device");
+  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name,
+                  " does not fit the other arguments in shape or device");
 }
 
 Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<DirectionWeights> directions,
@@ -216,8 +217,7 @@ struct Prepared {
   }
 };
 
-void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved,
-                    Prepared& p) {
+void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved, Prepared& p) {
   RecurrentLayer& l = p.layer;
   const int64_t directions = static_cast<int64_t>(call.directions.size()), step = call.step_dim();
   l.mode = static_cast<int32_t>(call.mode);
@@ -337,7 +337,8 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
   }
   const bool fused = call.fused_inputs();
   const int64_t per_step = 4 * l.batch * l.padded_hidden;
-  const int64_t chunk = fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
+  const int64_t chunk =
+      fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
   float* projected = fused ? nullptr : p.memory(h_n, chunk * per_step);
   std::vector<const float*> rows;
   for (int64_t s0 = 0; s0 < l.steps; s0 += chunk) {
@@ -379,24 +380,24 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
                 mutable_floats(h_n) + (d * l.batch + b) * l.width);
     if (call.mode == kLSTM)
       std::copy_n(l.c + b * l.padded_hidden, l.hidden, mutable_floats(c_n) + (d * l.batch + b) * l.hidden);
-    for (int64_t t = length; t < l.steps; ++t)
-      std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
+    for (int64_t t = length; t < l.steps; ++t) std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(
-    Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
-    Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
-    bool keep) {
-  const Call call = describe(
-      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
-      mode, batch_first);
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh,
+                                                           Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
+                                                           Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r,
+                                                           Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
+                                                           bool keep) {
+  const Call call =
+      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
+               lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Tensor out = new_output(x, call.sequence(directions * call.width), wide);
   const Tensor h_n = torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide);
-  const Tensor c_n = torch::stable::new_empty(
-      x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
+  const Tensor c_n =
+      torch::stable::new_empty(x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
   const int64_t kept = mode == kLSTM ? 5 : 4;
   const Tensor saved =
       new_output(x, keep ? Ints{directions, call.steps, call.batch, kept, call.padded_hidden()} : Ints{0}, wide);
@@ -494,8 +495,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   auto state = [&](const Maybe& from, int64_t size, int64_t row) {
     float* to = p.zeros(l.batch * row);
     if (from)
-      for (int64_t i = 0; i < l.batch; ++i)
-        std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
+      for (int64_t i = 0; i < l.batch; ++i) std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
     return to;
   };
   b.dh = state(want.grad_h_n, l.width, l.padded_width);
@@ -548,7 +548,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
         const bool first = t == (l.reversed ? length - 1 : 0);
         const bool fresh = l.reset && l.reset[t * l.reset_step + q * l.reset_sequence];
         rows.h.push_back(fresh || (first && !b.h0) ? l.zeros
-                         : first                   ? b.h0 + q * l.width
+                         : first ? b.h0 + q * l.width
                                  : l.out + (l.reversed ? t + 1 : t - 1) * l.out_step + q * l.out_sequence);
         if (columns_x)
           rows.grad_x.push_back(mutable_floats(*want.grad_x) + t * want.grad_x->stride(step) +
@@ -620,11 +620,11 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor x, Maybe h0, Maybe c0, Tensor w_ih,
                          Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r, Maybe w_hh_r, Maybe b_ih_r,
-                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved,
-                         int64_t mode, bool batch_first, bool need_x, bool need_state, bool need_weights) {
-  const Call call = describe(
-      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
-      mode, batch_first);
+                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved, int64_t mode,
+                         bool batch_first, bool need_x, bool need_state, bool need_weights) {
+  const Call call =
+      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
+               lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   check_tensor(out, call.sequence(directions * call.width), "out");
@@ -665,11 +665,10 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
     describe_layer(call, d, want.rows, wide_out, saved, p);
     run_backward(call, want, d, p, grads[d]);
   }
-  auto result = [&](const Maybe& t) {
-    return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0});
-  };
+  auto result = [&](const Maybe& t) { return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0}); };
   auto weights = [&](int64_t d) {
-    if (!need_weights || d >= directions) return std::make_tuple(result({}), result({}), result({}), result({}), result({}));
+    if (!need_weights || d >= directions)
+      return std::make_tuple(result({}), result({}), result({}), result({}), result({}));
     return std::make_tuple(result(grads[d].w_ih), result(grads[d].w_hh), result(grads[d].b_ih), result(grads[d].b_hh),
                            result(grads[d].w_hr));
   };
