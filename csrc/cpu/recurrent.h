@@ -74,8 +74,8 @@ struct RecurrentTable {
   void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   // Packs units [begin, end) / lanes of a weight (gates * H, K), rows `stride` apart, into
   // [unit / lanes][K][gates][lanes]; gate g comes from the weight's block order[g].
-  void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates, const int32_t* order,
-                     float* packed, int64_t begin, int64_t end);
+  void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates,
+                     const int32_t* order, float* packed, int64_t begin, int64_t end);
   // Packs panels [begin, end) of a matrix (K, N) into [N / panel][padded K][panel's vectors, as few as N needs].
   // K is `blocks` blocks of `block` rows, each padded to kUnitGroup, block b being the source's order[b].
   void (*pack_columns)(const float* matrix, int64_t stride, int64_t blocks, int64_t block, const int32_t* order,
