@@ -2,5 +2,6 @@
 
 from cnnlstm_fast.nn.sequential import Sequential
 from cnnlstm_fast.nn.time_distributed import TimeDistributed
+from cnnlstm_fast.nn.to_sequence import ToSequence
 
-__all__ = ["Sequential", "TimeDistributed"]
+__all__ = ["Sequential", "TimeDistributed", "ToSequence"]
