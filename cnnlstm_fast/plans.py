@@ -125,34 +125,42 @@ def _by_sizes(
         return "the pool has windows without an element", *reference, ""
 
     taps = weight_shape[1] * weight_shape[2] * weight_shape[3]
-    channels, weights, window = shape[1], taps * weight_shape[0], spec.window
+    weights, window = taps * weight_shape[0], spec.window
     conv = spec.conv_size(shape[2:], weight_shape[2:])
-    outputs = shape[0] * weight_shape[0] * conv[0] * conv[1]
+    map_size = weight_shape[0] * conv[0] * conv[1]
+    outputs = shape[0] * map_size
+    signal = shape[2] == weight_shape[2] == 1
+    direct, chunked = ("direct", "direct"), ("chunked", "chunked")
     if spec.groups > 1:
         return None, *reference, "grouped convolutions: the library is as fast"
     if dtype == torch.bfloat16 and taps > 64:
-        return None, "chunked", "chunked", "the library's bfloat16 arithmetic is faster over many taps"
+        return None, *chunked, "the library's bfloat16 arithmetic is faster over many taps"
     if not training:
-        if taps <= 32 or (window > 1 and weights <= 2**20) or weights <= 2**14:
-            return None, "direct", "direct", "bound by memory: the map before the pool never exists"
+        if window > 1 and weights >= 2**17 and taps >= 2**10 and weights <= 2**20:
+            return None, *chunked, "many taps: the library's convolution, then the rest while in cache"
+        if taps <= 32 or (window > 1 and weights <= 2**20):
+            return None, *direct, "bound by memory: the map before the pool never exists"
         if outputs >= 2**21:
-            plan = "direct" if weights <= 2**19 else "chunked"
-            return None, plan, plan, "a large map: kept in cache"
-    elif channels <= 24 or not needs_x:
-        if taps <= 64 or (window > 2 and channels <= 192):
-            return None, "direct", "direct", "bound by memory: gradients go to the winners only"
-        if weights <= 2**15 and needs_x:
-            return None, "direct", "direct", "few weights"
-    elif window <= 2:
-        if outputs >= 2**20 and weights <= 2**15:
-            return None, "direct", "direct", "a large map: kept in cache"
-        if weights <= 2**14 and spec.layout not in ("channels_first", "channels_last"):
-            return None, "direct", "direct", "a bridge: written straight into its layout"
-    else:
-        if weights <= 2**18:
-            return None, "direct", "direct", "gradients go to the winners only"
-        if weights <= 2**20 and outputs >= 2**19:
-            return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
+            return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
+        if weights <= 2**14 and (signal or taps < 128 or map_size > 2**14):
+            return None, *direct, "bound by memory: bias and activation while in registers"
+        if 2**14 < weights <= 2**16 and outputs >= 2**19:
+            return None, *direct, "a large map: bias and activation while in registers"
+    elif window == 1:
+        bridge = spec.layout not in ("channels_first", "channels_last")
+        if not needs_x:
+            if taps <= 16 or (128 <= taps and weights <= 2**13) or (signal and bridge and taps <= 128):
+                return None, *direct, "few weights"
+        elif taps <= 32 or (signal and 96 <= taps and weights <= 2**13):
+            return None, *direct, "few weights"
+        elif bridge and signal and weights <= 2**14:
+            return None, *direct, "a bridge: written straight into its layout"
+    elif weights <= 2**17 and (window > 2 or taps <= 704 or signal):
+        return None, *direct, "gradients go to the winners only"
+    elif window > 2 and weights <= 2**18:
+        return None, *chunked, "many taps: the library's convolution and gradients, in chunks"
+    elif window > 2 and weights <= 2**20 and outputs >= 2**19:
+        return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
     return None, *reference, "bound by arithmetic over large weights: the library is as fast"
 
 

@@ -415,8 +415,9 @@ void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_str
     // (n, oh, ow, co) seen as (n, co, oh, ow)
     Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
     Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
-    // The library's channels-last bfloat16 gradient of a pointwise weight writes past its memory.
-    const bool plain = b.dtype == kBFloat16 && b.kh * b.kw == 1;
+    // The library's channels-last bfloat16 gradient of a weight that is pointwise, dilated or grouped
+    // is wrong for odd numbers of channels and may write past its memory.
+    const bool plain = b.dtype == kBFloat16 && (b.kh * b.kw == 1 || b.dh * b.dw > 1 || b.groups > 1);
     if (plain) map = torch::stable::contiguous(map);
     const Tensor input = plain ? torch::stable::contiguous(part) : channels_last(part);
     const ConvolutionGrads found = convolution_backward(map, input, weight, call.conv, grad_x.has_value(),
