@@ -234,7 +234,12 @@ def test_a_reset_stops_what_went_wrong_before(kind, plan):
 
 @pytest.mark.parametrize(
     "given",
-    [lambda t: t.int(), lambda t: t.to(torch.uint8), lambda t: t.tolist(), lambda t: t.expand(2, 3)[0]],
+    [
+        lambda t: t.int(),
+        lambda t: t.to(torch.uint8),
+        lambda t: t.tolist(),
+        lambda t: t.repeat_interleave(2)[::2],
+    ],
 )
 def test_lengths_of_any_kind(given):
     layer = nn.GRU(5, 7)
@@ -242,6 +247,20 @@ def test_lengths_of_any_kind(given):
     expected = cf.functional.gru(x, None, layer._flat_weights, lengths=lengths)
     got = cf.functional.gru(x, None, layer._flat_weights, lengths=given(lengths))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@kinds
+@pytest.mark.parametrize("state", [True, False])
+def test_lengths_of_zero(kind, state):
+    """Nothing but the initial state comes through."""
+    drawn = Case(kind, 5, 7, 4, 3, layers=2, bidirectional=True, state=state, lengths=True).draw()
+    drawn.lengths.zero_()
+    assert_case(drawn, drawn.ours, None)
+    leaves = {n: t.requires_grad_() for n, t in drawn.leaves.items()}
+    results = drawn.ours(**leaves)
+    sum(t.sum() for t in results.values()).backward()
+    for name, t in leaves.items():
+        assert torch.equal(t.grad, torch.full_like(t, float(name in ("h_0", "c_0")))), name
 
 
 @kinds
@@ -394,7 +413,6 @@ def test_memory_stays_flat():
     def calls(count: int) -> int:
         for _ in range(count):
             drawn = random_case(rng, time=rng.randrange(1, 40), layers=1).draw()
-            gradients(drawn.ours, drawn.leaves, {"out": torch.ones(())}) if False else None
             leaves = {n: t.requires_grad_() for n, t in drawn.leaves.items()}
             drawn.ours(**leaves)["out"].sum().backward()
         return process.memory_info().rss
