@@ -3,7 +3,7 @@
 from cnnlstm_fast import doctor, functional, reference
 from cnnlstm_fast.explain import explain
 from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeDistributed
-from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed
+from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed, ToSequence
 
 __all__ = [
     "GRU",
@@ -13,6 +13,7 @@ __all__ = [
     "CNN_LSTM_TimeDistributed",
     "Sequential",
     "TimeDistributed",
+    "ToSequence",
     "doctor",
     "explain",
     "functional",
