@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
+from benchmarks import field as models_of_the_field
 
 INFERENCE_PEERS = (
     "eager",
@@ -26,6 +27,8 @@ INFERENCE_PEERS = (
     "ONNX Runtime",
     "OpenVINO",
 )
+#: Of what has no part before the RNN that could be run in chunks.
+_WHOLE_PEERS = ("eager", "channels_last", "torch.compile", "ONNX Runtime", "OpenVINO")
 #: Results that the next call overwrites: shown, never part of a claim.
 LENT_PEERS = ("ONNX Runtime, lent output", "OpenVINO, lent output")
 TRAINING_PEERS = ("eager", "torch.compile", "chunked 16", "chunked 8")
@@ -85,8 +88,13 @@ class Case:
 
     @property
     def has_clips(self) -> bool:
-        """Whether inputs are clips ``(B, T, C, H, W)`` and not images ``(B, C, H, W)``."""
+        """Whether inputs are clips ``(B, T, C, H, W)``."""
         return len(self.shape) == 5
+
+    @property
+    def has_images(self) -> bool:
+        """Whether inputs are images ``(B, C, H, W)``; else, without clips, sequences or signals."""
+        return len(self.shape) == 4
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """What is measured, as the model's user would call it."""
@@ -166,6 +174,72 @@ def system(
     )
 
 
+def _first_result(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)[0]
+
+
+def _rnn_pair(kind: str, inputs: int, hidden: int, layers: int, bidirectional: bool):
+    args = (inputs, hidden, layers)
+    options = {"bidirectional": bidirectional, "batch_first": True}
+    reference, fast = getattr(nn, kind)(*args, **options), getattr(cf, kind)(*args, **options)
+    fast.load_state_dict(reference.state_dict())
+    return reference, fast
+
+
+def recurrent(
+    kind: str,
+    *,
+    mode: str = "inference",
+    batch: int = 32,
+    steps: int = 128,
+    inputs: int = 64,
+    hidden: int = HIDDEN,
+    layers: int = 1,
+    bidirectional: bool = False,
+    label: str | None = None,
+) -> Case:
+    """A case of one recurrent stack alone, ``LSTM`` or ``GRU``, over ``(batch, steps, inputs)``."""
+    gates, directions = (4 if kind == "LSTM" else 3), (2 if bidirectional else 1)
+    read = sum((directions * hidden if layer else inputs) + hidden for layer in range(layers))
+    training = mode == "training"
+    return Case(
+        name=label or f"{kind}/{mode}",
+        build=partial(_rnn_pair, kind, inputs, hidden, layers, bidirectional),
+        shape=(batch, steps, inputs),
+        features=_first_result,
+        training=training,
+        flops=None if training else 2 * batch * steps * directions * gates * hidden * read,
+        peers=("eager", "torch.compile") if training else ("eager", *_WHOLE_PEERS[2:]),
+    )
+
+
+def _whole(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def _model_pair(name: str):
+    model, _ = models_of_the_field.MODELS[name]
+    reference, fast = model(nn), model(cf)
+    fast.load_state_dict(reference.state_dict())
+    return reference, fast
+
+
+def of_the_field(name: str) -> Case:
+    """Inference of one of the whole models in :mod:`benchmarks.field`.
+
+    Training is not raced: its gradients pass many ReLUs and pools, so that one winner that falls the
+    other way by rounding outweighs what the gate looks for; only layers that see the inputs can be
+    verified exactly.
+    """
+    return Case(
+        name=f"{name}/inference",
+        build=partial(_model_pair, name),
+        shape=models_of_the_field.MODELS[name][1],
+        features=_whole,
+        peers=_WHOLE_PEERS,
+    )
+
+
 SYSTEMS = ("Simple", "1DConv", "TimeDistributed")
 
 _TARGETS: dict[tuple[str, str], dict[str, float]] = {
@@ -177,7 +251,7 @@ _TARGETS: dict[tuple[str, str], dict[str, float]] = {
     ("TimeDistributed", "training"): {"best": 5, "eager": 15},
 }
 
-#: The three systems at the tutorial's sizes, features stage first.
+#: The three systems at the tutorial's sizes, features stage first; recurrent stacks; whole models.
 CASES: dict[str, Case] = {
     case.name: case
     for stage in ("features", "model")
@@ -190,5 +264,11 @@ CASES: dict[str, Case] = {
             targets=_TARGETS[kind, mode] if stage == "features" else None,
         )
         for kind in SYSTEMS
+    )
+} | {
+    case.name: case
+    for case in (
+        *(recurrent(kind, mode=mode) for mode in ("inference", "training") for kind in ("LSTM", "GRU")),
+        *map(of_the_field, models_of_the_field.MODELS),
     )
 }
