@@ -26,6 +26,8 @@ console = Console(width=None if sys.stdout.isatty() else 110)
 
 #: Cases of a quick run.
 QUICK = tuple(name for name in CASES if "/features/" in name or name.startswith(("LSTM", "GRU")))
+#: Cases whose memory a quick run measures: two processes each.
+_QUICK_MEMORY = tuple(f"{kind}/features/training" for kind in SYSTEMS)
 #: Peers that a quick run leaves out: preparing them takes longer than racing them.
 _NOT_QUICK = ("torch.compile", *LENT_PEERS)
 
@@ -104,7 +106,8 @@ def run(
             for kind in progress.track(SYSTEMS, description="traces"):
                 report.traces.extend(trace.trace(kind))
         if Part.memory in parts:
-            wanted = [(c.name, side) for c in chosen if c.training for side in memory.SIDES]
+            measured = [c.name for c in chosen if c.training and (not quick or c.name in _QUICK_MEMORY)]
+            wanted = [(name, side) for name in measured for side in memory.SIDES]
             for w in progress.track(wanted, description="memory"):
                 report.memory.append(memory.measure(*w))
     whole = not case and not part

@@ -51,13 +51,13 @@ SERIES: dict[str, Series] = {
         Series(
             "frames",
             _doubling(1, 2048),
-            (1, 16, 128, 512),
+            (1, 16, 256),
             lambda n: system("TimeDistributed", batch=1, frames=n),
         ),
         Series(
             "image size",
             _doubling(8, 256),
-            (8, 32, 128),
+            (8, 32, 96),
             lambda n: system("Simple", batch=8, size=(n, n)),
         ),
         Series("channels", _doubling(1, 128), (1, 8, 32), lambda n: system("Simple", batch=16, channels=n)),
@@ -146,25 +146,20 @@ class Line:
 
 
 def fit(work: list[float], cost: list[float]) -> Line:
-    """The line that comes closest to all points, each weighed by its own size; never falling, never
-    below zero.
+    """The line that comes closest to all points, each weighed by its own size.
 
     Raises:
         ValueError: fewer than two points, or costs that are not positive.
     """
     if len(work) != len(cost) or len(work) < 2 or min(cost) <= 0:
         raise ValueError(f"got {len(work)} and {len(cost)} values, expected at least two positive pairs")
-    w, c = np.asarray(work, float), np.asarray(cost, float)
-    scale = w.max()
-    candidates = []
-    for columns in ([np.ones_like(w), w / scale], [np.zeros_like(w), w / scale]):
-        matrix = np.stack(columns, 1) / c[:, None]
-        (fixed, slope), *_ = np.linalg.lstsq(matrix, np.ones_like(c), rcond=None)
-        candidates.append((fixed, slope))
-    fixed, slope = candidates[0] if min(candidates[0]) >= 0 else candidates[1]
-    off = 1 - (fixed + slope * w / scale) / c
+    c = np.asarray(cost, float)
+    w = np.asarray(work, float) / max(work)
+    matrix = np.stack([np.ones_like(w), w], 1)
+    (fixed, slope), *_ = np.linalg.lstsq(matrix / c[:, None], np.ones_like(c), rcond=None)
+    off = 1 - (fixed + slope * w) / c
     at = int(np.abs(off).argmax())
-    return Line(float(fixed), float(slope / scale), float(off[at]), at)
+    return Line(float(fixed), float(slope / max(work)), float(off[at]), at)
 
 
 def by_series(points: list[Point]) -> dict[str, list[Point]]:

@@ -368,10 +368,10 @@ def test_a_bend_is_named_with_its_place_and_sign(at, factor):
     assert line.at == at and abs(line.worst) > growth.STRAIGHT_MS and (line.worst > 0) == (factor > 1)
 
 
-def test_a_line_never_begins_below_zero():
-    """Quadratic growth would fit best with a negative cost of nothing."""
-    line = growth.fit([1.0, 2.0, 4.0, 8.0], [1.0, 4.0, 16.0, 64.0])
-    assert line.fixed == 0 and line.per_unit > 0 and abs(line.worst) > growth.STRAIGHT_MS
+def test_growth_that_is_not_straight_is_seen():
+    work = [1e6 * 2**i for i in range(12)]
+    for cost in ([w**1.3 for w in work], [w**0.7 for w in work]):
+        assert abs(growth.fit(work, cost).worst) > growth.STRAIGHT_MS
 
 
 @pytest.mark.parametrize(("work", "cost"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, 2.0], [0.0, 1.0])])
@@ -529,10 +529,19 @@ def test_watching_ends_where_the_lstm_begins():
         lstm(x.relu())
         return x.sigmoid()
 
-    names = [name for name, _ in trace.watch(run, until="aten::lstm")]
+    names = [name for name, _ in trace.watch(run, until=trace.RECURRENT)]
     assert "aten::relu" in names and "aten::sigmoid" not in names
-    with pytest.raises(RuntimeError, match="has no aten::lstm"):
-        trace.watch(x.relu, until="aten::lstm")
+    with pytest.raises(RuntimeError, match=r"has no .*aten::lstm"):
+        trace.watch(x.relu, until=trace.RECURRENT)
+
+
+@pytest.mark.parametrize("kind", ["Simple", "1DConv", "TimeDistributed"])
+def test_the_systems_are_traced_up_to_the_lstm(kind, monkeypatch):
+    small_system = partial(system, batch=2, frames=3, size=(8, 8), hidden=4)
+    monkeypatch.setattr(trace, "system", small_system)
+    rows = trace.trace(kind)
+    assert len(rows) == 3 and all(row.system == kind for row in rows)
+    assert not any("recurrent" in name for name in rows[0].own_ops)
 
 
 def test_own_ops_are_named_once_each():
