@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
+from benchmarks import field as models_of_the_field
 from benchmarks.recurrent import build_layers, recurrent_flops
 
 INFERENCE_PEERS = (
@@ -27,6 +28,8 @@ INFERENCE_PEERS = (
     "ONNX Runtime",
     "OpenVINO",
 )
+#: Of what has no part before the RNN that could be run in chunks.
+_WHOLE_PEERS = ("eager", "channels_last", "torch.compile", "ONNX Runtime", "OpenVINO")
 #: Results that the next call overwrites: shown, never part of a claim.
 LENT_PEERS = ("ONNX Runtime, lent output", "OpenVINO, lent output")
 TRAINING_PEERS = ("eager", "torch.compile", "chunked 16", "chunked 8")
@@ -89,14 +92,14 @@ class Case:
     quick: bool = True
 
     @property
-    def has_images(self) -> bool:
-        """Whether inputs are images or clips, and not sequences of features ``(B, T, I)``."""
-        return len(self.shape) > 3
+    def has_clips(self) -> bool:
+        """Whether inputs are clips ``(B, T, C, H, W)``."""
+        return len(self.shape) == 5
 
     @property
-    def has_clips(self) -> bool:
-        """Whether inputs are clips ``(B, T, C, H, W)`` and not images ``(B, C, H, W)``."""
-        return len(self.shape) == 5
+    def has_images(self) -> bool:
+        """Whether inputs are images ``(B, C, H, W)``; else, without clips, sequences or signals."""
+        return len(self.shape) == 4
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """What is measured, as the model's user would call it."""
@@ -181,7 +184,7 @@ def system(
     )
 
 
-def _run(model: nn.Module, x: Tensor) -> Tensor:
+def _whole(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
@@ -205,12 +208,36 @@ def recurrent(
         name=f"recurrent/{given}/{kind} T={shape[1]} B={shape[0]} {stack}/{mode}",
         build=partial(build_layers, kind, inputs, hidden, shape, given, **options),
         shape=(*shape, inputs),
-        features=_run,
+        features=_whole,
         training=training,
         flops=None if training else recurrent_flops(kind, shape, inputs, hidden, layers, 1 + bidirectional),
         peers=("eager", "torch.compile") + (() if training else ("ONNX Runtime", "OpenVINO")),
         targets=targets or {},
         input_gradient=training,
+        quick=False,
+    )
+
+
+def _model_pair(name: str):
+    model, _ = models_of_the_field.MODELS[name]
+    reference, fast = model(nn), model(cf)
+    fast.load_state_dict(reference.state_dict())
+    return reference, fast
+
+
+def of_the_field(name: str) -> Case:
+    """Inference of one of the whole models in :mod:`benchmarks.field`.
+
+    Training is not raced: its gradients pass many ReLUs and pools, so that one winner that falls the
+    other way by rounding outweighs what the gate looks for; only layers that see the inputs can be
+    verified exactly.
+    """
+    return Case(
+        name=f"{name}/inference",
+        build=partial(_model_pair, name),
+        shape=models_of_the_field.MODELS[name][1],
+        features=_whole,
+        peers=_WHOLE_PEERS,
         quick=False,
     )
 
@@ -266,7 +293,7 @@ _RECURRENT = (
     ),
 )
 
-#: The three systems at the tutorial's sizes, features stage first, then recurrent layers alone.
+#: The three systems at the tutorial's sizes, features stage first; recurrent layers alone; whole models.
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -277,5 +304,6 @@ CASES: dict[str, Case] = {
             for kind in SYSTEMS
         ),
         *_RECURRENT,
+        *map(of_the_field, models_of_the_field.MODELS),
     )
 }
