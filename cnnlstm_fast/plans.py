@@ -211,3 +211,69 @@ def choose(
     if x.device.type != "cpu":
         return "direct", "direct", "the only fused plan measured on this device"
     return forward, backward, reason
+
+
+# ---- Recurrent layers
+
+#: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
+RECURRENT_PLANS = ("auto", "fused", "library", "reference")
+
+
+def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | None:
+    """Why the recurrent kernels don't take these tensors, as a sentence; None if they do.
+
+    ``params`` are the weights and the given initial states; None among them is passed over.
+    """
+    for p in params:
+        if p is not None and (p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN):
+            why_not = why_not_fused(x, p, None)
+            if why_not:
+                return why_not
+    return why_not_fused(x, params[0], None)
+
+
+def library_differentiates() -> bool:
+    """Whether PyTorch's own recurrent functions take part in what is going on.
+
+    Their oneDNN layers know no batching rule, no forward derivatives and, in what inductor makes of
+    them, no backward.
+    """
+    return torch.onnx.is_in_onnx_export() or not (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
+
+
+def choose_recurrent(plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool) -> tuple[str, str]:
+    """The plan for an LSTM or GRU: (its name, the reason in words).
+
+    ``plain`` says that neither resets nor lengths are given, which PyTorch's own layers take.
+
+    Raises:
+        ValueError: ``plan`` names a plan that cannot run this call; the message says why.
+    """
+    if plan == "reference":
+        return "reference", "asked for"
+    if plan == "library":
+        if not plain:
+            raise ValueError(
+                'plan="library" cannot run here: PyTorch\'s own layers take neither reset nor lengths. '
+                'Pass plan="auto" to let the package choose'
+            )
+        return "library", "asked for"
+    why_not = why_not_fused_recurrent(x, params)
+    if plan == "fused":
+        if why_not:
+            raise ValueError(
+                f'plan="fused" cannot run here: {why_not}. Pass plan="auto" to let the package choose, '
+                'or plan="reference" for a loop over the steps'
+            )
+        return "fused", "asked for"
+    if why_not:
+        return ("library" if plain and library_differentiates() else "reference"), why_not
+    if x.device.type == "cuda" and plain:
+        return "library", "cuDNN's kernels serve the plain case"
+    if plain:
+        return "fused", "all steps in one call, gates kept in registers"
+    return "fused", "resets and lengths are handled inside the kernels"
