@@ -61,7 +61,7 @@ SERIES: dict[str, Series] = {
         Series(
             "image size",
             _doubling(8, 256),
-            (8, 32, 96),
+            (8, 32, 128),
             lambda n: system("Simple", batch=8, size=(n, n)),
         ),
         Series("channels", _doubling(1, 128), (1, 8, 32), lambda n: system("Simple", batch=16, channels=n)),
