@@ -209,11 +209,11 @@ struct Tiles {
 struct Prepared {
   RecurrentLayer layer{};
   std::deque<AlignedFloats> cleared;
-  std::vector<Tensor> unwritten;
+  std::vector<Tensor> held;
 
   float* zeros(int64_t floats) { return cleared.emplace_back(floats).data(); }
   float* memory(const Tensor& like, int64_t floats) {
-    return mutable_floats(unwritten.emplace_back(new_output(like, {floats}, ScalarType::Float)));
+    return mutable_floats(held.emplace_back(new_output(like, {floats}, ScalarType::Float)));
   }
 };
 
@@ -250,7 +250,12 @@ void pack_weights(const Call& call, int64_t d, Prepared& p) {
     });
     return packed;
   };
-  l.packed_x = pack(w.w_ih, l.inputs, true);
+  if (call.fused_inputs()) {
+    l.packed_x = pack(w.w_ih, l.inputs, true);
+  } else {
+    const Tensor& rows = p.held.emplace_back(as_rows(w.w_ih));
+    l.w_ih = floats(rows), l.w_ih_stride = rows.stride(0), l.order_x = gate_order(call.mode, true);
+  }
   l.packed_h = pack(w.w_hh, l.width, false);
   if (l.projected) {
     const Tensor turned = as_contiguous(torch::stable::transpose(*w.w_hr, 0, 1));
@@ -353,7 +358,7 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
       const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
       for_each_item(items, [&](int64_t i) {
         const int64_t first = i * count / items, some = (i + 1) * count / items - first;
-        k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(some)));
+        k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(l, some)));
       });
     }
     if (by_units(l)) {

@@ -29,7 +29,7 @@ struct RecurrentLayer {
   int64_t out_step, out_sequence;
   float* saved;  // (T, B, 5 or 4, padded H), null: nothing is kept
 
-  const float* packed_x;  // pack_gates of w_ih
+  const float* packed_x;  // pack_gates of w_ih; null: inputs are projected ahead
   const float* packed_h;  // pack_gates of w_hh
   const float* packed_r;  // pack_columns of w_hr, transposed
   const float* bias;      // [unit / lanes][4][lanes]
@@ -37,6 +37,9 @@ struct RecurrentLayer {
   // Not null: project_inputs of all sequences in projected_rows / B steps from projected_step on.
   const float* projected_x;
   int64_t projected_rows, projected_step;
+  const float* w_ih;  // as it is, its rows and its order of gates
+  int64_t w_ih_stride;
+  const int32_t* order_x;
 
   float* h;            // [2][B][padded P]: by the parity of the number of steps done
   float* c;            // [B][padded H]
@@ -84,7 +87,7 @@ struct RecurrentTable {
   // Bias and products of the inputs x[first, first + count) of `rows`, into [unit / lanes][row][4][lanes].
   void (*project_inputs)(const RecurrentLayer&, const float* const* x, int64_t rows, int64_t first, int64_t count,
                          float* to, float* scratch);
-  int64_t (*project_scratch)(int64_t count);  // floats
+  int64_t (*project_scratch)(const RecurrentLayer&, int64_t count);  // floats
   // Unit blocks [begin, end) / lanes of step `t` for sequences [b0, b0 + n), n <= kMaxRows.
   void (*forward_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n, int64_t begin, int64_t end,
                        float* scratch);
