@@ -24,7 +24,6 @@ The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 MODES = {"LSTM": 0, "GRU": 1}
 UNIT_GROUP = 16
