@@ -240,11 +240,12 @@ class Recorder:
         name = self._names.get(id(module), type(module).__name__)
         op = type(module).__name__
         x = _first_tensor(args)
-        x = None if hasattr(x, "is_deferred") else x
+        x = None if isinstance(x, Tensor) and hasattr(type(x), "is_deferred") else x
         self._begin(_Call(name, op, module, x, _now(), "PyTorch", self._reasons.get(id(module), "")))
 
     def _after(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self._end(module, out)
+        with torch._C.DisableTorchFunctionSubclass():  # who is being observed must not notice
+            self._end(module, out)
 
     def _begin(self, call: _Call) -> None:
         if threading.get_ident() != self._thread:
@@ -265,7 +266,7 @@ class Recorder:
         while call.module is not module:  # calls that raised, and the model went on
             call = self._running.pop()
         y = _first_tensor(out)
-        if call.has_parts or call.in_block or y is None or hasattr(y, "is_deferred"):
+        if call.has_parts or call.in_block or y is None or hasattr(type(y), "is_deferred"):
             return
         ms = (_now() - call.begin) * 1e3
         self.way_to(call.name, call.x)
