@@ -244,8 +244,7 @@ class Recorder:
         self._begin(_Call(name, op, module, x, _now(), "PyTorch", self._reasons.get(id(module), "")))
 
     def _after(self, module: nn.Module, args: tuple, out: Any) -> None:
-        with torch._C.DisableTorchFunctionSubclass():  # who is being observed must not notice
-            self._end(module, out)
+        self._end(module, out)
 
     def _begin(self, call: _Call) -> None:
         if threading.get_ident() != self._thread:
@@ -269,6 +268,10 @@ class Recorder:
         if call.has_parts or call.in_block or y is None or hasattr(type(y), "is_deferred"):
             return
         ms = (_now() - call.begin) * 1e3
+        with torch._C.DisableTorchFunctionSubclass():  # whom `accelerate` observes must not notice
+            self._note(call, module, y, ms)
+
+    def _note(self, call: _Call, module: nn.Module | None, y: Tensor, ms: float) -> None:
         self.way_to(call.name, call.x)
         memory = 0 if _shares_memory(y, call.x) else _nbytes(y)
         layout = call.layout or _layout(y)
