@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.growth import by_series
 from benchmarks.peers import PEERS
 from benchmarks.race import OURS
@@ -79,16 +81,16 @@ def plot_growth(report: Report, path: Path) -> None:
         for side, colour in (("eager", "#000000"), ("ours", OURS_COLOUR)):
             spreads = [getattr(p, f"{side}_ms") for p in points]
             time.plot(work, [s.p50 for s in spreads], "o", ms=3, color=colour, label=side)
-            low, high = [s.p20 for s in spreads], [s.p80 for s in spreads]
-            time.fill_between(work, low, high, color=colour, alpha=0.2)
+            for w, s in zip(work, spreads, strict=True):
+                time.plot([w, w], [s.p20, s.p80], color=colour, lw=0.8)
             kept = [getattr(p, f"{side}_bytes") / MIB for p in points]
             memory.plot(data, kept, "o", ms=3, color=colour)
         if len(points) > 1:
             line, kept_line = lines(points)
-            straight = [line.fixed + line.per_unit * w * 1e9 for w in work]
-            time.plot(work, straight, color=OURS_COLOUR, lw=0.8)
-            straight = [kept_line.fixed / MIB + kept_line.per_unit * d for d in data]
-            memory.plot(data, straight, color=OURS_COLOUR, lw=0.8)
+            at = np.geomspace(work[0], work[-1])
+            time.plot(at, line.fixed + line.per_unit * at * 1e9, color=OURS_COLOUR, lw=0.8)
+            at = np.geomspace(data[0], data[-1])
+            memory.plot(at, kept_line.fixed / MIB + kept_line.per_unit * at, color=OURS_COLOUR, lw=0.8)
         time.set_title(f"{name}, {points[0].value} to {points[-1].value}", fontsize=9)
         time.set_xlabel("GFLOP per call", fontsize=8)
         memory.set_xlabel("MiB of input and result", fontsize=8)
@@ -96,6 +98,7 @@ def plot_growth(report: Report, path: Path) -> None:
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.tick_params(labelsize=7)
+            ax.tick_params(which="minor", labelbottom=False, labelleft=False)
     axes[0][0].set_ylabel("ms per call", fontsize=8)
     axes[1][0].set_ylabel("MiB kept for backward", fontsize=8)
     axes[0][0].legend(fontsize=8, frameon=False)
@@ -119,16 +122,17 @@ def plot_roofline(report: Report, path: Path) -> None:
     for r in races:
         flops = r.gflops * r.standing(OURS).ms.p50 * 1e6
         points.append((flops / r.bytes, r))
-    low, high = min(p[0] for p in points) / 4, max(*(p[0] for p in points), top / copy) * 4
+    low, high = min(*(p[0] for p in points), top / copy) / 16, max(*(p[0] for p in points), top / copy) * 4
     ax.plot([low, top / copy, high], [low * copy, top, top], color="#777777", lw=1.5)
     ax.text(high, top * 1.05, f"{top:.0f} GFLOP/s", ha="right", fontsize=8, color="#555555")
-    ax.text(low, low * copy * 1.1, f"{copy:.0f} GB/s", fontsize=8, color="#555555", rotation=30)
+    ax.text(low * 1.3, low * copy * 1.1, f"{copy:.0f} GB/s", fontsize=8, color="#555555")
     for (intensity, r), marker in zip(points, _MARKERS * len(points), strict=False):
         roof = min(top, intensity * copy)
         label = f"{r.case}: {r.gflops:.0f}, {r.gflops / roof:.0%} of its roof"
         ax.plot(intensity, r.gflops, marker, color=OURS_COLOUR, ms=7, mfc="none", label=label)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_ylim(min(low * copy, *(r.gflops for r in races)) / 1.2, top * 1.4)
     ax.set_xlabel("FLOP per byte that a call must move (input, parameters and result, once)", fontsize=8)
     ax.set_ylabel("GFLOP/s", fontsize=8)
     ax.legend(fontsize=7, frameon=False, loc="lower right")

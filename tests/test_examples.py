@@ -1,68 +1,88 @@
-"""The examples: small and short, but all of what they do."""
+"""Every example runs as it stands, in its tiny form, and shows reference beside fast."""
 
-from __future__ import annotations
-
-import copy
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-import cnnlstm_fast as cf
+FOLDER = Path(__file__).parents[1] / "examples"
+#: Run by tests of their own, or not at all.
+OTHERS = {"side_by_side.py", "distributed.py", "cartpole_memory.py"}
+EXAMPLES = sorted(p.name for p in FOLDER.glob("*.py") if p.name not in OTHERS)
 
-pytest.importorskip("gymnasium", reason="the agent's environment: pip install gymnasium")
-
-
-@pytest.fixture(scope="module")
-def example():
-    path = Path(__file__).parent.parent / "examples" / "cartpole_memory.py"
-    spec = importlib.util.spec_from_file_location("cartpole_memory", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cartpole_memory"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["cartpole_memory"]
+needs_aeon = pytest.mark.skipif(
+    importlib.util.find_spec("aeon") is None,
+    reason="the data: pip install --no-deps -r requirements-data.txt",
+)
 
 
-def test_both_agents_learn_the_same(example):
-    """A rollout of the stream and of single steps, and one round of learning, agree."""
-    found = []
-    for lstm_type in (cf.LSTM, nn.LSTM):
-        training = example.Training(lstm_type, seed=3)
-        rollout = training.act()
-        assert rollout.began[1:].any()  # episodes end inside
-        before = copy.deepcopy(training.agent.state_dict())
-        with torch.no_grad():
-            logits, values = training.agent.learn(rollout.seen, rollout.began, rollout.state)
-        torch.testing.assert_close(values, rollout.values, rtol=1e-4, atol=1e-5)
-        training.learn(rollout)
-        assert any((before[n] != t).any() for n, t in training.agent.state_dict().items())
-        found.append((rollout.seen, rollout.actions, logits, training.agent.lstm.weight_hh_l0.detach()))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+def run(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, FOLDER / name, *args],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )  # fmt: skip
 
 
-def test_advantages(example):
-    """The sum of discounted errors up to the end of the episode, written out."""
-    steps, many = example.ROLLOUT, example.ENVIRONMENTS
-    began = torch.rand(steps, many) < 0.1
-    rollout = example.Rollout(
-        *(torch.zeros(steps, many, 2), began, torch.zeros(steps, many), torch.zeros(steps, many)),
-        *(torch.randn(steps, many), torch.randn(steps, many), (), torch.rand(many) < 0.5, torch.randn(many)),
-    )
-    values = torch.cat([rollout.values, rollout.next_value[None]]).double()
-    over = torch.cat([began, rollout.next_began[None]])[1:]
-    expected = torch.zeros(steps, many, dtype=torch.float64)
-    for b in range(many):
-        for t in range(steps):
-            weight = 1.0
-            for k in range(t, steps):
-                after = 0.0 if over[k, b] else example.DISCOUNT * values[k + 1, b]
-                expected[t, b] += weight * (rollout.rewards[k, b] + after - values[k, b])
-                if over[k, b]:
-                    break
-                weight *= example.DISCOUNT * example.TRACE
-    torch.testing.assert_close(rollout.advantages().double(), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs_aeon) if n == "sensors.py" else n for n in EXAMPLES]
+)
+def test_an_example_runs(name):
+    done = run(name, "--tiny")
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout and "fast" in done.stdout
+    assert "nan" not in done.stdout
+
+
+def test_distributed_gradients_are_those_of_one_process():
+    done = run("distributed.py", "--tiny", "--seed", "5")
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(\w+) +2 processes.*by at most (\S+) of", done.stdout, re.MULTILINE))
+    assert set(found) == {"reference", "fast"}
+    assert all(0 < float(error) < 1e-5 for error in found.values())
+
+
+def test_distributed_notices_gradients_that_differ(tmp_path):
+    """With a gate of nothing, rounding alone must fail it."""
+    text = (FOLDER / "distributed.py").read_text().replace("ROUNDING = 1e-5", "ROUNDING = 0.0")
+    (tmp_path / "distributed.py").write_text(text)
+    (tmp_path / "side_by_side.py").write_text((FOLDER / "side_by_side.py").read_text())
+    done = run(tmp_path / "distributed.py", "--tiny")
+    assert done.returncode != 0
+
+
+@needs_aeon
+def test_the_sensor_recordings_are_whole():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import sensors
+
+        for part in ("TRAIN", "TEST"):
+            recordings, labels = sensors.load(part)
+            assert recordings.shape == (40, 6, 100) and labels.bincount().tolist() == [10] * 4
+            assert recordings.isfinite().all()
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_strips_hold_what_their_labels_say():
+    """Every pixel of a strip comes from the digits that it is labelled with."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import ocr
+        import torch
+
+        scans = torch.rand(10, ocr.SIDE, ocr.SIDE) + torch.arange(10)[:, None, None] + 1
+        images, targets, lengths = ocr.strips(scans, torch.arange(10), 20, torch.Generator())
+        for image, target, length in zip(images[:, 0], targets, lengths.tolist(), strict=True):
+            columns = image.amax(0)
+            seen = torch.unique_consecutive(columns[columns > 0].floor().long())
+            told = torch.unique_consecutive(target[:length])
+            assert seen.tolist() == told.tolist() and not target[length:].any()
+        read = ocr.read(torch.eye(11)[torch.tensor([[1, 0], [1, 3], [0, 3], [1, 0]])])
+        assert read == [[0, 0], [2]]
+    finally:
+        sys.path.remove(str(FOLDER))
