@@ -1,11 +1,12 @@
-"""``python -m benchmarks run | blocks | plot | show``."""
+"""``python -m benchmarks run | blocks | soak | plot | show``."""
 
 from __future__ import annotations
 
 import enum
+import json
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from benchmarks import dispatch, growth, memory, roofline, trace
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
 from benchmarks.race import WrongResult, race
 from benchmarks.results import Report, read
+from benchmarks.soak import soak as run_soak
 from benchmarks.tables import show
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnlstm_fast against its peers.")
@@ -189,6 +191,29 @@ def _finish(report: Report, path: Path | None) -> None:
         report.write(path)
         console.print(f"written: {path}")
     if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def soak(
+    steps: Annotated[int, typer.Option(min=80, help="Training steps.")] = 20000,
+    seed: Annotated[int, typer.Option(help="Of the models, the shapes and the inputs.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON with memory and time at forty points.")] = None,
+) -> None:
+    """Train with changing shapes for long: memory flat, no slow-down, finite losses; else exits with 1."""
+    with _progress() as progress:
+        task = progress.add_task("soak", total=steps)
+        result = run_soak(steps, seed, tell=lambda step: progress.update(task, completed=step + 1))
+    mib = [b / 2**20 for b in result.bytes]
+    console.print(
+        f"{result.steps} steps of {result.shapes} shapes in {result.seconds:.0f} s; resident memory "
+        f"{min(mib):.0f} to {max(mib):.0f} MiB, at the end {mib[-1]:.0f}; a fixed step "
+        f"{result.step_ms[0]:.1f} ms of CPU time at first, {result.step_ms[-1]:.1f} at the end"
+    )
+    if output is not None:
+        output.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    if result.failures:
+        console.print("; ".join(result.failures))
         raise typer.Exit(1)
 
 

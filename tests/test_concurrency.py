@@ -114,14 +114,12 @@ print("done", torch.get_num_threads())
 @pytest.mark.parametrize(
     "env",
     [
-        {"OMP_NUM_THREADS": "1"},
         {"OMP_NUM_THREADS": "7"},
         {"OMP_NUM_THREADS": "0"},
         {"OMP_NUM_THREADS": "many"},
         {"OMP_NUM_THREADS": "2,3", "OMP_NESTED": "true"},
         {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "4"},
         {"OMP_PROC_BIND": "close", "OMP_PLACES": "{0}", "OMP_NUM_THREADS": "4"},
-        {"MKL_NUM_THREADS": "5"},
     ],
     ids=lambda env: " ".join(f"{k}={v}" for k, v in env.items()),
 )

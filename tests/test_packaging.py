@@ -90,11 +90,11 @@ def test_kernels_of_instruction_sets_share_no_function(tmp_path):
         str(compiled),
     )
     weak = [line for line in run(nm, str(compiled)).splitlines() if line.split()[-2] in "WwVvu"]
-    assert not weak
+    assert not [line for line in weak if "DW.ref." not in line]  # a pointer, not code
 
 
 @needs_checkout
-def test_kernels_compile_without_any_x86():
+def test_kernels_compile_without_any_x86(tmp_path):
     """The baseline as another processor's compiler sees it: no intrinsics, no target attributes.
 
     The cross compiler for aarch64 where there is one, else this machine's with __x86_64__ undefined.
@@ -103,7 +103,9 @@ def test_kernels_compile_without_any_x86():
     compiler = cross or shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    pretend = [] if cross else ["-U__x86_64__", "-U__x86_64", "-D__aarch64__"]
+    (tmp_path / "gnu").mkdir()
+    (tmp_path / "gnu" / "stubs-32.h").touch()  # the C library's headers take this for a 32-bit machine
+    pretend = [] if cross else ["-U__x86_64__", "-U__x86_64", "-D__aarch64__", "-isystem", str(tmp_path)]
     sources = [*(ROOT / "csrc" / "cpu").glob("kernels_*.cpp")]
     for source in sources:
         run(compiler, "-fsyntax-only", "-std=c++17", "-Wno-psabi", *pretend, str(source))
