@@ -71,7 +71,9 @@ def conv_block(
         x, weight, bias = _autocast(x, weight, bias)
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         raise _different_dtypes(x, weight, bias)
-    spec, reason = make_spec(weight.shape, stride, padding, dilation, groups, norm, activation, pool, layout)
+    spec, reason = make_spec(
+        weight.shape, x.dim() < rank, stride, padding, dilation, groups, norm, activation, pool, layout
+    )
     forward_plan = "reference"
     if spec is not None:
         x4, weight4 = _as_2d(x, weight, rank)
@@ -107,22 +109,26 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
     """The same of a block with a norm, whose running statistics are updated where it is training."""
     gamma, beta = norm.weight, norm.bias
     trained = torch.is_grad_enabled() and plans.needs_gradient(weight, bias, gamma, beta)
-    if not plans.of_batch(norm):
+    of_batch = plans.of_batch(norm)
+    if not of_batch and not (trained and plans.needs_gradient(gamma)):
         return _fused(spec, x, *conv_norm.fold(weight, bias, norm, trained), None, plan, backward_plan)
-    if plan == op.PLANS["direct"] and plans.why_not_by_patches(spec, x, weight) is None:
+    if of_batch and plan == op.PLANS["direct"] and plans.why_not_by_patches(spec, x, weight) is None:
         weight, shift, mean, var = conv_norm.fold_batch(
             x, weight, bias, gamma, beta, norm.eps, spec.conv_args
         )
         raw = _fused(spec, x, weight, shift, None, plan, backward_plan)
     else:
-        args = (spec.conv_args, ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)
+        statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        args = (x, weight, bias, gamma, beta, *statistics, norm.eps, spec.conv_args,
+                ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)  # fmt: skip
         if trained or (torch.is_grad_enabled() and x.requires_grad):
-            raw, stats = conv_norm.ConvNormFunction.apply(x, weight, bias, gamma, beta, norm.eps, *args)
+            raw, stats = conv_norm.ConvNormFunction.apply(*args)
         else:
-            raw, _, _, stats = conv_norm.forward_op(x, weight, gamma, beta, norm.eps, *args, False)
+            raw, _, _, stats = conv_norm.forward_op(*args, False)
         mean, var = stats[0], stats[1]
-    height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
-    conv_norm.update_running(norm, bias, mean, var, x.shape[0] * height * width)
+    if of_batch:
+        height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
+        conv_norm.update_running(norm, bias, mean, var, x.shape[0] * height * width)
     return raw
 
 
@@ -258,7 +264,7 @@ def _fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
 
 
 def make_spec(
-    weight_shape, stride, padding, dilation, groups, norm, activation, pool, layout
+    weight_shape, unbatched, stride, padding, dilation, groups, norm, activation, pool, layout
 ) -> tuple[BlockSpec | None, str | None]:
     """The block's spec, or (None, why the fused plans have no words for it)."""
     rank, weight_channels = len(weight_shape), weight_shape[0]
@@ -289,6 +295,8 @@ def make_spec(
             return None, f"{type(norm).__name__} is not fused"
         if not unhooked(norm):
             return None, "the norm has hooks or a forward of its own"
+        if unbatched:  # PyTorch refuses a map, and takes a signal for a batch of samples
+            return None, "a batch norm takes a batch"
     fused_activation = _fused_activation(activation)
     if isinstance(fused_activation, str):
         return None, fused_activation

@@ -67,6 +67,8 @@ def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None
         return "the input wants a gradient"
     if spec.groups > 1:
         return "the convolution is grouped"
+    if x.dtype != torch.float32:
+        return "gradients of a folded norm would be rounded on their way"
     if weight.shape[1] * weight.shape[2] * weight.shape[3] > _MOST_TAPS_BY_PATCHES:
         return "the kernel has many taps"
     return None
@@ -184,7 +186,7 @@ def _by_sizes(
     if norm == "batch":
         if shape[0] == 0:
             return "an empty batch has no statistics", *reference, ""
-        if not needs_x and spec.groups == 1 and taps <= _MOST_TAPS_BY_PATCHES:
+        if not needs_x and spec.groups == 1 and taps <= _MOST_TAPS_BY_PATCHES and dtype == torch.float32:
             return None, "direct", "direct", "statistics from the patches: the map never exists"
         return None, "chunked", "chunked", "statistics while a chunk of the map is in cache"
     if spec.groups > 1:

@@ -118,13 +118,14 @@ def conv_block_by_args(
 ) -> Tensor:
     """The op ``cnnlstm_fast::conv_block`` in plain PyTorch; its file explains the arguments.
 
-    ``norm`` is the weight, the bias and the epsilon of a batch norm of the batch's own statistics.
+    ``norm`` is a batch norm's mean, variance (None: the batch's own), weight, bias and epsilon.
     """
     if conv[7:]:
         x = F.pad(x, (0, conv[8], 0, conv[7]))
     y = F.conv2d(x, weight, bias, conv[0:2], conv[2:4], conv[4:6], conv[6])
     if norm is not None:
-        y = F.batch_norm(y, None, None, norm[0], norm[1], True, 0.0, norm[2])
+        mean, var, gamma, beta, eps = norm
+        y = F.batch_norm(y, mean, var, gamma, beta, mean is None, 0.0, eps)
     y = _BY_NUMBER[activation](y, *act)
     if pool:
         y = F.max_pool2d(y, pool[0:2], pool[2:4], pool[4:6], pool[6:8], bool(pool[8]))

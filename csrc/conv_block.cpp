@@ -712,27 +712,66 @@ Tensor conv_map(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& w
 
 constexpr int64_t kPlacesPerSum = 2048;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_block(Tensor x, Tensor weight, std::optional<Tensor> gamma,
-                                                           std::optional<Tensor> beta, double eps, Ints conv,
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_block(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                                           std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                                                           std::optional<Tensor> given_mean,
+                                                           std::optional<Tensor> given_var, double eps, Ints conv,
                                                            int64_t activation, Floats act, Ints pool, Ints order,
                                                            int64_t plan, bool keep) {
   const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   const KernelTable& k = kernels();
   STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_norm_block: unknown plan ", plan);
+  STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
+                  "conv_norm_block: expected a mean and a variance, or neither");
+  const bool given = given_mean.has_value(), pooled = !pool.empty();
   const int64_t image = b.oh * b.ow * b.co, places = b.n * b.oh * b.ow;
-  STD_TORCH_CHECK(places > 1, "conv_norm_block: expected more than 1 value per channel");
-  const Parameter g(gamma, b.co, 1), shift_by(beta, b.co, 0);
-  const Tensor map = new_output(x, Ints{b.n, b.oh, b.ow, b.co}, x.scalar_type());
-  char* map_data = static_cast<char*>(map.data_ptr());
+  STD_TORCH_CHECK(given || places > 1, "conv_norm_block: expected more than 1 value per channel");
+  const Parameter added(bias, b.co, 0), g(gamma, b.co, 1), shift_by(beta, b.co, 0);
+  const Parameter known_mean(given_mean, b.co, 0), known_var(given_var, b.co, 1);
+
+  const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
+  const Tensor codes = new_output(x, keep && pooled ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  const Tensor kept = new_output(x, keep && pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
+  // The map, where it is read again: to normalise it, or by the backward.
+  const bool stored = !given || (keep && !pooled);
+  const Tensor map = new_output(x, stored ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
+  char* map_data = stored ? static_cast<char*>(map.data_ptr()) : nullptr;
   const int64_t size = map.element_size(), chunk = images_per_chunk(b);
 
-  PerChannel pivot(b.co);
+  // Rows: mean without the bias, biased variance, scale, shift.
+  const Tensor stats = new_doubles(x, Ints{4, b.co});
+  double* stat = static_cast<double*>(stats.data_ptr());
+  PerChannel pivot(b.co), scale(b.co), shift(b.co);
+  auto set_statistics = [&](int64_t c, double mean, double var) {
+    const double factor = g[c] / std::sqrt(var + eps);
+    scale[c] = static_cast<float>(factor);
+    shift[c] = static_cast<float>(shift_by[c] - mean * factor);
+    stat[c] = mean;
+    stat[b.co + c] = var;
+    stat[2 * b.co + c] = scale[c];
+    stat[3 * b.co + c] = shift[c];
+  };
+  const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
+  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
+  const Outputs outputs{out.data_ptr(), codes_pointer(codes), kept.numel() ? kept.data_ptr() : nullptr};
+  auto normalise = [&](const char* data, int64_t n0, int64_t count) {
+    for_each_item(count * bands, [&](int64_t item) {
+      const int64_t i = item / bands, row0 = item % bands * rows;
+      k.finish(b, {data + i * image * size, b.ow * b.co, b.co, b.dtype, scale.data(), shift.data()}, outputs, n0 + i,
+               row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+    });
+  };
+
+  if (given)
+    for (int64_t c = 0; c < b.co; ++c) set_statistics(c, known_mean[c] - added[c], known_var[c]);
   std::vector<double> total(2 * b.co), part;
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor found = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
     const char* data = static_cast<const char*>(found.data_ptr());
+    if (given) normalise(data, n0, count);
+    if (!stored) continue;
     if (n0 == 0)
       for (int64_t c = 0; c < b.co; ++c) {
         pivot[c] = k.to_float(data, c, b.dtype);
@@ -747,42 +786,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_block(Tensor x, Tensor weig
     });
     for (int64_t i = 0; i < sums * 2 * b.co; ++i) total[i % (2 * b.co)] += part[i];
   }
-
-  // Rows: mean, biased variance, scale, shift.
-  const Tensor stats = new_doubles(x, Ints{4, b.co});
-  double* stat = static_cast<double*>(stats.data_ptr());
-  PerChannel scale(b.co), shift(b.co);
-  for (int64_t c = 0; c < b.co; ++c) {
-    const double off = total[c] / places, mean = pivot[c] + off;
-    const double var = std::max(0., total[b.co + c] / places - off * off);
-    const bool special = std::isnan(total[b.co + c] - total[b.co + c]);  // std::max would hide a NaN
-    stat[c] = mean;
-    stat[b.co + c] = special ? std::numeric_limits<double>::quiet_NaN() : var;
-    scale[c] = static_cast<float>(g[c] / std::sqrt(stat[b.co + c] + eps));
-    shift[c] = static_cast<float>(shift_by[c] - mean * (g[c] / std::sqrt(stat[b.co + c] + eps)));
-    stat[2 * b.co + c] = scale[c];
-    stat[3 * b.co + c] = shift[c];
+  if (!given) {
+    for (int64_t c = 0; c < b.co; ++c) {
+      const double off = total[c] / places, var = total[b.co + c] / places - off * off;
+      set_statistics(c, pivot[c] + off, var < 0 ? 0 : var);  // NaN stays
+    }
+    normalise(map_data, 0, b.n);
   }
-
-  const bool pooled = !pool.empty();
-  const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
-  const Tensor codes = new_output(x, keep && pooled ? codes_size(b) : Ints{0}, ScalarType::Byte);
-  const Tensor kept = new_output(x, keep && pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
-  const Outputs outputs{out.data_ptr(), codes_pointer(codes), kept.numel() ? kept.data_ptr() : nullptr};
-  const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
-  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
-  for_each_item(b.n * bands, [&](int64_t item) {
-    const int64_t n = item / bands, row0 = item % bands * rows;
-    k.finish(b, {map_data + n * image * size, b.ow * b.co, b.co, b.dtype, scale.data(), shift.data()}, outputs, n, row0,
-             std::min(b.out_h, row0 + rows), thread_scratch(scratch));
-  });
   return {out, codes, keep && !pooled ? map : kept, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor stats,
                                                             Tensor codes, Tensor kept, double eps, Ints conv,
                                                             int64_t activation, Floats act, Ints pool, Ints order,
-                                                            int64_t plan, bool need_x, bool need_weight) {
+                                                            int64_t plan, bool given, bool need_x, bool need_weight) {
   const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   const KernelTable& k = kernels();
@@ -838,6 +855,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
     const double inverse = 1 / std::sqrt(stat[b.co + c] + eps), sum = total[c];
     found[c] = inverse * (total[b.co + c] + sum * (mean[c] - stat[c]));
     found[b.co + c] = sum;
+    if (given) continue;  // the statistics don't depend on z
     constant[c] = static_cast<float>(-scale[c] * sum / places);
     slope[c] = static_cast<float>(-scale[c] * inverse * found[c] / places);
   }
@@ -853,13 +871,19 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
     for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
       const int64_t count = std::min(chunk, b.n - n0);
       // Recomputed where only the winners were kept.
-      const Tensor again = pooled ? conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight) : kept;
-      const char* from = static_cast<const char*>(again.data_ptr()) + (pooled ? 0 : n0 * image * size);
+      std::optional<Tensor> again;
+      const char* from = nullptr;
+      if (!given && pooled) {
+        again = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
+        from = static_cast<const char*>(again->data_ptr());
+      } else if (!given) {
+        from = static_cast<const char*>(kept.data_ptr()) + n0 * image * size;
+      }
       const Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
       char* to = static_cast<char*>(raw.data_ptr());
       for_each_item(count, [&](int64_t i) {
         k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), kept.data_ptr(),
-                      kept_stride.data(), n0 + i, from + i * image * size, to + i * image * size,
+                      kept_stride.data(), n0 + i, from ? from + i * image * size : nullptr, to + i * image * size,
                       thread_scratch(scratch));
       });
       sums.add(raw, n0);

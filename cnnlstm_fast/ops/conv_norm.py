@@ -3,7 +3,8 @@
 Three ways, each for what it is fastest at:
 
 - Given statistics (eval mode) are folded into the convolution's weight and bias by the op ``fold_norm``,
-  and the block runs as one without a norm.
+  and the block runs as one without a norm. Where the norm's weight wants a gradient, that would be the
+  difference of two sums: there ``conv_norm_block`` runs.
 - Statistics of the batch from the convolution's map: ``conv_norm_block`` and its backward.
 - Statistics of the batch from products of taps: the mean and variance of a convolution's map are
   ``w m`` and ``w C w``, where ``m`` and ``C`` are mean and covariance of the patches that the kernel
@@ -11,7 +12,7 @@ Three ways, each for what it is fastest at:
 
 Schema terms are those of :mod:`cnnlstm_fast.ops.conv_block`; ``stats`` holds mean, biased variance, scale
 and shift of every channel as float64 (4, C). A convolution's bias changes nothing under batch statistics
-but the running mean, so the ops don't take it.
+but the running mean, and ``stats`` has the mean without it.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ _lib.define(
     "-> (Tensor, Tensor)"
 )
 _lib.define(
-    "conv_norm_block(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, float eps, int[] conv, "
-    "int activation, float[] act, int[] pool, int[] order, int plan, bool keep) "
+    "conv_norm_block(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, "
+    "Tensor? var, float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, "
+    "bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "conv_norm_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor stats, Tensor codes, Tensor kept, "
-    "float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, bool need_x, "
-    "bool need_weight) -> (Tensor, Tensor, Tensor)"
+    "float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, bool given, "
+    "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define("patch_moments(Tensor x, Tensor weight, int[] conv) -> Tensor")
 
@@ -51,7 +53,7 @@ def _(weight, bias, gamma, beta, mean, var, eps):
 
 
 @torch.library.register_fake("cnnlstm_fast::conv_norm_block", lib=_lib)
-def _(x, weight, gamma, beta, eps, conv, activation, act, pool, order, plan, keep):
+def _(x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, keep):
     conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
     size = pool_size(conv_hw, pool)
     n, c = x.shape[0], weight.shape[0]
@@ -64,8 +66,8 @@ def _(x, weight, gamma, beta, eps, conv, activation, act, pool, order, plan, kee
 
 @torch.library.register_fake("cnnlstm_fast::conv_norm_block_backward", lib=_lib)
 def _(
-    grad, x, weight, stats, codes, kept, eps, conv, activation, act, pool, order, plan, need_x, need_weight
-):
+    grad, x, weight, stats, codes, kept, eps, conv, activation, act, pool, order, plan, given, need_x, need_weight
+):  # fmt: skip
     return (
         x.new_empty(x.shape if need_x else [0]),
         weight.new_empty(weight.shape if need_weight else [0]),
@@ -80,30 +82,28 @@ def _(x, weight, conv):
 
 
 class FoldNorm(torch.autograd.Function):
-    """Weight and bias of the convolution that does what a convolution and a batch norm do."""
+    """Weight and bias of the convolution that does what a convolution and a batch norm do.
+
+    For the gradient of the norm's weight there is :class:`ConvNormFunction`.
+    """
 
     @staticmethod
     def forward(ctx, weight, bias, gamma, beta, mean, var, eps):
-        ctx.save_for_backward(weight, bias, gamma, mean, var)
+        ctx.save_for_backward(weight, bias, gamma, var)
         ctx.eps = eps
         ctx.beta_dtype = None if beta is None else beta.dtype
         return fold_op(weight, bias, gamma, beta, mean, var, eps)
 
     @staticmethod
     def backward(ctx, grad_weight, grad_bias):
-        weight, bias, gamma, mean, var = ctx.saved_tensors
+        weight, bias, gamma, var = ctx.saved_tensors
         inverse = (var.double() + ctx.eps).rsqrt()
         scale = inverse if gamma is None else inverse * gamma
         db = grad_bias.double()
         dw = grad_weight * scale.to(weight.dtype).view(-1, 1, 1, 1) if ctx.needs_input_grad[0] else None
         dbias = (db * scale).to(bias.dtype) if ctx.needs_input_grad[1] else None
-        dgamma = None
-        if ctx.needs_input_grad[2]:
-            from_mean = -mean.double() if bias is None else bias.double() - mean
-            with_weight = (grad_weight.float() * weight.float()).flatten(1).sum(1)
-            dgamma = ((with_weight + db * from_mean) * inverse).to(gamma.dtype)
         dbeta = grad_bias.to(ctx.beta_dtype) if ctx.needs_input_grad[3] else None
-        return dw, dbias, dgamma, dbeta, None, None, None
+        return dw, dbias, None, dbeta, None, None, None
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm, trained: bool) -> tuple[Tensor, Tensor]:
@@ -148,37 +148,44 @@ class ConvNormFunction(torch.autograd.Function):
     """Autograd around ``conv_norm_block``; gives the raw result and the statistics."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, beta, eps, conv, activation, act, pool, order, plan):
+    def forward(ctx, x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan):
         raw, codes, kept, stats = forward_op(
-            x, weight, gamma, beta, eps, conv, activation, act, pool, order, plan, True
+            x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, True
         )
         ctx.args = eps, conv, activation, act, pool, order, plan
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(x, weight, gamma, beta, codes, kept, stats)
+        ctx.save_for_backward(x, weight, bias, gamma, beta, mean, var, codes, kept, stats)
         return raw, stats
 
     @staticmethod
     def backward(ctx, grad, _):
-        x, weight, gamma, beta, codes, kept, stats = ctx.saved_tensors
+        *inputs, mean, var, codes, kept, stats = ctx.saved_tensors
         eps, *args, plan = ctx.args
-        need_x, need_weight, need_bias, need_gamma, need_beta = ctx.needs_input_grad[:5]
-        dbias = grad.new_zeros(ctx.bias[0], dtype=ctx.bias[1]) if need_bias else None  # it cancels
+        needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
-            inputs = [None if t is None else t.view_as(t) for t in (x, weight, gamma, beta)]
-            needs = need_x, need_weight, need_gamma, need_beta
+            inputs = [None if t is None else t.view_as(t) for t in inputs]
             wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-            again = conv_block_by_args(*inputs[:2], None, *args, norm=(*inputs[2:], eps))
+            x, weight, bias, *affine = inputs
+            again = conv_block_by_args(x, weight, bias, *args, norm=(mean, var, *affine, eps))
             found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
-            dx, dweight, dgamma, dbeta = (next(found) if need else None for need in needs)
-        else:
-            dx, dweight, sums = backward_op(
-                grad, x, weight, stats, codes, kept, eps, *args, plan, need_x, need_weight
-            )
-            dx, dweight = dx if need_x else None, dweight if need_weight else None
-            dgamma = sums[0].to(gamma.dtype) if need_gamma else None
-            dbeta = sums[1].to(beta.dtype) if need_beta else None
-        return dx, dweight, dbias, dgamma, dbeta, *(None,) * 7
+            return *(next(found) if need else None for need in needs), *(None,) * 9
+        x, weight, bias, gamma, beta = inputs
+        given = mean is not None
+        dx, dweight, sums = backward_op(
+            grad, x, weight, stats, codes, kept, eps, *args, plan, given, needs[0], needs[1]
+        )
+        dbias = None
+        if needs[2]:  # under statistics of the batch it cancels
+            dbias = (sums[1] * stats[2]).to(bias.dtype) if given else torch.zeros_like(bias)
+        return (
+            dx if needs[0] else None,
+            dweight if needs[1] else None,
+            dbias,
+            sums[0].to(gamma.dtype) if needs[3] else None,
+            sums[1].to(beta.dtype) if needs[4] else None,
+            *(None,) * 9,
+        )
 
 
 def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: int) -> None:

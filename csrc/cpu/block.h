@@ -114,7 +114,7 @@ struct KernelTable {
   void (*norm_sums)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride, const void* kept,
                     const int64_t* kept_stride, int64_t image, int64_t row0, int64_t row1, double* sums,
                     float* scratch);
-  // From z the gradient of z, both (oh, ow, co) contiguous of one image and in the same place or not.
+  // From z the gradient of z, both (oh, ow, co) contiguous of one image; z is null where statistics don't depend on it.
   void (*norm_spread)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride,
                       const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image,
                       const void* map, void* to, float* scratch);
