@@ -57,6 +57,11 @@ def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | No
     return None
 
 
+def keeps_map(weight: Tensor) -> bool:
+    """Whether a pooled block under batch statistics keeps the map, because it costs much to compute again."""
+    return weight.shape[1] * weight.shape[2] * weight.shape[3] > 384
+
+
 #: Taps up to which batch statistics come from their products.
 _MOST_TAPS_BY_PATCHES = 64
 
@@ -183,16 +188,28 @@ def _by_sizes(
     channels, weights, window = shape[1], taps * weight_shape[0], spec.window
     conv = spec.conv_size(shape[2:], weight_shape[2:])
     outputs = shape[0] * weight_shape[0] * conv[0] * conv[1]
-    if norm == "batch":
-        if shape[0] == 0:
-            return "an empty batch has no statistics", *reference, ""
-        if not needs_x and spec.groups == 1 and taps <= _MOST_TAPS_BY_PATCHES and dtype == torch.float32:
+    if norm == "batch" and shape[0] == 0:
+        return "an empty batch has no statistics", *reference, ""
+    if norm == "batch" or (norm == "given" and training):
+        by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32
+        by_patches = by_patches and taps <= _MOST_TAPS_BY_PATCHES
+        if outputs < (2**17 if by_patches and training else 2**14):
+            return None, *reference, "a small map: the calls alone cost more"
+        if by_patches:
             return None, "direct", "direct", "statistics from the patches: the map never exists"
-        return None, "chunked", "chunked", "statistics while a chunk of the map is in cache"
+        if not needs_x and taps > 128:
+            return None, *reference, "bound by arithmetic over many taps: the library is as fast"
+        ours = needs_x and spec.groups == 1 and dtype == torch.float32
+        plan = "direct" if ours and taps <= (384 if window > 1 else 640) else "chunked"
+        return None, plan, plan, "normalised in cache: each map passes memory once"
     if spec.groups > 1:
         return None, *reference, "grouped convolutions: the library is as fast"
     if dtype == torch.bfloat16 and taps > 64:
         return None, "chunked", "chunked", "the library's bfloat16 arithmetic is faster over many taps"
+    if norm == "given" and outputs < 2**13:
+        return None, *reference, "a small map: the calls alone cost more"
+    if norm == "given" and not training and weights <= 2**19 and taps <= 2304:
+        return None, "direct", "direct", "the norm is folded into the weights"
     if not training:
         if taps <= 32 or (window > 1 and weights <= 2**20) or weights <= 2**14:
             return None, "direct", "direct", "bound by memory: the map before the pool never exists"
