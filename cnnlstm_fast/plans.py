@@ -185,9 +185,12 @@ def _by_sizes(
         return "the pool has windows without an element", *reference, ""
 
     taps = weight_shape[1] * weight_shape[2] * weight_shape[3]
-    channels, weights, window = shape[1], taps * weight_shape[0], spec.window
+    weights, window = taps * weight_shape[0], spec.window
     conv = spec.conv_size(shape[2:], weight_shape[2:])
-    outputs = shape[0] * weight_shape[0] * conv[0] * conv[1]
+    map_size = weight_shape[0] * conv[0] * conv[1]
+    outputs = shape[0] * map_size
+    signal = shape[2] == weight_shape[2] == 1
+    direct, chunked = ("direct", "direct"), ("chunked", "chunked")
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
     if norm == "batch" or (norm == "given" and training):
@@ -205,32 +208,37 @@ def _by_sizes(
     if spec.groups > 1:
         return None, *reference, "grouped convolutions: the library is as fast"
     if dtype == torch.bfloat16 and taps > 64:
-        return None, "chunked", "chunked", "the library's bfloat16 arithmetic is faster over many taps"
+        return None, *chunked, "the library's bfloat16 arithmetic is faster over many taps"
     if norm == "given" and outputs < 2**13:
         return None, *reference, "a small map: the calls alone cost more"
     if norm == "given" and not training and weights <= 2**19 and taps <= 2304:
-        return None, "direct", "direct", "the norm is folded into the weights"
+        return None, *direct, "the norm is folded into the weights"
     if not training:
-        if taps <= 32 or (window > 1 and weights <= 2**20) or weights <= 2**14:
-            return None, "direct", "direct", "bound by memory: the map before the pool never exists"
+        if window > 1 and weights >= 2**17 and taps >= 2**10 and weights <= 2**20:
+            return None, *chunked, "many taps: the library's convolution, then the rest while in cache"
+        if taps <= 32 or (window > 1 and weights <= 2**20):
+            return None, *direct, "bound by memory: the map before the pool never exists"
         if outputs >= 2**21:
-            plan = "direct" if weights <= 2**19 else "chunked"
-            return None, plan, plan, "a large map: kept in cache"
-    elif channels <= 24 or not needs_x:
-        if taps <= 64 or (window > 2 and channels <= 192):
-            return None, "direct", "direct", "bound by memory: gradients go to the winners only"
-        if weights <= 2**15 and needs_x:
-            return None, "direct", "direct", "few weights"
-    elif window <= 2:
-        if outputs >= 2**20 and weights <= 2**15:
-            return None, "direct", "direct", "a large map: kept in cache"
-        if weights <= 2**14 and spec.layout not in ("channels_first", "channels_last"):
-            return None, "direct", "direct", "a bridge: written straight into its layout"
-    else:
-        if weights <= 2**18:
-            return None, "direct", "direct", "gradients go to the winners only"
-        if weights <= 2**20 and outputs >= 2**19:
-            return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
+            return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
+        if weights <= 2**14 and (signal or taps < 128 or map_size > 2**14):
+            return None, *direct, "bound by memory: bias and activation while in registers"
+        if 2**14 < weights <= 2**16 and outputs >= 2**19:
+            return None, *direct, "a large map: bias and activation while in registers"
+    elif window == 1:
+        bridge = spec.layout not in ("channels_first", "channels_last")
+        if not needs_x:
+            if taps <= 16 or (128 <= taps and weights <= 2**13) or (signal and bridge and taps <= 128):
+                return None, *direct, "few weights"
+        elif taps <= 32 or (signal and 96 <= taps and weights <= 2**13):
+            return None, *direct, "few weights"
+        elif bridge and signal and weights <= 2**14:
+            return None, *direct, "a bridge: written straight into its layout"
+    elif weights <= 2**17 and (window > 2 or taps <= 704 or signal):
+        return None, *direct, "gradients go to the winners only"
+    elif window > 2 and weights <= 2**18:
+        return None, *chunked, "many taps: the library's convolution and gradients, in chunks"
+    elif window > 2 and weights <= 2**20 and outputs >= 2**19:
+        return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
     return None, *reference, "bound by arithmetic over large weights: the library is as fast"
 
 
@@ -287,3 +295,69 @@ def choose(
     if x.device.type != "cpu":
         return "direct", "direct", "the only fused plan measured on this device"
     return forward, backward, reason
+
+
+# ---- Recurrent layers
+
+#: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
+RECURRENT_PLANS = ("auto", "fused", "library", "reference")
+
+
+def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | None:
+    """Why the recurrent kernels don't take these tensors, as a sentence; None if they do.
+
+    ``params`` are the weights and the given initial states; None among them is passed over.
+    """
+    for p in params:
+        if p is not None and (p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN):
+            why_not = why_not_fused(x, p, None)
+            if why_not:
+                return why_not
+    return why_not_fused(x, params[0], None)
+
+
+def library_differentiates() -> bool:
+    """Whether PyTorch's own recurrent functions take part in what is going on.
+
+    Their oneDNN layers know no batching rule, no forward derivatives and, in what inductor makes of
+    them, no backward.
+    """
+    return torch.onnx.is_in_onnx_export() or not (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
+
+
+def choose_recurrent(plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool) -> tuple[str, str]:
+    """The plan for an LSTM or GRU: (its name, the reason in words).
+
+    ``plain`` says that neither resets nor lengths are given, which PyTorch's own layers take.
+
+    Raises:
+        ValueError: ``plan`` names a plan that cannot run this call; the message says why.
+    """
+    if plan == "reference":
+        return "reference", "asked for"
+    if plan == "library":
+        if not plain:
+            raise ValueError(
+                'plan="library" cannot run here: PyTorch\'s own layers take neither reset nor lengths. '
+                'Pass plan="auto" to let the package choose'
+            )
+        return "library", "asked for"
+    why_not = why_not_fused_recurrent(x, params)
+    if plan == "fused":
+        if why_not:
+            raise ValueError(
+                f'plan="fused" cannot run here: {why_not}. Pass plan="auto" to let the package choose, '
+                'or plan="reference" for a loop over the steps'
+            )
+        return "fused", "asked for"
+    if why_not:
+        return ("library" if plain and library_differentiates() else "reference"), why_not
+    if x.device.type == "cuda" and plain:
+        return "library", "cuDNN's kernels serve the plain case"
+    if plain:
+        return "fused", "all steps in one call, gates kept in registers"
+    return "fused", "resets and lengths are handled inside the kernels"

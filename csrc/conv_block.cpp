@@ -215,6 +215,35 @@ Ints codes_size(const Block& b) {
   return {b.n, b.out_h, b.out_w, b.code_groups, b.code_bytes};
 }
 
+// Codes name places, and may not be the forward's (a hook on saved tensors can change them): none may lie
+// outside the map, where the direct plan would read and write. Only windows at the edge have such places.
+void check_codes(const Block& b, const uint8_t* codes) {
+  const int64_t window = b.pool_kh * b.pool_kw, stopped = b.code_bytes == kCodeGroup ? 255 : 15;
+  auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
+  for (int64_t row = 0; row < b.out_h; ++row)
+    for (int64_t col = 0; col < b.out_w; ++col) {
+      const int64_t h0 = row * b.pool_sh - b.pool_ph, w0 = col * b.pool_sw - b.pool_pw;
+      if (inside(h0, b.oh) && inside(w0, b.ow) && inside(h0 + (b.pool_kh - 1) * b.pool_dh, b.oh) &&
+          inside(w0 + (b.pool_kw - 1) * b.pool_dw, b.ow))
+        continue;
+      bool allowed[256] = {};
+      allowed[stopped] = true;
+      for (int64_t e = 0; e < window; ++e)
+        allowed[e] = inside(h0 + e / b.pool_kw * b.pool_dh, b.oh) && inside(w0 + e % b.pool_kw * b.pool_dw, b.ow);
+      for (int64_t n = 0; n < b.n; ++n) {
+        const uint8_t* group = codes + ((n * b.out_h + row) * b.out_w + col) * b.code_groups * b.code_bytes;
+        for (int64_t c = 0; c < b.co; ++c) {
+          const int64_t lane = c % kCodeGroup, byte = c / kCodeGroup * b.code_bytes + lane % b.code_bytes;
+          const int64_t code = b.code_bytes == kCodeGroup ? group[byte]
+                               : lane < 8                 ? group[byte] & 15
+                                                          : group[byte] >> 4;
+          STD_TORCH_CHECK(allowed[code], "conv_block_backward: the code of channel ", c, " at ", row, ", ", col,
+                          " of image ", n, " is ", code, ", which names no place of the map");
+        }
+      }
+    }
+}
+
 void check_direct(const Block& b) {
   STD_TORCH_CHECK(b.padded_h <= kMaxScratchFloats / b.padded_w &&
                       b.padded_h * b.padded_w <= kMaxScratchFloats / b.c / 2 &&
@@ -455,8 +484,10 @@ class ChunkGrads {
     }
     // (n, oh, ow, co) seen as (n, co, oh, ow)
     Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
-    // The library's channels-last bfloat16 gradient of a pointwise weight writes past its memory.
-    const bool plain = x_.scalar_type() == ScalarType::BFloat16 && weight_.size(2) * weight_.size(3) == 1;
+    // The library's channels-last bfloat16 gradient of a weight that is pointwise, dilated or grouped
+    // is wrong for odd numbers of channels and may write past its memory.
+    const bool plain = x_.scalar_type() == ScalarType::BFloat16 &&
+                       (weight_.size(2) * weight_.size(3) == 1 || conv_[4] * conv_[5] > 1 || conv_[6] > 1);
     if (plain) map = torch::stable::contiguous(map);
     const Tensor input = plain ? torch::stable::contiguous(part) : channels_last(part);
     const ConvolutionGrads found = convolution_backward(map, input, weight_, conv_, need_[0], need_[1], need_[2]);
@@ -472,9 +503,9 @@ class ChunkGrads {
 
   // No element where none was asked for.
   ConvolutionGrads result() {
-    const Tensor nothing = torch::stable::new_empty(x_, Ints{0});
-    return {need_[0] ? *grad_x_ : nothing, need_[1] ? weight_sum_.result() : nothing,
-            need_[2] ? bias_sum_.result() : nothing};
+    auto nothing = [&] { return torch::stable::new_empty(x_, Ints{0}); };
+    return {need_[0] ? *grad_x_ : nothing(), need_[1] ? weight_sum_.result() : nothing(),
+            need_[2] ? bias_sum_.result() : nothing()};
   }
 
  private:
@@ -652,6 +683,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
     for (int i = 0; i < 5; ++i)
       STD_TORCH_CHECK(codes.size(i) == size[i], "conv_block_backward: codes have size ", codes.size(i), " at ", i,
                       ", expected ", size[i]);
+    if (plan == kDirect) check_codes(b, codes_pointer(codes));
   } else {
     STD_TORCH_CHECK(codes.numel() == 0, "conv_block_backward: this block has no codes");
   }
@@ -905,8 +937,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   norm.constant = constant.data();
   norm.slope = slope.data();
 
-  const Tensor nothing = torch::stable::new_empty(x, Ints{0});
-  if (!need_x && !need_weight) return {nothing, nothing, grads};
+  if (!need_x && !need_weight)
+    return {torch::stable::new_empty(x, Ints{0}), torch::stable::new_empty(x, Ints{0}), grads};
   ChunkGrads sums(conv, plan, x, weight, need_x, need_weight, false);
   const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co, size = x.element_size();
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {

@@ -1,0 +1,165 @@
+"""The recurrent layer op: one LSTM or GRU layer, both directions, all time steps; and its backward.
+
+Schema terms (``D`` directions, ``B`` batch, ``T`` steps, ``I`` inputs, ``H`` hidden units, ``P`` the
+width of the output: ``proj_size`` or ``H``):
+
+- ``x``: (B, T, I) if ``batch_first`` else (T, B, I), any strides.
+- ``h0`` (D, B, P), ``c0`` (D, B, H; LSTM only): the initial state; None is zeros.
+- the weights of each direction as :class:`torch.nn.LSTM` and :class:`torch.nn.GRU` shape and order
+  them; those of the reverse direction (``_r``) are None in a unidirectional layer.
+- ``reset``: bool, (B, T) or (T, B) as ``batch_first`` says: before the step at which it stands is
+  processed, in either direction, the state is zero.
+- ``lengths``: (B,) int64 on the CPU, 0 to T. Steps past a sequence's end give zeros and leave the state;
+  the reverse direction begins at the last valid step.
+- ``mode``: a value of :data:`MODES`.
+- ``keep``: also return what the backward reads.
+
+The forward gives ``out`` (B, T, D * P) or (T, B, D * P), ``h_n`` (D, B, P), ``c_n`` (D, B, H; empty for a
+GRU), and ``saved``, empty or float32 of :func:`saved_shape`: an LSTM's activated gates i, f, g, o and cells,
+a GRU's gates r, z, n and W_hn h + b_hn, with the units padded to a multiple of :data:`UNIT_GROUP`.
+
+The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+MODES = {"LSTM": 0, "GRU": 1}
+UNIT_GROUP = 16
+
+_WEIGHTS = (
+    "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? w_ih_r, Tensor? w_hh_r, Tensor? b_ih_r, Tensor? b_hh_r, Tensor? w_hr_r"
+)
+_lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
+_lib.define(
+    f"recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, "
+    "int mode, bool batch_first, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "recurrent_layer_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, "
+    f"Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, Tensor out, Tensor saved, int mode, "
+    "bool batch_first, bool need_x, bool need_state, bool need_weights) -> ("
+    + ", ".join(["Tensor"] * 13)
+    + ")"
+)
+
+forward_op = torch.ops.cnnlstm_fast.recurrent_layer.default
+backward_op = torch.ops.cnnlstm_fast.recurrent_layer_backward.default
+
+
+def saved_shape(mode: int, directions: int, steps: int, batch: int, hidden: int) -> list[int]:
+    """Shape of what a forward keeps: (D, T, B, 5 for an LSTM or 4 for a GRU, padded H)."""
+    padded = -(-hidden // UNIT_GROUP) * UNIT_GROUP
+    return [directions, steps, batch, 5 if mode == MODES["LSTM"] else 4, padded]
+
+
+@torch.library.register_fake("cnnlstm_fast::recurrent_layer", lib=_lib)
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, *rest):
+    mode, batch_first, keep = rest[-3:]
+    directions = 1 if w_ih_r is None else 2
+    (batch, steps) = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    width, hidden = w_hh.shape[1], w_hh.shape[0] // (4 if mode == MODES["LSTM"] else 3)
+    c_n = [directions, batch, hidden] if mode == MODES["LSTM"] else [0]
+    saved = saved_shape(mode, directions, steps, batch, hidden) if keep else [0]
+    return (
+        x.new_empty([x.shape[0], x.shape[1], directions * width]),
+        x.new_empty([directions, batch, width]),
+        x.new_empty(c_n),
+        x.new_empty(saved, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("cnnlstm_fast::recurrent_layer_backward", lib=_lib)
+def _(grad_out, grad_h_n, grad_c_n, x, h0, c0, *rest):
+    weights, (need_x, need_state, need_weights) = rest[:10], rest[-3:]
+
+    def like(t, needed):
+        return x.new_empty([0]) if t is None or not needed else x.new_empty(t.shape)
+
+    state = (like(h0, need_state), like(c0, need_state))
+    return like(x, need_x), *state, *(like(w, need_weights) for w in weights)
+
+
+class RecurrentLayerFunction(torch.autograd.Function):
+    """Autograd around the op; entered only when a gradient is needed. Returns out, h_n, c_n."""
+
+    @staticmethod
+    def forward(ctx, x, h0, c0, *args):
+        # args: the ten weights, reset, lengths, mode, batch_first. One method instead of setup_context,
+        # which costs 15 us: under torch.func, which needs that, the reference plan runs.
+        weights, reset, lengths, mode, batch_first = args[:10], *args[10:]
+        out, h_n, c_n, saved = forward_op(x, h0, c0, *weights, reset, lengths, mode, batch_first, True)
+        ctx.mode, ctx.batch_first = mode, batch_first
+        ctx.set_materialize_grads(False)
+        if mode != MODES["LSTM"]:
+            ctx.mark_non_differentiable(c_n)
+        ctx.save_for_backward(x, h0, c0, *weights, reset, lengths, out, saved)
+        return out, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_h_n, grad_c_n):
+        *inputs, reset, lengths, out, saved = ctx.saved_tensors
+        nothing = (None,) * 4  # reset, lengths, mode, batch_first
+        needs = ctx.needs_input_grad[:13]
+        if ctx.mode != MODES["LSTM"]:
+            grad_c_n = None
+        grads_in = (grad_out, grad_h_n, grad_c_n)
+        if all(g is None for g in grads_in):
+            return *(None,) * 13, *nothing
+        if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+            grads = _differentiable_backward(
+                grads_in, inputs, reset, lengths, ctx.mode, ctx.batch_first, needs
+            )
+        else:
+            need_x, need_state, need_weights = needs[0], any(needs[1:3]), any(needs[3:])
+            grads = backward_op(
+                *grads_in, *inputs, reset, lengths, out, saved, ctx.mode, ctx.batch_first,
+                need_x, need_state, need_weights,
+            )  # fmt: skip
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first, needs):
+    """The gradients by differentiating the reference, once more differentiable."""
+    from cnnlstm_fast import reference
+
+    x, h0, c0, *weights = inputs
+    directions = 1 if weights[5] is None else 2
+    params = [w for w in weights if w is not None]
+    options = {
+        "num_layers": 1,
+        "bidirectional": directions == 2,
+        "batch_first": batch_first,
+        "bias": weights[2] is not None,
+        "reset": reset,
+        "lengths": lengths,
+    }
+
+    def zeros(size):
+        return x.new_zeros([directions, x.shape[0 if batch_first else 1], size])
+
+    width = weights[1].shape[1]
+    h0 = zeros(width) if h0 is None else h0
+    if mode == MODES["LSTM"]:
+        hidden = weights[1].shape[0] // 4
+        c0 = zeros(hidden) if c0 is None else c0
+        proj_size = 0 if weights[4] is None else width
+        out, (h_n, c_n) = reference.lstm(x, (h0, c0), params, proj_size=proj_size, **options)
+        results = (out, h_n, c_n)
+    else:
+        results = reference.gru(x, h0, params, **options)
+    pairs = [(r, g) for r, g in zip(results, grads_in, strict=False) if g is not None]
+    wanted = [i for i, need in enumerate(needs) if need]
+    found = torch.autograd.grad(
+        [r for r, _ in pairs],
+        [inputs[i] for i in wanted],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    grads = [None] * 13
+    for i, g in zip(wanted, found, strict=True):
+        grads[i] = g
+    return grads
