@@ -372,10 +372,11 @@ def test_tracing_shows_the_kernels(plan):
 
     from cnnlstm_fast.ops.conv_block import backward_op, forward_op
 
-    args = (*_op_args(TUTORIAL), [0, 2, 3, 1], PLANS[plan])
+    conv, activation, pool = _op_args(TUTORIAL)
+    args = (conv, activation, [], pool, [0, 2, 3, 1], PLANS[plan])
 
     def step(x, weight, bias, grad):
-        out, codes = forward_op(x, weight, bias, *args, True)
+        out, codes, _ = forward_op(x, weight, bias, *args, True)
         return (out, *backward_op(grad, x, weight, codes, *args, True, True, True))
 
     class Captured(Exception):

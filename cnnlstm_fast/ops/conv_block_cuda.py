@@ -24,29 +24,40 @@ def _kernels(x: Tensor):
     return conv_block
 
 
+def _run_forward(x, weight, bias, conv, activation, act, pool, order, plan, keep):
+    if activation > 1 or len(conv) > 7:
+        raise ValueError('the CUDA kernels compute ReLU and even padding only: use plan="reference"')
+    out, codes = _kernels(x).forward(x, weight, bias, conv, activation, pool, order, plan, keep)
+    return out, codes, x.new_empty(0)
+
+
+def _run_backward(grad, x, weight, codes, conv, activation, act, pool, order, plan, *needs):
+    return _kernels(x).backward(grad, x, weight, codes, conv, activation, pool, order, plan, *needs)
+
+
 def _forward(x, *args):
     # Launched through the traceable wrapper, a kernel would cost a millisecond of dispatch.
     with torch.cuda.device(x.device), set_wrap_triton_enabled(False):
-        return _kernels(x).forward(x, *args)
+        return _run_forward(x, *args)
 
 
 def _backward(grad, x, *args):
     with torch.cuda.device(x.device), set_wrap_triton_enabled(False):
-        return _kernels(x).backward(grad, x, *args)
+        return _run_backward(grad, x, *args)
 
 
 def _trace_forward(mode, op, types, args, kwargs):
     if not _becomes_kernels(types, args[0]):
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
-        return _kernels(args[0]).forward(*args)
+        return _run_forward(*args)
 
 
 def _trace_backward(mode, op, types, args, kwargs):
     if not _becomes_kernels(types, args[1]):
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
-        return _kernels(args[1]).backward(*args)
+        return _run_backward(*args)
 
 
 def _becomes_kernels(types, x: Tensor) -> bool:
