@@ -27,8 +27,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
+from cnnlstm_fast.kernels.launching import launch
 from cnnlstm_fast.spec import CODE_GROUP, NIBBLE_WINDOW, codes_shape, conv_size, pool_size, raw_shape
 
 #: The values of ``plan``; CHUNKED leaves the convolution to the library.
@@ -507,14 +507,6 @@ WIDE_PRODUCT = dict(num_warps=8, num_stages=1, maxnreg=255)
 PASS = dict(num_warps=4, num_stages=1)
 
 
-def launch(kernel, programs: int, args: dict, options: dict) -> None:
-    """Start ``programs`` of a kernel on the current stream of the current device."""
-    start = wrap_triton(kernel)
-    if start is not kernel:  # traced: torch.compile knows no limit on registers
-        options = {name: value for name, value in options.items() if name != "maxnreg"}
-    start[(programs,)](**args, **options)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -532,7 +524,7 @@ def forward(
     Returns:
         The map (N, C, PH, PW) permuted by ``order``, contiguous; and its winner codes, or no element.
 
-    ``run`` is what starts kernels, see :func:`launch`.
+    ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
     conv_hw = conv_size(x.shape[2:], weight.shape[2:], conv[0:2], conv[2:4], conv[4:6])
     size = pool_size(conv_hw, pool)
@@ -620,7 +612,7 @@ def backward(
     Returns:
         The contiguous gradients of x, weight and bias; no element where one is not needed.
 
-    ``run`` is what starts kernels, see :func:`launch`.
+    ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
     needs = [need_x, need_weight, need_bias]
     shapes = [list(x.shape), list(weight.shape), [weight.shape[0]]]
