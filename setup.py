@@ -15,6 +15,7 @@ sources = [
     "csrc/conv_block.cpp",
     "csrc/machine.cpp",
     "csrc/memory.cpp",
+    "csrc/recurrent.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_baseline.cpp",
     "csrc/cpu/kernels_avx2.cpp",

@@ -1,7 +1,9 @@
 // Which instruction set's kernels run, chosen once when the library is loaded.
 #pragma once
 #include "block.h"
+#include "recurrent.h"
 
 namespace cnnlstm_fast {
 const KernelTable& kernels();
+const RecurrentTable& recurrent_kernels();
 }  // namespace cnnlstm_fast

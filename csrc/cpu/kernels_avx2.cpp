@@ -1,4 +1,5 @@
 #include "block.h"
+#include "recurrent.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -9,6 +10,7 @@
 #define CNNLSTM_FAST_VECTOR 8
 #define CNNLSTM_FAST_NAME "avx2"
 #include "kernels.inc"
+#include "recurrent.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
@@ -17,10 +19,16 @@ namespace cnnlstm_fast {
 const KernelTable* avx2_kernels() {
   return &kTable;
 }
+const RecurrentTable* avx2_recurrent() {
+  return &kRecurrentTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
 const KernelTable* avx2_kernels() {
+  return nullptr;
+}
+const RecurrentTable* avx2_recurrent() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast

@@ -1,4 +1,5 @@
 #include "block.h"
+#include "recurrent.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -10,6 +11,7 @@
 #define CNNLSTM_FAST_VECTOR 16
 #define CNNLSTM_FAST_NAME "avx512"
 #include "kernels.inc"
+#include "recurrent.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
@@ -18,10 +20,16 @@ namespace cnnlstm_fast {
 const KernelTable* avx512_kernels() {
   return &kTable;
 }
+const RecurrentTable* avx512_recurrent() {
+  return &kRecurrentTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
 const KernelTable* avx512_kernels() {
+  return nullptr;
+}
+const RecurrentTable* avx512_recurrent() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast

@@ -2,9 +2,13 @@
 #define CNNLSTM_FAST_VECTOR 4
 #define CNNLSTM_FAST_NAME "baseline"
 #include "kernels.inc"
+#include "recurrent.inc"
 
 namespace cnnlstm_fast {
 const KernelTable* baseline_kernels() {
   return &kTable;
+}
+const RecurrentTable* baseline_recurrent() {
+  return &kRecurrentTable;
 }
 }  // namespace cnnlstm_fast

@@ -1,0 +1,678 @@
+// cnnlstm_fast::recurrent_layer and its backward on the CPU: checks, allocation, threads. The schema and the
+// meaning of every argument stand in cnnlstm_fast/ops/recurrent.py, the arithmetic in cpu/recurrent.inc.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "memory.h"
+
+namespace cnnlstm_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Maybe = std::optional<Tensor>;
+
+// More inputs than this are projected for many steps at once.
+constexpr int64_t kMostFusedInputs = 512;
+// Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
+// or two hold.
+constexpr int64_t kChunkFloats = int64_t{1} << 20;
+// Gradients of pre-activations that meet all weights of the inputs at a time.
+constexpr int64_t kRowsFloats = int64_t{1} << 16;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t padded(int64_t units) {
+  return ceil_div(units, kUnitGroup) * kUnitGroup;
+}
+
+// ---- Tensors as the kernels read them
+
+Tensor as_floats(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+}
+
+// float32 whose last dimension is contiguous.
+Tensor as_rows(const Tensor& t) {
+  const Tensor floats = as_floats(t);
+  const int64_t last = floats.dim() - 1;
+  return floats.stride(last) == 1 || floats.size(last) <= 1 ? floats : torch::stable::contiguous(floats);
+}
+
+Tensor as_contiguous(const Tensor& t) {
+  return torch::stable::contiguous(as_floats(t));
+}
+
+const float* floats(const Tensor& t) {
+  return static_cast<const float*>(t.data_ptr());
+}
+
+float* mutable_floats(const Tensor& t) {
+  return static_cast<float*>(t.data_ptr());
+}
+
+Tensor in_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// ---- Description of a call
+
+struct DirectionWeights {
+  Tensor w_ih, w_hh;
+  Maybe b_ih, b_hh, w_hr;
+};
+
+struct Call {
+  int64_t mode, steps, batch, inputs, hidden, width, gates;
+  bool batch_first;
+  ScalarType dtype;
+  std::vector<DirectionWeights> directions;
+  Maybe reset, lengths, h0, c0;
+
+  int64_t padded_hidden() const { return padded(hidden); }
+  int64_t padded_width() const { return padded(width); }
+  Ints sequence(int64_t features) const {
+    return batch_first ? Ints{batch, steps, features} : Ints{steps, batch, features};
+  }
+  int64_t step_dim() const { return batch_first ? 1 : 0; }
+  bool fused_inputs() const { return inputs <= kMostFusedInputs; }
+};
+
+void check_tensor(const Maybe& t, const Ints& size, const char* name) {
+  if (!t) return;
+  bool fits = t->dim() == static_cast<int64_t>(size.size());
+  for (size_t i = 0; fits && i < size.size(); ++i) fits = t->size(i) == size[i];
+  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name, " does not fit the other arguments in shape or device");
+}
+
+Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<DirectionWeights> directions,
+              const Maybe& reset, const Maybe& lengths, int64_t mode, bool batch_first) {
+  STD_TORCH_CHECK(mode == kLSTM || mode == kGRU, "recurrent_layer: unknown mode ", mode);
+  STD_TORCH_CHECK(x.dim() == 3, "recurrent_layer: expected a 3-d input, got ", x.dim(), "-d");
+  Call call{};
+  call.mode = mode;
+  call.dtype = x.scalar_type();
+  STD_TORCH_CHECK(call.dtype == ScalarType::Float || call.dtype == ScalarType::BFloat16,
+                  "recurrent_layer: the kernels compute float32 and bfloat16 only");
+  call.batch_first = batch_first;
+  call.steps = x.size(batch_first ? 1 : 0), call.batch = x.size(batch_first ? 0 : 1), call.inputs = x.size(2);
+  call.gates = mode == kLSTM ? 4 : 3;
+  const Tensor& w_hh = directions[0].w_hh;
+  STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % call.gates == 0, "recurrent_layer: w_hh has no whole gates");
+  call.hidden = w_hh.size(0) / call.gates, call.width = w_hh.size(1);
+  STD_TORCH_CHECK(call.hidden >= 1 && call.width >= 1 && call.inputs >= 1, "recurrent_layer: sizes must be positive");
+  const bool projected = directions[0].w_hr.has_value();
+  STD_TORCH_CHECK(projected ? mode == kLSTM : call.width == call.hidden,
+                  "recurrent_layer: w_hh must be square per gate unless an LSTM is projected");
+  const int64_t rows = call.gates * call.hidden;
+  for (const DirectionWeights& d : directions) {
+    check_tensor(d.w_ih, {rows, call.inputs}, "w_ih");
+    check_tensor(d.w_hh, {rows, call.width}, "w_hh");
+    check_tensor(d.b_ih, {rows}, "b_ih");
+    check_tensor(d.b_hh, {rows}, "b_hh");
+    check_tensor(d.w_hr, {call.width, call.hidden}, "w_hr");
+    STD_TORCH_CHECK(d.w_hr.has_value() == projected && d.b_ih.has_value() == d.b_hh.has_value(),
+                    "recurrent_layer: both directions and both biases must be given alike");
+    for (const Maybe& w : {Maybe(d.w_ih), Maybe(d.w_hh), d.b_ih, d.b_hh, d.w_hr})
+      if (w) STD_TORCH_CHECK(w->scalar_type() == call.dtype, "recurrent_layer: input and weights differ in dtype");
+  }
+  const int64_t count = static_cast<int64_t>(directions.size());
+  check_tensor(h0, {count, call.batch, call.width}, "h0");
+  check_tensor(c0, {count, call.batch, call.hidden}, "c0");
+  for (const Maybe& s : {h0, c0})
+    if (s) STD_TORCH_CHECK(s->scalar_type() == call.dtype, "recurrent_layer: input and state differ in dtype");
+  if (reset) {
+    check_tensor(reset, batch_first ? Ints{call.batch, call.steps} : Ints{call.steps, call.batch}, "reset");
+    STD_TORCH_CHECK(reset->scalar_type() == ScalarType::Bool, "recurrent_layer: reset must be bool");
+    call.reset = *reset;
+  }
+  if (lengths) {
+    check_tensor(lengths, {call.batch}, "lengths");
+    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "recurrent_layer: lengths must be int64");
+    call.lengths = torch::stable::contiguous(*lengths);
+    const int64_t* values = static_cast<const int64_t*>(call.lengths->data_ptr());
+    for (int64_t b = 0; b < call.batch; ++b)
+      STD_TORCH_CHECK(values[b] >= 0 && values[b] <= call.steps, "recurrent_layer: lengths must lie in 0 to ",
+                      call.steps);
+  }
+  if (h0) call.h0 = as_contiguous(*h0);
+  if (c0) call.c0 = as_contiguous(*c0);
+  call.directions = std::move(directions);
+  return call;
+}
+
+std::vector<DirectionWeights> directions_of(const Tensor& w_ih, const Tensor& w_hh, const Maybe& b_ih,
+                                            const Maybe& b_hh, const Maybe& w_hr, const Maybe& w_ih_r,
+                                            const Maybe& w_hh_r, const Maybe& b_ih_r, const Maybe& b_hh_r,
+                                            const Maybe& w_hr_r) {
+  std::vector<DirectionWeights> directions{{w_ih, w_hh, b_ih, b_hh, w_hr}};
+  STD_TORCH_CHECK(w_ih_r.has_value() == w_hh_r.has_value(), "recurrent_layer: the reverse direction lacks a weight");
+  if (w_ih_r) directions.push_back({*w_ih_r, *w_hh_r, b_ih_r, b_hh_r, w_hr_r});
+  return directions;
+}
+
+// The weights' order of gates by the kernels' columns.
+const int32_t* gate_order(int64_t mode, bool of_inputs) {
+  static constexpr int32_t kAsTheyAre[4] = {0, 1, 2, 3};
+  static constexpr int32_t kNewFirst[3] = {2, 0, 1};
+  return mode == kGRU && of_inputs ? kNewFirst : kAsTheyAre;
+}
+
+// ---- Threads
+
+template <class F>
+void for_each_item(int64_t items, const F& run) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < items; i = next++) run(i);
+  });
+}
+
+// Into how many even shares of at least `least` and about `most` to cut `count`, every thread having one.
+int64_t shares(int64_t count, int64_t least, int64_t most) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = ceil_div(ceil_div(count, most), threads) * threads;
+  return std::clamp<int64_t>(wanted, 1, ceil_div(count, least));
+}
+
+// Tiles of sequences, as many as threads can share evenly.
+struct Tiles {
+  int64_t batch, count;
+  explicit Tiles(int64_t batch) : batch(batch) {
+    const int64_t threads = torch::stable::get_num_threads();
+    count = std::min(batch, ceil_div(ceil_div(batch, kMaxRows), threads) * threads);
+  }
+  int64_t begin(int64_t i) const { return i * batch / count; }
+  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
+};
+
+// ---- Forward
+
+// A direction as the kernels see it, and the memory that it points to.
+struct Prepared {
+  RecurrentLayer layer{};
+  std::deque<AlignedFloats> buffers;
+
+  float* memory(int64_t floats) { return buffers.emplace_back(floats).data(); }
+};
+
+void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved,
+                    Prepared& p) {
+  RecurrentLayer& l = p.layer;
+  const int64_t directions = static_cast<int64_t>(call.directions.size()), step = call.step_dim();
+  l.mode = static_cast<int32_t>(call.mode);
+  l.reversed = d == 1;
+  l.projected = call.directions[d].w_hr.has_value();
+  l.steps = call.steps, l.batch = call.batch, l.inputs = call.inputs, l.hidden = call.hidden, l.width = call.width;
+  l.padded_hidden = call.padded_hidden(), l.padded_width = call.padded_width();
+  l.x = floats(x), l.x_step = x.stride(step), l.x_sequence = x.stride(1 - step);
+  if (call.reset) {
+    l.reset = static_cast<const bool*>(call.reset->data_ptr());
+    l.reset_step = call.reset->stride(step), l.reset_sequence = call.reset->stride(1 - step);
+  }
+  if (call.lengths) l.lengths = static_cast<const int64_t*>(call.lengths->data_ptr());
+  l.out = mutable_floats(out) + d * call.width, l.out_step = out.stride(step), l.out_sequence = out.stride(1 - step);
+  if (saved.numel()) l.saved = mutable_floats(saved) + d * (saved.numel() / directions);
+  l.zeros = p.memory(std::max({l.padded_hidden, l.padded_width, l.inputs}));
+}
+
+void pack_weights(const Call& call, int64_t d, Prepared& p) {
+  const RecurrentTable& k = recurrent_kernels();
+  RecurrentLayer& l = p.layer;
+  const DirectionWeights& w = call.directions[d];
+  const int64_t units = l.padded_hidden, blocks = units / k.lanes;
+  auto pack = [&](const Tensor& weight, int64_t inputs, bool of_inputs) {
+    const Tensor rows = as_rows(weight);
+    float* packed = p.memory(units * call.gates * inputs);
+    for_each_item(blocks, [&](int64_t i) {
+      k.pack_gates(floats(rows), rows.stride(0), l.hidden, inputs, call.gates, gate_order(call.mode, of_inputs), packed,
+                   i * k.lanes, (i + 1) * k.lanes);
+    });
+    return packed;
+  };
+  l.packed_x = pack(w.w_ih, l.inputs, true);
+  l.packed_h = pack(w.w_hh, l.width, false);
+  if (l.projected) {
+    const Tensor turned = as_contiguous(torch::stable::transpose(*w.w_hr, 0, 1));
+    float* packed = p.memory(ceil_div(l.width, k.panel) * k.panel * l.padded_hidden);
+    k.pack_columns(floats(turned), l.width, 1, l.hidden, gate_order(call.mode, false), l.width, packed, 0,
+                   ceil_div(l.width, k.panel));
+    l.packed_r = packed;
+  }
+  float* bias = p.memory(4 * units);
+  l.bias = bias;
+  if (!w.b_ih) return;
+  const Tensor b_ih = as_contiguous(*w.b_ih), b_hh = as_contiguous(*w.b_hh);
+  for (int64_t u = 0; u < l.hidden; ++u) {
+    float* to = bias + u / k.lanes * 4 * k.lanes + u % k.lanes;
+    auto of = [&](const Tensor& b, int64_t gate) { return floats(b)[gate * l.hidden + u]; };
+    if (call.mode == kLSTM) {
+      for (int64_t g = 0; g < 4; ++g) to[g * k.lanes] = of(b_ih, g) + of(b_hh, g);
+    } else {
+      to[0] = of(b_ih, 2), to[k.lanes] = of(b_ih, 0) + of(b_hh, 0);
+      to[2 * k.lanes] = of(b_ih, 1) + of(b_hh, 1), to[3 * k.lanes] = of(b_hh, 2);
+    }
+  }
+}
+
+// Steps of all unit blocks by a team of threads: within a step blocks are claimed, the next one begins when
+// all are done. A thread waits only for blocks that a running thread has claimed, so that it makes no
+// difference how many of the team ever run, or whether they do so one after another.
+template <class F>
+void run_team(int64_t steps, int64_t blocks, const F& run) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  std::vector<std::atomic<int64_t>> claimed(blocks);
+  for (auto& c : claimed) c = 0;
+  std::atomic<int64_t> done{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t member, int64_t) {
+    const int64_t own = member * blocks / threads;
+    for (int64_t step = done.load(std::memory_order_acquire) / blocks; step < steps; ++step) {
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t block = (own + i) % blocks;
+        int64_t unclaimed = step;
+        if (!claimed[block].compare_exchange_strong(unclaimed, step + 1)) continue;
+        run(step, block);
+        done.fetch_add(1, std::memory_order_release);
+      }
+      for (int64_t spins = 0; done.load(std::memory_order_acquire) < (step + 1) * blocks; ++spins)
+        if (spins > 4096) std::this_thread::yield();
+    }
+  });
+}
+
+// Few sequences share all weights: each core then keeps a part of them instead of reading all.
+bool by_units(const RecurrentLayer& l) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads > 1 && !l.projected && l.batch < threads;
+}
+
+// Blocks of units for a team, multiples of `least`.
+struct UnitBlocks {
+  int64_t units, size, count;
+  UnitBlocks(int64_t units, int64_t least, int64_t per_thread) : units(units) {
+    const int64_t wanted = per_thread * torch::stable::get_num_threads();
+    size = std::max<int64_t>(1, units / least / wanted) * least;
+    count = ceil_div(units, size);
+  }
+  int64_t begin(int64_t i) const { return i * size; }
+  int64_t end(int64_t i) const { return std::min(units, (i + 1) * size); }
+};
+
+void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, const Tensor& c_n) {
+  const RecurrentTable& k = recurrent_kernels();
+  RecurrentLayer& l = p.layer;
+  const int64_t parity = l.batch * l.padded_width;
+  l.h = p.memory(2 * parity);
+  if (call.mode == kLSTM) l.c = p.memory(l.batch * l.padded_hidden);
+  if (l.projected) l.m = p.memory(l.batch * l.padded_hidden);
+  if (call.h0) {
+    const float* from = floats(*call.h0) + d * l.batch * l.width;
+    for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.width, l.width, l.h + b * l.padded_width);
+  }
+  if (call.c0) {
+    const float* from = floats(*call.c0) + d * l.batch * l.hidden;
+    for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.hidden, l.hidden, l.c + b * l.padded_hidden);
+  }
+  const bool fused = call.fused_inputs();
+  const int64_t per_step = 4 * l.batch * l.padded_hidden;
+  const int64_t chunk = fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
+  float* projected = fused ? nullptr : p.memory(chunk * per_step);
+  std::vector<const float*> rows;
+  for (int64_t s0 = 0; s0 < l.steps; s0 += chunk) {
+    const int64_t steps = std::min(chunk, l.steps - s0);
+    auto time = [&](int64_t step) { return l.reversed ? l.steps - 1 - s0 - step : s0 + step; };
+    if (!fused) {
+      l.projected_x = projected, l.projected_rows = steps * l.batch;
+      l.projected_step = std::min(time(0), time(steps - 1));
+      rows.clear();
+      for (int64_t t = l.projected_step; t < l.projected_step + steps; ++t)
+        for (int64_t b = 0; b < l.batch; ++b) rows.push_back(l.x + t * l.x_step + b * l.x_sequence);
+      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
+      for_each_item(items, [&](int64_t i) {
+        const int64_t first = i * count / items;
+        k.project_inputs(l, rows.data(), count, first, (i + 1) * count / items - first, projected);
+      });
+    }
+    if (by_units(l)) {
+      const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
+      run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
+        for (int64_t b = 0; b < l.batch; b += kMaxRows)
+          k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
+                         thread_scratch(k.forward_scratch));
+      });
+    } else {
+      const Tiles tiles(l.batch);
+      for_each_item(tiles.count, [&](int64_t i) {
+        float* scratch = thread_scratch(k.forward_scratch);
+        for (int64_t step = 0; step < steps; ++step) {
+          k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
+          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i));
+        }
+      });
+    }
+  }
+  for (int64_t b = 0; b < l.batch; ++b) {
+    const int64_t length = l.lengths ? l.lengths[b] : l.steps;
+    std::copy_n(l.h + length % 2 * parity + b * l.padded_width, l.width,
+                mutable_floats(h_n) + (d * l.batch + b) * l.width);
+    if (call.mode == kLSTM)
+      std::copy_n(l.c + b * l.padded_hidden, l.hidden, mutable_floats(c_n) + (d * l.batch + b) * l.hidden);
+    for (int64_t t = length; t < l.steps; ++t)
+      std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(
+    Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
+    Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
+    bool keep) {
+  const Call call = describe(
+      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
+      mode, batch_first);
+  const int64_t directions = static_cast<int64_t>(call.directions.size());
+  const ScalarType wide = ScalarType::Float;
+  const Tensor out = new_output(x, call.sequence(directions * call.width), wide);
+  const Tensor h_n = torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide);
+  const Tensor c_n = torch::stable::new_empty(
+      x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
+  const int64_t kept = mode == kLSTM ? 5 : 4;
+  const Tensor saved =
+      new_output(x, keep ? Ints{directions, call.steps, call.batch, kept, call.padded_hidden()} : Ints{0}, wide);
+  if (call.batch > 0) {
+    const Tensor rows = as_rows(x);
+    for (int64_t d = 0; d < directions; ++d) {
+      Prepared p;
+      describe_layer(call, d, rows, out, saved, p);
+      pack_weights(call, d, p);
+      run_forward(call, d, p, h_n, c_n);
+    }
+  }
+  return {in_dtype(out, call.dtype), in_dtype(h_n, call.dtype), in_dtype(c_n, call.dtype), saved};
+}
+
+// ---- Backward
+
+struct DirectionGrads {
+  Tensor w_ih, w_hh;
+  Maybe b_ih, b_hh, w_hr;
+};
+
+// Rows of a chunk: which there are, and what was read for each.
+struct ChunkRows {
+  std::vector<int32_t> row_of;
+  std::vector<const float*> x, h, m;
+  std::vector<float*> grad_x;
+};
+
+// Sums of outer products [n][panel] for every panel of the gates, and their columns' own sums.
+struct Products {
+  int64_t panel, begin, end, count;  // columns [begin, end) of the gates, `count` rows
+  AlignedFloats sums;
+  Products(int64_t panel, int64_t begin, int64_t end, int64_t columns, int64_t count)
+      : panel(panel), begin(begin), end(end), count(count), sums(ceil_div(columns, panel) * panel * count) {}
+
+  // Items are a part of the rows and a share of the panels each.
+  int64_t parts() const { return ceil_div(count, recurrent_kernels().outer_rows); }
+  int64_t panels() const { return ceil_div(end, panel); }
+  int64_t groups() const {
+    const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+    return std::clamp<int64_t>(ceil_div(wanted, parts()), 1, panels());
+  }
+  int64_t items() const { return groups() * parts(); }
+  void add(int64_t item, const float* const* rows, const float* gates, int64_t gate_rows) {
+    const RecurrentTable& k = recurrent_kernels();
+    const int64_t group = item % groups(), n = item / groups() * k.outer_rows;
+    const int64_t first = std::max(begin, group * panels() / groups() * panel);
+    const int64_t last = std::min(end, (group + 1) * panels() / groups() * panel);
+    if (first < last)
+      k.add_outer(rows, n, std::min(count, n + k.outer_rows), gates, gate_rows, first, last, count, sums.data());
+  }
+  // Columns that begin at `column`, of `units`, as rows of `to`.
+  void put(int64_t column, int64_t units, float* to) const {
+    for (int64_t u = 0; u < units;) {
+      const int64_t inside = (column + u) % panel, some = std::min(units - u, panel - inside);
+      recurrent_kernels().turn(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some,
+                               to + u * count, count);
+      u += some;
+    }
+  }
+};
+
+void put_weight_grad(const Call& call, const Products& products, bool of_inputs, const Tensor& to) {
+  const int32_t* order = gate_order(call.mode, of_inputs);
+  const int64_t blocks = call.padded_hidden() / kUnitGroup;
+  for_each_item(call.gates * blocks, [&](int64_t i) {
+    const int64_t gate = i / blocks, u = i % blocks * kUnitGroup;
+    products.put(products.begin + gate * call.padded_hidden() + u, std::min(kUnitGroup, call.hidden - u),
+                 mutable_floats(to) + (order[gate] * call.hidden + u) * products.count);
+  });
+}
+
+struct BackwardCall {
+  Maybe grad_out, grad_h_n, grad_c_n;  // float32, the first with contiguous outputs, the others contiguous
+  Tensor rows;                         // the input, float32
+  Maybe grad_x, grad_h0, grad_c0;      // float32
+  bool need_weights;
+};
+
+void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepared& p, const DirectionGrads& grads) {
+  const RecurrentTable& k = recurrent_kernels();
+  RecurrentLayer& l = p.layer;
+  const DirectionWeights& w = call.directions[d];
+  const int64_t hidden = l.padded_hidden, step = call.step_dim(), columns = 4 * hidden;
+  const int64_t x_end = call.gates * hidden, h_begin = columns - call.gates * hidden;
+
+  RecurrentBackward b{};
+  if (want.grad_out) {
+    b.grad_out = floats(*want.grad_out) + d * call.width * want.grad_out->stride(2);
+    b.grad_step = want.grad_out->stride(step), b.grad_sequence = want.grad_out->stride(1 - step);
+  }
+  if (call.h0) b.h0 = floats(*call.h0) + d * l.batch * l.width;
+  if (call.c0) b.c0 = floats(*call.c0) + d * l.batch * l.hidden;
+  auto state = [&](const Maybe& from, int64_t size, int64_t row) {
+    float* to = p.memory(l.batch * row);
+    if (from)
+      for (int64_t i = 0; i < l.batch; ++i)
+        std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
+    return to;
+  };
+  b.dh = state(want.grad_h_n, l.width, l.padded_width);
+  if (call.mode == kLSTM) b.dc = state(want.grad_c_n, l.hidden, hidden);
+
+  auto pack_columns = [&](const Tensor& weight, int64_t blocks, int64_t block, bool of_inputs) {
+    const Tensor rows = as_rows(weight);
+    const int64_t n = rows.size(1), panels = ceil_div(n, k.panel);
+    float* packed = p.memory(panels * k.panel * blocks * padded(block));
+    for_each_item(panels, [&](int64_t i) {
+      k.pack_columns(floats(rows), rows.stride(0), blocks, block, gate_order(call.mode, of_inputs), n, packed, i,
+                     i + 1);
+    });
+    return packed;
+  };
+  b.columns_h = pack_columns(w.w_hh, call.gates, l.hidden, false);
+  if (l.projected) b.columns_r = pack_columns(*w.w_hr, 1, l.width, false);
+  const float* columns_x = want.grad_x ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
+
+  const int64_t per_step = l.batch * columns;
+  const int64_t chunk = std::clamp<int64_t>(kChunkFloats / per_step, 1, l.steps), most = chunk * l.batch;
+  b.gates = p.memory(ceil_div(columns, k.panel) * k.panel * most);
+  if (l.projected) {
+    b.dy = p.memory(ceil_div(l.padded_width, k.panel) * k.panel * most);
+    b.my = p.memory(hidden * most);
+  }
+  std::optional<Products> of_x, of_h, of_m;
+  AlignedFloats bias(ceil_div(columns, k.panel) * k.panel);
+  if (want.need_weights) {
+    of_x.emplace(k.panel, 0, x_end, columns, l.inputs);
+    of_h.emplace(k.panel, h_begin, columns, columns, l.width);
+    if (l.projected) of_m.emplace(k.panel, 0, l.padded_width, l.padded_width, l.hidden);
+  }
+  ChunkRows rows;
+  rows.row_of.resize(most);
+  const Tiles tiles(l.batch);
+  const int64_t chunks = ceil_div(l.steps, chunk);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t place = l.reversed ? c : chunks - 1 - c;
+    const int64_t t0 = place * l.steps / chunks, t1 = (place + 1) * l.steps / chunks;
+    rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear();
+    int32_t count = 0;
+    for (int64_t t = t0; t < t1; ++t)
+      for (int64_t q = 0; q < l.batch; ++q) {
+        const int64_t length = l.lengths ? l.lengths[q] : l.steps;
+        rows.row_of[(t - t0) * l.batch + q] = t < length ? count : -1;
+        if (t >= length) continue;
+        ++count;
+        rows.x.push_back(l.x + t * l.x_step + q * l.x_sequence);
+        const bool first = t == (l.reversed ? length - 1 : 0);
+        const bool fresh = l.reset && l.reset[t * l.reset_step + q * l.reset_sequence];
+        rows.h.push_back(fresh || (first && !b.h0) ? l.zeros
+                         : first                   ? b.h0 + q * l.width
+                                 : l.out + (l.reversed ? t + 1 : t - 1) * l.out_step + q * l.out_sequence);
+        if (columns_x)
+          rows.grad_x.push_back(mutable_floats(*want.grad_x) + t * want.grad_x->stride(step) +
+                                q * want.grad_x->stride(1 - step));
+      }
+    if (count == 0) continue;
+    if (l.projected)
+      for (int64_t i = 0; i < count; ++i) rows.m.push_back(b.my + i * hidden);
+    b.rows = count, b.first_step = t0, b.row_of = rows.row_of.data();
+
+    auto time = [&](int64_t i) { return l.reversed ? t0 + i : t1 - 1 - i; };
+    if (by_units(l)) {
+      const UnitBlocks blocks(hidden, k.panel, 4);
+      run_team(t1 - t0 + 1, blocks.count, [&](int64_t i, int64_t block) {
+        const int64_t begin = blocks.begin(block), end = blocks.end(block);
+        for (int64_t q = 0; q < l.batch; q += kMaxRows) {
+          const int64_t n = std::min(kMaxRows, l.batch - q);
+          if (i > 0) k.backward_state(l, b, time(i - 1), q, n, begin, end);
+          if (i < t1 - t0) k.backward_gates(l, b, time(i), q, n, begin, end, nullptr);
+        }
+      });
+    } else {
+      const int64_t scratch_size = k.backward_scratch(l);
+      for_each_item(tiles.count, [&](int64_t item) {
+        float* scratch = thread_scratch(scratch_size);
+        const int64_t b0 = tiles.begin(item), n = tiles.size(item);
+        for (int64_t i = 0; i < t1 - t0; ++i) {
+          k.backward_gates(l, b, time(i), b0, n, 0, hidden, scratch);
+          k.backward_state(l, b, time(i), b0, n, 0, l.padded_width);
+        }
+      });
+    }
+    // Everything that all steps of the chunk contribute to, in one list of items.
+    const int64_t x_items = of_x ? of_x->items() : 0, h_items = of_h ? of_h->items() : 0;
+    const int64_t m_items = of_m ? of_m->items() : 0, bias_items = want.need_weights ? ceil_div(columns, k.panel) : 0;
+    const int64_t row_items = columns_x ? shares(count, 24, std::max<int64_t>(48, kRowsFloats / x_end)) : 0;
+    for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
+      if (i < x_items) return of_x->add(i, rows.x.data(), b.gates, count);
+      if ((i -= x_items) < h_items) return of_h->add(i, rows.h.data(), b.gates, count);
+      if ((i -= h_items) < m_items) return of_m->add(i, rows.m.data(), b.dy, count);
+      if ((i -= m_items) < bias_items)
+        return k.add_rows(b.gates + i * k.panel * count, count, bias.data() + i * k.panel);
+      i -= bias_items;
+      const int64_t first = i * count / row_items;
+      k.multiply_rows(b.gates, count, first, (i + 1) * count / row_items - first, 0, x_end, columns_x, l.inputs, d > 0,
+                      rows.grad_x.data() + first);
+    });
+  }
+
+  auto put_state = [&](const Maybe& to, const float* from, int64_t size, int64_t row) {
+    if (to)
+      for (int64_t i = 0; i < l.batch; ++i)
+        std::copy_n(from + i * row, size, mutable_floats(*to) + (d * l.batch + i) * size);
+  };
+  put_state(want.grad_h0, b.dh, l.width, l.padded_width);
+  put_state(want.grad_c0, b.dc, l.hidden, hidden);
+  if (!want.need_weights) return;
+  put_weight_grad(call, *of_x, true, grads.w_ih);
+  put_weight_grad(call, *of_h, false, grads.w_hh);
+  if (of_m) of_m->put(0, l.width, mutable_floats(*grads.w_hr));
+  if (grads.b_ih)
+    for (int64_t g = 0; g < call.gates; ++g)
+      for (int64_t u = 0; u < l.hidden; ++u) {
+        mutable_floats(*grads.b_ih)[gate_order(call.mode, true)[g] * l.hidden + u] = bias[g * hidden + u];
+        mutable_floats(*grads.b_hh)[g * l.hidden + u] = bias[h_begin + g * hidden + u];
+      }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor x, Maybe h0, Maybe c0, Tensor w_ih,
+                         Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r, Maybe w_hh_r, Maybe b_ih_r,
+                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved,
+                         int64_t mode, bool batch_first, bool need_x, bool need_state, bool need_weights) {
+  const Call call = describe(
+      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
+      mode, batch_first);
+  const int64_t directions = static_cast<int64_t>(call.directions.size());
+  const ScalarType wide = ScalarType::Float;
+  check_tensor(out, call.sequence(directions * call.width), "out");
+  check_tensor(grad_out, call.sequence(directions * call.width), "grad_out");
+  check_tensor(grad_h_n, {directions, call.batch, call.width}, "grad_h_n");
+  check_tensor(grad_c_n, {directions, call.batch, call.hidden}, "grad_c_n");
+  check_tensor(saved, {directions, call.steps, call.batch, mode == kLSTM ? 5 : 4, call.padded_hidden()}, "saved");
+  STD_TORCH_CHECK(saved.scalar_type() == wide && saved.is_contiguous() && out.is_contiguous(),
+                  "recurrent_layer_backward: expected the forward's own out and saved");
+
+  const Tensor wide_out = as_floats(out);
+  BackwardCall want{};
+  want.rows = as_rows(x);
+  want.need_weights = need_weights;
+  if (grad_out) want.grad_out = as_rows(*grad_out);
+  if (grad_h_n) want.grad_h_n = as_contiguous(*grad_h_n);
+  if (grad_c_n) want.grad_c_n = as_contiguous(*grad_c_n);
+  if (need_x) {
+    want.grad_x = new_output(x, call.sequence(call.inputs), wide);
+    if (lengths || call.batch * call.steps == 0) torch::stable::zero_(*want.grad_x);
+  }
+  auto like = [&](const Tensor& t) {
+    Ints size;
+    for (int64_t i = 0; i < t.dim(); ++i) size.push_back(t.size(i));
+    Tensor made = torch::stable::new_empty(t, size, wide);
+    if (call.batch * call.steps == 0) torch::stable::zero_(made);
+    return made;
+  };
+  auto like_maybe = [&](const Maybe& t) { return t ? Maybe(like(*t)) : Maybe(); };
+  if (need_state) want.grad_h0 = like_maybe(h0), want.grad_c0 = like_maybe(c0);
+  std::vector<DirectionGrads> grads(directions);
+  for (int64_t d = 0; d < directions; ++d) {
+    const DirectionWeights& w = call.directions[d];
+    if (need_weights)
+      grads[d] = {like(w.w_ih), like(w.w_hh), like_maybe(w.b_ih), like_maybe(w.b_hh), like_maybe(w.w_hr)};
+    if (call.batch * call.steps == 0) continue;
+    Prepared p;
+    describe_layer(call, d, want.rows, wide_out, saved, p);
+    run_backward(call, want, d, p, grads[d]);
+  }
+  auto result = [&](const Maybe& t) {
+    return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0});
+  };
+  auto weights = [&](int64_t d) {
+    if (!need_weights || d >= directions) return std::make_tuple(result({}), result({}), result({}), result({}), result({}));
+    return std::make_tuple(result(grads[d].w_ih), result(grads[d].w_hh), result(grads[d].b_ih), result(grads[d].b_hh),
+                           result(grads[d].w_hr));
+  };
+  return std::tuple_cat(std::make_tuple(result(want.grad_x), result(want.grad_h0), result(want.grad_c0)), weights(0),
+                        weights(1));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
+  m.impl("recurrent_layer", TORCH_BOX(&recurrent_layer));
+  m.impl("recurrent_layer_backward", TORCH_BOX(&recurrent_layer_backward));
+}
+
+}  // namespace cnnlstm_fast
