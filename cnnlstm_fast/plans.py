@@ -30,7 +30,7 @@ def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
     ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
     """
-    if x.dtype not in _DTYPES:
+    if x.dtype not in _DTYPES and not (x.dtype == torch.float16 and x.device.type == "cuda"):
         return f"the fused kernels compute float32 and bfloat16, not {str(x.dtype)[6:]}"
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return "input and parameters differ in dtype"
@@ -211,11 +211,24 @@ def choose(
 RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
 
+#: Hidden units up to which a program that reads all recurrent weights each step, 8 MB in bfloat16 at some
+#: 100 GB/s, keeps up with the ten launches of a step in a loop.
+_CUDA_UNITS = 1024
+
+
 def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | None:
     """Why the recurrent kernels don't take these tensors, as a sentence; None if they do.
 
     ``params`` are the weights and the given initial states; None among them is passed over.
     """
+    if x.device.type == "cuda":
+        rows, width = params[1].shape
+        if rows > 4 * width:
+            return "the CUDA kernels do not take projections (proj_size)"
+        if width > _CUDA_UNITS:
+            return (
+                f"above {_CUDA_UNITS} units the CUDA kernels wait for their weights longer than a loop does"
+            )
     for p in params:
         if p is not None and (p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN):
             why_not = why_not_fused(x, p, None)
@@ -224,9 +237,7 @@ def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | Non
     return why_not_fused(x, params[0], None)
 
 
-def choose_recurrent(
-    plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool
-) -> tuple[str, str]:
+def choose_recurrent(plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 
     ``plain`` says that neither resets nor lengths are given, which PyTorch's own layers take.

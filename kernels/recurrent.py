@@ -14,8 +14,9 @@ reaches the gates; products over all steps, again the library's, make the parame
 
 A program owns BM sequences of one direction and loops over time, so that programs need not wait for
 each other. Where RESIDENT, the state stays in registers and the recurrent weights of all gates, padded
-to BN units, in shared memory; loads run a step ahead. Otherwise the weights stream from the cache, BK by BN a
-time, and the state goes through memory that only this program touches, ordered by a barrier.
+to BN units, in shared memory; loads run a step ahead where the registers allow it (AHEAD). Otherwise
+the weights stream from the cache, BK by BN a time, and the state goes through memory that only this
+program touches, ordered by a barrier.
 
 A sequence's results do not depend on the others', and every sum has a fixed order.
 """
@@ -187,15 +188,16 @@ def forward_kernel(
     T, B, UNITS, x_t, x_b, o_t, o_b, r_t, r_b,
     H: tl.constexpr, KEPT_H: tl.constexpr, GATES: tl.constexpr, DIRECTIONS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_RESET: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    KEEP: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr,
+    KEEP: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out, the final states and what backward reads, of BM sequences in one direction.
 
-    gx (T, B by strides, DIRECTIONS * GATES * H), w (DIRECTIONS, GATES * H, KEPT_H), biases likewise,
-    states (DIRECTIONS, B, H), saved (DIRECTIONS, T, B, 4 gates and an
-    LSTM's c, KEPT_H), state (2, DIRECTIONS, B, H) the passing h of weights that stream; UNITS is H, as an
-    argument, because the assembler unrolls constant loops until the registers are gone.
+    gx (T, B by strides, DIRECTIONS * GATES * H), w (DIRECTIONS, GATES * H, KEPT_H), biases
+    (DIRECTIONS, GATES * H), states (DIRECTIONS, B, H), saved (DIRECTIONS, T, B, 4 gates and an LSTM's c,
+    KEPT_H), state (2, DIRECTIONS, B, H) the passing h where weights stream. UNITS is H, as an argument
+    because the assembler unrolls constant loops until the registers are gone.
     """
     SAVED: tl.constexpr = 5 if GATES == 4 else 4
     pid = tl.program_id(0)
@@ -242,7 +244,10 @@ def forward_kernel(
             after = tl.where(reverse, t - 1, t + 1)
             ahead = (after >= 0) & (after < length)
             next_restart = _load_reset(reset_ptr, b, after, r_t, r_b, ahead, HAS_RESET)
-            n0, n1, n2, n3 = _load_gates(gx_rows + after * x_t, u, ahead, H, H, GATES)
+            if AHEAD:
+                n0, n1, n2, n3 = _load_gates(gx_rows + after * x_t, u, ahead, H, H, GATES)
+            else:
+                g0, g1, g2, g3 = _load_gates(gx_rows + t * x_t, u, active, H, H, GATES)
             if HAS_RESET:
                 h = tl.where(restart[:, None], 0.0, h)
                 c = tl.where(restart[:, None], 0.0, c)
@@ -260,10 +265,11 @@ def forward_kernel(
                 out_rows + t * o_t, saved_rows + t * saved_step, u, b_ok, H, KEPT_H, GATES, KEEP,
             )  # fmt: skip
             restart = next_restart
-            g0 = n0
-            g1 = n1
-            g2 = n2
-            g3 = n3
+            if AHEAD:
+                g0 = n0
+                g1 = n1
+                g2 = n2
+                g3 = n3
         _store_tile(hn_ptr + state_rows, u, b_ok, h, H)
         if GATES == 4:
             _store_tile(cn_ptr + state_rows, u, b_ok, c, H)
@@ -290,11 +296,6 @@ def forward_kernel(
             for n in range(0, UNITS, BN):
                 u = n + tl.arange(0, BN)
                 g0, g1, g2, g3 = _load_gates(gx_rows + t * x_t, u, active, H, H, GATES)
-                h = _load_tile(h_rows, u, going_on, H)
-                c = h
-                if GATES == 4:
-                    c = _load_tile(cn_ptr + state_rows, u, going_on, H)
-                b0, b1, b2, b3 = _load_biases(bi_ptr, bh_ptr, u, H, GATES, HAS_BIAS, BN)
                 a0 = tl.full((BM, BN), 0.0, tl.float32)
                 a1 = a0
                 a2 = a0
@@ -310,6 +311,11 @@ def forward_kernel(
                     if GATES == 4:
                         w3 = _load_weight(w_ptr, 3, n, k, H, KEPT_H, BN, BK, FLOAT32_PRODUCT)
                         a3 = tl.dot(factor, tl.trans(w3), a3, input_precision=PRECISION)
+                h = _load_tile(h_rows, u, going_on, H)
+                c = h
+                if GATES == 4:
+                    c = _load_tile(cn_ptr + state_rows, u, going_on, H)
+                b0, b1, b2, b3 = _load_biases(bi_ptr, bh_ptr, u, H, GATES, HAS_BIAS, BN)
                 h, c = _cell(
                     a0, a1, a2, a3, g0, g1, g2, g3, b0, b1, b2, b3, h, c, active,
                     out_rows + t * o_t, saved_rows + t * saved_step, u, b_ok, H, KEPT_H, GATES, KEEP,
@@ -625,6 +631,8 @@ def forward(
         x_b=gx.stride(by_batch),
         HAS_BIAS=b_ih is not None,
         KEEP=keep,
+        # The inputs of another step and what is kept of this one do not both fit the registers.
+        AHEAD=not keep or layer.gates * layer.width < 512,
     )
     layer.start(run, forward_kernel, args, h0, c0, w_hh, w_hh_r, reset, lengths, out, saved)
     return out, hn.to(x.dtype), cn.to(x.dtype), saved
@@ -692,7 +700,7 @@ def backward(
 
     grads = [x.new_empty(0) for _ in range(13)]
     by_direction = dgates.view(-1, layer.directions, 4 * layer.units).unbind(1)
-    into = [g[:, : layer.gates * layer.units] for g in by_direction]
+    into = [g.narrow(1, 0, layer.gates * layer.units) for g in by_direction]
     if need_x:
         dx = torch.mm(into[0], w_ih)
         if w_ih_r is not None:
@@ -713,10 +721,10 @@ def backward(
 
 def _weight_grads(g: Tensor, inputs: Tensor, h: Tensor, layer: _Layer, has_bias: bool) -> list[Tensor]:
     """Gradients of w_ih, w_hh and the biases from what reaches the gates (rows, 4 H), x and h before."""
-    into = g[:, : layer.gates * layer.units]
+    into = g.narrow(1, 0, layer.gates * layer.units)
     dw_ih = torch.mm(into.t(), inputs)
     # A GRU's third gate gets its input's part and its state's part apart.
-    shared, apart = g[:, : 2 * layer.units], g[:, 3 * layer.units :]
+    shared, apart = g.narrow(1, 0, 2 * layer.units), g.narrow(1, 3 * layer.units, layer.units)
     if layer.mode == LSTM:
         dw_hh = torch.mm(into.t(), h)
     else:
@@ -724,7 +732,7 @@ def _weight_grads(g: Tensor, inputs: Tensor, h: Tensor, layer: _Layer, has_bias:
     if not has_bias:
         return [dw_ih, dw_hh]
     db_ih = into.sum(0)
-    db_hh = db_ih.clone() if layer.mode == LSTM else torch.cat([db_ih[: 2 * layer.units], apart.sum(0)])
+    db_hh = db_ih.clone() if layer.mode == LSTM else torch.cat([shared.sum(0), apart.sum(0)])
     return [dw_ih, dw_hh, db_ih, db_hh]
 
 
@@ -770,8 +778,7 @@ class _Layer:
             lengths = lengths.to(out.device, non_blocking=True).contiguous()
         if self.resident:
             tiles = dict(BN=self.width, BK=self.width, STAGES=1)
-            warps = min(max(self.width // 8, 2), 16 if kernel is forward_kernel else 8)
-            options = dict(num_warps=warps, num_stages=1, maxnreg=min(255, 2048 // warps))
+            options = dict(num_warps=min(max(self.width // 8, 2), 8), num_stages=1, maxnreg=255)
         else:
             tiles = dict(BN=64, BK=16 if self.float32 else 32, STAGES=4)
             options = dict(num_warps=8, num_stages=1, maxnreg=255)

@@ -339,12 +339,13 @@ def test_runs_twice_to_the_same_bits(kernels, plan):
 
 
 def test_every_kernel_is_compiled_ahead_of_time():
-    from cnnlstm_fast.kernels import aot, conv_block
+    from cnnlstm_fast.kernels import aot, conv_block, recurrent
 
     launched = {
         launch.kernel for case in aot.CASES for dtype in case.dtypes for launch in aot.launches(case, dtype)
     }
-    assert launched == {kernel for name, kernel in vars(conv_block).items() if name.endswith("_kernel")}
+    everything = [*vars(conv_block).items(), *vars(recurrent).items()]
+    assert launched == {kernel for name, kernel in everything if name.endswith("_kernel")}
 
 
 def test_ahead_of_time_compilation_needs_no_device():

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SEED, assert_close_as_torch
+from helpers import SEED, STRIDED, assert_close_as_torch, strided
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
+MODES = {"LSTM": 0, "GRU": 1}
 KERNELS = Path(__file__).parents[1] / "kernels" / "recurrent.py"
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 modes = pytest.mark.parametrize("mode", ["LSTM", "GRU"])
@@ -142,24 +143,30 @@ class Kernels:
     def __init__(self, module, device: str):
         self.module, self.device = module, device
 
+    def _inputs(self, layer: Layer, tensors: dict[str, Tensor]) -> list:
+        """What both directions of differentiation take: x, states, weights, masks; the lengths on the CPU."""
+        there = {name: t if name == "lengths" else _moved(t, self.device) for name, t in tensors.items()}
+        return [there.get(name) for name in (*INPUTS, "reset", "lengths")]
+
+    def forward(self, layer: Layer, tensors: dict[str, Tensor], keep: bool = True) -> tuple[Tensor, ...]:
+        """(out, h_n, c_n, saved)"""
+        return self.module.forward(*self._inputs(layer, tensors), MODES[layer.mode], layer.batch_first, keep)
+
     def __call__(self, layer: Layer, tensors, grads, needs=(True, True, True)) -> dict[str, Tensor]:
         """Results and gradients under the names of :func:`by_loop`."""
-        there = {name: _moved(t, self.device) for name, t in tensors.items()}
+        inputs = self._inputs(layer, tensors)
+        out, h_n, c_n, saved = self.forward(layer, tensors)
+        assert out.is_contiguous() and out.dtype == tensors["x"].dtype
         grads = [None if g is None else _moved(g, self.device) for g in grads]
-        inputs = [there.get(name) for name in INPUTS]
-        masks = there.get("reset"), tensors.get("lengths")
-        mode = {"LSTM": 0, "GRU": 1}[layer.mode]
-        out, h_n, c_n, saved = self.module.forward(*inputs, *masks, mode, layer.batch_first, True)
-        alone = self.module.forward(*inputs, *masks, mode, layer.batch_first, False)
-        assert alone[3].shape == (0,) and all(map(torch.equal, alone[:3], (out, h_n, c_n)))
-        assert out.is_contiguous() and out.dtype == there["x"].dtype
+        found = self.module.backward(
+            *grads, *inputs, out, saved, MODES[layer.mode], layer.batch_first, *needs
+        )
         named = {"out": out, "h_n": h_n} | ({"c_n": c_n} if layer.mode == "LSTM" else {})
         if layer.mode == "GRU":
             assert c_n.shape == (0,)
-        found = self.module.backward(*grads, *inputs, *masks, out, saved, mode, layer.batch_first, *needs)
         needed = dict(zip(INPUTS, [needs[0], *[needs[1]] * 2, *[needs[2]] * 10], strict=True))
         for name, g in zip(INPUTS, found, strict=True):
-            if name in there and needed[name]:
+            if name in tensors and needed[name]:
                 assert g.is_contiguous()
                 named[f"d{name}"] = g
             else:
@@ -228,7 +235,7 @@ def assert_layer(kernels, layer: Layer, dtype: torch.dtype, change=lambda name, 
     return found
 
 
-def _random_layers(count: int, most: int = 40, steps: int = 7):
+def _random_layers(count: int, most: int = 40, steps: int = 5):
     rng = random.Random(f"{SEED} recurrent {count}")
     found = []
     for _ in range(count):
@@ -236,7 +243,7 @@ def _random_layers(count: int, most: int = 40, steps: int = 7):
         found.append(
             Layer(
                 mode,
-                batch=rng.choice((1, 2, 5, 16, 17)),
+                batch=rng.choice((1, 2, 5, 16, 17, most)),
                 steps=rng.choice((1, 2, 3, steps)),
                 width=rng.choice((1, 3, 16, 19, most)),
                 hidden=rng.choice((1, 5, 16, 17, most)),
@@ -252,6 +259,273 @@ def _random_layers(count: int, most: int = 40, steps: int = 7):
 
 
 @dtypes
-@_random_layers(8)
+@_random_layers(5)
 def test_random_layers_are_as_near_to_float64_as_torch(kernels, weights, layer, dtype):
     assert_layer(kernels, layer, dtype)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+PLAIN = Layer("LSTM", batch=5, steps=3, width=6, hidden=20, directions=2, reset=True, lengths=True)
+
+
+@modes
+@pytest.mark.parametrize("how", STRIDED)
+def test_strided_and_expanded_inputs(kernels, mode, how):
+    """x, the gradient of out and the parameters in other memory than usual."""
+    layer = replace(PLAIN, mode=mode)
+
+    def change(name, t):
+        if name in ("x", "grad_out"):
+            return strided(t, how)
+        return strided(t, "sliced") if t.dim() == 2 and t.is_floating_point() else t
+
+    assert_layer(kernels, layer, torch.float32, change)
+
+
+@modes
+def test_batch_first_gives_the_same(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    found = kernels(layer, tensors, grads)
+    turned = tensors | {name: tensors[name].transpose(0, 1) for name in ("x", "reset")}
+    again = kernels(replace(layer, batch_first=True), turned, (grads[0].transpose(0, 1), *grads[1:]))
+    for name, t in found.items():
+        expected = t.transpose(0, 1) if name in ("out", "dx") else t
+        assert torch.equal(again[name], expected), name
+
+
+# ---------------------------------------------------------------- resets and lengths
+
+
+@modes
+def test_a_reset_begins_a_new_sequence(kernels, weights, mode):
+    """Forward: the steps from a reset on are those of a sequence of their own, with no initial state."""
+    layer = Layer(mode, batch=3, steps=6, width=4, hidden=17, reset=True)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    tensors["reset"].fill_(False)
+    tensors["reset"][2] = True
+    found = kernels(layer, tensors, grads)
+    rest = replace(layer, steps=4, reset=False, state="none")
+    alone = {name: t for name, t in tensors.items() if name not in ("reset", "h0", "c0")}
+    alone = kernels(rest, alone | {"x": tensors["x"][2:]}, (grads[0][2:], *grads[1:]))
+    assert torch.equal(found["out"][2:], alone["out"]) and torch.equal(found["h_n"], alone["h_n"])
+    assert torch.equal(found["dx"][2:], alone["dx"])
+
+
+@modes
+def test_nothing_passes_a_reset_or_an_end(kernels, weights, mode):
+    """NaNs before a reset, and past a sequence's end, reach nothing behind it."""
+    layer = Layer(mode, batch=2, steps=5, width=3, hidden=18, reset=True, lengths=True)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    tensors["reset"].fill_(False)
+    tensors["reset"][2] = True
+    tensors["lengths"] = torch.tensor([4, 5])
+    clean = kernels(layer, tensors, grads)
+    tensors["x"][:2] = torch.nan
+    tensors["x"][4:, 0] = torch.nan
+    grads[0][4:, 0] = torch.nan
+    found = kernels(layer, tensors, grads)
+    assert torch.equal(found["out"][2:], clean["out"][2:]) and torch.equal(found["h_n"], clean["h_n"])
+    assert torch.equal(found["dx"][2:], clean["dx"][2:])
+    assert found["out"][:2].isnan().all() and not found["dx"][4:, 0].any()
+
+
+@modes
+def test_sequences_of_no_length_keep_their_state(kernels, weights, mode):
+    layer = Layer(mode, batch=3, steps=4, width=3, hidden=5, directions=2, lengths=True, reset=True)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    tensors["lengths"] = torch.zeros(3, dtype=torch.int64)
+    tensors["reset"].fill_(True)
+    found = kernels(layer, tensors, grads)
+    assert not found["out"].any() and not found["dx"].any() and not found["dw_hh"].any()
+    assert torch.equal(found["h_n"], tensors["h0"]) and torch.equal(found["dh0"], grads[1])
+    if mode == "LSTM":
+        assert torch.equal(found["c_n"], tensors["c0"]) and torch.equal(found["dc0"], grads[2])
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+@modes
+def test_only_what_is_asked_for_is_computed(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode, steps=2)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    everything = kernels(layer, tensors, grads)
+    *results, saved = kernels.forward(layer, tensors, keep=False)
+    assert saved.shape == (0,)
+    for name, t in zip(("out", "h_n", "c_n"), results, strict=True):
+        assert torch.equal(t.cpu(), everything.get(name, t.cpu())), name
+    for needs in ((True, False, False), (False, True, False), (False, False, True)):
+        for name, t in kernels(layer, tensors, grads, needs).items():
+            assert torch.equal(t, everything[name]), name
+
+
+@modes
+@pytest.mark.parametrize("given", ["out", "h_n", "c_n"])
+def test_a_gradient_of_one_result_alone(kernels, weights, mode, given):
+    if mode == "GRU" and given == "c_n":
+        given = "out"
+    layer = replace(PLAIN, mode=mode)
+    tensors = layer.tensors(torch.float32)
+    grads = layer.grads(torch.float32)
+    names = ("out", "h_n", "c_n")
+    zeros = [
+        g if name == given or g is None else torch.zeros_like(g) for name, g in zip(names, grads, strict=True)
+    ]
+    alone = [g if name == given else None for name, g in zip(names, grads, strict=True)]
+    expected = kernels(layer, tensors, zeros)
+    for name, t in kernels(layer, tensors, alone).items():
+        assert torch.equal(t, expected[name]), name
+
+
+@modes
+def test_results_do_not_depend_on_the_rest_of_the_batch(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode, batch=18)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    together = kernels(layer, tensors, grads)
+    again = kernels(layer, tensors, grads)
+    assert all(torch.equal(again[name], t) for name, t in together.items())
+    part = slice(15, 18)
+    few = {
+        name: t[:, part] if name in ("x", "h0", "c0", "reset") else t[part] if name == "lengths" else t
+        for name, t in tensors.items()
+    }
+    alone = kernels(replace(layer, batch=3), few, [g if g is None else g[:, part] for g in grads])
+    for name in ("out", "h_n", "dh0"):
+        assert_close_as_torch(alone[name], together[name][:, part], together[name][:, part].double(), name)
+
+
+def test_small_values_keep_their_relative_accuracy(kernels, weights):
+    """tanh of what is nearly zero is what it is given, to the last bits."""
+    layer = Layer("LSTM", batch=2, steps=2, width=3, hidden=5, bias=False, state="none")
+    tensors = layer.tensors(torch.float32)
+    tensors["x"] *= 1e-6
+    found = kernels(layer, tensors, layer.grads(torch.float32))
+    true = loop(layer, {name: t.double() for name, t in tensors.items()})[0]
+    assert ((found["out"] - true).abs() / true.abs()).max() < 1e-5
+
+
+@modes
+def test_empty_batch(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode, batch=0)
+    found = kernels(layer, layer.tensors(torch.float32), layer.grads(torch.float32))
+    assert found["out"].shape == (3, 0, 40) and not found["dw_ih"].any() and not found["db_hh"].any()
+
+
+# ---------------------------------------------------------------- the op
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_tracing_shows_the_kernels(mode):
+    """Under AOTAutograd the op on CUDA tensors becomes its kernels, so that inductor can see them."""
+    from functorch.compile import aot_function
+    from torch._subclasses import FakeTensorMode
+
+    from cnnlstm_fast.ops.recurrent import backward_op, forward_op
+
+    def step(x, w_ih, w_hh, grad, reset):
+        inputs = x, None, None, w_ih, w_hh, *[None] * 8, reset, None
+        out, h_n, _, saved = forward_op(*inputs, mode, False, True)
+        return out, h_n, *backward_op(grad, None, None, *inputs, out, saved, mode, False, True, False, True)
+
+    class Captured(Exception):
+        pass
+
+    def capture(graph, inputs):
+        raise Captured([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+
+    rows = (4 - mode) * 20
+    with FakeTensorMode(), pytest.raises(Captured) as captured:
+        inputs = [torch.empty(s, device="cuda") for s in ((5, 3, 6), (rows, 6), (rows, 20), (5, 3, 20))]
+        reset = torch.empty(5, 3, dtype=torch.bool, device="cuda")
+        aot_function(step, fw_compiler=capture)(*inputs, reset)
+    targets = captured.value.args[0]
+    assert not [target for target in targets if "cnnlstm_fast" in target]
+    assert targets.count("triton_kernel_wrapper_functional") == 2
+
+
+def test_what_the_kernels_do_not_take_is_said():
+    from cnnlstm_fast import plans
+
+    x = torch.empty(3, 2, 4, device="meta")
+
+    class OnCuda:  # what the rule looks at before it looks at the tensors
+        device = torch.device("cuda")
+
+    w_ih = x.new_empty(80, 4)
+    assert "proj_size" in plans.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(80, 7)])
+    assert "units" in plans.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(4 * 1025, 1025)])
+
+
+# ---------------------------------------------------------------- on a device
+
+
+compiled = pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+@compiled
+@dtypes
+@_random_layers(40, most=150, steps=40)
+def test_large_random_layers(kernels, layer, dtype):
+    assert_layer(kernels, layer, dtype)
+
+
+@compiled
+@modes
+@pytest.mark.parametrize("hidden", [64, 128, 519, 1024])
+def test_sizes_of_the_field(kernels, mode, hidden):
+    layer = Layer(mode, batch=24, steps=30, width=64, hidden=hidden, directions=2, reset=True, lengths=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_layer(kernels, layer, dtype)
+
+
+@compiled
+@modes
+def test_without_masks_it_is_what_cudnn_gives(kernels, mode):
+    layer = Layer(mode, batch=20, steps=25, width=30, hidden=128, directions=2, state="none")
+    tensors = layer.tensors(torch.float32)
+    module = getattr(torch.nn, mode)(30, 128, bidirectional=True, device="cuda")
+    with torch.no_grad():
+        names = [name for name in WEIGHTS if "hr" not in name]
+        for parameter, name in zip(module._flat_weights, names, strict=True):
+            parameter.copy_(tensors[name])
+        theirs, _ = module(tensors["x"].cuda())
+    true = loop(layer, {name: t.double() for name, t in tensors.items()})[0]
+    assert_close_as_torch(kernels.forward(layer, tensors)[0].cpu(), theirs.cpu(), true, str(layer))
+
+
+@compiled
+@modes
+def test_compiled_and_captured_calls_give_the_same_bits(kernels, mode):
+    from cnnlstm_fast.ops.recurrent import forward_op
+
+    layer = replace(PLAIN, mode=mode, lengths=False)
+    inputs = kernels._inputs(layer, layer.tensors(torch.float32))
+
+    def call(*inputs):
+        return forward_op(*inputs, MODES[mode], False, False)[0]
+
+    eager = call(*inputs)
+    assert torch.equal(torch.compile(call, fullgraph=True)(*inputs), eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*inputs)
+    inputs[0].neg_()
+    graph.replay()
+    assert torch.equal(captured, call(*inputs)) and not torch.equal(captured, eager)
+
+
+@compiled
+def test_tf32_only_where_torch_allows_it(kernels, monkeypatch):
+    layer = Layer("LSTM", batch=20, steps=9, width=16, hidden=64)
+    tensors = layer.tensors(torch.float32)
+    true = loop(layer, {name: t.double() for name, t in tensors.items()})[0]
+
+    def error():
+        return ((kernels.forward(layer, tensors)[0].cpu() - true).norm() / true.norm()).item()
+
+    assert error() < 2**-20
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    assert 2**-17 < error() < 2**-9

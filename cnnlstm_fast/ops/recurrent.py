@@ -24,7 +24,6 @@ The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 MODES = {"LSTM": 0, "GRU": 1}
 UNIT_GROUP = 16
@@ -164,3 +163,6 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
     for i, g in zip(wanted, found, strict=True):
         grads[i] = g
     return grads
+
+
+from cnnlstm_fast.ops import recurrent_cuda  # noqa: E402, F401  (registers the kernels of the ops above)
