@@ -3,9 +3,11 @@
 from cnnlstm_fast import doctor, functional, reference
 from cnnlstm_fast.explain import explain
 from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeDistributed
-from cnnlstm_fast.nn import Sequential, TimeDistributed
+from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "CNN_LSTM_1DConv",
     "CNN_LSTM_Simple",
     "CNN_LSTM_TimeDistributed",

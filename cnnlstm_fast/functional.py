@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from cnnlstm_fast import plans, reference
+from cnnlstm_fast.functional_recurrent import gru, lstm
 from cnnlstm_fast.ops import conv_block as op
 from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, finish_layout
 
-__all__ = ["conv_block"]
+__all__ = ["conv_block", "gru", "lstm"]
 
 
 def conv_block(

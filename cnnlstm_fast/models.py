@@ -1,4 +1,4 @@
-"""The three systems, fast: the constructors of :mod:`cnnlstm_fast.reference`, other ``features``.
+"""The three systems, fast: the constructors of :mod:`cnnlstm_fast.reference`, other stages.
 
 Attribute names and ``state_dict`` keys are those of the reference twins, so weights load both ways.
 A child that was replaced by another type or carries a hook is called as it is.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cnnlstm_fast import patterns, reference
+from cnnlstm_fast import functional, patterns, reference
+from cnnlstm_fast.nn import LSTM
 
 __all__ = ["CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed"]
 
@@ -19,7 +20,22 @@ def _block(modules: list[nn.Module], conv: type[nn.Module]) -> patterns.Block | 
     return block if block is not None and type(block.conv) is conv and block.flatten is None else None
 
 
-class CNN_LSTM_Simple(reference.CNN_LSTM_Simple):
+class _Fast(nn.Module):
+    """The stages behind the features."""
+
+    lstm_type = LSTM
+
+    def forward(self, x: Tensor) -> Tensor:
+        lstm, features = self.lstm, self.features(x)
+        if type(lstm) is LSTM and not lstm.bidirectional and functional.unhooked(lstm):
+            _, (h_n, _) = lstm(features)
+            last = h_n[-1]  # no gradient map over all steps comes back
+        else:
+            last = lstm(features)[0][:, -1]
+        return self.fc(last)
+
+
+class CNN_LSTM_Simple(_Fast, reference.CNN_LSTM_Simple):
     __doc__ = reference.CNN_LSTM_Simple.__doc__
 
     def features(self, x: Tensor) -> Tensor:
@@ -30,7 +46,7 @@ class CNN_LSTM_Simple(reference.CNN_LSTM_Simple):
         return patterns.run(block, x, "locations")
 
 
-class CNN_LSTM_1DConv(reference.CNN_LSTM_1DConv):
+class CNN_LSTM_1DConv(_Fast, reference.CNN_LSTM_1DConv):
     __doc__ = reference.CNN_LSTM_1DConv.__doc__
 
     def features(self, x: Tensor) -> Tensor:
@@ -42,7 +58,7 @@ class CNN_LSTM_1DConv(reference.CNN_LSTM_1DConv):
         return patterns.run(block_1d, y.transpose(1, 2), "locations")
 
 
-class CNN_LSTM_TimeDistributed(reference.CNN_LSTM_TimeDistributed):
+class CNN_LSTM_TimeDistributed(_Fast, reference.CNN_LSTM_TimeDistributed):
     __doc__ = reference.CNN_LSTM_TimeDistributed.__doc__
 
     def features(self, x: Tensor) -> Tensor:

@@ -237,6 +237,19 @@ def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | Non
     return why_not_fused(x, params[0], None)
 
 
+def library_differentiates() -> bool:
+    """Whether PyTorch's own recurrent functions take part in what is going on.
+
+    Their oneDNN layers know no batching rule, no forward derivatives and, in what inductor makes of
+    them, no backward.
+    """
+    return torch.onnx.is_in_onnx_export() or not (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
+
+
 def choose_recurrent(plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 
@@ -263,7 +276,7 @@ def choose_recurrent(plan: str, x: Tensor, params: list[Tensor | None], *, plain
             )
         return "fused", "asked for"
     if why_not:
-        return ("library" if plain else "reference"), why_not
+        return ("library" if plain and library_differentiates() else "reference"), why_not
     if x.device.type == "cuda" and plain:
         return "library", "cuDNN's kernels serve the plain case"
     if plain:

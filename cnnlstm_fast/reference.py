@@ -22,12 +22,18 @@ mix the values up. And ``H`` and ``W`` are those after the pool: a 28x28 image p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnlstm_fast.spec import LAYOUTS, finish_layout
 
-__all__ = ["CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed", "conv_block", "to_layout"]
+__all__ = [
+    "CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed", "conv_block", "gru", "lstm",
+    "to_layout",
+]  # fmt: skip
 
 
 def to_layout(y: Tensor, layout: str) -> Tensor:
@@ -108,6 +114,154 @@ def batch_dim(layout: str) -> int:
     return 1 if layout.endswith("_time_major") else 0
 
 
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bias: bool = True,
+    proj_size: int = 0,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    plan: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A stack of LSTM layers, step by step.
+
+    The twin of :func:`cnnlstm_fast.functional.lstm`, which documents the arguments.
+    ``plan`` is accepted and ignored: there is only one way here.
+    """
+    del plan
+    options = (num_layers, bidirectional, batch_first, dropout if training else 0.0, reset, lengths)
+    hidden = params[1].shape[0] // 4
+    sizes = (proj_size or hidden, hidden)
+    out, states = _stack(_lstm_step, x, hx, sizes, params, bias, *options)
+    return out, (states[0], states[1])
+
+
+def gru(
+    x: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bias: bool = True,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    plan: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A stack of GRU layers, step by step.
+
+    The twin of :func:`cnnlstm_fast.functional.gru`, which documents the arguments.
+    ``plan`` is accepted and ignored: there is only one way here.
+    """
+    del plan
+    options = (num_layers, bidirectional, batch_first, dropout if training else 0.0, reset, lengths)
+    sizes = (params[1].shape[0] // 3,)
+    out, states = _stack(_gru_step, x, None if hx is None else (hx,), sizes, params, bias, *options)
+    return out, states[0]
+
+
+#: One step: (what the input contributes to the gates, state, recurrent parameters) -> next state,
+#: whose first tensor is the output.
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+def _lstm_step(from_x: Tensor, state, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None):
+    h, c = state
+    i, f, g, o = (from_x + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return (h if w_hr is None else F.linear(h, w_hr)), c
+
+
+def _gru_step(from_x: Tensor, state, w_hh: Tensor, b_hh: Tensor | None, w_hr: None):
+    (h,) = state
+    r_x, z_x, n_x = from_x.chunk(3, -1)
+    r_h, z_h, n_h = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    r, z = (r_x + r_h).sigmoid(), (z_x + z_h).sigmoid()
+    n = (n_x + r * n_h).tanh()  # the reset gate weighs W h + b, not h as in the paper
+    return ((1 - z) * n + z * h,)
+
+
+def _stack(
+    step, x, hx, sizes, params, bias, num_layers, bidirectional, batch_first, dropout, reset, lengths
+):  # fmt: skip
+    """Layer by layer and direction by direction; returns (out, final states)."""
+    if x.dim() == 2:  # one sequence without a batch
+        batched = None if hx is None else [s.unsqueeze(1) for s in hx]
+        reset, lengths = (None if t is None else t.unsqueeze(-1) for t in (reset, lengths))
+        out, states = _stack(
+            step, x.unsqueeze(1), batched, sizes, params, bias, num_layers, bidirectional, False, dropout,
+            reset, lengths,
+        )  # fmt: skip
+        return out.squeeze(1), [s.squeeze(1) for s in states]
+    if batch_first:
+        x, reset = x.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+    time, batch = x.shape[:2]
+    valid = None
+    if lengths is not None:
+        valid = torch.arange(time, device=x.device)[:, None] < lengths.to(x.device)  # (T, B)
+        x = x.masked_fill(~valid[..., None], 0)  # so that nothing behind the end reaches a gradient
+        reset = None if reset is None else reset & valid
+    directions = 2 if bidirectional else 1
+    if hx is None:
+        hx = [x.new_zeros(num_layers * directions, batch, size) for size in sizes]
+    per_direction = len(params) // (num_layers * directions)
+    last_states = []
+    for layer in range(num_layers):
+        outs = []
+        for reverse in range(directions):
+            at = layer * directions + reverse
+            weights = params[at * per_direction : (at + 1) * per_direction]
+            out, state = _direction(
+                step, x, [s[at] for s in hx], _named(weights, bias), reset, valid, bool(reverse)
+            )
+            outs.append(out)
+            last_states.append(state)
+        x = torch.cat(outs, -1) if bidirectional else outs[0]
+        if dropout and layer < num_layers - 1:
+            x = F.dropout(x, dropout)
+    return (
+        x.transpose(0, 1).contiguous() if batch_first else x,
+        [torch.stack(s) for s in zip(*last_states, strict=True)],
+    )
+
+
+def _named(weights: Sequence[Tensor], bias: bool) -> tuple[Tensor | None, ...]:
+    """One direction's parameters as (w_ih, w_hh, b_ih, b_hh, w_hr), None where there are none."""
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if bias else (None, None)
+    w_hr = rest[-1] if len(rest) % 2 else None
+    return w_ih, w_hh, b_ih, b_hh, w_hr
+
+
+def _direction(step: Step, x: Tensor, state, weights, reset, valid, reverse: bool):
+    """One direction of one layer: x (T, B, I), state [(B, size)] -> (out (T, B, H), final state)."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    from_x = F.linear(x, w_ih, b_ih)
+    outs: list[Tensor] = [x] * len(x)
+    for t in reversed(range(len(x))) if reverse else range(len(x)):
+        if reset is not None:
+            state = [s.masked_fill(reset[t, :, None], 0) for s in state]
+        new = step(from_x[t], state, w_hh, b_hh, w_hr)
+        if valid is None:
+            state, outs[t] = new, new[0]
+        else:
+            alive = valid[t, :, None]
+            state = [torch.where(alive, after, before) for after, before in zip(new, state, strict=True)]
+            outs[t] = torch.where(alive, new[0], 0)
+    return torch.stack(outs), state
+
+
 class CNN_LSTM_Simple(nn.Module):
     """Image -> conv block -> every location a time step -> stacked LSTM -> class scores.
 
@@ -121,12 +275,14 @@ class CNN_LSTM_Simple(nn.Module):
     ``(B, num_classes)``.
     """
 
+    lstm_type: type[nn.RNNBase] = nn.LSTM
+
     def __init__(self, input_channels: int, lstm_hidden_size: int, lstm_num_layers: int, num_classes: int):
         super().__init__()
         self.cnn = nn.Conv2d(input_channels, 64, kernel_size=3, stride=1, padding=1)
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
-        self.lstm = nn.LSTM(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.lstm = self.lstm_type(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
         self.fc = nn.Linear(lstm_hidden_size, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -153,6 +309,8 @@ class CNN_LSTM_1DConv(nn.Module):
     ``(B, num_classes)``.
     """
 
+    lstm_type: type[nn.RNNBase] = nn.LSTM
+
     def __init__(
         self,
         input_channels: int,
@@ -169,7 +327,7 @@ class CNN_LSTM_1DConv(nn.Module):
             nn.MaxPool2d(kernel_size=2, stride=2),
         )
         self.cnn_1d = nn.Conv1d(64, 64, kernel_size=3, stride=1, padding=1)
-        self.lstm = nn.LSTM(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.lstm = self.lstm_type(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
         self.fc = nn.Linear(lstm_hidden_size, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -200,6 +358,8 @@ class CNN_LSTM_TimeDistributed(nn.Module):
         ValueError: frames of another size than ``image_size``.
     """
 
+    lstm_type: type[nn.RNNBase] = nn.LSTM
+
     def __init__(
         self,
         input_channels: int,
@@ -219,7 +379,7 @@ class CNN_LSTM_TimeDistributed(nn.Module):
             nn.MaxPool2d(kernel_size=2, stride=2),
         )
         pooled = 64 * (self.image_size[0] // 2) * (self.image_size[1] // 2)
-        self.lstm = nn.LSTM(pooled, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.lstm = self.lstm_type(pooled, lstm_hidden_size, lstm_num_layers, batch_first=True)
         self.fc = nn.Linear(lstm_hidden_size, num_classes)
 
     def check_frames(self, x: Tensor) -> None:

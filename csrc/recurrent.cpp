@@ -22,8 +22,11 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Maybe = std::optional<Tensor>;
 
-// More inputs than this are projected for many steps at once.
-constexpr int64_t kMostFusedInputs = 512;
+// Measured limits. More inputs than these, or these if sequences are few, are projected for many steps at
+// once instead of with the state. The bits are the same.
+constexpr int64_t kMostFusedInputs = 1024, kFewSequences = 4, kMostFusedInputsOfFew = 128;
+// So many weights of the state are shared by cores if sequences are not too many for a core.
+constexpr int64_t kSharedWeights = int64_t{1} << 18, kMostSharingSequences = 32;
 // Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
 // or two hold.
 constexpr int64_t kChunkFloats = int64_t{1} << 20;
@@ -87,14 +90,15 @@ struct Call {
     return batch_first ? Ints{batch, steps, features} : Ints{steps, batch, features};
   }
   int64_t step_dim() const { return batch_first ? 1 : 0; }
-  bool fused_inputs() const { return inputs <= kMostFusedInputs; }
+  bool fused_inputs() const { return inputs <= (batch < kFewSequences ? kMostFusedInputsOfFew : kMostFusedInputs); }
 };
 
 void check_tensor(const Maybe& t, const Ints& size, const char* name) {
   if (!t) return;
   bool fits = t->dim() == static_cast<int64_t>(size.size());
   for (size_t i = 0; fits && i < size.size(); ++i) fits = t->size(i) == size[i];
-  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name, " does not fit the other arguments in shape or device");
+  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name,
+                  " does not fit the other arguments in shape or device");
 }
 
 Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<DirectionWeights> directions,
@@ -204,13 +208,16 @@ struct Tiles {
 // A direction as the kernels see it, and the memory that it points to.
 struct Prepared {
   RecurrentLayer layer{};
-  std::deque<AlignedFloats> buffers;
+  std::deque<AlignedFloats> cleared;
+  std::vector<Tensor> unwritten;
 
-  float* memory(int64_t floats) { return buffers.emplace_back(floats).data(); }
+  float* zeros(int64_t floats) { return cleared.emplace_back(floats).data(); }
+  float* memory(const Tensor& like, int64_t floats) {
+    return mutable_floats(unwritten.emplace_back(new_output(like, {floats}, ScalarType::Float)));
+  }
 };
 
-void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved,
-                    Prepared& p) {
+void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved, Prepared& p) {
   RecurrentLayer& l = p.layer;
   const int64_t directions = static_cast<int64_t>(call.directions.size()), step = call.step_dim();
   l.mode = static_cast<int32_t>(call.mode);
@@ -226,7 +233,7 @@ void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& 
   if (call.lengths) l.lengths = static_cast<const int64_t*>(call.lengths->data_ptr());
   l.out = mutable_floats(out) + d * call.width, l.out_step = out.stride(step), l.out_sequence = out.stride(1 - step);
   if (saved.numel()) l.saved = mutable_floats(saved) + d * (saved.numel() / directions);
-  l.zeros = p.memory(std::max({l.padded_hidden, l.padded_width, l.inputs}));
+  l.zeros = p.zeros(std::max({l.padded_hidden, l.padded_width, l.inputs}));
 }
 
 void pack_weights(const Call& call, int64_t d, Prepared& p) {
@@ -236,7 +243,7 @@ void pack_weights(const Call& call, int64_t d, Prepared& p) {
   const int64_t units = l.padded_hidden, blocks = units / k.lanes;
   auto pack = [&](const Tensor& weight, int64_t inputs, bool of_inputs) {
     const Tensor rows = as_rows(weight);
-    float* packed = p.memory(units * call.gates * inputs);
+    float* packed = p.memory(weight, units * call.gates * inputs);
     for_each_item(blocks, [&](int64_t i) {
       k.pack_gates(floats(rows), rows.stride(0), l.hidden, inputs, call.gates, gate_order(call.mode, of_inputs), packed,
                    i * k.lanes, (i + 1) * k.lanes);
@@ -247,12 +254,12 @@ void pack_weights(const Call& call, int64_t d, Prepared& p) {
   l.packed_h = pack(w.w_hh, l.width, false);
   if (l.projected) {
     const Tensor turned = as_contiguous(torch::stable::transpose(*w.w_hr, 0, 1));
-    float* packed = p.memory(ceil_div(l.width, k.panel) * k.panel * l.padded_hidden);
+    float* packed = p.memory(turned, ceil_div(l.width, k.panel) * k.panel * l.padded_hidden);
     k.pack_columns(floats(turned), l.width, 1, l.hidden, gate_order(call.mode, false), l.width, packed, 0,
                    ceil_div(l.width, k.panel));
     l.packed_r = packed;
   }
-  float* bias = p.memory(4 * units);
+  float* bias = p.zeros(4 * units);
   l.bias = bias;
   if (!w.b_ih) return;
   const Tensor b_ih = as_contiguous(*w.b_ih), b_hh = as_contiguous(*w.b_hh);
@@ -293,10 +300,12 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
   });
 }
 
-// Few sequences share all weights: each core then keeps a part of them instead of reading all.
+// Whether cores divide the units between them, each keeping its part of large weights in its cache, rather
+// than the sequences.
 bool by_units(const RecurrentLayer& l) {
   const int64_t threads = torch::stable::get_num_threads();
-  return threads > 1 && !l.projected && l.batch < threads;
+  return threads > 1 && !l.projected && 4 * l.padded_hidden * l.width >= kSharedWeights &&
+         l.batch <= kMostSharingSequences * threads;
 }
 
 // Blocks of units for a team, multiples of `least`.
@@ -315,9 +324,9 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
   const RecurrentTable& k = recurrent_kernels();
   RecurrentLayer& l = p.layer;
   const int64_t parity = l.batch * l.padded_width;
-  l.h = p.memory(2 * parity);
-  if (call.mode == kLSTM) l.c = p.memory(l.batch * l.padded_hidden);
-  if (l.projected) l.m = p.memory(l.batch * l.padded_hidden);
+  l.h = p.zeros(2 * parity);
+  if (call.mode == kLSTM) l.c = p.zeros(l.batch * l.padded_hidden);
+  if (l.projected) l.m = p.zeros(l.batch * l.padded_hidden);
   if (call.h0) {
     const float* from = floats(*call.h0) + d * l.batch * l.width;
     for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.width, l.width, l.h + b * l.padded_width);
@@ -328,8 +337,9 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
   }
   const bool fused = call.fused_inputs();
   const int64_t per_step = 4 * l.batch * l.padded_hidden;
-  const int64_t chunk = fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
-  float* projected = fused ? nullptr : p.memory(chunk * per_step);
+  const int64_t chunk =
+      fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
+  float* projected = fused ? nullptr : p.memory(h_n, chunk * per_step);
   std::vector<const float*> rows;
   for (int64_t s0 = 0; s0 < l.steps; s0 += chunk) {
     const int64_t steps = std::min(chunk, l.steps - s0);
@@ -342,8 +352,8 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
         for (int64_t b = 0; b < l.batch; ++b) rows.push_back(l.x + t * l.x_step + b * l.x_sequence);
       const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
       for_each_item(items, [&](int64_t i) {
-        const int64_t first = i * count / items;
-        k.project_inputs(l, rows.data(), count, first, (i + 1) * count / items - first, projected);
+        const int64_t first = i * count / items, some = (i + 1) * count / items - first;
+        k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(some)));
       });
     }
     if (by_units(l)) {
@@ -351,15 +361,15 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
       run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
         for (int64_t b = 0; b < l.batch; b += kMaxRows)
           k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
-                         thread_scratch(k.forward_scratch));
+                         thread_scratch(k.forward_scratch(l)));
       });
     } else {
       const Tiles tiles(l.batch);
       for_each_item(tiles.count, [&](int64_t i) {
-        float* scratch = thread_scratch(k.forward_scratch);
+        float* scratch = thread_scratch(k.forward_scratch(l));
         for (int64_t step = 0; step < steps; ++step) {
           k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
-          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i));
+          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i), scratch);
         }
       });
     }
@@ -370,24 +380,24 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
                 mutable_floats(h_n) + (d * l.batch + b) * l.width);
     if (call.mode == kLSTM)
       std::copy_n(l.c + b * l.padded_hidden, l.hidden, mutable_floats(c_n) + (d * l.batch + b) * l.hidden);
-    for (int64_t t = length; t < l.steps; ++t)
-      std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
+    for (int64_t t = length; t < l.steps; ++t) std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(
-    Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
-    Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
-    bool keep) {
-  const Call call = describe(
-      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
-      mode, batch_first);
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh,
+                                                           Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
+                                                           Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r,
+                                                           Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
+                                                           bool keep) {
+  const Call call =
+      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
+               lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Tensor out = new_output(x, call.sequence(directions * call.width), wide);
   const Tensor h_n = torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide);
-  const Tensor c_n = torch::stable::new_empty(
-      x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
+  const Tensor c_n =
+      torch::stable::new_empty(x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
   const int64_t kept = mode == kLSTM ? 5 : 4;
   const Tensor saved =
       new_output(x, keep ? Ints{directions, call.steps, call.batch, kept, call.padded_hidden()} : Ints{0}, wide);
@@ -483,10 +493,9 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   if (call.h0) b.h0 = floats(*call.h0) + d * l.batch * l.width;
   if (call.c0) b.c0 = floats(*call.c0) + d * l.batch * l.hidden;
   auto state = [&](const Maybe& from, int64_t size, int64_t row) {
-    float* to = p.memory(l.batch * row);
+    float* to = p.zeros(l.batch * row);
     if (from)
-      for (int64_t i = 0; i < l.batch; ++i)
-        std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
+      for (int64_t i = 0; i < l.batch; ++i) std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
     return to;
   };
   b.dh = state(want.grad_h_n, l.width, l.padded_width);
@@ -495,7 +504,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   auto pack_columns = [&](const Tensor& weight, int64_t blocks, int64_t block, bool of_inputs) {
     const Tensor rows = as_rows(weight);
     const int64_t n = rows.size(1), panels = ceil_div(n, k.panel);
-    float* packed = p.memory(panels * k.panel * blocks * padded(block));
+    float* packed = p.memory(weight, panels * k.panel * blocks * padded(block));
     for_each_item(panels, [&](int64_t i) {
       k.pack_columns(floats(rows), rows.stride(0), blocks, block, gate_order(call.mode, of_inputs), n, packed, i,
                      i + 1);
@@ -508,10 +517,10 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
 
   const int64_t per_step = l.batch * columns;
   const int64_t chunk = std::clamp<int64_t>(kChunkFloats / per_step, 1, l.steps), most = chunk * l.batch;
-  b.gates = p.memory(ceil_div(columns, k.panel) * k.panel * most);
+  b.gates = p.memory(want.rows, ceil_div(columns, k.panel) * k.panel * most);
   if (l.projected) {
-    b.dy = p.memory(ceil_div(l.padded_width, k.panel) * k.panel * most);
-    b.my = p.memory(hidden * most);
+    b.dy = p.memory(want.rows, ceil_div(l.padded_width, k.panel) * k.panel * most);
+    b.my = p.memory(want.rows, hidden * most);
   }
   std::optional<Products> of_x, of_h, of_m;
   AlignedFloats bias(ceil_div(columns, k.panel) * k.panel);
@@ -539,7 +548,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
         const bool first = t == (l.reversed ? length - 1 : 0);
         const bool fresh = l.reset && l.reset[t * l.reset_step + q * l.reset_sequence];
         rows.h.push_back(fresh || (first && !b.h0) ? l.zeros
-                         : first                   ? b.h0 + q * l.width
+                         : first ? b.h0 + q * l.width
                                  : l.out + (l.reversed ? t + 1 : t - 1) * l.out_step + q * l.out_sequence);
         if (columns_x)
           rows.grad_x.push_back(mutable_floats(*want.grad_x) + t * want.grad_x->stride(step) +
@@ -611,11 +620,11 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor x, Maybe h0, Maybe c0, Tensor w_ih,
                          Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r, Maybe w_hh_r, Maybe b_ih_r,
-                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved,
-                         int64_t mode, bool batch_first, bool need_x, bool need_state, bool need_weights) {
-  const Call call = describe(
-      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
-      mode, batch_first);
+                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved, int64_t mode,
+                         bool batch_first, bool need_x, bool need_state, bool need_weights) {
+  const Call call =
+      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
+               lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   check_tensor(out, call.sequence(directions * call.width), "out");
@@ -656,11 +665,10 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
     describe_layer(call, d, want.rows, wide_out, saved, p);
     run_backward(call, want, d, p, grads[d]);
   }
-  auto result = [&](const Maybe& t) {
-    return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0});
-  };
+  auto result = [&](const Maybe& t) { return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0}); };
   auto weights = [&](int64_t d) {
-    if (!need_weights || d >= directions) return std::make_tuple(result({}), result({}), result({}), result({}), result({}));
+    if (!need_weights || d >= directions)
+      return std::make_tuple(result({}), result({}), result({}), result({}), result({}));
     return std::make_tuple(result(grads[d].w_ih), result(grads[d].w_hh), result(grads[d].b_ih), result(grads[d].b_hh),
                            result(grads[d].w_hr));
   };

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import needs_extension
+from helpers import assert_close_as_torch, needs_extension
 from torch import nn
 from twins import Ops, assert_compiles, assert_like_twin, grid, on_grid
 
@@ -80,8 +80,8 @@ def test_strided_inputs(name):
 def test_other_dtypes(name, dtype):
     ours, twin, x = make(name)
     got, expected = ours.to(dtype)(x.to(dtype)), twin.to(dtype)(x.to(dtype))
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, expected)
+    true = twin.double()(x.to(dtype).double())  # of the same rounded parameters
+    assert_close_as_torch(got, expected, true)
 
 
 @systems

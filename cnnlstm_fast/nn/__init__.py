@@ -1,6 +1,7 @@
 """Drop-in modules."""
 
+from cnnlstm_fast.nn.recurrent import GRU, LSTM
 from cnnlstm_fast.nn.sequential import Sequential
 from cnnlstm_fast.nn.time_distributed import TimeDistributed
 
-__all__ = ["Sequential", "TimeDistributed"]
+__all__ = ["GRU", "LSTM", "Sequential", "TimeDistributed"]

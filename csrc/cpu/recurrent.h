@@ -74,8 +74,8 @@ struct RecurrentTable {
   void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   // Packs units [begin, end) / lanes of a weight (gates * H, K), rows `stride` apart, into
   // [unit / lanes][K][gates][lanes]; gate g comes from the weight's block order[g].
-  void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates, const int32_t* order,
-                     float* packed, int64_t begin, int64_t end);
+  void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates,
+                     const int32_t* order, float* packed, int64_t begin, int64_t end);
   // Packs panels [begin, end) of a matrix (K, N) into [N / panel][padded K][panel's vectors, as few as N needs].
   // K is `blocks` blocks of `block` rows, each padded to kUnitGroup, block b being the source's order[b].
   void (*pack_columns)(const float* matrix, int64_t stride, int64_t blocks, int64_t block, const int32_t* order,
@@ -83,13 +83,14 @@ struct RecurrentTable {
 
   // Bias and products of the inputs x[first, first + count) of `rows`, into [unit / lanes][row][4][lanes].
   void (*project_inputs)(const RecurrentLayer&, const float* const* x, int64_t rows, int64_t first, int64_t count,
-                         float* to);
+                         float* to, float* scratch);
+  int64_t (*project_scratch)(int64_t count);  // floats
   // Unit blocks [begin, end) / lanes of step `t` for sequences [b0, b0 + n), n <= kMaxRows.
   void (*forward_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n, int64_t begin, int64_t end,
                        float* scratch);
-  int64_t forward_scratch;  // floats
+  int64_t (*forward_scratch)(const RecurrentLayer&);  // floats
   // Projects the outputs of step `t` (projected layers only), after forward_step over all units.
-  void (*project_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n);
+  void (*project_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n, float* scratch);
 
   // Gradients of the pre-activations of step `t`, units [begin, end), both multiples of the panel or the end
   // (all units of a projected layer, whose `scratch` holds backward_scratch floats).

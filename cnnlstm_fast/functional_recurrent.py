@@ -1,0 +1,491 @@
+"""``lstm`` and ``gru``: validate, pick a plan, run one op per layer.
+
+Public through :mod:`cnnlstm_fast.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from cnnlstm_fast import plans, reference
+from cnnlstm_fast.ops import recurrent as op
+
+__all__ = ["gru", "lstm"]
+
+
+class WrongShape(ValueError, RuntimeError):
+    """A shape that does not fit: a ``ValueError`` here, a ``RuntimeError`` in ``nn.LSTM`` and ``nn.GRU``."""
+
+
+class WrongDtype(TypeError, ValueError):
+    """A dtype that does not fit: a ``TypeError`` here, a ``ValueError`` in ``nn.LSTM`` and ``nn.GRU``."""
+
+
+class Cell(NamedTuple):
+    """What tells an LSTM from a GRU.
+
+    Attributes:
+        name: in messages.
+        mode: in the op's schema.
+        gates: how many, so that a weight has ``gates * hidden`` rows.
+        states: how many tensors a state has.
+        library: PyTorch's own function.
+        reference: the twin in plain PyTorch.
+    """
+
+    name: str
+    mode: int
+    gates: int
+    states: int
+    library: Callable
+    reference: Callable
+
+
+LSTM = Cell("LSTM", op.MODES["LSTM"], 4, 2, _VF.lstm, reference.lstm)
+GRU = Cell("GRU", op.MODES["GRU"], 3, 1, _VF.gru, reference.gru)
+
+
+class Stack(NamedTuple):
+    """How layers are stacked: the keywords of :func:`lstm` that say nothing of one call's data."""
+
+    num_layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    bias: bool = True
+    proj_size: int = 0
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def per_direction(self) -> int:
+        """Parameters of one direction of one layer."""
+        return (4 if self.bias else 2) + (self.proj_size > 0)
+
+
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bias: bool = True,
+    proj_size: int = 0,
+    reset: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    plan: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A stack of LSTM layers over whole sequences.
+
+    ``D`` is 2 if bidirectional, else 1; ``H_out`` is ``proj_size`` or, where that is 0, ``H``.
+
+    Args:
+        x: ``(T, B, I)``, or ``(B, T, I)`` with ``batch_first``, or one sequence ``(T, I)``. Any strides.
+        hx: initial ``(h_0, c_0)`` of shapes ``(num_layers * D, B, H_out)`` and
+            ``(num_layers * D, B, H)``, without B for one sequence; zeros if None.
+        params: the parameters in ``nn.LSTM``'s order: for each layer, for each direction, ``w_ih``
+            ``(4*H, I)``, ``w_hh`` ``(4*H, H_out)``, with ``bias`` ``b_ih`` and ``b_hh`` ``(4*H,)``, with
+            ``proj_size`` ``w_hr`` ``(proj_size, H)``. Behind the first layer, I is ``D * H_out``.
+        dropout: probability of zeroing what one layer hands to the next, while ``training``.
+        reset: bool, ``(T, B)``, or ``(B, T)`` with ``batch_first``, or ``(T,)``: where True the state,
+            the initial one included, is zero before that step, and gradients stop there. The reverse
+            direction comes from ``t + 1``, so it is reset there. Behind the end of a sequence it says
+            nothing.
+        lengths: ``(B,)`` integers from 0 to T, on any device, or ints: steps from there on are not
+            part of the sequence. Results there are zero, the final states are those of the last step
+            before, and the reverse direction begins there. On another device than the CPU, and while
+            compiling, the values are not checked but taken as the nearest that are allowed.
+        plan: ``"auto"``, ``"fused"``, ``"library"`` (PyTorch's own, without ``reset`` and ``lengths``)
+            or ``"reference"`` (:mod:`cnnlstm_fast.plans`).
+
+    Returns:
+        ``(out, (h_n, c_n))``: ``out`` is ``(T, B, D * H_out)``, ``(B, T, D * H_out)`` or
+        ``(T, D * H_out)``; the final states have the shapes of the initial ones.
+
+    Raises:
+        TypeError: an argument or a dtype is of the wrong type.
+        ValueError: shapes do not fit, lengths are out of range, a name is unknown, or ``plan`` cannot
+            run this call.
+    """
+    check_pair(hx)
+    stack = Stack(num_layers, bidirectional, batch_first, dropout, training, bias, proj_size)
+    out, states = run(LSTM, x, hx, params, stack, reset, lengths, plan)
+    return out, (states[0], states[1])
+
+
+def check_pair(hx) -> None:
+    """Raise a ``TypeError`` if ``hx`` is no initial state of an LSTM."""
+    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+        raise TypeError(f"an LSTM's initial state is a pair of tensors (h_0, c_0), got {_said(hx)}")
+
+
+def gru(
+    x: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bias: bool = True,
+    reset: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    plan: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A stack of GRU layers over whole sequences.
+
+    As :func:`lstm`, but for the state, which is one tensor ``(num_layers * D, B, H)``, and the weights,
+    which have ``3 * H`` rows.
+
+    Returns:
+        ``(out, h_n)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`lstm`.
+    """
+    stack = Stack(num_layers, bidirectional, batch_first, dropout, training, bias)
+    out, states = run(GRU, x, None if hx is None else (hx,), params, stack, reset, lengths, plan)
+    return out, states[0]
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    hx: Sequence[Tensor] | None,
+    params: Sequence[Tensor],
+    stack: Stack,
+    reset: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    plan: str = "auto",
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """What :func:`lstm` and :func:`gru` do: ``(out, final states)``."""
+    if plan not in plans.RECURRENT_PLANS:
+        raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.RECURRENT_PLANS)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {_said(x)}")
+    if x.dim() not in (2, 3):
+        raise WrongShape(
+            f"{cell.name}: got an input of shape {tuple(x.shape)}, expected {_layout(stack, 'I')} or (T, I) "
+            "for one sequence: decide what a step is and flatten the rest"
+        )
+    time, batch = _sizes(x, stack)
+    if time == 0:
+        raise WrongShape(f"got an input of shape {tuple(x.shape)}, expected at least one step")
+    batched = x.dim() == 3
+    hidden = _check_params(cell, x.shape[-1], params, stack)
+    _check_states(hx, _state_sizes(cell, hidden, stack), stack, batch if batched else None)
+    if reset is not None:
+        _check_reset(reset, x, stack)
+    if lengths is not None:
+        lengths = _checked_lengths(lengths, x, time, batch if batched else None)
+    if batched:
+        return _run(cell, x, hx, params, stack, reset, lengths, plan)
+    at = 0 if stack.batch_first else 1
+    out, states = _run(
+        cell,
+        x.unsqueeze(at),
+        None if hx is None else [s.unsqueeze(1) for s in hx],
+        params,
+        stack,
+        None if reset is None else reset.unsqueeze(at),
+        None if lengths is None else lengths.unsqueeze(0),
+        plan,
+    )
+    return out.squeeze(at), [s.squeeze(1) for s in states]
+
+
+def run_packed(
+    cell: Cell, packed: PackedSequence, hx: Sequence[Tensor] | None, params: Sequence[Tensor], stack: Stack
+) -> tuple[PackedSequence, Sequence[Tensor]]:
+    """As :func:`run`, but a ``PackedSequence`` in and out; states in the order of the caller's batch."""
+    x, batch_sizes, sorted_indices, unsorted_indices = packed
+    stack = stack._replace(batch_first=False)
+    if x.dim() != 2:
+        raise WrongShape(f"got packed data of shape {tuple(x.shape)}, expected (steps of all sequences, I)")
+    hidden = _check_params(cell, x.shape[-1], params, stack)
+    _check_states(hx, _state_sizes(cell, hidden, stack), stack, int(batch_sizes[0]))
+    if hx is not None and sorted_indices is not None:
+        hx = [s.index_select(1, sorted_indices) for s in hx]
+    data, states = _run(cell, x, hx, params, stack, None, None, "auto", batch_sizes)
+    if unsorted_indices is not None:
+        states = [s.index_select(1, unsorted_indices) for s in states]
+    return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), states
+
+
+def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
+    """One checked call; with ``batch_sizes`` the input and the result are a ``PackedSequence``'s data."""
+    given = x, hx, params
+    low = _autocast_dtype(x)
+    if low is None:
+        _check_dtypes(cell, *given)
+    else:
+        x, params = x.to(low), [p.to(low) for p in params]
+        hx = None if hx is None else [s.to(low) for s in hx]
+    plain = reset is None and lengths is None
+    chosen, _ = plans.choose_recurrent(plan, x, [*params, *(hx or ())], plain=plain)
+    if chosen == "library":
+        return _library(cell, *given, stack, batch_sizes)
+    if batch_sizes is not None:
+        x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
+    if chosen == "reference":
+        out, states = _reference(cell, x, *given[1:], stack, reset, lengths)
+    else:
+        out, states = _fused(cell, x, hx, params, stack, reset, lengths)
+    if batch_sizes is not None:
+        out, _ = _VF._pack_padded_sequence(out, lengths, False)
+    if low is not None:
+        dtypes = _autocast_results(cell, low, *given[:2], stack, batch_sizes is not None)
+        out, *states = (t.to(dtype) for t, dtype in zip((out, *states), dtypes, strict=True))
+    return out, states
+
+
+def _library(cell: Cell, x: Tensor, hx, params, stack: Stack, batch_sizes: Tensor | None):
+    """PyTorch's own functions."""
+    if hx is None:
+        batch = _sizes(x, stack)[1] if batch_sizes is None else int(batch_sizes[0])
+        sizes = _state_sizes(cell, params[0].shape[0] // cell.gates, stack)
+        hx = [x.new_zeros(stack.num_layers * stack.directions, batch, size) for size in sizes]
+    state = tuple(hx) if cell is LSTM else hx[0]
+    options = (stack.bias, stack.num_layers, stack.dropout, stack.training, stack.bidirectional)
+    if batch_sizes is None:
+        out, *states = cell.library(x, state, params, *options, stack.batch_first)
+    else:
+        out, *states = cell.library(x, batch_sizes, state, params, *options)
+    return out, states
+
+
+def _reference(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
+    keywords = stack._asdict()
+    if cell is GRU:
+        del keywords["proj_size"]
+    state = hx if hx is None or cell is LSTM else hx[0]
+    out, state = cell.reference(x, state, params, **keywords, reset=reset, lengths=lengths)
+    return out, state if cell is LSTM else (state,)
+
+
+def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
+    """Layer by layer, one op each."""
+    final = []
+    directions, count = stack.directions, stack.per_direction
+    recording = torch.is_grad_enabled()
+    for layer in range(stack.num_layers):
+        at = layer * directions
+        weights = _weights(params[at * count : (at + directions) * count], stack)
+        h0, c0 = (None, None) if hx is None else (*(s[at : at + directions] for s in hx), None)[:2]
+        tensors = (x, h0, c0, *weights)
+        if recording and any(t is not None and t.requires_grad for t in tensors):
+            x, *states = op.RecurrentLayerFunction.apply(
+                *tensors, reset, lengths, cell.mode, stack.batch_first
+            )  # fmt: skip
+        else:
+            x, *states, _ = op.forward_op(*tensors, reset, lengths, cell.mode, stack.batch_first, False)
+        final.append(states[: cell.states])
+        if stack.dropout and stack.training and layer < stack.num_layers - 1:
+            x = _dropout(x, stack)
+    return x, final[0] if len(final) == 1 else [torch.cat(s) for s in zip(*final, strict=True)]
+
+
+def _dropout(x: Tensor, stack: Stack) -> Tensor:
+    """Dropout in time-major memory, as PyTorch draws it, so that a seed gives the same zeros."""
+    if stack.batch_first:
+        return F.dropout(x.transpose(0, 1).contiguous(), stack.dropout).transpose(0, 1)
+    return F.dropout(x, stack.dropout)
+
+
+def _weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:
+    """One layer's parameters in the op's order: five a direction, None where there are none."""
+    count, weights = stack.per_direction, []
+    for direction in range(2):
+        w = params[direction * count : (direction + 1) * count]
+        if not w:
+            return [*weights, None, None, None, None, None]
+        biases = w[2:4] if stack.bias else (None, None)
+        weights += [*w[:2], *biases, w[-1] if stack.proj_size else None]
+    return weights
+
+
+def _state_sizes(cell: Cell, hidden: int, stack: Stack) -> tuple[int, ...]:
+    """Width of each tensor of a state."""
+    return (stack.proj_size or hidden, hidden)[: cell.states]
+
+
+def _sizes(x: Tensor, stack: Stack) -> tuple[int, int]:
+    """(time, batch) of an input, batched or not."""
+    if x.dim() == 2:
+        return x.shape[0], 1
+    return (x.shape[1], x.shape[0]) if stack.batch_first else (x.shape[0], x.shape[1])
+
+
+def _layout(stack: Stack, last: str | None = None) -> str:
+    axes = ["B", "T"] if stack.batch_first else ["T", "B"]
+    return f"({', '.join([*axes, last] if last else axes)})"
+
+
+def _said(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: Stack) -> int:
+    """Check the parameters against each other and the input; returns the hidden size."""
+    layers, directions, count = stack.num_layers, stack.directions, stack.per_direction
+    if not 0 <= stack.dropout <= 1:
+        raise ValueError(f"got dropout={stack.dropout!r}, expected a probability from 0 to 1")
+    if len(params) != layers * directions * count:
+        names = "w_ih, w_hh" + ", b_ih, b_hh" * stack.bias + ", w_hr" * (stack.proj_size > 0)
+        raise WrongShape(
+            f"got {len(params)} parameters, expected {layers * directions * count}: {names} for each of "
+            f"{layers} layers and {directions} directions"
+        )
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameters must be tensors, got {_said(p)}")
+    rows = params[0].shape[0] if params[0].dim() else 0
+    hidden = rows // cell.gates
+    if hidden == 0 or rows % cell.gates:
+        raise WrongShape(
+            f"got w_ih of shape {tuple(params[0].shape)}, expected {cell.gates} * hidden rows for a "
+            f"{cell.name}"
+        )
+    out = stack.proj_size or hidden
+    if params[0].dim() == 2 and params[0].shape[1] != input_size:
+        raise WrongShape(
+            f"the {cell.name} expects {params[0].shape[1]} features but the input has {input_size} in its "
+            f"last dimension: build it with input_size={input_size}, or move the features there"
+        )
+    for at in range(layers * directions):
+        wide = input_size if at < directions else directions * out
+        expected = [(rows, wide), (rows, out)]
+        if stack.bias:
+            expected += [(rows,), (rows,)]
+        if stack.proj_size:
+            expected.append((out, hidden))
+        for p, shape in zip(params[at * count : (at + 1) * count], expected, strict=True):
+            if p.shape != shape:
+                raise WrongShape(
+                    f"got a parameter of shape {tuple(p.shape)} in layer {at // directions}, expected "
+                    f"{shape} for a {cell.name} of {hidden} hidden units"
+                )
+    return hidden
+
+
+def _check_states(hx, sizes: tuple[int, ...], stack: Stack, batch) -> None:
+    if hx is None:
+        return
+    rows = stack.num_layers * stack.directions
+    for name, s, size in zip(("h_0", "c_0"), hx, sizes, strict=False):
+        if not isinstance(s, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {_said(s)}")
+        shape = (rows, size) if batch is None else (rows, batch, size)
+        if s.shape != shape:
+            raise WrongShape(
+                f"got an initial state {name} of shape {tuple(s.shape)}, expected {shape} = (layers * "
+                f"directions, {'' if batch is None else 'batch, '}units): states are never batch-first"
+            )
+
+
+def _check_reset(reset: Tensor, x: Tensor, stack: Stack) -> None:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a bool tensor, got {_said(reset)}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset must be bool, got {str(reset.dtype)[6:]}: pass reset.bool()")
+    if reset.shape != x.shape[:-1]:
+        names = "(T,)" if x.dim() == 2 else _layout(stack)
+        hint = ""
+        if reset.shape == x.shape[-2::-1]:
+            hint = ": pass reset.T, since reset lies as the input does"
+        raise WrongShape(
+            f"got reset of shape {tuple(reset.shape)}, expected {tuple(x.shape[:-1])} = {names}{hint}"
+        )
+    if reset.device != x.device:
+        raise ValueError(
+            f"reset is on {reset.device} and the input on {x.device}: pass reset.to({str(x.device)!r})"
+        )
+
+
+def _checked_lengths(lengths, x: Tensor, time: int, batch) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"lengths must be a tensor of integers, got {_said(lengths)}") from None
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {str(lengths.dtype)[6:]}: pass lengths.long()")
+    shape = () if batch is None else (batch,)
+    if lengths.shape != shape:
+        raise WrongShape(
+            f"got lengths of shape {tuple(lengths.shape)}, expected {shape}: one length for each sequence"
+        )
+    if _values_are_readable(lengths) and lengths.numel():
+        values = lengths.tolist() if lengths.dim() else [lengths.item()]
+        if min(values) < 0 or max(values) > time:
+            raise ValueError(
+                f"got lengths from {min(values)} to {max(values)}, expected 0 to {time}, the steps of "
+                f"the input: pass lengths.clamp(0, {time}) or a longer input"
+            )
+        return lengths.to(device=x.device, dtype=torch.int64)
+    return lengths.to(device=x.device, dtype=torch.int64).clamp(0, time)
+
+
+def _values_are_readable(t: Tensor) -> bool:
+    """Whether looking at a tensor's values costs no synchronisation and works at all."""
+    return (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(t) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _check_dtypes(cell: Cell, x: Tensor, hx, params) -> None:
+    for name, tensors in (("the parameters are", params), ("the initial state is", hx or ())):
+        for t in tensors:
+            if t.dtype != x.dtype:
+                raise WrongDtype(
+                    f"the {cell.name}'s input is {str(x.dtype)[6:]} but {name} {str(t.dtype)[6:]}: convert "
+                    "with .to(dtype)"
+                )
+
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """To which dtype autocast casts a layer with this input, or None."""
+    kind = x.device.type
+    if kind not in AUTOCAST_DEVICES or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _autocast_results(cell: Cell, low: torch.dtype, x: Tensor, hx, stack: Stack, packed: bool):
+    """The dtypes of (out, *states) that PyTorch gives under autocast.
+
+    On the CPU only a whole LSTM layer in oneDNN is cast; elsewhere the matrix products are, whose
+    results meet a state in the dtype that it was given in.
+    """
+    if x.device.type != "cpu" or (cell is LSTM and not packed and not stack.proj_size):
+        return (low,) * (1 + cell.states)
+    wide = [torch.promote_types(t.dtype, low) for t in (hx or (x,) * cell.states)]
+    if stack.proj_size:
+        return low, low, wide[-1]
+    return wide[0], *wide

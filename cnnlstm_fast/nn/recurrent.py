@@ -1,0 +1,136 @@
+"""Drop-ins for ``nn.LSTM`` and ``nn.GRU``, with resets and lengths.
+
+They are ``nn.RNNBase`` and not ``nn.LSTM``: dynamo breaks the graph at every instance of the latter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from cnnlstm_fast import functional_recurrent as functional
+
+# ``reset`` and ``lengths`` are meant as keywords; they are no keyword-only arguments because PyTorch's
+# TorchScript-based ONNX exporter passes every default by position.
+
+__all__ = ["GRU", "LSTM"]
+
+
+class _Recurrent(nn.RNNBase):
+    """What LSTM and GRU share: everything but the form of a state."""
+
+    #: The module that this one stands in for.
+    twin: ClassVar[type[nn.RNNBase]]
+    _cell: ClassVar[functional.Cell]
+
+    @classmethod
+    def like(cls, module: nn.RNNBase):
+        """A fast layer that shares the parameters, the mode and the options of a plain ``module``.
+
+        Raises:
+            TypeError: ``module`` is not exactly the type that this class stands in for.
+        """
+        if type(module) is not cls.twin:
+            raise TypeError(f"got a {type(module).__name__}, expected an nn.{cls.twin.__name__}")
+        return _retyped(module, cls)
+
+    def _parameters_in_order(self) -> list[Tensor]:
+        """The attributes, not ``_flat_weights``: whoever computes or exchanges a weight sets these."""
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _run(self, input, hx: Sequence[Tensor] | None, reset: Tensor | None, lengths):
+        stack = functional.Stack(
+            self.num_layers, self.bidirectional, self.batch_first, self.dropout, self.training, self.bias,
+            self.proj_size,
+        )  # fmt: skip
+        params = self._parameters_in_order()
+        if not isinstance(input, PackedSequence):
+            return functional.run(self._cell, input, hx, params, stack, reset, lengths)
+        if reset is not None or lengths is not None:
+            raise ValueError(
+                "got a PackedSequence and reset or lengths: unpack it with torch.nn.utils.rnn."
+                "pad_packed_sequence, and pass the padded tensor with its lengths"
+            )
+        return functional.run_packed(self._cell, input, hx, params, stack)
+
+    def __prepare_scriptable__(self) -> nn.RNNBase:
+        """TorchScript knows the plain module."""
+        return _retyped(self, self.twin)
+
+
+def _retyped(module: nn.RNNBase, cls: type[nn.RNNBase]) -> nn.RNNBase:
+    """``module`` as another class: parameters, hooks and all else shared, registries its own."""
+    other = cls.__new__(cls)
+    for name, value in module.__dict__.items():
+        other.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    return other
+
+
+class LSTM(_Recurrent):
+    """An ``nn.LSTM`` with the same parameters, keys and results, but fused; and with resets and lengths.
+
+    The constructor, the attributes, ``input`` (padded, packed or one sequence), ``hx`` and the results
+    are those of :class:`torch.nn.LSTM`.
+
+    Shapes: as :func:`cnnlstm_fast.functional.lstm`, which documents ``reset`` and ``lengths`` too.
+
+    Raises:
+        ValueError, TypeError: as :func:`cnnlstm_fast.functional.lstm`. Where ``nn.LSTM`` raises a
+            ``RuntimeError`` for a shape, the ``ValueError`` is one as well.
+    """
+
+    twin = nn.LSTM
+    _cell = functional.LSTM
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def __init__(self, *args, **kwargs):
+        super().__init__("LSTM", *args, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        functional.check_pair(hx)
+        out, (h_n, c_n) = self._run(input, hx, reset, lengths)
+        return out, (h_n, c_n)
+
+
+class GRU(_Recurrent):
+    """An ``nn.GRU`` with the same parameters, keys and results, but fused; and with resets and lengths.
+
+    The constructor, the attributes, ``input`` (padded, packed or one sequence), ``hx`` and the results
+    are those of :class:`torch.nn.GRU`.
+
+    Shapes: as :func:`cnnlstm_fast.functional.gru`, which documents ``reset`` and ``lengths`` too.
+
+    Raises:
+        ValueError, TypeError: as :func:`cnnlstm_fast.functional.gru`. Where ``nn.GRU`` raises a
+            ``RuntimeError`` for a shape, the ``ValueError`` is one as well.
+    """
+
+    twin = nn.GRU
+    _cell = functional.GRU
+
+    def __init__(self, *args, **kwargs):
+        if "proj_size" in kwargs:
+            raise ValueError("got proj_size for a GRU: only an LSTM has projections")
+        super().__init__("GRU", *args, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        out, (h_n,) = self._run(input, None if hx is None else (hx,), reset, lengths)
+        return out, h_n
