@@ -332,7 +332,7 @@ def plan_of(call: partial, x: Tensor, weights: dict[str, Tensor]) -> tuple[str, 
     given = call.keywords
     weight = weights["weight"]
     spec, reason = functional.make_spec(
-        weight.dim(), weight.shape[0], given["stride"], given["padding"], 1, given["groups"],
+        weight.shape, False, given["stride"], given["padding"], 1, given["groups"],
         given["norm"], given["activation"], given["pool"], given["layout"],
     )  # fmt: skip
     if spec is None:

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from cnnlstm_fast import plans, reference
 from cnnlstm_fast.functional_recurrent import gru, lstm
 from cnnlstm_fast.ops import conv_block as op
+from cnnlstm_fast.ops import conv_norm
 from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, finish_layout
 
 __all__ = ["conv_block", "gru", "lstm"]
@@ -72,12 +73,12 @@ def conv_block(
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         raise _different_dtypes(x, weight, bias)
     spec, reason = make_spec(
-        rank, weight.shape[0], stride, padding, dilation, groups, norm, activation, pool, layout
+        weight.shape, x.dim() < rank, stride, padding, dilation, groups, norm, activation, pool, layout
     )
     forward_plan = "reference"
     if spec is not None:
         x4, weight4 = _as_2d(x, weight, rank)
-        forward_plan, backward_plan, reason = plans.choose(plan, spec, x4, weight4, bias)
+        forward_plan, backward_plan, reason = plans.choose(plan, spec, x4, weight4, bias, norm)
     elif plan not in ("auto", "reference"):
         raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
     watched = plans.observer
@@ -86,19 +87,50 @@ def conv_block(
     if forward_plan == "reference":
         out = _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
     else:
-        args = (spec.conv_args, ACTIVATIONS[spec.activation], spec.pool_args, spec.order)
-        plan_id = op.PLANS[forward_plan]
-        if torch.is_grad_enabled() and (
-            x4.requires_grad or weight4.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            raw = op.ConvBlockFunction.apply(x4, weight4, bias, *args, plan_id, op.PLANS[backward_plan])
-        else:
-            raw, _ = op.forward_op(x4, weight4, bias, *args, plan_id, False)
+        run = _fused if norm is None else _fused_with_norm
+        raw = run(spec, x4, weight4, bias, norm, op.PLANS[forward_plan], op.PLANS[backward_plan])
         out = finish_layout(raw, layout, rank)
         out = out.squeeze(reference.batch_dim(layout)) if x.dim() == rank - 1 else out
     if watched is not None:
         watched.block_ends(out)
     return out
+
+
+def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
+    """The op's raw result (memory order) of a block without a norm; ``norm`` is None."""
+    args = (spec.conv_args, ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return op.ConvBlockFunction.apply(x, weight, bias, *args, plan, backward_plan)
+    return op.forward_op(x, weight, bias, *args, plan, False)[0]
+
+
+def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
+    """The same of a block with a norm, whose running statistics are updated where it is training."""
+    gamma, beta = norm.weight, norm.bias
+    trained = torch.is_grad_enabled() and plans.needs_gradient(weight, bias, gamma, beta)
+    of_batch = plans.of_batch(norm)
+    if not of_batch and not (trained and plans.needs_gradient(gamma)):
+        return _fused(spec, x, *conv_norm.fold(weight, bias, norm, trained), None, plan, backward_plan)
+    if of_batch and plan == op.PLANS["direct"] and plans.why_not_by_patches(spec, x, weight) is None:
+        weight, shift, mean, var = conv_norm.fold_batch(
+            x, weight, bias, gamma, beta, norm.eps, spec.conv_args
+        )
+        raw = _fused(spec, x, weight, shift, None, plan, backward_plan)
+    else:
+        statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        args = (x, weight, bias, gamma, beta, *statistics, norm.eps, spec.conv_args,
+                ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)  # fmt: skip
+        if trained or (torch.is_grad_enabled() and x.requires_grad):
+            raw, stats = conv_norm.ConvNormFunction.apply(*args)
+        else:
+            raw, _, _, stats = conv_norm.forward_op(*args, False)
+        mean, var = stats[0], stats[1]
+    if of_batch:
+        height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
+        conv_norm.update_running(norm, bias, mean, var, x.shape[0] * height * width)
+    return raw
 
 
 def _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout):
@@ -190,10 +222,53 @@ def _check_pool(pool, rank: int) -> None:
         raise ValueError(f"got a {name} with return_indices=True, expected one that returns the map alone")
 
 
+#: The fused activations as modules: the name, and which attributes are its numbers.
+_ACTIVATION_MODULES: dict[type, tuple[str | None, tuple[str, ...]]] = {
+    nn.Identity: (None, ()),
+    nn.ReLU: ("relu", ()),
+    nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
+    nn.ReLU6: ("hardtanh", ("min_val", "max_val")),
+    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
+    nn.ELU: ("elu", ("alpha",)),
+    nn.Tanh: ("tanh", ()),
+    nn.Sigmoid: ("sigmoid", ()),
+    nn.SiLU: ("silu", ()),
+    nn.GELU: ("gelu", ()),
+}
+#: The fused names of ``torch.nn.functional``, with the numbers that they have by default.
+_ACTIVATION_NAMES: dict[str | None, tuple[str | None, tuple[float, ...]]] = {
+    None: (None, ()), "relu": ("relu", ()), "hardtanh": ("hardtanh", (-1.0, 1.0)),
+    "relu6": ("hardtanh", (0.0, 6.0)), "leaky_relu": ("leaky_relu", (0.01,)), "elu": ("elu", (1.0,)),
+    "tanh": ("tanh", ()), "sigmoid": ("sigmoid", ()), "silu": ("silu", ()), "gelu": ("gelu", ()),
+}  # fmt: skip
+
+
+def _fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
+    """Name and numbers of an activation as a spec has them, or why it is not fused."""
+    if not isinstance(activation, nn.Module):
+        found = _ACTIVATION_NAMES.get(activation)
+        return f"the activation {activation!r} has no fused kernel" if found is None else found
+    found = _ACTIVATION_MODULES.get(type(activation))
+    if found is None:
+        return f"{type(activation).__name__} is not fused"
+    if not unhooked(activation):
+        return "the activation has hooks or a forward of its own"
+    name, attributes = found
+    if name == "gelu" and activation.approximate == "tanh":
+        return "gelu_tanh", ()
+    numbers = tuple([getattr(activation, attribute) for attribute in attributes])
+    if not all(type(number) in (int, float) for number in numbers):
+        return f"{type(activation).__name__} has numbers of another type"
+    if name == "hardtanh" and not numbers[0] <= numbers[1]:
+        return "Hardtanh's least value is larger than its most"
+    return name, numbers
+
+
 def make_spec(
-    rank, weight_channels, stride, padding, dilation, groups, norm, activation, pool, layout
+    weight_shape, unbatched, stride, padding, dilation, groups, norm, activation, pool, layout
 ) -> tuple[BlockSpec | None, str | None]:
     """The block's spec, or (None, why the fused plans have no words for it)."""
+    rank, weight_channels = len(weight_shape), weight_shape[0]
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"got padding={padding!r}, expected an int, ints, 'same' or 'valid'")
@@ -217,15 +292,15 @@ def make_spec(
             f"{', '.join(sorted(reference.ACTIVATION_NAMES))}"
         )
     if norm is not None:
-        return None, f"{type(norm).__name__} is not fused"
-    if isinstance(activation, nn.Module):
-        if type(activation) is not nn.ReLU:
-            return None, f"{type(activation).__name__} is not fused"
-        if not unhooked(activation):
-            return None, "the activation has hooks or a forward of its own"
-        activation = "relu"
-    if isinstance(padding, str):
-        return None, f"padding={padding!r} is not fused"
+        if type(norm) is not (nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d):
+            return None, f"{type(norm).__name__} is not fused"
+        if not unhooked(norm):
+            return None, "the norm has hooks or a forward of its own"
+        if unbatched:  # PyTorch refuses a map, and takes a signal for a batch of samples
+            return None, "a batch norm takes a batch"
+    fused_activation = _fused_activation(activation)
+    if isinstance(fused_activation, str):
+        return None, fused_activation
     if pool is not None:
         if type(pool) is not (nn.MaxPool2d if rank == 4 else nn.MaxPool1d):
             return None, f"{type(pool).__name__} is not fused"
@@ -237,8 +312,9 @@ def make_spec(
         )  # fmt: skip
     build = _spec.__wrapped__ if torch.compiler.is_compiling() else _spec  # dynamo warns of caches
     return build(
-        rank, _hashable(stride), _hashable(padding), _hashable(dilation), groups, activation, pool, layout
-    ), None
+        rank, tuple(weight_shape[2:]), _hashable(stride), _hashable(padding), _hashable(dilation), groups,
+        *fused_activation, pool, layout,
+    ), None  # fmt: skip
 
 
 def global_hooks() -> bool:
@@ -270,13 +346,25 @@ def _whole(value, name: str) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _spec(rank, stride, padding, dilation, groups, activation, pool, layout) -> BlockSpec:
+def _spec(
+    rank, kernel, stride, padding, dilation, groups, activation, activation_args, pool, layout
+) -> BlockSpec:
+    dilation, after = _pair(dilation, rank, "dilation", 1, 1), (0, 0)
+    if padding == "same":
+        kernel = kernel if rank == 4 else (1, *kernel)
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = tuple([t // 2 for t in total])
+        after = tuple([t % 2 for t in total])
+    elif padding == "valid":
+        padding = (0, 0)
+    else:
+        padding = _pair(padding, rank, "padding", 0, 0)
     max_pool = None
     if pool is not None:
-        kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = pool
+        pool_kernel, pool_stride, pool_padding, pool_dilation, ceil_mode = pool
         max_pool = Pool(
-            _pair(kernel, rank, "kernel_size", 1, 1),
-            _pair(kernel if pool_stride is None else pool_stride, rank, "stride", 1, 1),
+            _pair(pool_kernel, rank, "kernel_size", 1, 1),
+            _pair(pool_kernel if pool_stride is None else pool_stride, rank, "stride", 1, 1),
             _pair(pool_padding, rank, "padding", 0, 0),
             _pair(pool_dilation, rank, "dilation", 1, 1),
             ceil_mode,
@@ -288,10 +376,12 @@ def _spec(rank, stride, padding, dilation, groups, activation, pool, layout) -> 
                 )
     return BlockSpec(
         _pair(stride, rank, "stride", 1, 1),
-        _pair(padding, rank, "padding", 0, 0),
-        _pair(dilation, rank, "dilation", 1, 1),
+        padding,
+        dilation,
         groups,
         activation,
         max_pool,
         layout,
+        activation_args,
+        after,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast import _ext
-from cnnlstm_fast.spec import ACTIVATIONS, BYTE_WINDOW, BlockSpec
+from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
 
 PLANS = ("auto", "direct", "chunked", "reference")
 
@@ -25,7 +25,56 @@ observer = None
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def of_batch(norm) -> bool:
+    """Whether a batch norm normalises by the batch's own statistics."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
+    """Why a block with this batch norm is not fused, as a sentence; None if it is."""
+    if x.device.type != "cpu":
+        return "a batch norm is fused on the CPU only"
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if (norm.running_mean is None) != (norm.running_var is None):
+        return "the norm has one running statistic without the other"
+    for t in tensors:
+        if t is not None and (t.device != x.device or t.dtype not in (x.dtype, torch.float32)):
+            return "the norm's parameters are on another device or of another dtype"
+        if t is not None and not _is_plain(t):
+            return "a parameter of the norm is a Tensor subclass"
+    if norm.running_mean is not None and norm.running_mean.requires_grad:
+        return "the norm's running statistics want gradients"
+    if of_batch(norm):
+        height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
+        if x.shape[0] * height * width < 2:
+            return "one value per channel has no variance"
+        if norm.momentum is None and torch.compiler.is_compiling():
+            return "a cumulative average reads its count"
+    return None
+
+
+#: Taps up to which batch statistics come from their products.
+_MOST_TAPS_BY_PATCHES = 64
+
+
+def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
+    """Why batch statistics come from the convolution's map and not from its patches."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "the input wants a gradient"
+    if spec.groups > 1:
+        return "the convolution is grouped"
+    if x.dtype != torch.float32:
+        return "gradients of a folded norm would be rounded on their way"
+    if weight.shape[1] * weight.shape[2] * weight.shape[3] > _MOST_TAPS_BY_PATCHES:
+        return "the kernel has many taps"
+    return None
+
+
+def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm=None) -> str | None:
     """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
 
     ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
@@ -42,6 +91,8 @@ def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
             return "Triton is not installed"
     else:
         return f"there are no kernels for the device {x.device.type!r}"
+    if x.device.type == "cuda" and (spec.activation not in (None, "relu") or any(spec.padding_after)):
+        return "the CUDA kernels compute ReLU and even padding only"
     if weight.device != x.device:
         return f"the input is on {x.device} and the weight on {weight.device}"
     if torch._C._are_functorch_transforms_active():
@@ -56,7 +107,7 @@ def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return "the input is not a plain strided tensor"
     if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return "ONNX export and torch.jit.trace need standard operators"
-    return None
+    return None if norm is None else why_not_normed(spec, x, weight, norm)
 
 
 _triton: bool | None = None
@@ -105,7 +156,13 @@ def check_sizes(spec: BlockSpec, size: tuple[int, int], kernel: tuple[int, int])
 
 
 def _by_sizes(
-    spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.dtype, training: bool, needs_x: bool
+    spec: BlockSpec,
+    shape: tuple,
+    weight_shape: tuple,
+    dtype: torch.dtype,
+    training: bool,
+    needs_x: bool,
+    norm: str | None,
 ) -> tuple[str | None, str, str, str]:
     """What follows from sizes alone: (why nothing is fused or None, forward plan, backward plan, reason).
 
@@ -117,8 +174,6 @@ def _by_sizes(
     check_sizes(spec, shape[2:], weight_shape[2:])
     if shape[1] == 0:
         return "there are no channels", *reference, ""
-    if spec.activation not in ACTIVATIONS:
-        return f"the activation {spec.activation!r} has no fused kernel", *reference, ""
     if spec.window > BYTE_WINDOW:
         return f"the pool's window of {spec.window} elements is larger than {BYTE_WINDOW}", *reference, ""
     if spec.pool and not spec.windows_meet(shape[2:], weight_shape[2:]):
@@ -128,6 +183,12 @@ def _by_sizes(
     channels, weights, window = shape[1], taps * weight_shape[0], spec.window
     conv = spec.conv_size(shape[2:], weight_shape[2:])
     outputs = shape[0] * weight_shape[0] * conv[0] * conv[1]
+    if norm == "batch":
+        if shape[0] == 0:
+            return "an empty batch has no statistics", *reference, ""
+        if not needs_x and spec.groups == 1 and taps <= _MOST_TAPS_BY_PATCHES and dtype == torch.float32:
+            return None, "direct", "direct", "statistics from the patches: the map never exists"
+        return None, "chunked", "chunked", "statistics while a chunk of the map is in cache"
     if spec.groups > 1:
         return None, *reference, "grouped convolutions: the library is as fast"
     if dtype == torch.bfloat16 and taps > 64:
@@ -161,7 +222,7 @@ _by_sizes_cached = lru_cache(maxsize=4096)(_by_sizes)
 
 def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     """Why ``direct`` cannot run a call that the fused plans can, as a sentence; None if it can."""
-    height, width = (s + 2 * p for s, p in zip(x.shape[2:], spec.padding, strict=True))
+    height, width = (s + 2 * p + 1 for s, p in zip(x.shape[2:], spec.padding, strict=True))
     out = spec.conv_size(x.shape[2:], weight.shape[2:])
     taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
     if max(height * width * x.shape[1], out[0] * out[1] * max(taps, 64)) > _DIRECT_ELEMENTS:
@@ -170,7 +231,7 @@ def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
 
 
 def choose(
-    plan: str, spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None
+    plan: str, spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm=None
 ) -> tuple[str, str, str]:
     """The plan for a call: (forward plan, backward plan, the reason in words).
 
@@ -181,14 +242,20 @@ def choose(
     if plan == "reference":
         check_sizes(spec, x.shape[2:], weight.shape[2:])
         return "reference", "reference", "asked for"
-    why_not = why_not_fused(x, weight, bias)
+    why_not = why_not_fused(spec, x, weight, bias, norm)
     if why_not is None:
         needs_x = x.requires_grad
         training = torch.is_grad_enabled() and (
-            needs_x or weight.requires_grad or (bias is not None and bias.requires_grad)
+            needs_x
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (norm is not None and needs_gradient(norm.weight, norm.bias))
         )
+        mode = None if norm is None else "batch" if of_batch(norm) else "given"
         by_sizes = _by_sizes if torch.compiler.is_compiling() else _by_sizes_cached
-        why_not, forward, backward, reason = by_sizes(spec, x.shape, weight.shape, x.dtype, training, needs_x)
+        why_not, forward, backward, reason = by_sizes(
+            spec, x.shape, weight.shape, x.dtype, training, needs_x, mode
+        )
     if why_not is None and x.device.type == "cpu" and "direct" == (forward if plan == "auto" else plan):
         why_not = why_not_direct(spec, x, weight)
     if plan != "auto":

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnnlstm_fast.spec import LAYOUTS, finish_layout
+from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, finish_layout
 
 __all__ = [
     "CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed", "conv_block", "gru", "lstm",
@@ -107,6 +107,35 @@ def conv_block(
     if x.dim() == weight.dim():
         return to_layout(y, layout)
     return to_layout(y.unsqueeze(0), layout).squeeze(batch_dim(layout))
+
+
+_BY_NUMBER = {
+    ACTIVATIONS[name]: fn
+    for name, fn in {
+        None: lambda y: y, "relu": F.relu, "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
+        "tanh": F.tanh, "sigmoid": F.sigmoid, "silu": F.silu, "gelu": F.gelu,
+        "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    }.items()
+}  # fmt: skip
+
+
+def conv_block_by_args(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv, activation, act, pool, order, *, norm=None
+) -> Tensor:
+    """The op ``cnnlstm_fast::conv_block`` in plain PyTorch; its file explains the arguments.
+
+    ``norm`` is a batch norm's mean, variance (None: the batch's own), weight, bias and epsilon.
+    """
+    if conv[7:]:
+        x = F.pad(x, (0, conv[8], 0, conv[7]))
+    y = F.conv2d(x, weight, bias, conv[0:2], conv[2:4], conv[4:6], conv[6])
+    if norm is not None:
+        mean, var, gamma, beta, eps = norm
+        y = F.batch_norm(y, mean, var, gamma, beta, mean is None, 0.0, eps)
+    y = _BY_NUMBER[activation](y, *act)
+    if pool:
+        y = F.max_pool2d(y, pool[0:2], pool[2:4], pool[4:6], pool[6:8], bool(pool[8]))
+    return y.permute(order).contiguous()
 
 
 def batch_dim(layout: str) -> int:

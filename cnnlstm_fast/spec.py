@@ -1,4 +1,4 @@
-"""What a block is: ``layout(pool(act(conv(x))))``, its parameters, and all of its shape arithmetic.
+"""What a block is: ``layout(pool(act(norm(conv(x)))))``, its parameters, and all of its shape arithmetic.
 
 Nothing here touches a tensor; every other file asks this one how large things are.
 """
@@ -21,8 +21,13 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "rows_time_major": ("HNCW", (1, 1, 2)),
 }
 
-#: Activations that the fused plans compute, by the number the ops know them by.
-ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1}
+#: Activations that the fused plans compute, by the number the ops know them by. Those up to the first
+#: of ``CURVED`` have slope 0 or 1 only, so that winner codes say all that backward needs.
+ACTIVATIONS: dict[str | None, int] = {
+    None: 0, "relu": 1, "hardtanh": 2, "leaky_relu": 3, "elu": 4, "tanh": 5, "sigmoid": 6, "silu": 7,
+    "gelu": 8, "gelu_tanh": 9,
+}  # fmt: skip
+CURVED = ACTIVATIONS["leaky_relu"]
 
 #: Winner codes: windows of up to this many elements take half a byte, larger ones one byte.
 NIBBLE_WINDOW = 14
@@ -60,14 +65,20 @@ class BlockSpec:
     activation: str | None = "relu"
     pool: Pool | None = None
     layout: str = "channels_first"
+    #: Hardtanh: least and most; LeakyReLU: slope; ELU: alpha
+    activation_args: tuple[float, ...] = ()
+    #: zeros after the last row and column beside ``padding``: ``padding="same"`` with an even kernel
+    padding_after: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
         p = self.pool
+        after = self.padding_after if any(self.padding_after) else ()
         pool = [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)] if p else []
         # What the op takes, made once: a list a call would be a microsecond each.
         for name, value in (
             ("order", ["NCHW".index(axis) for axis in LAYOUTS[self.layout][0]]),
-            ("conv_args", [*self.stride, *self.padding, *self.dilation, self.groups]),
+            ("conv_args", [*self.stride, *self.padding, *self.dilation, self.groups, *after]),
+            ("act_args", list(self.activation_args)),
             ("pool_args", pool),
         ):
             object.__setattr__(self, name, value)
@@ -78,7 +89,7 @@ class BlockSpec:
 
     def conv_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of the convolution's map for an input of ``size``; below 1 where nothing fits."""
-        return conv_size(size, kernel, self.stride, self.padding, self.dilation)
+        return map_size(size, kernel, self.conv_args)
 
     def out_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
         """(H, W) after the pool for an input of ``size``."""
@@ -104,6 +115,13 @@ class BlockSpec:
 def conv_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
     h, w = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
     return h, w
+
+
+def map_size(size, kernel, conv_args) -> tuple[int, int]:
+    """Size of the convolution's map, its parameters given as ``BlockSpec.conv_args``."""
+    if len(conv_args) > 7:
+        size = [s + after for s, after in zip(size, conv_args[7:], strict=True)]
+    return conv_size(size, kernel, conv_args[0:2], conv_args[2:4], conv_args[4:6])
 
 
 def pool_size(size, pool_args) -> tuple[int, int]:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -20,6 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
+using Floats = std::vector<double>;
 
 enum Plan : int64_t { kDirect = 1, kChunked = 2 };
 
@@ -33,8 +35,16 @@ int64_t ceil_div(int64_t a, int64_t b) {
 
 // ---- Calls of PyTorch's own operators
 
-Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv) {
+// Padding that follows the input alone: what padding="same" adds for an even kernel. The library has no words for it.
+Tensor pad_after(const Tensor& x, const Ints& conv) {
+  if (conv.size() == 7) return x;
+  const Ints sides{0, conv[8], 0, conv[7]};
+  return torch::stable::pad(x, sides);
+}
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv) {
   using torch::stable::detail::from;
+  const Tensor x = pad_after(input, conv);
   StableIValue stack[9] = {from(x),
                            from(weight),
                            from(bias),
@@ -52,9 +62,10 @@ struct ConvolutionGrads {
   Tensor x, weight, bias;
 };
 
-ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& conv,
+ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Ints& conv,
                                       bool need_x, bool need_weight, bool need_bias) {
   using torch::stable::detail::from;
+  const Tensor x = pad_after(input, conv);
   const bool mask[3] = {need_x, need_weight, need_bias};
   StableIValue stack[11] = {from(grad),
                             from(x),
@@ -68,8 +79,10 @@ ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& x, const
                             from(conv[6]),
                             from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack, TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-          torch::stable::detail::to<Tensor>(stack[2])};
+  Tensor grad_x = torch::stable::detail::to<Tensor>(stack[0]);
+  if (need_x && conv.size() > 7)
+    for (int dim : {2, 3}) grad_x = torch::stable::narrow(grad_x, dim, 0, input.size(dim));
+  return {grad_x, torch::stable::detail::to<Tensor>(stack[1]), torch::stable::detail::to<Tensor>(stack[2])};
 }
 
 Tensor channels_last(const Tensor& t) {
@@ -99,11 +112,12 @@ bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride,
 struct Call {
   Block block;
   Ints conv, order;
-  bool keeps_codes;  // whether a backward of such a block reads codes
+  bool keeps_codes;   // whether a backward of such a block reads codes
+  bool keeps_slopes;  // and slopes of its activation
 };
 
-Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t activation, const Ints& pool,
-              const Ints& order) {
+Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t activation, const Floats& act,
+              const Ints& pool, const Ints& order) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "conv_block: expected a 4-d input and weight, got ", x.dim(),
                   "-d and ", weight.dim(), "-d");
   const ScalarType dtype = x.scalar_type();
@@ -111,17 +125,22 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
                   "conv_block: the kernels compute float32 and bfloat16 only");
   STD_TORCH_CHECK(weight.scalar_type() == dtype, "conv_block: input and weight differ in dtype");
   STD_TORCH_CHECK(weight.is_cpu(), "conv_block: input and weight are on different devices");
-  STD_TORCH_CHECK(conv.size() == 7, "conv_block: conv must be [stride, padding, dilation (h, w each), groups]");
+  STD_TORCH_CHECK(
+      conv.size() == 7 || conv.size() == 9,
+      "conv_block: conv must be [stride, padding, dilation (h, w each), groups, more padding after (h, w)]");
   STD_TORCH_CHECK(pool.empty() || pool.size() == 9, "conv_block: pool must be empty or have 9 values, got ",
                   pool.size());
-  STD_TORCH_CHECK(activation == kNone || activation == kReLU, "conv_block: unknown activation ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "conv_block: unknown activation ", activation);
+  const size_t numbers = activation == kHardtanh ? 2 : activation == kLeakyReLU || activation == kELU ? 1 : 0;
+  STD_TORCH_CHECK(act.size() == numbers, "conv_block: activation ", activation, " has ", numbers, " numbers, got ",
+                  act.size());
   Ints sorted = order;
   std::sort(sorted.begin(), sorted.end());
   STD_TORCH_CHECK((sorted == Ints{0, 1, 2, 3}), "conv_block: order must be a permutation of 0, 1, 2, 3");
 
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  for (int i = 0; i < 7; ++i) {
-    const int64_t least = i == 2 || i == 3 ? 0 : 1;
+  for (size_t i = 0; i < conv.size(); ++i) {
+    const int64_t least = i == 2 || i == 3 || i > 6 ? 0 : 1;
     STD_TORCH_CHECK(conv[i] >= least && conv[i] <= kMax, "conv_block: conv[", i, "] = ", conv[i], " is out of range");
   }
   for (size_t i = 0; i < pool.size(); ++i) {
@@ -138,8 +157,9 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
                       weight.size(1) == b.c / b.groups,
                   "conv_block: an input of ", b.c, " channels does not fit a weight (", b.co, ", ", weight.size(1),
                   ", ", b.kh, ", ", b.kw, ") with groups=", b.groups);
-  b.oh = out_length(b.h, b.kh, b.sh, b.ph, b.dh, false);
-  b.ow = out_length(b.w, b.kw, b.sw, b.pw, b.dw, false);
+  const int64_t after_h = conv.size() > 7 ? conv[7] : 0, after_w = conv.size() > 7 ? conv[8] : 0;
+  b.oh = out_length(b.h + after_h, b.kh, b.sh, b.ph, b.dh, false);
+  b.ow = out_length(b.w + after_w, b.kw, b.sw, b.pw, b.dw, false);
   STD_TORCH_CHECK(b.h >= 1 && b.w >= 1 && b.oh >= 1 && b.ow >= 1, "conv_block: an input of ", b.h, "x", b.w,
                   " is too small for the kernel");
   const Ints p = pool.empty() ? Ints{1, 1, 1, 1, 0, 0, 1, 1, 0} : pool;
@@ -157,11 +177,12 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
                       windows_meet(b.ow, b.out_w, b.pool_kw, b.pool_sw, b.pool_pw, b.pool_dw),
                   "conv_block: a pool window meets no element of the map");
   b.activation = static_cast<int32_t>(activation);
+  for (size_t i = 0; i < numbers; ++i) b.act[i] = static_cast<float>(act[i]);
   b.dtype = dtype == ScalarType::Float ? kFloat32 : kBFloat16;
   for (int i = 0; i < 4; ++i) b.x_stride[i] = x.stride(i);
   b.code_bytes = b.pool_kh * b.pool_kw <= kNibbleWindow ? kCodeGroup / 2 : kCodeGroup;
   b.code_groups = ceil_div(b.co, kCodeGroup);
-  b.padded_h = b.h + 2 * b.ph, b.padded_w = b.w + 2 * b.pw;
+  b.padded_h = b.h + 2 * b.ph + after_h, b.padded_w = b.w + 2 * b.pw + after_w;
   b.taps = b.c / b.groups * b.kh * b.kw;
 
   const int64_t size[4] = {b.n, b.co, b.out_h, b.out_w};
@@ -170,7 +191,19 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
     b.out_stride[order[i]] = stride;
     stride *= size[order[i]];
   }
-  return {b, conv, order, activation != kNone || !pool.empty()};
+  const bool curved = activation > kHardtanh;
+  return {b, conv, order, !pool.empty() || (activation != kNone && !curved), curved};
+}
+
+Ints sizes(const Tensor& t) {
+  Ints found(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) found[i] = t.size(i);
+  return found;
+}
+
+// The convolution alone, its map channels-last.
+Call bare(const Tensor& x, const Tensor& weight, const Ints& conv) {
+  return describe(x, weight, conv, kNone, {}, {}, Ints{0, 2, 3, 1});
 }
 
 Ints in_order(const Block& b, const Ints& order) {
@@ -258,7 +291,7 @@ uint8_t* codes_pointer(const Tensor& codes) {
 // ---- Forward
 
 void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                    const Tensor& out, const Tensor& codes) {
+                    const Outputs& out) {
   const int64_t joined = joined_groups(call.block);
   const Block b = join_groups(call.block, joined);
   check_direct(b);
@@ -281,11 +314,9 @@ void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, con
   const int64_t images = bands > 1 ? 1 : std::clamp<int64_t>(std::min(spare, b.n / wanted_items()), 1, 64);
   const int64_t scratch = k.forward_scratch(b, images, rows);
   const void* data = x.data_ptr();
-  void* to = out.data_ptr();
-  uint8_t* to_codes = codes_pointer(codes);
   for_each_item(ceil_div(b.n, images) * bands, [&](int64_t item) {
     const int64_t n = item / bands * images, row0 = item % bands * rows;
-    k.forward(b, data, packed.data(), packed_bias.data(), to, to_codes, n, std::min(images, b.n - n), row0,
+    k.forward(b, data, packed.data(), packed_bias.data(), out, n, std::min(images, b.n - n), row0,
               std::min(b.out_h, row0 + rows), thread_scratch(scratch));
   });
 }
@@ -298,7 +329,7 @@ int64_t images_per_chunk(const Block& b) {
 }
 
 void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Tensor& out, const Tensor& codes) {
+                     const Outputs& out) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
   const int64_t chunk = images_per_chunk(b);
@@ -312,15 +343,16 @@ void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, co
     for_each_item(count * bands, [&](int64_t item) {
       const int64_t i = item / bands, row0 = item % bands * rows;
       const int64_t image_bytes = b.oh * b.ow * b.co * map.element_size();
-      k.finish(b, {data + i * image_bytes, b.ow * b.co, b.co, b.dtype}, out.data_ptr(), codes_pointer(codes), n0 + i,
-               row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+      k.finish(b, {data + i * image_bytes, b.ow * b.co, b.co, b.dtype, nullptr, nullptr}, out, n0 + i, row0,
+               std::min(b.out_h, row0 + rows), thread_scratch(scratch));
     });
   }
 }
 
-std::tuple<Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints conv,
-                                      int64_t activation, Ints pool, Ints order, int64_t plan, bool keep) {
-  const Call call = describe(x, weight, conv, activation, pool, order);
+std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints conv,
+                                              int64_t activation, Floats act, Ints pool, Ints order, int64_t plan,
+                                              bool keep) {
+  const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   if (bias)
     STD_TORCH_CHECK(
@@ -329,13 +361,15 @@ std::tuple<Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Ten
   STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block: unknown plan ", plan);
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
   const Tensor codes = new_output(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  const Tensor slopes = new_output(x, keep && call.keeps_slopes ? in_order(b, order) : Ints{0}, x.scalar_type());
   if (b.n > 0) {
+    const Outputs outputs{out.data_ptr(), codes_pointer(codes), slopes.numel() ? slopes.data_ptr() : nullptr};
     if (plan == kDirect)
-      forward_direct(call, x, weight, bias, out, codes);
+      forward_direct(call, x, weight, bias, outputs);
     else
-      forward_chunked(call, x, weight, bias, out, codes);
+      forward_chunked(call, x, weight, bias, outputs);
   }
-  return {out, codes};
+  return {out, codes, slopes};
 }
 
 // ---- Backward
@@ -377,30 +411,94 @@ PatchStorage make_patch(const Block& b, int64_t lanes, bool may_gather) {
   return s;
 }
 
+void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
+                     const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
+                     const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias);
+
+// The gradients of a convolution from those of its map, which come for some images after others.
+class ChunkGrads {
+ public:
+  ChunkGrads(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& grad_x,
+             const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias)
+      : conv_(conv),
+        plan_(plan),
+        x_(x),
+        weight_(weight),
+        grad_x_(grad_x),
+        grad_weight_(grad_weight),
+        grad_bias_(grad_bias),
+        weight_sum_(grad_weight ? weight.numel() : 0),
+        bias_sum_(grad_bias ? weight.size(0) : 0) {}
+
+  // The map's gradient (images, oh, ow, co), contiguous, of the images from n0 on.
+  void add(const Tensor& raw, int64_t n0) {
+    const int64_t count = raw.size(0);
+    const Tensor part = torch::stable::narrow(x_, 0, n0, count);
+    if (plan_ == kDirect) {
+      std::optional<Tensor> to_x, to_weight, to_bias;
+      if (grad_x_) to_x = torch::stable::narrow(*grad_x_, 0, n0, count);
+      if (grad_weight_) to_weight = torch::stable::new_empty(weight_, sizes(weight_));
+      if (grad_bias_) to_bias = torch::stable::new_empty(weight_, Ints{weight_.size(0)});
+      backward_direct(bare(part, weight_, conv_), raw, Ints{raw.stride(0), 1, raw.stride(1), raw.stride(2)}, part,
+                      weight_, torch::stable::new_empty(x_, Ints{0}), to_x, to_weight, to_bias);
+      if (grad_weight_) add(*to_weight, weight_sum_);
+      if (grad_bias_) add(*to_bias, bias_sum_);
+      return;
+    }
+    // (n, oh, ow, co) seen as (n, co, oh, ow)
+    Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
+    // The library's channels-last bfloat16 gradient of a pointwise weight writes past its memory.
+    const bool plain = x_.scalar_type() == ScalarType::BFloat16 && weight_.size(2) * weight_.size(3) == 1;
+    if (plain) map = torch::stable::contiguous(map);
+    const Tensor input = plain ? torch::stable::contiguous(part) : channels_last(part);
+    const ConvolutionGrads found = convolution_backward(map, input, weight_, conv_, grad_x_.has_value(),
+                                                        grad_weight_.has_value(), grad_bias_.has_value());
+    if (grad_x_) {
+      Tensor to = torch::stable::narrow(*grad_x_, 0, n0, count);
+      torch::stable::copy_(to, found.x);
+    }
+    if (grad_weight_) add(found.weight, weight_sum_);
+    if (grad_bias_) add(found.bias, bias_sum_);
+  }
+
+  void finish() {
+    if (grad_weight_) put(weight_sum_, *grad_weight_);
+    if (grad_bias_) put(bias_sum_, *grad_bias_);
+  }
+
+ private:
+  void add(const Tensor& found, AlignedFloats& sum) {
+    const Tensor flat = torch::stable::contiguous(found);
+    const void* data = flat.data_ptr();
+    const int64_t count = flat.numel();
+    if (flat.scalar_type() == ScalarType::Float)
+      for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const float*>(data)[i];
+    else
+      for (int64_t i = 0; i < count; ++i) sum[i] += kernels().to_float(data, i, kBFloat16);
+  }
+  void put(const AlignedFloats& sum, const Tensor& to) {
+    void* data = to.data_ptr();
+    const int64_t count = to.numel();
+    if (to.scalar_type() == ScalarType::Float)
+      std::copy_n(sum.data(), count, static_cast<float*>(data));
+    else
+      for (int64_t i = 0; i < count; ++i) kernels().from_float(sum[i], data, i, kBFloat16);
+  }
+
+  const Ints& conv_;
+  const int64_t plan_;
+  Tensor x_, weight_;
+  std::optional<Tensor> grad_x_, grad_weight_, grad_bias_;
+  AlignedFloats weight_sum_, bias_sum_;
+};
+
 void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
                       const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
                       const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
   const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co;
-  AlignedFloats weight_sum(grad_weight ? weight.numel() : 0), bias_sum(grad_bias ? b.co : 0);
-  auto add = [&](const Tensor& found, AlignedFloats& sum) {
-    const Tensor flat = torch::stable::contiguous(found);
-    const void* data = flat.data_ptr();
-    const int64_t count = flat.numel();
-    if (b.dtype == kFloat32)
-      for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const float*>(data)[i];
-    else
-      for (int64_t i = 0; i < count; ++i) sum[i] += k.to_float(data, i, b.dtype);
-  };
-  auto put = [&](const AlignedFloats& sum, const Tensor& to) {
-    void* data = to.data_ptr();
-    const int64_t count = to.numel();
-    if (b.dtype == kFloat32)
-      std::copy_n(sum.data(), count, static_cast<float*>(data));
-    else
-      for (int64_t i = 0; i < count; ++i) k.from_float(sum[i], data, i, b.dtype);
-  };
+  ChunkGrads grads(call.conv, kChunked, x, weight, grad_x, grad_weight, grad_bias);
   const void* grad_data = grad.data_ptr();
   const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
@@ -412,24 +510,9 @@ void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_str
       k.spread(b, grad_data, grad_stride.data(), code_data, n0 + i, data + i * image * size,
                thread_scratch(k.spread_scratch(b)));
     });
-    // (n, oh, ow, co) seen as (n, co, oh, ow)
-    Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
-    Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
-    // The library's channels-last bfloat16 gradient of a pointwise weight writes past its memory.
-    const bool plain = b.dtype == kBFloat16 && b.kh * b.kw == 1;
-    if (plain) map = torch::stable::contiguous(map);
-    const Tensor input = plain ? torch::stable::contiguous(part) : channels_last(part);
-    const ConvolutionGrads found = convolution_backward(map, input, weight, call.conv, grad_x.has_value(),
-                                                        grad_weight.has_value(), grad_bias.has_value());
-    if (grad_x) {
-      Tensor to = torch::stable::narrow(const_cast<Tensor&>(*grad_x), 0, n0, count);
-      torch::stable::copy_(to, found.x);
-    }
-    if (grad_weight) add(found.weight, weight_sum);
-    if (grad_bias) add(found.bias, bias_sum);
+    grads.add(raw, n0);
   }
-  if (grad_weight) put(weight_sum, *grad_weight);
-  if (grad_bias) put(bias_sum, *grad_bias);
+  grads.finish();
 }
 
 void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
@@ -510,9 +593,9 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor codes, Ints conv,
-                                                       int64_t activation, Ints pool, Ints order, int64_t plan,
-                                                       bool need_x, bool need_weight, bool need_bias) {
-  const Call call = describe(x, weight, conv, activation, pool, order);
+                                                       int64_t activation, Floats act, Ints pool, Ints order,
+                                                       int64_t plan, bool need_x, bool need_weight, bool need_bias) {
+  const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   const Ints expected = in_order(b, order);
   STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == x.scalar_type(),
@@ -552,11 +635,305 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
   return {grad_x ? *grad_x : nothing(), grad_weight ? *grad_weight : nothing(), grad_bias ? *grad_bias : nothing()};
 }
 
+// ---- Batch norm
+
+// Per channel, as floats, up to a whole number of code groups.
+class PerChannel {
+ public:
+  explicit PerChannel(int64_t channels) : floats_(ceil_div(channels, kMaxVector) * kMaxVector) {}
+  float& operator[](int64_t c) const { return floats_[c]; }
+  const float* data() const { return floats_.data(); }
+
+ private:
+  AlignedFloats floats_;
+};
+
+// Reads a parameter of a norm, or running statistics.
+class Parameter {
+ public:
+  Parameter(const std::optional<Tensor>& given, int64_t channels, double otherwise) : otherwise_(otherwise) {
+    if (!given) return;
+    STD_TORCH_CHECK(given->is_cpu() && given->dim() == 1 && given->size(0) == channels &&
+                        (given->scalar_type() == ScalarType::Float || given->scalar_type() == ScalarType::BFloat16),
+                    "conv_norm_block: expected a norm's parameters of shape (", channels, ",) in float32 or bfloat16");
+    flat_ = torch::stable::contiguous(*given);
+    data_ = flat_->data_ptr();
+    dtype_ = given->scalar_type() == ScalarType::Float ? kFloat32 : kBFloat16;
+  }
+  double operator[](int64_t c) const { return data_ ? kernels().to_float(data_, c, dtype_) : otherwise_; }
+
+ private:
+  std::optional<Tensor> flat_;
+  const void* data_ = nullptr;
+  int32_t dtype_ = kFloat32;
+  double otherwise_;
+};
+
+Tensor new_doubles(const Tensor& like, const Ints& size) {
+  return torch::stable::new_empty(like, size, ScalarType::Double);
+}
+
+std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma,
+                                     std::optional<Tensor> beta, Tensor mean, Tensor var, double eps) {
+  const ScalarType dtype = weight.scalar_type();
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(0) >= 1 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+      "fold_norm: expected a 4-d weight in float32 or bfloat16");
+  const int64_t co = weight.size(0), taps = weight.numel() / co;
+  const int32_t type = dtype == ScalarType::Float ? kFloat32 : kBFloat16;
+  const Parameter b(bias, co, 0), g(gamma, co, 1), shift(beta, co, 0), m(mean, co, 0), v(var, co, 1);
+  const Tensor from = torch::stable::contiguous(weight);
+  const Tensor to = torch::stable::new_empty(weight, sizes(weight));
+  const Tensor to_bias = torch::stable::new_empty(weight, Ints{co});
+  const KernelTable& k = kernels();
+  const void* source = from.data_ptr();
+  void* target = to.data_ptr();
+  for (int64_t c = 0; c < co; ++c) {
+    const double scale = g[c] / std::sqrt(v[c] + eps);
+    if (type == kFloat32)
+      for (int64_t i = c * taps; i < (c + 1) * taps; ++i)
+        static_cast<float*>(target)[i] = static_cast<float>(static_cast<const float*>(source)[i] * scale);
+    else
+      for (int64_t i = c * taps; i < (c + 1) * taps; ++i)
+        k.from_float(static_cast<float>(k.to_float(source, i, type) * scale), target, i, type);
+    k.from_float(static_cast<float>(shift[c] + (b[c] - m[c]) * scale), to_bias.data_ptr(), c, type);
+  }
+  return {to, to_bias};
+}
+
+// The convolution's map of some images, channels-last, by one plan or the other.
+Tensor conv_map(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight) {
+  if (plan == kChunked) return channels_last(convolution(channels_last(x), weight, std::nullopt, conv));
+  const Call call = bare(x, weight, conv);
+  const Tensor map = torch::stable::new_empty(x, in_order(call.block, call.order));
+  forward_direct(call, x, weight, std::nullopt, {map.data_ptr(), nullptr, nullptr});
+  return map;
+}
+
+constexpr int64_t kPlacesPerSum = 2048;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_block(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                                           std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                                                           std::optional<Tensor> given_mean,
+                                                           std::optional<Tensor> given_var, double eps, Ints conv,
+                                                           int64_t activation, Floats act, Ints pool, Ints order,
+                                                           int64_t plan, bool keep) {
+  const Call call = describe(x, weight, conv, activation, act, pool, order);
+  const Block& b = call.block;
+  const KernelTable& k = kernels();
+  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_norm_block: unknown plan ", plan);
+  STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
+                  "conv_norm_block: expected a mean and a variance, or neither");
+  const bool given = given_mean.has_value(), pooled = !pool.empty();
+  const int64_t image = b.oh * b.ow * b.co, places = b.n * b.oh * b.ow;
+  STD_TORCH_CHECK(given || places > 1, "conv_norm_block: expected more than 1 value per channel");
+  const Parameter added(bias, b.co, 0), g(gamma, b.co, 1), shift_by(beta, b.co, 0);
+  const Parameter known_mean(given_mean, b.co, 0), known_var(given_var, b.co, 1);
+
+  const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
+  const Tensor codes = new_output(x, keep && pooled ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  const Tensor kept = new_output(x, keep && pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
+  // The map, where it is read again: to normalise it, or by the backward.
+  const bool stored = !given || (keep && !pooled);
+  const Tensor map = new_output(x, stored ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
+  char* map_data = stored ? static_cast<char*>(map.data_ptr()) : nullptr;
+  const int64_t size = map.element_size(), chunk = images_per_chunk(b);
+
+  // Rows: mean without the bias, biased variance, scale, shift.
+  const Tensor stats = new_doubles(x, Ints{4, b.co});
+  double* stat = static_cast<double*>(stats.data_ptr());
+  PerChannel pivot(b.co), scale(b.co), shift(b.co);
+  auto set_statistics = [&](int64_t c, double mean, double var) {
+    const double factor = g[c] / std::sqrt(var + eps);
+    scale[c] = static_cast<float>(factor);
+    shift[c] = static_cast<float>(shift_by[c] - mean * factor);
+    stat[c] = mean;
+    stat[b.co + c] = var;
+    stat[2 * b.co + c] = scale[c];
+    stat[3 * b.co + c] = shift[c];
+  };
+  const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
+  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
+  const Outputs outputs{out.data_ptr(), codes_pointer(codes), kept.numel() ? kept.data_ptr() : nullptr};
+  auto normalise = [&](const char* data, int64_t n0, int64_t count) {
+    for_each_item(count * bands, [&](int64_t item) {
+      const int64_t i = item / bands, row0 = item % bands * rows;
+      k.finish(b, {data + i * image * size, b.ow * b.co, b.co, b.dtype, scale.data(), shift.data()}, outputs, n0 + i,
+               row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+    });
+  };
+
+  if (given)
+    for (int64_t c = 0; c < b.co; ++c) set_statistics(c, known_mean[c] - added[c], known_var[c]);
+  std::vector<double> total(2 * b.co), part;
+  for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
+    const int64_t count = std::min(chunk, b.n - n0);
+    const Tensor found = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
+    const char* data = static_cast<const char*>(found.data_ptr());
+    if (given) normalise(data, n0, count);
+    if (!stored) continue;
+    if (n0 == 0)
+      for (int64_t c = 0; c < b.co; ++c) {
+        pivot[c] = k.to_float(data, c, b.dtype);
+        if (!std::isfinite(pivot[c])) pivot[c] = 0;
+      }
+    const int64_t here = count * b.oh * b.ow, sums = ceil_div(here, kPlacesPerSum);
+    part.assign(sums * 2 * b.co, 0);
+    for_each_item(sums, [&](int64_t i) {
+      const int64_t at = i * kPlacesPerSum;
+      k.copy_and_sum(data + at * b.co * size, map_data + (n0 * image + at * b.co) * size,
+                     std::min(kPlacesPerSum, here - at), b.co, b.dtype, pivot.data(), part.data() + i * 2 * b.co);
+    });
+    for (int64_t i = 0; i < sums * 2 * b.co; ++i) total[i % (2 * b.co)] += part[i];
+  }
+  if (!given) {
+    for (int64_t c = 0; c < b.co; ++c) {
+      const double off = total[c] / places, var = total[b.co + c] / places - off * off;
+      set_statistics(c, pivot[c] + off, var < 0 ? 0 : var);  // NaN stays
+    }
+    normalise(map_data, 0, b.n);
+  }
+  return {out, codes, keep && !pooled ? map : kept, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor stats,
+                                                            Tensor codes, Tensor kept, double eps, Ints conv,
+                                                            int64_t activation, Floats act, Ints pool, Ints order,
+                                                            int64_t plan, bool given, bool need_x, bool need_weight) {
+  const Call call = describe(x, weight, conv, activation, act, pool, order);
+  const Block& b = call.block;
+  const KernelTable& k = kernels();
+  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_norm_block_backward: unknown plan ", plan);
+  const bool pooled = !pool.empty();
+  const Ints expected = in_order(b, order), map_size{b.n, b.oh, b.ow, b.co};
+  auto has_size = [](const Tensor& t, const Ints& size) {
+    if (t.dim() != static_cast<int64_t>(size.size())) return false;
+    for (size_t i = 0; i < size.size(); ++i)
+      if (t.size(i) != size[i]) return false;
+    return true;
+  };
+  STD_TORCH_CHECK(has_size(grad, expected) && grad.is_cpu() && grad.scalar_type() == x.scalar_type(),
+                  "conv_norm_block_backward: expected a gradient of the result's size, in its dtype");
+  STD_TORCH_CHECK(has_size(kept, pooled ? expected : map_size) && kept.is_cpu() && kept.is_contiguous() &&
+                      kept.scalar_type() == x.scalar_type(),
+                  "conv_norm_block_backward: what was kept has another size");
+  STD_TORCH_CHECK(!pooled || (has_size(codes, codes_size(b)) && codes.is_cpu() && codes.is_contiguous() &&
+                              codes.scalar_type() == ScalarType::Byte),
+                  "conv_norm_block_backward: codes have another size");
+  STD_TORCH_CHECK(has_size(stats, Ints{4, b.co}) && stats.is_cpu() && stats.is_contiguous() &&
+                      stats.scalar_type() == ScalarType::Double,
+                  "conv_norm_block_backward: expected statistics of shape (4, ", b.co, ") in float64");
+  Ints grad_stride(4), kept_stride(4);
+  for (int i = 0; i < 4; ++i) {
+    grad_stride[order[i]] = grad.stride(i);
+    const int nchw[4] = {0, 2, 3, 1};
+    kept_stride[pooled ? order[i] : nchw[i]] = kept.stride(i);
+  }
+
+  const double* stat = static_cast<const double*>(stats.data_ptr());
+  PerChannel scale(b.co), shift(b.co), mean(b.co), constant(b.co), slope(b.co);
+  for (int64_t c = 0; c < b.co; ++c) {
+    mean[c] = static_cast<float>(stat[c]);
+    scale[c] = static_cast<float>(stat[2 * b.co + c]);
+    shift[c] = static_cast<float>(stat[3 * b.co + c]);
+  }
+  NormGrads norm{scale.data(), shift.data(), mean.data(), nullptr, nullptr};
+  const int64_t places = b.n * b.oh * b.ow, rows = std::max<int64_t>(1, kPlacesPerSum / b.out_w);
+  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.norm_scratch(b);
+  std::vector<double> part(b.n * bands * 2 * b.co), total(2 * b.co);
+  for_each_item(b.n * bands, [&](int64_t item) {
+    const int64_t row0 = item % bands * rows;
+    k.norm_sums(b, norm, grad.data_ptr(), grad_stride.data(), kept.data_ptr(), kept_stride.data(), item / bands, row0,
+                std::min(b.out_h, row0 + rows), part.data() + item * 2 * b.co, thread_scratch(scratch));
+  });
+  for (size_t i = 0; i < part.size(); ++i) total[i % (2 * b.co)] += part[i];
+
+  // Rows: the gradients of gamma and beta.
+  const Tensor grads = new_doubles(x, Ints{2, b.co});
+  double* found = static_cast<double*>(grads.data_ptr());
+  for (int64_t c = 0; c < b.co; ++c) {
+    const double inverse = 1 / std::sqrt(stat[b.co + c] + eps), sum = total[c];
+    found[c] = inverse * (total[b.co + c] + sum * (mean[c] - stat[c]));
+    found[b.co + c] = sum;
+    if (given) continue;  // the statistics don't depend on z
+    constant[c] = static_cast<float>(-scale[c] * sum / places);
+    slope[c] = static_cast<float>(-scale[c] * inverse * found[c] / places);
+  }
+  norm.constant = constant.data();
+  norm.slope = slope.data();
+
+  std::optional<Tensor> grad_x, grad_weight;
+  if (need_x) grad_x = new_output(x, Ints{b.n, b.c, b.h, b.w}, x.scalar_type());
+  if (need_weight) grad_weight = torch::stable::new_empty(x, sizes(weight));
+  if (need_x || need_weight) {
+    ChunkGrads sums(conv, plan, x, weight, grad_x, grad_weight, std::nullopt);
+    const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co, size = kept.element_size();
+    for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
+      const int64_t count = std::min(chunk, b.n - n0);
+      // Recomputed where only the winners were kept.
+      std::optional<Tensor> again;
+      const char* from = nullptr;
+      if (!given && pooled) {
+        again = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
+        from = static_cast<const char*>(again->data_ptr());
+      } else if (!given) {
+        from = static_cast<const char*>(kept.data_ptr()) + n0 * image * size;
+      }
+      const Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
+      char* to = static_cast<char*>(raw.data_ptr());
+      for_each_item(count, [&](int64_t i) {
+        k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), kept.data_ptr(),
+                      kept_stride.data(), n0 + i, from ? from + i * image * size : nullptr, to + i * image * size,
+                      thread_scratch(scratch));
+      });
+      sums.add(raw, n0);
+    }
+    sums.finish();
+  }
+  auto nothing = [&] { return torch::stable::new_empty(x, Ints{0}); };
+  return {grad_x ? *grad_x : nothing(), grad_weight ? *grad_weight : nothing(), grads};
+}
+
+Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
+  const Call call = bare(x, weight, conv);
+  const Block& b = call.block;
+  STD_TORCH_CHECK(b.groups == 1 && b.n >= 1, "patch_moments: expected groups=1 and at least one image");
+  check_direct(b);
+  const KernelTable& k = kernels();
+  const int64_t taps = b.taps, width = k.patch_width(taps), lines = b.n * b.oh;
+  const int64_t slices = std::min<int64_t>(lines, 32), per_slice = (taps + 1) * width;
+  std::vector<double> sums(slices * per_slice);
+  for_each_item(slices, [&](int64_t slice) {
+    const int64_t end = (slice + 1) * lines / slices;
+    for (int64_t line = slice * lines / slices; line < end;) {
+      const int64_t n = line / b.oh, row0 = line % b.oh, row1 = std::min(b.oh, row0 + end - line);
+      k.patch_products(b, x.data_ptr(), n, row0, row1, sums.data() + slice * per_slice,
+                       thread_scratch(k.patch_scratch(b)));
+      line += row1 - row0;
+    }
+  });
+  for (int64_t slice = 1; slice < slices; ++slice)
+    for (int64_t i = 0; i < per_slice; ++i) sums[i] += sums[slice * per_slice + i];
+  const Tensor moments = new_doubles(x, Ints{taps + 1, taps});
+  double* to = static_cast<double*>(moments.data_ptr());
+  const double places = static_cast<double>(lines * b.ow);
+  auto sum = [&](int64_t i, int64_t j) { return sums[std::min(i, j) * width + std::max(i, j)] / places; };
+  for (int64_t i = 0; i < taps; ++i) {
+    for (int64_t j = 0; j < taps; ++j) to[i * taps + j] = sum(i, j) - sum(i, taps) * sum(j, taps);
+    to[taps * taps + i] = sum(i, taps);
+  }
+  return moments;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("conv_block", TORCH_BOX(&conv_block));
   m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward));
+  m.impl("fold_norm", TORCH_BOX(&fold_norm));
+  m.impl("conv_norm_block", TORCH_BOX(&conv_norm_block));
+  m.impl("conv_norm_block_backward", TORCH_BOX(&conv_norm_block_backward));
+  m.impl("patch_moments", TORCH_BOX(&patch_moments));
 }
 
 }  // namespace cnnlstm_fast

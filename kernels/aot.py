@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from cnnlstm_fast.kernels import conv_block, recurrent
 from cnnlstm_fast.kernels.conv_block import CHUNKED, DIRECT
 from cnnlstm_fast.kernels.recurrent import GRU, LSTM
+from cnnlstm_fast.spec import CURVED
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -37,6 +38,7 @@ class Case:
     kernel: tuple[int, int]
     conv: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 1)
     activation: int = 1
+    act: tuple[float, ...] = ()
     pool: tuple[int, ...] = ()
     order: tuple[int, ...] = (0, 1, 2, 3)
     bias: bool = True
@@ -97,6 +99,8 @@ CASES = (
         dtypes=("float32",),
     ),
     Case("64-bit offsets", (60000, 3, 128, 128), 64, (3, 3), pool=_POOL2, dtypes=("bfloat16",)),
+    Case("SiLU", (64, 32, 1, 128), 64, (1, 3), activation=7, dtypes=("bfloat16",), plans=(DIRECT, CHUNKED)),
+    Case("ReLU6", (64, 24, 1, 128), 64, (1, 3), activation=2, act=(0.0, 6.0), dtypes=("float32",)),
     Case("bare", (32, 3, 32, 32), 64, (3, 3), activation=0, bias=False, dtypes=("bfloat16",)),
     LayerCase("tutorial LSTM", LSTM, (196, 128, 64), 64),
     LayerCase("policy LSTM", LSTM, (128, 2, 512), 128, batch_first=True, dtypes=("bfloat16",)),
@@ -162,10 +166,12 @@ def _run_block(case: Case, data, record) -> None:
     x = data(*case.x)
     weight = data(case.c_out, case.x[1] // case.conv[6], *case.kernel)
     bias = data(case.c_out) if case.bias else None
-    block = (list(case.conv), case.activation, list(case.pool), list(case.order))
+    block = (list(case.conv), case.activation, list(case.act), list(case.pool), list(case.order))
     for plan in case.plans:
-        out, codes = conv_block.forward(x, weight, bias, *block, plan, True, run=record)
+        out, codes, _ = conv_block.forward(x, weight, bias, *block, plan, True, run=record)
         grad = torch.empty_like(out)
+        if case.activation >= CURVED:  # its gradient comes multiplied by the slopes
+            block = (block[0], 0, [], *block[3:])
         conv_block.backward(grad, x, weight, codes, *block, plan, True, True, True, run=record)
 
 

@@ -53,6 +53,37 @@ class PoolCase:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """An activation, where its slope jumps, and the values of z beyond which it has none."""
+
+    module: nn.Module
+    kinks: tuple[float, ...] = ()
+    flat_below: float = -math.inf
+    flat_above: float = math.inf
+
+
+ACTIVATIONS = {
+    None: Activation(nn.Identity()),
+    "relu": Activation(nn.ReLU(), (0.0,), 0.0),
+    "hardtanh": Activation(nn.Hardtanh(-2.0, 3.0), (-2.0, 3.0), -2.0, 3.0),
+    "relu6": Activation(nn.ReLU6(), (0.0, 6.0), 0.0, 6.0),
+    "leaky": Activation(nn.LeakyReLU(0.1), (0.0,)),
+    "size": Activation(nn.LeakyReLU(-1), (0.0,)),  # |z|: exact in whole numbers, and in no order
+    "elu": Activation(nn.ELU(0.7), (0.0,)),
+    "tanh": Activation(nn.Tanh()),
+    "sigmoid": Activation(nn.Sigmoid()),
+    "silu": Activation(nn.SiLU()),
+    "gelu": Activation(nn.GELU()),
+    "gelu_tanh": Activation(nn.GELU(approximate="tanh")),
+}
+CURVED = tuple(ACTIVATIONS)[4:]
+
+
+def activate(block: Block, y: Tensor) -> Tensor:
+    return ACTIVATIONS[block.activation].module(y)
+
+
+@dataclass(frozen=True)
 class Block:
     """A block and the size of its input; all tuples have one entry per spatial dimension."""
 
@@ -66,7 +97,7 @@ class Block:
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     bias: bool = True
-    activation: str | None = "relu"
+    activation: str | None = "relu"  # a key of ACTIVATIONS
     pool: PoolCase | None = None
 
     @property
@@ -101,15 +132,21 @@ def torch_block(block: Block, x: Tensor, weight: Tensor, bias: Tensor | None = N
     two_d = weight.dim() == 4
     conv, max_pool = (F.conv2d, F.max_pool2d) if two_d else (F.conv1d, F.max_pool1d)
     y = conv(x, weight, bias, block.stride, block.padding, block.dilation, block.groups)
-    y = F.relu(y) if block.activation else y
+    y = activate(block, y)
     p = block.pool
     return y if p is None else max_pool(y, p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode)
+
+
+def our_activation(block: Block) -> str | nn.Module | None:
+    """The activation as functional.conv_block takes it: the plainest form there is."""
+    plain = block.activation in (None, "relu", "tanh", "sigmoid", "silu", "gelu", "relu6")
+    return block.activation if plain else ACTIVATIONS[block.activation].module
 
 
 def our_block(block: Block, x, weight, bias=None, *, plan: str, layout: str = "channels_first") -> Tensor:
     return conv_block(
         x, weight, bias, stride=block.stride, padding=block.padding, dilation=block.dilation,
-        groups=block.groups, activation=block.activation, pool=block.pool_module(), layout=layout,
+        groups=block.groups, activation=our_activation(block), pool=block.pool_module(), layout=layout,
         plan=plan,
     )  # fmt: skip
 
@@ -295,7 +332,7 @@ def integer_tensors(block: Block, dtype: torch.dtype) -> tuple[dict[str, Tensor]
 
 def after_conv(block: Block, y: Tensor) -> Tensor:
     """Activation and pool alone: the rest of the block behind a 1x1 convolution that changes nothing."""
-    y = F.relu(y) if block.activation else y * 1
+    y = activate(block, y) if block.activation else y * 1
     module = block.pool_module()
     return y if module is None else module(y)
 
@@ -380,8 +417,8 @@ def winners(block: Block, y: Tensor) -> Tensor:
     The first of the largest; where there are NaNs the last of them. (N, C, PH, PW).
     """
     values, inside = windows(block, y)
-    if block.activation:
-        values = torch.where(inside, F.relu(values), values)
+    before = values
+    values = torch.where(inside, activate(block, values), values)
     count = values.shape[-1]
     place = torch.arange(count).expand(values.shape)
     nan = values.isnan()
@@ -389,10 +426,13 @@ def winners(block: Block, y: Tensor) -> Tensor:
     first = place.where(inside & (values == top), torch.tensor(count)).amin(-1)
     last_nan = place.where(nan, torch.tensor(-1)).amax(-1)
     place = torch.where(nan.any(-1), last_nan, first)
-    if not block.activation:
-        return place
-    won = values.gather(-1, place[..., None])[..., 0]
-    return place.where(~(won <= 0), torch.tensor(-1))
+    kind = ACTIVATIONS[block.activation]
+    won = before.gather(-1, place[..., None])[..., 0]
+    below, above = (
+        bound if math.isfinite(bound) else math.nan for bound in (kind.flat_below, kind.flat_above)
+    )
+    stopped = (won <= below) | (won >= above)
+    return place.where(~stopped, torch.tensor(-1))
 
 
 def decided(block: Block, tensors: dict[str, Tensor]) -> Tensor:
@@ -407,13 +447,30 @@ def decided(block: Block, tensors: dict[str, Tensor]) -> Tensor:
     y = torch_block(plain, **true)
     size = torch_block(plain, **{k: t.abs() for k, t in true.items()})
     slack = 16 * torch.finfo(torch.float32).eps * size + 2 * torch.finfo(dtype).eps * y.abs()
-    values, _ = windows(block, y)
-    slack = windows(block, slack)[0].amax(-1)
-    top = values.topk(min(2, values.shape[-1]), dim=-1).values
-    clear = top[..., 0] - top[..., -1] > slack if values.shape[-1] > 1 else torch.ones_like(slack).bool()
-    if block.activation:
-        clear = torch.where(top[..., 0] < -slack, True, clear & (top[..., 0] > slack))
+    clear = clear_winners(block, y, slack, 4 * torch.finfo(dtype).eps)
     return clear.squeeze(2) if signal else clear
+
+
+def clear_winners(block: Block, y: Tensor, slack: Tensor, eps: float) -> Tensor:
+    """Where an error of ``slack`` in the activation's argument ``y`` changes no winner and no slope.
+
+    ``eps`` is the relative error of the activation itself. All in 2-d form.
+    """
+    kind = ACTIVATIONS[block.activation]
+    slack = windows(block, slack)[0].amax(-1)
+    z, inside = windows(block, y)
+    values = torch.where(inside, activate(block, z), -math.inf)
+    top, place = values.topk(min(2, values.shape[-1]), dim=-1)
+    won = z.gather(-1, place[..., :1])[..., 0]
+    # no activation here is steeper than 1.2
+    apart = 1.2 * slack + eps * top[..., 0].abs()
+    clear = top[..., 0] - top[..., -1] > apart if values.shape[-1] > 1 else torch.ones_like(slack).bool()
+    for kink in kind.kinks:
+        clear &= (won - kink).abs() > slack
+    if kind.kinks:
+        highest = z.amax(-1)
+        clear |= (highest < kind.flat_below - slack) | (highest > kind.flat_above + slack)
+    return clear
 
 
 def as_2d_map(block: Block, y: Tensor) -> tuple[Block, Tensor]:

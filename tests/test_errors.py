@@ -107,12 +107,13 @@ def test_wrong_arguments(name, plan):
 REFUSED = {
     "float64": (dict(x=r(2, 4, 9, 8).double(), weight=r(6, 4, 3, 3).double()), "float64"),
     "float16": (dict(x=r(2, 4, 9, 8).half(), weight=r(6, 4, 3, 3).half()), "float16"),
-    "an activation": (images(activation="gelu"), "gelu"),
-    "an activation module": (images(activation=nn.SiLU()), "SiLU"),
+    "an activation": (images(activation="mish"), "mish"),
+    "an activation module": (images(activation=nn.Softplus()), "Softplus"),
+    "a parametric activation": (images(activation=nn.PReLU()), "PReLU"),
     "a pool": (images(pool=nn.AvgPool2d(2)), "AvgPool2d"),
-    "a norm": (images(norm=nn.BatchNorm2d(6)), "BatchNorm2d"),
+    "a norm": (images(norm=nn.InstanceNorm2d(6)), "InstanceNorm2d"),
+    "a norm of another rank": (images(norm=nn.SyncBatchNorm(6).eval()), "SyncBatchNorm"),
     "a large window": (images(x=r(2, 4, 30, 30), pool=nn.MaxPool2d(17)), "window of 289 elements"),
-    "named padding": (images(padding="same"), "padding='same'"),
 }
 
 

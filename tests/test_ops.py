@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    CURVED,
     FUSED,
     Block,
     PoolCase,
     after_conv,
     as_2d,
     assert_close_as_torch,
+    decided,
     evaluate,
     fused_plans,
     in_layout,
@@ -46,6 +49,7 @@ BLOCKS = {
         2, 3, (7, 8), 5, (3, 3), activation=None, pool=PoolCase((3, 5), (2, 1), (1, 2), (1, 1))
     ),
     "conv": Block(2, 3, (7, 8), 5, (3, 3), activation=None, bias=False),
+    "conv hardtanh pool": replace(BLOCK, activation="hardtanh"),
     "groups": Block(2, 4, (7, 8), 32, (3, 3), groups=2, pool=PoolCase((2, 2), (2, 1), (0, 1), (1, 1), True)),
     "signal": Block(3, 4, (17,), 20, (3,), (1,), (1,), (1,), pool=PoolCase((2,), (2,), (0,), (1,))),
 }
@@ -56,12 +60,13 @@ ORDERS = ((0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 1, 2))
 
 
 def op_args(block: Block, order=(0, 1, 2, 3)):
-    """conv, activation, pool, order as the op takes them, from the schema's own words."""
+    """conv, activation, act, pool, order as the op takes them, from the schema's own words."""
     block, _ = as_2d(block, {})
     p = block.pool
     pool = [] if p is None else [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)]
     conv = [*block.stride, *block.padding, *block.dilation, block.groups]
-    return conv, int(block.activation is not None), pool, list(order)
+    numbers = {None: (0, []), "relu": (1, []), "hardtanh": (2, [-2.0, 3.0]), "tanh": (5, [])}
+    return conv, *numbers[block.activation], pool, list(order)
 
 
 def plain_case(block: Block, dtype=torch.float32):
@@ -95,18 +100,20 @@ def test_codes_of_typical_blocks(block, plan):
 
 def assert_codes_name_the_winners(block, plan, dtype):
     block, tensors, _, y = plain_case(block, dtype)
-    conv, activation, pool, order = op_args(block, (0, 2, 3, 1))
-    out, codes = op.forward_op(
+    conv, activation, act, pool, order = op_args(block, (0, 2, 3, 1))
+    out, codes, slopes = op.forward_op(
         tensors["x"],
         tensors["weight"],
         tensors.get("bias"),
         conv,
         activation,
+        act,
         pool,
         order,
         op.PLANS[plan],
         True,
     )
+    assert slopes.numel() == 0
     if not (activation or pool):
         assert codes.numel() == 0
         return
@@ -130,8 +137,9 @@ def test_without_keep_there_are_no_codes(block, order):
     block, tensors, _, _ = plain_case(block)
     for plan in op.PLANS.values():
         args = (tensors["x"], tensors["weight"], tensors.get("bias"), *op_args(block, order), plan)
-        without, none = op.forward_op(*args, False)
-        kept, _ = op.forward_op(*args, True)
+        without, none, nor_slopes = op.forward_op(*args, False)
+        kept, _, _ = op.forward_op(*args, True)
+        assert nor_slopes.numel() == 0
         assert none.numel() == 0 and none.dtype == torch.uint8
         assert torch.equal(without, kept) and without.is_contiguous()
         assert torch.equal(without.double(), torch_block(block, **_doubles(tensors)).permute(order))
@@ -150,7 +158,7 @@ def test_backward_gives_what_was_asked(plan, block, needs):
     order = (3, 0, 2, 1)
     args = op_args(block, order)
     bias = tensors.get("bias")
-    _, codes = op.forward_op(tensors["x"], tensors["weight"], bias, *args, op.PLANS[plan], True)
+    _, codes, _ = op.forward_op(tensors["x"], tensors["weight"], bias, *args, op.PLANS[plan], True)
     grads = op.backward_op(
         grad.permute(order), tensors["x"], tensors["weight"], codes, *args, op.PLANS[plan], *needs
     )
@@ -176,7 +184,9 @@ def test_each_plans_backward_reads_the_others_codes(block):
     args = op_args(block)
     true = evaluate(lambda **t: torch_block(block, **t), _doubles(tensors), grad.double())
     for forward in op.PLANS.values():
-        _, codes = op.forward_op(tensors["x"], tensors["weight"], tensors.get("bias"), *args, forward, True)
+        _, codes, _ = op.forward_op(
+            tensors["x"], tensors["weight"], tensors.get("bias"), *args, forward, True
+        )
         for backward in op.PLANS.values():
             grads = op.backward_op(
                 grad, tensors["x"], tensors["weight"], codes, *args, backward, True, True, "bias" in tensors
@@ -191,7 +201,7 @@ def test_each_plans_backward_reads_the_others_codes(block):
 def test_spread_sends_gradients_to_the_winners(block, order):
     """What double backward is made of, without the compiled kernels; codes are encoded here."""
     block, _, grad, y = plain_case(block)
-    _, activation, pool, _ = op_args(block, order)
+    _, activation, _, pool, _ = op_args(block, order)
     y.requires_grad_()
     rest = Block(0, 0, tuple(y.shape[2:]), 0, (1, 1), activation=block.activation, pool=block.pool)
     (expected,) = torch.autograd.grad(after_conv(rest, y), y, grad.double())
@@ -219,7 +229,7 @@ def test_backward_reads_codes_from_elsewhere(block, plan):
     block, tensors, grad, y = plain_case(block)
     args = op_args(block)
     codes = torch.empty(0, dtype=torch.uint8)
-    if args[1] or args[2]:
+    if args[1] or args[3]:
         codes = encode(winners(block, y), math.prod(block.pool.kernel) if block.pool else 1)
     grads = op.backward_op(
         grad, tensors["x"], tensors["weight"], codes, *args, op.PLANS[plan], True, True, "bias" in tensors
@@ -251,7 +261,7 @@ def test_opcheck_forward(plan, name, dtype):
 def test_opcheck_backward(plan, name, dtype):
     block, tensors = as_2d(BLOCKS[name], normal_tensors(BLOCKS[name], dtype))
     args = op_args(block, ORDERS[1])
-    out, codes = op.forward_op(
+    out, codes, _ = op.forward_op(
         tensors["x"], tensors["weight"], tensors.get("bias"), *args, op.PLANS[plan], True
     )
     expanded = torch.ones((), dtype=dtype).expand(out.shape)
@@ -294,7 +304,7 @@ def test_fake_kernels_know_the_shapes(block, keep):
     with FakeTensorMode() as mode:
         fake = {k: mode.from_tensor(t) for k, t in tensors.items()}
         for order in ORDERS:
-            out, codes = op.forward_op(
+            out, codes, _ = op.forward_op(
                 fake["x"], fake["weight"], fake.get("bias"), *op_args(block, order), 1, keep
             )
             assert tuple(out.shape) == tuple((n, c, *size)[axis] for axis in order) and out.is_contiguous()
@@ -325,6 +335,17 @@ def test_no_graph_break(plan, layout="columns_time_major"):
         assert all(torch.equal(ours[k].double(), true[k]) for k in tensors)
 
 
+@needs_extension
+@pytest.mark.parametrize("plan", FUSED)
+@pytest.mark.parametrize("pool", [None, POOL_2X2], ids=["no pool", "pool"])
+def test_opcheck_of_a_curved_activation(plan, pool):
+    block = replace(BLOCK, activation="tanh", pool=pool)
+    tensors = normal_tensors(block, torch.float32)
+    for order, keep in ((ORDERS[0], True), (ORDERS[2], False)):
+        args = (*tensors.values(), *op_args(block, order), op.PLANS[plan], keep)
+        torch.library.opcheck(op.forward_op, args)
+
+
 # ------------------------------------------------------------- autograd and torch.func
 
 
@@ -347,9 +368,19 @@ def test_gradcheck(block):
 def test_double_backward(plan, block):
     """A gradient penalty: second derivatives are PyTorch's."""
     tensors, grad = integer_tensors(block, torch.float32)
-    tensors = {k: t.sign() for k, t in tensors.items()}
-    grad = grad.sign()
+    assert_double_backward(plan, block, {k: t.sign() for k, t in tensors.items()}, grad.sign())
 
+
+@plans
+@pytest.mark.parametrize("pool", [None, POOL_2X2], ids=["no pool", "pool"])
+@pytest.mark.parametrize("activation", CURVED)
+def test_double_backward_of_curved_activations(plan, activation, pool):
+    block = replace(BLOCK, activation=activation, pool=pool)
+    tensors = normal_tensors(block, torch.float32)
+    assert_double_backward(plan, block, tensors, torch.randn(block.out_shape()) * decided(block, tensors))
+
+
+def assert_double_backward(plan, block, tensors, grad):
     def penalty(fn, dtype):
         leaves = {k: t.to(dtype).requires_grad_() for k, t in tensors.items()}
         g = grad.to(dtype).requires_grad_()
@@ -621,13 +652,13 @@ BIG = 2**62
 
 def forward(name, **change):
     a = dict(x=torch.randn(2, 4, 9, 8), weight=torch.randn(6, 4, 3, 3), bias=torch.randn(6),
-             conv=[1, 1, 1, 1, 1, 1, 1], activation=1, pool=[2, 2, 2, 2, 0, 0, 1, 1, 0], order=[0, 1, 2, 3],
-             plan=1, keep=True)
+             conv=[1, 1, 1, 1, 1, 1, 1], activation=1, act=[], pool=[2, 2, 2, 2, 0, 0, 1, 1, 0],
+             order=[0, 1, 2, 3], plan=1, keep=True)
     return name, f, a | change
 
 def backward(name, **change):
     _, _, a = forward("")
-    out, codes = f(**a)
+    out, codes, _ = f(**a)
     del a["bias"], a["keep"]
     a = dict(grad=torch.ones_like(out), codes=codes, need_x=True, need_weight=True, need_bias=True, **a)
     return name, b, a | change
@@ -672,7 +703,7 @@ def tensors_and_sizes(make):
     yield make("huge padding", conv=[1, 1, 2**28, 2**28, 1, 1, 1])
     yield make("groups that divide nothing", conv=conv(6, 5))
     yield make("groups of another count", conv=conv(6, 2))
-    for wrong in ([], [1] * 6, [1] * 8, [1] * 1000):
+    for wrong in ([], [1] * 6, [1] * 8, [1, 1, 1, 1, 1, 1, 1, 0, -1], [1] * 8 + [BIG], [1] * 1000):
         yield make(f"conv of {len(wrong)}", conv=wrong)
     for i in range(9):
         for value in (-1, -BIG, BIG, 2**31):
@@ -688,8 +719,12 @@ def tensors_and_sizes(make):
     yield make("pool wider than the map", pool=[2, 200, 1, 1, 0, 0, 1, 1, 0])
     for wrong in ([], [0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 4], [-1, 0, 1, 2], [0, 1, 2, 3, 4], [BIG] * 4):
         yield make(f"order {wrong}", order=wrong)
-    for wrong in (-1, 2, BIG):
+    for wrong in (-1, 10, BIG):
         yield make(f"activation {wrong}", activation=wrong)
+    for wrong in (2, 3, 4):
+        yield make(f"activation {wrong} without numbers", activation=wrong)
+        yield make(f"activation {wrong} of three numbers", activation=wrong, act=[1.0, 2.0, 3.0])
+    yield make("a ReLU of one number", act=[1.0])
     for wrong in (0, -1, 3, BIG):
         yield make(f"plan {wrong}", plan=wrong)
 

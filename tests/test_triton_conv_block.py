@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ACTIVATIONS,
+    CURVED,
     FIELD_BLOCKS,
     SEED,
     STRIDED,
@@ -58,27 +60,50 @@ class Kernels:
 
     def forward(self, block, x, weight, bias=None, *, plan, order=(0, 1, 2, 3), keep=True):
         """(the map in (N, C, H, W), its winner codes) of a 2-d block."""
-        raw, codes = self.module.forward(x, weight, bias, *_op_args(block), list(order), PLANS[plan], keep)
+        args = (*_op_args(block), list(order), PLANS[plan], keep)
+        raw, codes, self.slopes = self.module.forward(x, weight, bias, *args)
         assert raw.is_contiguous()
+        assert self.slopes.shape == (raw.shape if keep and block.activation in CURVED else (0,))
         return raw.permute([order.index(axis) for axis in range(4)]), codes
 
     def backward(
         self, block, grad, x, weight, codes, *, plan, order=(0, 1, 2, 3), needs=("x", "weight", "bias")
     ):
-        """{name: gradient} of those in ``needs``; ``grad`` is in (N, C, H, W)."""
+        """{name: gradient} of those in ``needs``; ``grad`` is in (N, C, H, W). After the forward of a
+        curved activation, whose slopes it takes."""
         wanted = [name in needs for name in ("x", "weight", "bias")]
+        grad = grad.permute(order)
+        if block.activation in CURVED:
+            block, grad = replace(block, activation=None), grad * self.slopes
         args = (*_op_args(block), list(order), PLANS[plan])
-        found = self.module.backward(grad.permute(order), x, weight, codes, *args, *wanted)
+        found = self.module.backward(grad, x, weight, codes, *args, *wanted)
         grads = dict(zip(("x", "weight", "bias"), found, strict=True))
         assert all(grads[name].numel() == 0 for name in grads if name not in needs)
         return {name: grads[name] for name in needs}
 
 
-def _op_args(block: Block) -> tuple[list[int], int, list[int]]:
+#: Number and numbers of every activation in tests/helpers.py, as the op takes them.
+ACTIVATION_ARGS = {
+    None: (0, []),
+    "relu": (1, []),
+    "hardtanh": (2, [-2.0, 3.0]),
+    "relu6": (2, [0.0, 6.0]),
+    "leaky": (3, [0.1]),
+    "size": (3, [-1.0]),
+    "elu": (4, [0.7]),
+    "tanh": (5, []),
+    "sigmoid": (6, []),
+    "silu": (7, []),
+    "gelu": (8, []),
+    "gelu_tanh": (9, []),
+}
+
+
+def _op_args(block: Block) -> tuple[list[int], int, list[float], list[int]]:
     p = block.pool
     pool = [] if p is None else [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)]
     conv = [*block.stride, *block.padding, *block.dilation, block.groups]
-    return conv, int(block.activation is not None), pool
+    return conv, *ACTIVATION_ARGS[block.activation], pool
 
 
 def _interpreted():
@@ -178,7 +203,7 @@ def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
     grad, x, weight = there.pop("grad"), there["x"], there["weight"]
     out, codes = kernels.forward(block, **there, plan=plan, order=order)
     found = {"out": out}
-    if block.activation or block.pool:
+    if block.pool or (block.activation and block.activation not in CURVED):
         assert torch.equal(_decode(codes, _window(block), block.c_out), places.int()), f"codes of {block}"
     found |= kernels.backward(block, grad, x, weight, codes, plan=plan, order=order, needs=tuple(tensors))
     for name, mine in found.items():
@@ -208,6 +233,74 @@ def test_random_blocks_are_as_near_to_float64_as_torch(kernels, block, dtype, pl
     found |= kernels.backward(block, grad, x, weight, codes, plan=plan, order=order, needs=tuple(tensors))
     for name, mine in found.items():
         assert_close_as_torch(mine, [way[name] for way in ways], true[name], f"{name} of {block}, {order}")
+
+
+@plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS)[2:])
+def test_activations(kernels, activation, dtype, plan):
+    block = replace(TUTORIAL, activation=activation, pool=random.choice([TUTORIAL.pool, None]))
+    if plan == "chunked" and dtype != torch.float32:
+        block = replace(block, bias=False)
+    tensors = normal_tensors(block, dtype)
+    tensors["weight"] *= 2  # where curves bend
+    grad = (torch.randn(block.out_shape()) * decided(block, tensors)).to(dtype)
+    there = _on(kernels.device, tensors | {"grad": grad})
+    grad, x, weight = there.pop("grad"), there["x"], there["weight"]
+    ways, true = torch_ways(block, there, grad)
+    out, codes = kernels.forward(block, **there, plan=plan, order=(0, 2, 3, 1))
+    found = {"out": out}
+    found |= kernels.backward(
+        block, grad, x, weight, codes, plan=plan, order=(0, 2, 3, 1), needs=tuple(tensors)
+    )
+    for name, mine in found.items():
+        assert_close_as_torch(mine, [way[name] for way in ways], true[name], f"{name} of {block}")
+
+
+@plans
+@pytest.mark.parametrize("activation", ["hardtanh", "relu6", "size"])
+def test_activations_in_whole_numbers(kernels, activation, plan):
+    block = replace(TUTORIAL, activation=activation)
+    _assert_exact(kernels, block, *integer_tensors(block, torch.float32), plan=plan)
+
+
+@plans
+@pytest.mark.parametrize("activation", list(ACTIVATIONS)[2:])
+def test_activations_over_their_whole_range(kernels, activation, plan):
+    module = ACTIVATIONS[activation].module
+    x = torch.cat([torch.linspace(-120, 120, 200), torch.linspace(-3, 3, 200), torch.logspace(-30, 17, 50)])
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0])]).view(1, 1, 1, -1)
+    block = Block(1, 1, x.shape[2:], 1, (1, 1), bias=False, activation=activation)
+    there = _on(kernels.device, {"x": x, "weight": torch.ones(1, 1, 1, 1), "grad": torch.ones(x.shape)})
+    grad = there.pop("grad")
+    out, codes = kernels.forward(block, **there, plan=plan)
+    dx = kernels.backward(block, grad, *there.values(), codes, plan=plan, needs=("x",))["x"]
+    exact = evaluate(lambda x: module(x), {"x": x.double()}, torch.ones(x.shape).double())
+    size = x.double().abs().clamp(min=1) if activation.startswith("gelu") else exact["out"].abs()
+    assert ((out.cpu() - exact["out"]).abs() <= 1e-6 * size + 1e-36).all()
+    assert ((dx.cpu() - exact["x"]).abs() <= 2e-6).all()
+
+
+@plans
+def test_zeros_after_the_last_row_and_column(kernels, plan):
+    """As padding="same" wants for an even kernel, against a whole input that holds these zeros."""
+    block = replace(TUTORIAL, kernel=(2, 4), padding=(0, 1))
+    tensors, _ = integer_tensors(replace(block, size=(6, 7)), torch.float32)
+    padded = tensors["x"].clone()
+    padded[:, :, -1], padded[..., -1] = 0, 0
+    x, weight, bias = _on(kernels.device, tensors | {"x": padded[:, :, :-1, :-1].contiguous()}).values()
+    whole = padded.to(kernels.device)
+    conv, *rest = _op_args(block)
+    args = (*rest, [0, 1, 2, 3], PLANS[plan])
+    with _without_cudnn():
+        results = []
+        for given, at in ((x, [*conv, 1, 1]), (whole, conv)):
+            out, codes, _ = kernels.module.forward(given, weight, bias, at, *args, True)
+            grads = kernels.module.backward(
+                torch.ones_like(out), given, weight, codes, at, *args, True, True, True
+            )
+            results.append([out, codes, grads[0][:, :, :5, :6], *grads[1:]])
+    assert all(map(torch.equal, *results))
 
 
 @plans
@@ -376,7 +469,7 @@ def test_tracing_shows_the_kernels(plan):
     args = (*_op_args(TUTORIAL), [0, 2, 3, 1], PLANS[plan])
 
     def step(x, weight, bias, grad):
-        out, codes = forward_op(x, weight, bias, *args, True)
+        out, codes, _ = forward_op(x, weight, bias, *args, True)
         return (out, *backward_op(grad, x, weight, codes, *args, True, True, True))
 
     class Captured(Exception):

@@ -2,13 +2,17 @@
 
 Schema terms (all sizes of a 2-d block; a 1-d block is a block of height 1):
 
-- ``conv``: stride h, w, padding h, w, dilation h, w, groups.
-- ``activation``: a value of :data:`cnnlstm_fast.spec.ACTIVATIONS`.
+- ``conv``: stride h, w, padding h, w, dilation h, w, groups; then, where there is any, zeros after the last
+  row and column beside the padding.
+- ``activation``, ``act``: a value of :data:`cnnlstm_fast.spec.ACTIVATIONS` and its numbers (Hardtanh: least,
+  most; LeakyReLU: slope; ELU: alpha).
 - ``pool``: empty, or kernel h, w, stride h, w, padding h, w, dilation h, w, ceil_mode.
 - ``order``: the permutation of (N, C, H, W) in which the result lies contiguously in memory.
 - ``plan``: a value of :data:`PLANS`.
-- ``keep``: also return the winner codes (:func:`cnnlstm_fast.spec.codes_shape`) that the backward
-  reads; otherwise, and where a block has neither activation nor pool, codes are empty.
+- ``keep``: also return what the backward reads, otherwise empty tensors: the winner codes
+  (:func:`cnnlstm_fast.spec.codes_shape`) of a pool or an activation of slope 0 or 1, and in the shape
+  of the result the slopes at the winners of a curved activation. The backward op takes a gradient that
+  has been multiplied by them, and such an activation as none.
 
 The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 """
@@ -18,18 +22,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnnlstm_fast.spec import CODE_GROUP, codes_shape, conv_size, pool_size, raw_shape
+from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.spec import CODE_GROUP, CURVED, codes_shape, map_size, pool_size, raw_shape
 
 PLANS = {"direct": 1, "chunked": 2}
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
 _lib.define(
-    "conv_block(Tensor x, Tensor weight, Tensor? bias, int[] conv, int activation, int[] pool, "
-    "int[] order, int plan, bool keep) -> (Tensor, Tensor)"
+    "conv_block(Tensor x, Tensor weight, Tensor? bias, int[] conv, int activation, float[] act, "
+    "int[] pool, int[] order, int plan, bool keep) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "conv_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor codes, int[] conv, "
-    "int activation, int[] pool, int[] order, int plan, bool need_x, bool need_weight, "
+    "int activation, float[] act, int[] pool, int[] order, int plan, bool need_x, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -39,22 +44,22 @@ backward_op = torch.ops.cnnlstm_fast.conv_block_backward.default
 
 def keeps_codes(activation: int, pool: list[int]) -> bool:
     """Whether the backward of such a block reads winner codes at all."""
-    return bool(activation or pool)
+    return bool(pool) or 0 < activation < CURVED
 
 
 @torch.library.register_fake("cnnlstm_fast::conv_block", lib=_lib)
-def _(x, weight, bias, conv, activation, pool, order, plan, keep):
-    conv_hw = conv_size(x.shape[2:], weight.shape[2:], conv[0:2], conv[2:4], conv[4:6])
-    size = pool_size(conv_hw, pool)
+def _(x, weight, bias, conv, activation, act, pool, order, plan, keep):
+    size = pool_size(map_size(x.shape[2:], weight.shape[2:], conv), pool)
     n, c = x.shape[0], weight.shape[0]
     out = x.new_empty(raw_shape(order, n, c, size))
     window = pool[0] * pool[1] if pool else 1
     kept = codes_shape(window, n, c, size) if keep and keeps_codes(activation, pool) else [0]
-    return out, x.new_empty(kept, dtype=torch.uint8)
+    slopes = x.new_empty(out.shape if keep and activation >= CURVED else [0])
+    return out, x.new_empty(kept, dtype=torch.uint8), slopes
 
 
 @torch.library.register_fake("cnnlstm_fast::conv_block_backward", lib=_lib)
-def _(grad, x, weight, codes, conv, activation, pool, order, plan, need_x, need_weight, need_bias):
+def _(grad, x, weight, codes, conv, activation, act, pool, order, plan, need_x, need_weight, need_bias):
     return (
         x.new_empty(x.shape if need_x else [0]),
         weight.new_empty(weight.shape if need_weight else [0]),
@@ -97,43 +102,64 @@ class ConvBlockFunction(torch.autograd.Function):
     """Autograd around the op; entered only when a gradient is needed."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, conv, activation, pool, order, plan, backward_plan):
+    def forward(ctx, x, weight, bias, conv, activation, act, pool, order, plan, backward_plan):
         # One method instead of setup_context, which costs 15 us: under torch.func, which needs that,
         # the reference plan runs.
-        raw, codes = forward_op(x, weight, bias, conv, activation, pool, order, plan, True)
-        ctx.args = conv, activation, pool, order
+        raw, codes, slopes = forward_op(x, weight, bias, conv, activation, act, pool, order, plan, True)
+        ctx.args = conv, activation, act, pool, order
         ctx.backward_plan = backward_plan
         ctx.shapes = x.shape, weight.shape
         ctx.set_materialize_grads(False)
-        # What no gradient reads is not kept, and may change in place before the backward.
-        need_x, need_weight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None, codes)
+        if activation >= CURVED:  # a second derivative needs everything
+            ctx.save_for_backward(x, weight, codes, slopes, bias)
+        else:
+            # What no gradient reads is not kept, and may change in place before the backward.
+            need_x, need_weight, _ = ctx.needs_input_grad[:3]
+            ctx.save_for_backward(x if need_weight else None, weight if need_x else None, codes)
         return raw
 
     @staticmethod
     def backward(ctx, grad):
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if grad is None:
             return None, None, None, *nothing
-        x, weight, codes = ctx.saved_tensors
+        x, weight, codes, *curved = ctx.saved_tensors
         if x is None:
             x = grad.new_empty(()).expand(ctx.shapes[0])
         if weight is None:
             weight = grad.new_empty(()).expand(ctx.shapes[1])
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
-            grads = _differentiable_backward(grad, x, weight, codes, *ctx.args, needs)
+            if curved:
+                grads = _recomputed_backward(grad, x, weight, curved[1], ctx.args, needs)
+            else:
+                grads = _differentiable_backward(grad, x, weight, codes, *ctx.args, needs)
         else:
-            grads = backward_op(grad, x, weight, codes, *ctx.args, ctx.backward_plan, *needs)
+            conv, activation, act, pool, order = ctx.args
+            if curved:
+                grad, activation, act = grad * curved[0], 0, []
+            args = conv, activation, act, pool, order
+            grads = backward_op(grad, x, weight, codes, *args, ctx.backward_plan, *needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
 
 
-def _differentiable_backward(grad, x, weight, codes, conv, activation, pool, order, needs):
-    conv_hw = conv_size(x.shape[2:], weight.shape[2:], conv[0:2], conv[2:4], conv[4:6])
-    spread_map = spread(grad, codes, conv_hw, weight.shape[0], pool, order)
-    return torch.ops.aten.convolution_backward(
+def _recomputed_backward(grad, x, weight, bias, args, needs):
+    """Gradients through a second forward in plain PyTorch."""
+    # views: where an argument depends on another, that path is not this block's
+    inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(conv_block_by_args(*inputs, *args), wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _differentiable_backward(grad, x, weight, codes, conv, activation, act, pool, order, needs):
+    spread_map = spread(
+        grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
+    )
+    after_h, after_w = conv[7:] or (0, 0)
+    grad_x, *grads = torch.ops.aten.convolution_backward(
         spread_map,
-        x,
+        torch.nn.functional.pad(x, (0, after_w, 0, after_h)) if conv[7:] else x,
         weight,
         [weight.shape[0]],
         conv[0:2],
@@ -144,6 +170,9 @@ def _differentiable_backward(grad, x, weight, codes, conv, activation, pool, ord
         conv[6],
         needs,
     )
+    if needs[0] and conv[7:]:
+        grad_x = grad_x[:, :, : x.shape[2], : x.shape[3]]
+    return grad_x, *grads
 
 
 from cnnlstm_fast.ops import conv_block_cuda  # noqa: E402, F401  (registers the kernels of the ops above)

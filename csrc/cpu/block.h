@@ -7,7 +7,20 @@
 namespace cnnlstm_fast {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
-enum Activation : int32_t { kNone = 0, kReLU = 1 };
+// The clamping ones, up to kHardtanh, have slope 0 or 1: a winner code says which. The others are curved.
+enum Activation : int32_t {
+  kNone = 0,
+  kReLU = 1,
+  kHardtanh = 2,
+  kLeakyReLU = 3,
+  kELU = 4,
+  kTanh = 5,
+  kSigmoid = 6,
+  kSiLU = 7,
+  kGELU = 8,
+  kGELUTanh = 9,
+  kActivations
+};
 
 constexpr int64_t kCodeGroup = 16;     // channels per group of winner codes
 constexpr int64_t kNibbleWindow = 14;  // larger windows take a byte per code
@@ -23,6 +36,7 @@ struct Block {
   int64_t pool_kh, pool_kw, pool_sh, pool_sw, pool_ph, pool_pw, pool_dh, pool_dw;  // 1 1 1 1 0 0 1 1 without pool
   int64_t out_h, out_w;                                                            // pooled map
   int32_t activation, dtype;
+  float act[2];           // Hardtanh: least, most; LeakyReLU: slope; ELU: alpha
   int64_t x_stride[4];    // of (n, c, h, w)
   int64_t out_stride[4];  // of (n, c, h, w): the layout
   int64_t code_bytes;     // per group of 16 channels: 8 or 16
@@ -37,6 +51,23 @@ struct MapRows {
   const void* data;                // (oh, ow, co) of one image
   int64_t row_stride, col_stride;  // in elements
   int32_t dtype;
+  const float *scale, *shift;  // per channel, a whole number of code groups; both null where values are as they are
+};
+
+// What the forward kernels write. `kept` lies as the result does: of each winner what `finish` read, where that
+// has a scale, or else the slope of a curved activation. Codes and `kept` may be null.
+struct Outputs {
+  void* data;
+  uint8_t* codes;
+  void* kept;
+};
+
+// A batch norm's training over one channel after another, a whole number of code groups of each:
+// u = z * scale + shift enters the activation, and the gradient of z is
+// scale * (gradient of u) + constant + slope * (z - mean).
+struct NormGrads {
+  const float *scale, *shift, *mean;
+  const float *constant, *slope;  // null until the sums are known
 };
 
 // How one patch (all taps of one convolution position) is read as whole vectors from memory whose
@@ -65,13 +96,35 @@ struct KernelTable {
 
   // Pooled rows [row0, row1) of `images` images from `image` on; `scratch` holds forward_scratch floats.
   int64_t (*forward_scratch)(const Block&, int64_t images, int64_t rows);
-  void (*forward)(const Block&, const void* x, const float* packed, const float* bias, void* out, uint8_t* codes,
-                  int64_t image, int64_t images, int64_t row0, int64_t row1, float* scratch);
+  void (*forward)(const Block&, const void* x, const float* packed, const float* bias, const Outputs&, int64_t image,
+                  int64_t images, int64_t row0, int64_t row1, float* scratch);
 
   // Activation, pool and layout of pooled rows of one image from a finished convolution.
   int64_t (*finish_scratch)(const Block&, int64_t rows);
-  void (*finish)(const Block&, const MapRows&, void* out, uint8_t* codes, int64_t image, int64_t row0, int64_t row1,
+  void (*finish)(const Block&, const MapRows&, const Outputs&, int64_t image, int64_t row0, int64_t row1,
                  float* scratch);
+
+  // Batch norm. Copies `places` rows of `co` floats (or bfloat16) and adds per channel the sums of z - pivot
+  // and of its square to sums[0, co) and sums[co, 2 co). `to` may be `from`.
+  void (*copy_and_sum)(const void* from, void* to, int64_t places, int64_t co, int32_t dtype, const float* pivot,
+                       double* sums);
+  // Adds the sums of du and of du * (z - mean) over pooled rows of one image to sums[0, co) and [co, 2 co), where
+  // du is the gradient of the activation's argument; `kept` holds that argument's z.
+  int64_t (*norm_scratch)(const Block&);
+  void (*norm_sums)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride, const void* kept,
+                    const int64_t* kept_stride, int64_t image, int64_t row0, int64_t row1, double* sums,
+                    float* scratch);
+  // From z the gradient of z, both (oh, ow, co) contiguous of one image; z is null where statistics don't depend on it.
+  void (*norm_spread)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride,
+                      const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image,
+                      const void* map, void* to, float* scratch);
+
+  // Adds the products of all pairs of taps, and of a last tap of ones, over the places of rows [row0, row1) of the
+  // convolution map to the upper triangle of sums [taps + 1][patch_width(taps)].
+  int64_t (*patch_width)(int64_t taps);
+  int64_t (*patch_scratch)(const Block&);
+  void (*patch_products)(const Block&, const void* x, int64_t image, int64_t row0, int64_t row1, double* sums,
+                         float* scratch);
 
   // The gradient of one image's convolution map, (oh, ow, co) contiguous, from the gradient of the
   // pooled map and the codes.

@@ -1,0 +1,211 @@
+"""The block op with a batch norm: ``layout(pool(act(batch_norm(conv2d(x)))))``.
+
+Three ways, each for what it is fastest at:
+
+- Given statistics (eval mode) are folded into the convolution's weight and bias by the op ``fold_norm``,
+  and the block runs as one without a norm. Where the norm's weight wants a gradient, that would be the
+  difference of two sums: there ``conv_norm_block`` runs.
+- Statistics of the batch from the convolution's map: ``conv_norm_block`` and its backward.
+- Statistics of the batch from products of taps: the mean and variance of a convolution's map are
+  ``w m`` and ``w C w``, where ``m`` and ``C`` are mean and covariance of the patches that the kernel
+  sees. With few taps these cost less than a map, and the rest is a fold and a block without a norm.
+
+Schema terms are those of :mod:`cnnlstm_fast.ops.conv_block`; ``stats`` holds mean, biased variance, scale
+and shift of every channel as float64 (4, C). A convolution's bias changes nothing under batch statistics
+but the running mean, and ``stats`` has the mean without it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
+
+_lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
+_lib.define(
+    "fold_norm(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps) "
+    "-> (Tensor, Tensor)"
+)
+_lib.define(
+    "conv_norm_block(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, "
+    "Tensor? var, float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, "
+    "bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "conv_norm_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor stats, Tensor codes, Tensor kept, "
+    "float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, bool given, "
+    "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)"
+)
+_lib.define("patch_moments(Tensor x, Tensor weight, int[] conv) -> Tensor")
+
+fold_op = torch.ops.cnnlstm_fast.fold_norm.default
+forward_op = torch.ops.cnnlstm_fast.conv_norm_block.default
+backward_op = torch.ops.cnnlstm_fast.conv_norm_block_backward.default
+moments_op = torch.ops.cnnlstm_fast.patch_moments.default
+
+
+@torch.library.register_fake("cnnlstm_fast::fold_norm", lib=_lib)
+def _(weight, bias, gamma, beta, mean, var, eps):
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+
+
+@torch.library.register_fake("cnnlstm_fast::conv_norm_block", lib=_lib)
+def _(x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, keep):
+    conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
+    size = pool_size(conv_hw, pool)
+    n, c = x.shape[0], weight.shape[0]
+    out = x.new_empty(raw_shape(order, n, c, size))
+    codes = codes_shape(pool[0] * pool[1], n, c, size) if keep and pool else [0]
+    kept = [0] if not keep else out.shape if pool else [n, *conv_hw, c]
+    stats = x.new_empty([4, c], dtype=torch.float64)
+    return out, x.new_empty(codes, dtype=torch.uint8), x.new_empty(kept), stats
+
+
+@torch.library.register_fake("cnnlstm_fast::conv_norm_block_backward", lib=_lib)
+def _(
+    grad, x, weight, stats, codes, kept, eps, conv, activation, act, pool, order, plan, given, need_x, need_weight
+):  # fmt: skip
+    return (
+        x.new_empty(x.shape if need_x else [0]),
+        weight.new_empty(weight.shape if need_weight else [0]),
+        stats.new_empty([2, weight.shape[0]]),
+    )
+
+
+@torch.library.register_fake("cnnlstm_fast::patch_moments", lib=_lib)
+def _(x, weight, conv):
+    taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    return x.new_empty([taps + 1, taps], dtype=torch.float64)
+
+
+class FoldNorm(torch.autograd.Function):
+    """Weight and bias of the convolution that does what a convolution and a batch norm do.
+
+    For the gradient of the norm's weight there is :class:`ConvNormFunction`.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, bias, gamma, beta, mean, var, eps):
+        ctx.save_for_backward(weight, bias, gamma, var)
+        ctx.eps = eps
+        ctx.beta_dtype = None if beta is None else beta.dtype
+        return fold_op(weight, bias, gamma, beta, mean, var, eps)
+
+    @staticmethod
+    def backward(ctx, grad_weight, grad_bias):
+        weight, bias, gamma, var = ctx.saved_tensors
+        inverse = (var.double() + ctx.eps).rsqrt()
+        scale = inverse if gamma is None else inverse * gamma
+        db = grad_bias.double()
+        dw = grad_weight * scale.to(weight.dtype).view(-1, 1, 1, 1) if ctx.needs_input_grad[0] else None
+        dbias = (db * scale).to(bias.dtype) if ctx.needs_input_grad[1] else None
+        dbeta = grad_bias.to(ctx.beta_dtype) if ctx.needs_input_grad[3] else None
+        return dw, dbias, None, dbeta, None, None, None
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm, trained: bool) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the eval mode of ``norm`` folded in; ``trained`` if any is."""
+    args = weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+    return FoldNorm.apply(*args) if trained else fold_op(*args)
+
+
+def fold_batch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    conv,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fold the statistics that a convolution of this batch has, without computing it.
+
+    Differentiable in all but ``x``.
+
+    Returns:
+        weight and bias, and the mean (without the bias) and biased variance in float64.
+    """
+    moments = moments_op(x.detach(), weight.detach(), conv)
+    rows = weight.flatten(1).double()
+    mean = rows @ moments[-1]
+    var = ((rows @ moments[:-1]) * rows).sum(1).clamp_min(0)
+    scale = (var + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    if beta is not None:
+        shift = shift + beta
+    if bias is not None:
+        shift = shift + 0 * bias  # it cancels: its gradient is zero, not missing
+    folded = (rows * scale[:, None]).to(weight.dtype).view(weight.shape)
+    return folded, shift.to(weight.dtype), mean.detach(), var.detach()
+
+
+class ConvNormFunction(torch.autograd.Function):
+    """Autograd around ``conv_norm_block``; gives the raw result and the statistics."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan):
+        raw, codes, kept, stats = forward_op(
+            x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, True
+        )
+        ctx.args = eps, conv, activation, act, pool, order, plan
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(x, weight, bias, gamma, beta, mean, var, codes, kept, stats)
+        return raw, stats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        *inputs, mean, var, codes, kept, stats = ctx.saved_tensors
+        eps, *args, plan = ctx.args
+        needs = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+            inputs = [None if t is None else t.view_as(t) for t in inputs]
+            wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+            x, weight, bias, *affine = inputs
+            again = conv_block_by_args(x, weight, bias, *args, norm=(mean, var, *affine, eps))
+            found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
+            return *(next(found) if need else None for need in needs), *(None,) * 9
+        x, weight, bias, gamma, beta = inputs
+        given = mean is not None
+        dx, dweight, sums = backward_op(
+            grad, x, weight, stats, codes, kept, eps, *args, plan, given, needs[0], needs[1]
+        )
+        dbias = None
+        if needs[2]:  # under statistics of the batch it cancels
+            dbias = (sums[1] * stats[2]).to(bias.dtype) if given else torch.zeros_like(bias)
+        return (
+            dx if needs[0] else None,
+            dweight if needs[1] else None,
+            dbias,
+            sums[0].to(gamma.dtype) if needs[3] else None,
+            sums[1].to(beta.dtype) if needs[4] else None,
+            *(None,) * 9,
+        )
+
+
+def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: int) -> None:
+    """What a batch norm remembers of a batch, as ``nn.BatchNorm2d`` does it.
+
+    Args:
+        bias: of the convolution, which the mean does not hold yet.
+        mean, var: of every channel, float64; the variance biased.
+        count: values per channel.
+    """
+    if not (norm.training and norm.track_running_stats):
+        return
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    if norm.running_mean is None:
+        return
+    with torch.no_grad():
+        mean = mean if bias is None else mean + bias
+        for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+            running.copy_(running * (1 - momentum) + found * momentum)

@@ -1,0 +1,581 @@
+"""functional.conv_block with a batch norm against PyTorch: results, every gradient, running statistics."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    LAYOUTS,
+    Block,
+    PoolCase,
+    activate,
+    as_2d,
+    assert_close_as_torch,
+    clear_winners,
+    fused_plans,
+    in_layout,
+    needs_extension,
+    normal_tensors,
+    our_activation,
+    plans,
+    random_blocks,
+    refusal,
+    strided,
+    torch_block,
+)
+from torch import Tensor, nn
+
+from cnnlstm_fast.functional import conv_block
+from cnnlstm_fast.ops import conv_norm as op
+
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
+BLOCK = Block(3, 5, (9, 14), 18, (3, 3), padding=(1, 1), pool=POOL_2X2)
+BLOCKS = {
+    "2x2": BLOCK,
+    "no pool": replace(BLOCK, pool=None),
+    "overlapping": replace(BLOCK, pool=PoolCase((3, 3), (1, 2), (1, 0), (1, 1))),
+    "bytes": replace(BLOCK, c_out=33, pool=PoolCase((4, 5), (2, 3), (2, 2), (1, 1))),
+    "gaps": replace(BLOCK, pool=PoolCase((1, 1), (2, 3), (0, 0), (1, 1))),
+    "many taps": Block(2, 24, (7, 9), 32, (3, 3), bias=False, pool=POOL_2X2),
+    "groups": Block(2, 8, (7, 9), 32, (3, 3), groups=4, pool=POOL_2X2),
+    "depthwise": Block(2, 17, (7, 9), 17, (3, 3), groups=17),
+    "strided": Block(2, 3, (31, 22), 24, (5, 5), stride=(2, 2), bias=False),
+    "signal": Block(3, 5, (31,), 16, (3,), (1,), (1,), (1,), pool=PoolCase((3,), (2,), (1,), (1,))),
+}
+norm_blocks = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+some_blocks = pytest.mark.parametrize(
+    "block", [BLOCKS[k] for k in ("2x2", "no pool", "many taps")], ids=["2x2", "no pool", "many taps"]
+)
+
+
+def random_norm(block: Block, training: bool, **keywords) -> nn.Module:
+    """A batch norm with weights of both signs, zeros among them, and statistics that are no one's own."""
+    norm = (nn.BatchNorm2d if block.rank == 4 else nn.BatchNorm1d)(block.c_out, **keywords)
+    with torch.no_grad():
+        if norm.affine:
+            norm.weight.normal_()
+            norm.bias.normal_()
+            norm.weight[random.randrange(block.c_out)] = 0
+        if norm.running_mean is not None:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.3, 3)
+    return norm.train(training)
+
+
+def eager(block: Block, x, weight, bias, norm, layout="channels_first") -> Tensor:
+    bare = replace(block, activation=None, pool=None)
+    y = activate(block, norm(torch_block(bare, x, weight, bias)))
+    pool = block.pool_module()
+    return in_layout(y if pool is None else pool(y), layout)
+
+
+def ours(block: Block, x, weight, bias, norm, *, plan: str, layout="channels_first") -> Tensor:
+    return conv_block(
+        x, weight, bias, stride=block.stride, padding=block.padding, dilation=block.dilation,
+        groups=block.groups, norm=norm, activation=our_activation(block), pool=block.pool_module(),
+        layout=layout, plan=plan,
+    )  # fmt: skip
+
+
+def run(fn, tensors: dict[str, Tensor], norm: nn.Module, grad: Tensor | None, needs=("x", "weight", "bias")):
+    """Result, gradients of the tensors in ``needs`` and of the norm's parameters, and what the norm remembers."""
+    leaves = {k: t.detach().requires_grad_(k in needs and grad is not None) for k, t in tensors.items()}
+    norm = copy.deepcopy(norm)
+    out = fn(leaves["x"], leaves["weight"], leaves.get("bias"), norm)
+    found = {"out": out.detach()}
+    wanted = {k: t for k, t in leaves.items() if t.requires_grad}
+    wanted |= {f"norm.{k}": t for k, t in norm.named_parameters() if t.requires_grad and grad is not None}
+    if wanted:
+        grads = torch.autograd.grad(out, list(wanted.values()), grad)
+        found |= dict(zip(wanted, grads, strict=True))
+    return found | {f"norm.{k}": t.clone() for k, t in norm.named_buffers()}
+
+
+def decided(block: Block, tensors: dict[str, Tensor], norm: nn.Module) -> Tensor:
+    """Where rounding changes no winner and no slope, as helpers.decided for blocks without a norm."""
+    signal, dtype = block.rank == 3, tensors["x"].dtype
+    flat, tensors = as_2d(block, tensors)
+    true = {k: t.double() for k, t in tensors.items()}
+    bare = replace(flat, activation=None, pool=None)
+    z = torch_block(bare, **true)
+    size = torch_block(bare, **{k: t.abs() for k, t in true.items()})
+    given = not (norm.training or norm.running_mean is None)
+    mean, var = (
+        (norm.running_mean.double(), norm.running_var.double())
+        if given
+        else (z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False))
+    )
+    weight = norm.weight if norm.affine else torch.ones(block.c_out)
+    shift = norm.bias if norm.affine else torch.zeros(block.c_out)
+    scale = (weight.double() / (var + norm.eps).sqrt()).detach()[:, None, None]
+    shift = shift.double().detach()[:, None, None]
+    u = (z - mean[:, None, None]) * scale + shift
+    slack = (
+        64 * torch.finfo(torch.float32).eps * (size + mean.abs()[:, None, None])
+    ) * scale.abs() + 4 * torch.finfo(dtype).eps * (
+        (z.abs() + mean.abs()[:, None, None]) * scale.abs() + u.abs() + shift.abs()
+    )
+    clear = clear_winners(flat, u, slack, 4 * torch.finfo(dtype).eps)
+    return clear.squeeze(2) if signal else clear
+
+
+def assert_normed(
+    block: Block,
+    tensors,
+    norm,
+    *,
+    plan: str,
+    layout="channels_first",
+    needs=("x", "weight", "bias"),
+    our_x=None,
+) -> dict[str, Tensor]:
+    """Our block against PyTorch's by the numbers rule; returns ours."""
+    x, dtype = tensors["x"], tensors["x"].dtype
+    with torch.no_grad():
+        shape = eager(block, tensors["x"], tensors["weight"], tensors.get("bias"), copy.deepcopy(norm)).shape
+    grad = (torch.randn(shape) + 0.3).to(dtype) * decided(block, tensors, norm)
+
+    def way(convert, module):
+        given = {k: convert(t) for k, t in tensors.items()}
+        return run(lambda *a: eager(block, *a), given, module, convert(grad), needs)
+
+    def last(t):
+        return strided(t, "channels_last") if t.dim() == block.rank else t.contiguous()
+
+    ways = [way(Tensor.contiguous, norm), way(last, norm)]
+    true = way(Tensor.double, copy.deepcopy(norm).double())
+    mine = run(
+        lambda *a: ours(block, *a, plan=plan, layout=layout),
+        tensors | {"x": x if our_x is None else our_x}, norm, in_layout(grad, layout), needs,
+    )  # fmt: skip
+    assert mine.keys() == true.keys()
+    for name, found in mine.items():
+        theirs, truth = [w[name] for w in ways], true[name]
+        if name == "out":
+            theirs, truth = [in_layout(t, layout) for t in theirs], in_layout(truth, layout)
+        what = f"{name} of {block} with {norm}, plan {plan}, {layout}"
+        if not found.is_floating_point():
+            assert torch.equal(found, theirs[0]), what
+        else:
+            assert_close_as_torch(found, theirs, truth, what)
+    return mine
+
+
+# ------------------------------------------------------------- the sweep
+
+
+@pytest.mark.instruction_sets
+@norm_blocks
+@plans
+@floats
+@modes
+def test_error_is_as_pytorchs(block, plan, dtype, training):
+    tensors = normal_tensors(block, dtype)
+    assert_normed(block, tensors, random_norm(block, training), plan=plan)
+
+
+@random_blocks(24)
+@fused_plans
+@modes
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_random_blocks(block, plan, training, first):
+    """With and without the gradient of the input, which decides where batch statistics come from."""
+    tensors = normal_tensors(block, torch.float32)
+    out = eager(replace(block, pool=None), **tensors | {"bias": None}, norm=nn.Identity()).shape
+    if refusal(block, plan) or out[0] * out[2:].numel() < 8:
+        return
+    norm = random_norm(block, training, affine=random.random() < 0.8, eps=random.choice((1e-5, 1e-3, 0.1)))
+    needs = ("weight", "bias") if first else ("x", "weight", "bias")
+    assert_normed(block, tensors, norm, plan=plan, needs=needs)
+
+
+@some_blocks
+@plans
+@modes
+@pytest.mark.parametrize("activation", [None, "hardtanh", "leaky", "elu", "tanh", "silu", "gelu"])
+def test_activations(block, plan, training, activation):
+    block = replace(block, activation=activation)
+    tensors = normal_tensors(block, torch.float32)
+    for needs in (("x", "weight", "bias"), ("weight", "bias")):
+        assert_normed(block, tensors, random_norm(block, training), plan=plan, needs=needs)
+
+
+@some_blocks
+@plans
+@modes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(block, plan, training, layout):
+    tensors = normal_tensors(block, torch.float32)
+    assert_normed(block, tensors, random_norm(block, training), plan=plan, layout=layout)
+
+
+@some_blocks
+@plans
+@modes
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_means_far_from_zero(block, plan, training, first):
+    """An image of bytes: the mean of the map is far larger than its deviation."""
+    tensors = normal_tensors(block, torch.float32)
+    tensors["x"] = torch.randint(0, 256, tensors["x"].shape).float() + 100
+    tensors["weight"] = tensors["weight"].abs()
+    norm = random_norm(block, training)
+    with torch.no_grad():
+        z = torch_block(replace(block, activation=None, pool=None), **tensors)
+        norm.running_mean.copy_(z.mean((0, 2, 3)))
+        norm.running_var.copy_(z.var((0, 2, 3)))
+    assert_normed(
+        block, tensors, norm, plan=plan, needs=("weight", "bias") if first else ("x", "weight", "bias")
+    )
+
+
+@plans
+@modes
+@pytest.mark.parametrize("how", ["sliced", "channels_last", "expanded"])
+def test_strided_input(plan, training, how):
+    tensors = normal_tensors(BLOCK, torch.float32)
+    x = strided(tensors["x"], how)
+    tensors["x"] = x.contiguous()
+    assert_normed(BLOCK, tensors, random_norm(BLOCK, training), plan=plan, our_x=x)
+
+
+@fused_plans
+@pytest.mark.parametrize("pool", [None, POOL_2X2], ids=["no pool", "pool"])
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_more_images_than_a_chunk_holds(plan, pool, first):
+    block = Block(5, 2, (125, 131), 24, (3, 3), padding=(1, 1), pool=pool)
+    tensors = normal_tensors(block, torch.float32)
+    needs = ("weight", "bias") if first else ("x", "weight", "bias")
+    assert_normed(block, tensors, random_norm(block, True), plan=plan, needs=needs)
+
+
+@pytest.mark.parametrize("plan", ["auto", "reference"])
+@modes
+def test_float64(plan, training):
+    tensors = normal_tensors(BLOCK, torch.float64)
+    assert_normed(BLOCK, tensors, random_norm(BLOCK, training).double(), plan=plan)
+
+
+# ------------------------------------------------------------- what the norm remembers
+
+
+@plans
+@pytest.mark.parametrize("momentum", [0.1, 0.9, 1.0, 0.0, None], ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_running_statistics(plan, momentum, trained):
+    """Over several batches, and eval mode afterwards."""
+    theirs = random_norm(BLOCK, True, momentum=momentum).requires_grad_(trained)
+    mine, true = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
+    for _ in range(3):
+        tensors = normal_tensors(BLOCK, torch.float32)
+        given = [tensors[k].requires_grad_(trained and k != "x") for k in ("x", "weight", "bias")]
+        ours(BLOCK, *given, mine, plan=plan)
+        eager(BLOCK, *given, theirs)
+        eager(BLOCK, *(t.double() for t in given), true)
+    assert mine.num_batches_tracked == theirs.num_batches_tracked == 3
+    for name in ("running_mean", "running_var"):
+        assert_close_as_torch(getattr(mine, name), getattr(theirs, name), getattr(true, name), name)
+    with torch.no_grad():
+        found, expected = (
+            fn(BLOCK, *given, m.eval()) for fn, m in ((lambda *a: ours(*a, plan=plan), mine), (eager, theirs))
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_without_running_statistics(plan, training, first):
+    """The batch's own in both modes; and a norm that has stopped keeping them but still has some."""
+    needs = ("weight", "bias") if first else ("x", "weight", "bias")
+    norm = random_norm(BLOCK, training, track_running_stats=False)
+    assert norm.running_mean is None
+    assert_normed(BLOCK, normal_tensors(BLOCK, torch.float32), norm, plan=plan, needs=needs)
+    stopped = random_norm(BLOCK, training)
+    stopped.track_running_stats = False
+    assert_normed(BLOCK, normal_tensors(BLOCK, torch.float32), stopped, plan=plan, needs=needs)
+
+
+@plans
+def test_no_gradient_in_training_mode(plan):
+    """Under no_grad and inference_mode the norm still remembers."""
+    tensors = normal_tensors(BLOCK, torch.float32)
+    for mode in (torch.no_grad, torch.inference_mode):
+        mine = random_norm(BLOCK, True)
+        theirs = copy.deepcopy(mine)
+        with mode():
+            found, expected = (
+                ours(BLOCK, **tensors, norm=mine, plan=plan),
+                eager(BLOCK, **tensors, norm=theirs),
+            )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["auto", "reference"])
+def test_one_value_per_channel(plan):
+    """Raises as PyTorch does, and the norm counts the batch as PyTorch's does."""
+    norm = nn.BatchNorm2d(4)
+    x, weight = torch.randn(1, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        conv_block(x, weight, norm=norm, plan=plan)
+    conv_block(x, weight, norm=norm.eval(), plan=plan)
+
+
+@plans
+def test_a_channel_without_variance(plan):
+    """The same value everywhere: the epsilon stands alone."""
+    tensors = normal_tensors(BLOCK, torch.float32)
+    tensors["weight"][3] = 0
+    norm = random_norm(BLOCK, True)
+    mine = run(lambda *a: ours(BLOCK, *a, plan=plan), tensors, norm, torch.ones(BLOCK.out_shape()))
+    assert mine["out"].isfinite().all() and mine["weight"].isfinite().all()
+    constant = F.relu(norm.bias[3]).expand(mine["out"][:, 3].shape)
+    torch.testing.assert_close(mine["out"][:, 3], constant)
+
+
+@plans
+@modes
+def test_a_nan_stays_in_its_channels(plan, training):
+    tensors = normal_tensors(BLOCK, torch.float32)
+    tensors["weight"][3, 0, 0, 0] = torch.nan
+    mine = run(lambda *a: ours(BLOCK, *a, plan=plan), tensors, random_norm(BLOCK, training), None)
+    assert mine["out"][:, 3].isnan().all() and mine["out"][:, [0, 1, 2, 4]].isfinite().all()
+
+
+# ------------------------------------------------------------- which gradients
+
+
+@plans
+@modes
+@pytest.mark.parametrize("needs", [(), ("x",), ("weight",), ("bias",), ("x", "weight")], ids="+".join)
+@pytest.mark.parametrize("norm_trained", [False, True], ids=["norm frozen", "norm trained"])
+def test_only_the_gradients_asked_for(plan, training, needs, norm_trained):
+    if not needs and not norm_trained:
+        return
+    norm = random_norm(BLOCK, training).requires_grad_(norm_trained)
+    found = assert_normed(BLOCK, normal_tensors(BLOCK, torch.float32), norm, plan=plan, needs=needs)
+    assert {"norm.weight", "norm.bias"} & set(found) == (
+        {"norm.weight", "norm.bias"} if norm_trained else set()
+    )
+
+
+@plans
+@modes
+def test_an_affine_norm_with_half_its_parameters(plan, training):
+    for gone in ("weight", "bias"):
+        norm = random_norm(BLOCK, training)
+        setattr(norm, gone, None)
+        tensors = normal_tensors(BLOCK, torch.float32)
+        grad = torch.zeros(BLOCK.out_shape())
+        found = run(lambda *a: ours(BLOCK, *a, plan=plan), tensors, norm, grad)
+        expected = run(lambda *a: eager(BLOCK, *a), tensors, norm, grad)
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found["out"], expected["out"], rtol=1e-4, atol=1e-4)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_double_backward(plan, training, activation, first):
+    block = replace(BLOCK, activation=activation)
+    tensors = normal_tensors(block, torch.float32)
+    norm = random_norm(block, training)
+    grad = torch.randn(block.out_shape()) * decided(block, tensors, norm)
+
+    def penalty(fn, dtype):
+        module = copy.deepcopy(norm).to(dtype)
+        leaves = {k: t.to(dtype).requires_grad_(k != "x" or not first) for k, t in tensors.items()}
+        wanted = [t for t in (*leaves.values(), *module.parameters()) if t.requires_grad]
+        first_grads = torch.autograd.grad(
+            fn(block, **leaves, norm=module), wanted, grad.to(dtype), create_graph=True
+        )
+        total = sum((g * g).sum() for g in first_grads)
+        return torch.autograd.grad(total, [leaves["weight"], module.weight])
+
+    mine = penalty(lambda *a, **k: ours(*a, **k, plan=plan), torch.float32)
+    theirs, true = penalty(eager, torch.float32), penalty(eager, torch.float64)
+    for name, found, their, truth in zip(("weight", "norm.weight"), mine, theirs, true, strict=True):
+        assert_close_as_torch(found, their, truth, name)
+
+
+@plans
+def test_the_result_may_be_changed(plan):
+    """After the pool PyTorch lets the result be changed in place before backward."""
+    tensors = normal_tensors(BLOCK, torch.float32)
+    norm = random_norm(BLOCK, True)
+    grad = torch.randn(BLOCK.out_shape()) * decided(BLOCK, tensors, norm)
+    found = run(lambda *a: ours(BLOCK, *a, plan=plan).mul_(2).add_(1), tensors, norm, grad)
+    expected = run(lambda *a: eager(BLOCK, *a).mul_(2).add_(1), tensors, norm, grad)
+    for name in ("x", "weight", "norm.weight", "norm.bias"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------- what is kept, bits, machinery
+
+
+def kept_bytes(fn) -> int:
+    """Distinct memory that autograd keeps of one call."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fn()
+    return sum(storages.values())
+
+
+@fused_plans
+@pytest.mark.parametrize("first", [False, True], ids=["inner", "first layer"])
+def test_backward_keeps_a_quarter(plan, first):
+    """Of what PyTorch keeps for conv, norm, ReLU and pool, arguments aside."""
+    block = Block(4, 3 if first else 16, (64, 64), 64, (3, 3), padding=(1, 1), pool=POOL_2X2)
+    tensors = normal_tensors(block, torch.float32)
+    x = tensors["x"].requires_grad_(not first)
+    weight, bias = tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
+    norm = random_norm(block, True)
+    mine = kept_bytes(lambda: ours(block, x, weight, bias, norm, plan=plan))
+    theirs = kept_bytes(lambda: eager(block, x, weight, bias, norm))
+    assert mine - x.nbytes <= (theirs - x.nbytes) / 4
+    assert mine <= theirs / 4 or not first
+
+
+@pytest.mark.instruction_sets
+@needs_extension
+@some_blocks
+@fused_plans
+@modes
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_the_same_bits_twice_and_on_any_number_of_threads(block, plan, training, first):
+    tensors, norm = normal_tensors(block, torch.float32), random_norm(block, training)
+    grad = torch.randn(block.out_shape())
+    needs = ("weight", "bias") if first else ("x", "weight", "bias")
+    results = []
+    for threads in (2, 2, 1, 3) if plan == "direct" else (2, 2):
+        torch.set_num_threads(threads)
+        results.append(run(lambda *a: ours(block, *a, plan=plan), tensors, norm, grad, needs))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], other[k]) for k in other)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_no_graph_break(plan, training, first):
+    """fullgraph, forward and backward, the norm's memory too."""
+    tensors, norm = normal_tensors(BLOCK, torch.float32), random_norm(BLOCK, training)
+    grad = torch.randn(BLOCK.out_shape()) * decided(BLOCK, tensors, norm)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, w, b, m: ours(BLOCK, x, w, b, m, plan=plan), fullgraph=True, backend="aot_eager"
+    )
+    needs = ("weight", "bias") if first else ("x", "weight", "bias")
+    found = run(compiled, tensors, norm, grad, needs)
+    expected = run(lambda *a: eager(BLOCK, *a), tensors, norm, grad, needs)
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
+
+
+@needs_extension
+@fused_plans
+@pytest.mark.parametrize("pool", [[], [2, 2, 2, 2, 0, 0, 1, 1, 0]], ids=["no pool", "pool"])
+def test_opcheck(plan, pool):
+    x, weight = torch.randn(2, 3, 8, 9), torch.randn(18, 3, 3, 3)
+    gamma, beta, var = torch.randn(18), torch.randn(18), torch.rand(18) + 0.1
+    rest = ([1, 1, 1, 1, 1, 1, 1], 1, [], pool, [0, 2, 3, 1], {"direct": 1, "chunked": 2}[plan])
+    torch.library.opcheck(op.forward_op, (x, weight, beta, gamma, beta, None, None, 1e-5, *rest, True))
+    torch.library.opcheck(op.forward_op, (x, weight, beta, gamma, None, beta, var, 1e-5, *rest, True))
+    torch.library.opcheck(op.forward_op, (x, weight, None, None, None, None, None, 1e-5, *rest, False))
+    out, codes, kept, stats = op.forward_op(x, weight, None, gamma, beta, None, None, 1e-5, *rest, True)
+    for needs in ((False, True, True), (True, False, True)):
+        args = (torch.randn_like(out), x, weight, stats, codes, kept, 1e-5, *rest, *needs)
+        torch.library.opcheck(op.backward_op, args)
+    torch.library.opcheck(op.fold_op, (weight, None, gamma, beta, beta, var, 1e-5))
+    torch.library.opcheck(op.fold_op, (weight, beta, None, None, beta, var, 1e-5))
+    torch.library.opcheck(op.moments_op, (x, weight, rest[0]))
+
+
+@needs_extension
+def test_wrong_calls_of_the_ops():
+    """Each wrong size is an error, not memory read beyond its end."""
+    x, weight = torch.randn(2, 3, 8, 9), torch.randn(18, 3, 3, 3)
+    rest = ([1, 1, 1, 1, 1, 1, 1], 1, [], [2, 2, 2, 2, 0, 0, 1, 1, 0], [0, 2, 3, 1], 2)
+    good = torch.ones(18)
+    for gamma, beta in (
+        (torch.ones(17), good),
+        (good, torch.ones(19)),
+        (good.double(), good),
+        (good[None], good),
+    ):
+        with pytest.raises(RuntimeError):
+            op.forward_op(x, weight, None, gamma, beta, None, None, 1e-5, *rest, True)
+        with pytest.raises(RuntimeError):
+            op.fold_op(weight, None, gamma, beta, good, good, 1e-5)
+    out, codes, kept, stats = op.forward_op(x, weight, None, good, good, None, None, 1e-5, *rest, True)
+    right = dict(grad=out, x=x, weight=weight, stats=stats, codes=codes, kept=kept)
+    wrong = dict(
+        grad=out[:1], x=x[:1], weight=weight[:, :2], stats=stats[:2], codes=codes[:, :1], kept=kept[..., :1]
+    )
+    for name, value in wrong.items():
+        with pytest.raises(RuntimeError):
+            op.backward_op(*(right | {name: value}).values(), 1e-5, *rest, False, True, True)
+    with pytest.raises(RuntimeError):
+        op.forward_op(
+            x[:1, :, :1, :1], weight, None, good, good, None, None, 1e-5, *rest[:3], [], *rest[4:], True
+        )
+
+
+@modes
+def test_a_changed_norm_is_not_fused(training):
+    """Hooks, subclasses and forwards of their own run; an unbatched map is PyTorch's to refuse."""
+    x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    called = []
+    hooked = nn.BatchNorm2d(4).train(training)
+    hooked.register_forward_hook(lambda *_: called.append(1) and None)
+    conv_block(x, weight, norm=hooked)
+    assert called
+
+    class Doubling(nn.BatchNorm2d):
+        def forward(self, y):
+            return 2 * super().forward(y)
+
+    doubling = Doubling(4).train(training)
+    expected = F.relu(copy.deepcopy(doubling)(F.conv2d(x, weight)))
+    assert torch.equal(conv_block(x, weight, norm=doubling), expected)
+    with pytest.raises(ValueError, match="expected 4D"):
+        conv_block(x[0], weight, norm=nn.BatchNorm2d(4).train(training))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_unbatched_signal_is_pytorchs(training):
+    """BatchNorm1d takes (C, L) for a batch of C samples of L channels."""
+    x, weight = torch.randn(3, 11), torch.randn(9, 3, 3)
+    norm = nn.BatchNorm1d(9).train(training)
+    expected = F.relu(copy.deepcopy(norm)(F.conv1d(x, weight)))
+    assert torch.equal(conv_block(x, weight, norm=norm), expected)
+
+
+@plans
+def test_autocast(plan):
+    """The convolution in bfloat16, the norm's parameters in float32, as PyTorch has it."""
+    tensors, norm = normal_tensors(BLOCK, torch.float32), random_norm(BLOCK, True)
+    for training in (True, False):
+        norm.train(training)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(
+                lambda *a: ours(BLOCK, *a, plan=plan), tensors, norm, torch.ones(BLOCK.out_shape()).bfloat16()
+            )
+            expected = run(
+                lambda *a: eager(BLOCK, *a), tensors, norm, torch.ones(BLOCK.out_shape()).bfloat16()
+            )
+        assert {k: t.dtype for k, t in found.items()} == {k: t.dtype for k, t in expected.items()}
+        torch.testing.assert_close(found["out"], expected["out"], rtol=0.05, atol=0.1)
