@@ -42,6 +42,9 @@ from helpers import (
 )
 from torch import Tensor
 
+from cnnlstm_fast import plans as plans_module
+from cnnlstm_fast.spec import BlockSpec, Pool
+
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "conv_block.py"
@@ -486,6 +489,45 @@ def test_tracing_shows_the_kernels(plan):
     assert not [target for target in targets if "cnnlstm_fast" in target]
     assert targets.count("triton_kernel_wrapper_functional") == {"direct": 4, "chunked": 2}[plan]
     assert ("aten.convolution.default" in targets) == (plan == "chunked")
+
+
+# ---------------------------------------------------------------- the rule between the plans
+
+
+def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=False, needs_x=False, **spec):
+    spec = BlockSpec(**{"padding": (1, 1), "layout": "locations"} | spec)
+    return plans_module._by_bytes(spec, shape, weight_shape, dtype, tf32, training, needs_x)[:2]
+
+
+POOL_2X2 = Pool((2, 2), (2, 2))
+
+
+def test_small_channels_run_direct_and_arithmetic_goes_to_the_library():
+    """The tutorial's block is bound by memory, a VGG layer by arithmetic; TF32 moves the border."""
+    tutorial = (1280, 3, 28, 28), (64, 3, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = _planned(*tutorial, dtype, dtype == torch.float32, pool=POOL_2X2, training=True)
+        assert planned == ("direct", "direct")
+    vgg = (64, 256, 16, 50), (512, 256, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = _planned(*vgg, dtype, pool=POOL_2X2, training=True, needs_x=True)
+        assert planned == ("chunked", "chunked")
+    between = (64, 6, 32, 100), (32, 6, 3, 3)
+    assert _planned(*between, pool=POOL_2X2)[0] == "chunked"
+    assert _planned(*between, tf32=True, pool=POOL_2X2)[0] == "direct"
+
+
+def test_windows_that_overlap_cost_the_direct_plan_their_recomputation():
+    sizes = (64, 6, 64, 64), (24, 6, 3, 3)
+    assert _planned(*sizes, torch.bfloat16, pool=POOL_2X2)[0] == "direct"
+    assert _planned(*sizes, torch.bfloat16, pool=Pool((5, 5), (1, 1), (2, 2)))[0] == "chunked"
+
+
+def test_nothing_to_fuse_is_left_to_torch():
+    sizes = (8, 3, 28, 28), (64, 3, 3, 3)
+    assert _planned(*sizes, activation=None, layout="channels_last") == ("reference", "reference")
+    assert _planned(*sizes, activation=None)[0] != "reference"
+    assert _planned((8, 32, 28, 28), (32, 1, 3, 3), groups=32) == ("chunked", "chunked")
 
 
 # ---------------------------------------------------------------- on a device
