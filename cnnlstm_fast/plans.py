@@ -84,7 +84,7 @@ def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | Non
 
     ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
     """
-    if x.dtype not in _DTYPES:
+    if x.dtype not in _DTYPES and not (x.dtype == torch.float16 and x.device.type == "cuda"):
         return f"the fused kernels compute float32 and bfloat16, not {str(x.dtype)[6:]}"
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return "input and parameters differ in dtype"
@@ -96,8 +96,6 @@ def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | Non
             return "Triton is not installed"
     else:
         return f"there are no kernels for the device {x.device.type!r}"
-    if x.device.type == "cuda" and (spec.activation not in (None, "relu") or any(spec.padding_after)):
-        return "the CUDA kernels compute ReLU and even padding only"
     if weight.device != x.device:
         return f"the input is on {x.device} and the weight on {weight.device}"
     if torch._C._are_functorch_transforms_active():
@@ -292,9 +290,82 @@ def choose(
         return plan, plan, "asked for"
     if why_not:
         return "reference", "reference", why_not
-    if x.device.type != "cpu":
-        return "direct", "direct", "the only fused plan measured on this device"
+    if x.device.type == "cuda":
+        tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        by_bytes = _by_bytes if torch.compiler.is_compiling() else _by_bytes_cached
+        return by_bytes(spec, x.shape, weight.shape, x.dtype, tf32, training, needs_x)
     return forward, backward, reason
+
+
+# ---- Blocks on CUDA
+
+#: Multiply-adds, times two, that a data-centre GPU of today does while it moves one byte.
+_CUDA_BALANCE = {"float32": 14.0, "tf32": 90.0, "half": 180.0}
+#: Shares of that rate which the library's convolution and our own, which gathers its patches, are taken
+#: to reach until devices have filled in their own.
+_LIBRARY_SHARE, _OWN_SHARE = 0.6, 0.2
+
+
+def cuda_costs(
+    spec: BlockSpec,
+    shape: tuple,
+    weight_shape: tuple,
+    dtype: torch.dtype,
+    tf32: bool,
+    training: bool,
+    needs_x: bool,
+) -> dict[str, tuple[float, float]]:
+    """What each plan costs on CUDA: {plan: (forward, backward)}, in bytes moved or the arithmetic of as many.
+
+    A kernel takes the longer of its two; ``chunked`` runs the convolution's kernels and then the pass that
+    finishes, or the pass that spreads the gradient and then the convolution's.
+    """
+    size = dtype.itemsize
+    conv = spec.conv_size(shape[2:], weight_shape[2:])
+    pooled = spec.out_size(shape[2:], weight_shape[2:])
+    taps = weight_shape[1] * weight_shape[2] * weight_shape[3]
+    channels = weight_shape[0]
+    x_bytes = shape[0] * shape[1] * shape[2] * shape[3] * size
+    map_size = shape[0] * channels * conv[0] * conv[1]
+    out_size = shape[0] * channels * pooled[0] * pooled[1]
+    map_bytes, out_bytes = map_size * size, out_size * size
+    code_bytes = out_size if training else 0  # one byte at most
+    balance = _CUDA_BALANCE["tf32" if tf32 else "float32" if dtype == torch.float32 else "half"]
+
+    def kernel(moved: float, multiplied: float, share: float) -> float:
+        return max(moved, 2 * multiplied * taps / (balance * share))
+
+    ways = 1 + needs_x
+    read = x_bytes * ways  # by the weight's gradient, written by the input's
+    direct = (
+        kernel(x_bytes + out_bytes + code_bytes, out_size * spec.window, _OWN_SHARE),
+        kernel(read + (out_bytes + code_bytes) * ways, map_size * ways, _OWN_SHARE),
+    )
+    chunked = (
+        kernel(x_bytes + map_bytes, map_size, _LIBRARY_SHARE) + map_bytes + out_bytes + code_bytes,
+        kernel(read + map_bytes * ways, map_size * ways, _LIBRARY_SHARE) + map_bytes + out_bytes + code_bytes,
+    )
+    return {"direct": direct, "chunked": chunked}
+
+
+def _by_bytes(
+    spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype, tf32: bool, training: bool, needs_x: bool
+) -> tuple[str, str, str]:
+    """The plan on CUDA by sizes: (forward, backward, reason)."""
+    if spec.activation is None and not spec.pool and spec.layout in ("channels_first", "channels_last"):
+        return "reference", "reference", "a convolution alone: there is nothing to fuse"
+    costs = cuda_costs(spec, shape, weight_shape, dtype, tf32, training, needs_x)
+    if spec.groups > 1:  # tiles of tensor cores would be mostly empty
+        return "chunked", "chunked", "a grouped convolution: the library's, then one pass"
+    forward, backward = (
+        "direct" if costs["direct"][way] <= costs["chunked"][way] else "chunked" for way in range(2)
+    )
+    if forward == "direct":
+        return forward, backward, "by bytes and arithmetic: the map before the pool never exists"
+    return forward, backward, "by bytes and arithmetic: the library's convolution, then one pass"
+
+
+_by_bytes_cached = lru_cache(maxsize=4096)(_by_bytes)
 
 
 # ---- Recurrent layers
@@ -303,11 +374,24 @@ def choose(
 RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
 
+#: Hidden units up to which a program that reads all recurrent weights each step, 8 MB in bfloat16 at some
+#: 100 GB/s, keeps up with the ten launches of a step in a loop.
+_CUDA_UNITS = 1024
+
+
 def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | None:
     """Why the recurrent kernels don't take these tensors, as a sentence; None if they do.
 
     ``params`` are the weights and the given initial states; None among them is passed over.
     """
+    if x.device.type == "cuda":
+        rows, width = params[1].shape
+        if rows > 4 * width:
+            return "the CUDA kernels do not take projections (proj_size)"
+        if width > _CUDA_UNITS:
+            return (
+                f"above {_CUDA_UNITS} units the CUDA kernels wait for their weights longer than a loop does"
+            )
     for p in params:
         if p is not None and (p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN):
             why_not = why_not_fused(x, p, None)

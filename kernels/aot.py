@@ -20,8 +20,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cnnlstm_fast.kernels import conv_block
+from cnnlstm_fast.kernels import conv_block, recurrent
 from cnnlstm_fast.kernels.conv_block import CHUNKED, DIRECT
+from cnnlstm_fast.kernels.recurrent import GRU, LSTM
+from cnnlstm_fast.spec import CURVED
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -36,11 +38,28 @@ class Case:
     kernel: tuple[int, int]
     conv: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 1)
     activation: int = 1
+    act: tuple[float, ...] = ()
     pool: tuple[int, ...] = ()
     order: tuple[int, ...] = (0, 1, 2, 3)
     bias: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     plans: tuple[int, ...] = (DIRECT,)
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A recurrent layer whose kernels are compiled; ``x`` is (T, B, features)."""
+
+    name: str
+    mode: int
+    x: tuple[int, int, int]
+    hidden: int
+    directions: int = 1
+    batch_first: bool = False
+    state: bool = True
+    reset: bool = True
+    lengths: bool = False
+    dtypes: tuple[str, ...] = ("float32", "tf32", "bfloat16")
 
 
 _POOL2 = (2, 2, 2, 2, 0, 0, 1, 1, 0)
@@ -80,7 +99,15 @@ CASES = (
         dtypes=("float32",),
     ),
     Case("64-bit offsets", (60000, 3, 128, 128), 64, (3, 3), pool=_POOL2, dtypes=("bfloat16",)),
+    Case("SiLU", (64, 32, 1, 128), 64, (1, 3), activation=7, dtypes=("bfloat16",), plans=(DIRECT, CHUNKED)),
+    Case("ReLU6", (64, 24, 1, 128), 64, (1, 3), activation=2, act=(0.0, 6.0), dtypes=("float32",)),
     Case("bare", (32, 3, 32, 32), 64, (3, 3), activation=0, bias=False, dtypes=("bfloat16",)),
+    LayerCase("tutorial LSTM", LSTM, (196, 128, 64), 64),
+    LayerCase("policy LSTM", LSTM, (128, 2, 512), 128, batch_first=True, dtypes=("bfloat16",)),
+    LayerCase("everything", LSTM, (100, 32, 128), 128, 2, lengths=True, dtypes=("float16",)),
+    LayerCase("odd LSTM", LSTM, (81, 8, 519), 519, lengths=True, dtypes=("float32", "bfloat16")),
+    LayerCase("small GRU", GRU, (100, 32, 128), 24, dtypes=("float32", "bfloat16")),
+    LayerCase("sentences GRU", GRU, (100, 32, 128), 128, 2, state=False, reset=False, lengths=True),
 )
 
 
@@ -112,11 +139,12 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 
 
-def launches(case: Case, dtype: str) -> list[Launch]:
-    """Every launch of a block's forward and backward, as the host functions ask for them.
+def launches(case: Case | LayerCase, dtype: str) -> list[Launch]:
+    """Every launch of a forward and backward, as the host functions ask for them.
 
     ``dtype`` is a torch dtype's name, or "tf32" for float32 with TF32 products.
     """
@@ -128,26 +156,58 @@ def launches(case: Case, dtype: str) -> list[Launch]:
     def data(*shape):
         return torch.empty(shape, dtype=getattr(torch, dtype.replace("tf32", "float32")), device="meta")
 
+    with _float32_products("tf32" if dtype == "tf32" else "ieee"):
+        run = _run_block if isinstance(case, Case) else _run_layer
+        run(case, data, record)
+    return found
+
+
+def _run_block(case: Case, data, record) -> None:
     x = data(*case.x)
     weight = data(case.c_out, case.x[1] // case.conv[6], *case.kernel)
     bias = data(case.c_out) if case.bias else None
-    block = (list(case.conv), case.activation, list(case.pool), list(case.order))
-    with _float32_products("tf32" if dtype == "tf32" else "ieee"):
-        for plan in case.plans:
-            out, codes = conv_block.forward(x, weight, bias, *block, plan, True, run=record)
-            grad = torch.empty_like(out)
-            conv_block.backward(grad, x, weight, codes, *block, plan, True, True, True, run=record)
-    return found
+    block = (list(case.conv), case.activation, list(case.act), list(case.pool), list(case.order))
+    for plan in case.plans:
+        out, codes, _ = conv_block.forward(x, weight, bias, *block, plan, True, run=record)
+        grad = torch.empty_like(out)
+        if case.activation >= CURVED:  # its gradient comes multiplied by the slopes
+            block = (block[0], 0, [], *block[3:])
+        conv_block.backward(grad, x, weight, codes, *block, plan, True, True, True, run=record)
+
+
+def _run_layer(case: LayerCase, data, record) -> None:
+    steps, batch, width = case.x
+    leading = (batch, steps) if case.batch_first else (steps, batch)
+    state = data(case.directions, batch, case.hidden)
+    c = state if case.mode == LSTM else None
+    rows = (4 if case.mode == LSTM else 3) * case.hidden
+    weights = [data(rows, width), data(rows, case.hidden), data(rows), data(rows), None]
+    given = (
+        *((state, c) if case.state else (None, None)),
+        *(weights * case.directions + [None] * 5)[:10],
+        state.new_empty(leading, dtype=torch.bool) if case.reset else None,
+        state.new_empty(batch, dtype=torch.int64) if case.lengths else None,
+    )
+    x = data(*leading, width)
+    for keep in (False, True):
+        out, *_, saved = recurrent.forward(x, *given, case.mode, case.batch_first, keep, run=record)
+    grads = out, state, c
+    recurrent.backward(
+        *grads, x, *given, out, saved, case.mode, case.batch_first, True, True, True, run=record
+    )
 
 
 @contextlib.contextmanager
 def _float32_products(precision: str):
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        for kind, value in zip(kinds, before, strict=True):
+            kind.fp32_precision = value
 
 
 def source(launch: Launch) -> ASTSource:

@@ -1,9 +1,9 @@
-"""The block op in Triton: ``layout(max_pool(relu(conv2d(x) + bias)))`` and its gradients.
+"""The block op in Triton: ``layout(max_pool(act(conv2d(x) + bias)))`` and its gradients.
 
 For a pooled output ``m = (n, ph, pw)`` and an element ``e = (i, j)`` of its pool window:
 
     at(m, e)  = (ph * POOL_SH - POOL_PH + i * POOL_DH, pw * POOL_SW - POOL_PW + j * POOL_DW)
-    y(m, e)   = relu(bias + weight . patch of x under at(m, e))       one value per channel
+    y(m, e)   = act(bias + weight . patch of x under at(m, e))       one value per channel
     out(m)    = max over e of y(m, e);   code(m) = the first such e, but the last NaN's
     dbias     = sum over m of grad(m) where the code names an element
     dconv(o)  = sum of grad(m) over the windows m whose winner lies at o, a place of the convolution's map
@@ -27,9 +27,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from cnnlstm_fast.spec import CODE_GROUP, NIBBLE_WINDOW, codes_shape, conv_size, pool_size, raw_shape
+from cnnlstm_fast.kernels.launching import launch
+from cnnlstm_fast.spec import CODE_GROUP, CURVED, NIBBLE_WINDOW, codes_shape, map_size, pool_size, raw_shape
 
 #: The values of ``plan``; CHUNKED leaves the convolution to the library.
 DIRECT, CHUNKED = 1, 2
@@ -92,32 +92,83 @@ def _load_code(codes_ptr, m, c, ok, CODE_GROUPS: tl.constexpr, NIBBLES: tl.const
 
 
 @triton.jit
-def _keep_max(best, code, y, valid, e, RELU: tl.constexpr):
-    """Let element ``e`` of the windows, with values ``y`` where ``valid``, compete for the maximum."""
-    if RELU:
+def _tanh(x):
+    """tanh to about 2 ulp: near zero by its series, since 1 - 2 / (exp(2x) + 1) cancels there."""
+    s = x * x
+    series = 0.13333333 + s * (-0.053968254 + s * (0.021869488 - s * 0.0088632355))
+    near = x + x * s * (-0.33333333 + s * series)
+    far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * tl.abs(x)))
+    far = tl.where(x < 0, -far, far)
+    return tl.where(tl.abs(x) < 0.3, near, far)
+
+
+@triton.jit
+def _activate(y, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """(the activation of ``y``, its slope there if it is a curved one), as PyTorch defines them."""
+    slope = y
+    if ACTIVATION == 1:  # ReLU
         y = tl.where(y <= 0, 0.0, y)
+    elif ACTIVATION == 2:  # Hardtanh
+        y = tl.where(y < A, A, tl.where(y > B, B, y))
+    elif ACTIVATION == 3:  # LeakyReLU
+        slope = tl.where(y > 0, 1.0, A)
+        y = tl.where(y > 0, y, y * A)
+    elif ACTIVATION == 4:  # ELU
+        grown = tl.exp(y)
+        slope = tl.where(y > 0, 1.0, A * grown)
+        # exp(y) - 1, without its cancellation
+        y = tl.where(y > 0, y, A * (_tanh(0.5 * y) * (grown + 1.0)))
+    elif ACTIVATION == 5:
+        y = _tanh(y)
+        slope = 1.0 - y * y
+    elif ACTIVATION == 6:
+        y = 1.0 / (1.0 + tl.exp(-y))
+        slope = y * (1.0 - y)
+    elif ACTIVATION == 7:  # SiLU
+        share = 1.0 / (1.0 + tl.exp(-y))
+        slope = share * (1.0 + y * (1.0 - share))
+        y = y * share
+    elif ACTIVATION == 8:  # GELU; y * 2**-0.5, exp(-y**2 / 2) / (2 pi)**0.5
+        share = 0.5 * (1.0 + tl.erf(y * 0.70710678))
+        slope = share + y * (0.39894228 * tl.exp(-0.5 * y * y))
+        y = y * share
+    elif ACTIVATION == 9:  # GELU by tanh of (2 / pi)**0.5 (y + 0.044715 y**3)
+        bent = _tanh(0.79788456 * (y + 0.044715 * y * y * y))
+        slope = 0.5 * (1.0 + bent) + 0.5 * y * (1.0 - bent * bent) * 0.79788456 * (1.0 + 0.134145 * y * y)
+        y = 0.5 * y * (1.0 + bent)
+    return y, slope
+
+
+@triton.jit
+def _keep_max(best, code, slope, y, valid, e, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """Let element ``e`` of the windows, with values ``y`` where ``valid``, compete for the maximum."""
+    y, slope_here = _activate(y, ACTIVATION, A, B)
     wins = valid & ((y > best) | (y != y) | (code < 0))
-    return tl.where(wins, y, best), tl.where(wins, e, code)
+    if ACTIVATION >= 3:
+        slope = tl.where(wins, slope_here, slope)
+    return tl.where(wins, y, best), tl.where(wins, e, code), slope
 
 
 @triton.jit
 def _store_pooled(
-    out_ptr, codes_ptr, best, code, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
-    RELU: tl.constexpr, KEEP: tl.constexpr, NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
+    out_ptr, codes_ptr, slopes_ptr, best, code, slope, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
+    ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    KEEP: tl.constexpr, KEEP_SLOPES: tl.constexpr, NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of pooled values and, packed, of winner codes; ``c0`` is a multiple of 16 with KEEP."""
+    """Write a tile of pooled values, slopes and packed winner codes; ``c0`` is a multiple of 16 with KEEP."""
     c = c0 + tl.arange(0, BN)
-    place = n * o_n + ph * o_h + pw * o_w
-    tl.store(
-        out_ptr + place[:, None] + (c * o_c)[None, :],
-        best.to(out_ptr.dtype.element_ty),
-        mask=m_ok[:, None] & (c < c_end)[None, :],
-    )
+    place = (n * o_n + ph * o_h + pw * o_w)[:, None] + (c * o_c)[None, :]
+    ok = m_ok[:, None] & (c < c_end)[None, :]
+    tl.store(out_ptr + place, best.to(out_ptr.dtype.element_ty), mask=ok)
+    if KEEP_SLOPES:
+        tl.store(slopes_ptr + place, slope.to(slopes_ptr.dtype.element_ty), mask=ok)
     if KEEP:
         nothing = code < 0
-        if RELU:
+        if ACTIVATION == 1:
             nothing = nothing | (best <= 0)
+        elif ACTIVATION == 2:
+            nothing = nothing | (best <= ACT_A) | (best >= ACT_B)
         code = tl.where(nothing, 255, code)
         if NIBBLES:
             halves = tl.permute(tl.reshape(code & 15, (BM, BN // 16, 2, 8)), (0, 1, 3, 2))
@@ -212,14 +263,15 @@ def _convolve(
 
 @triton.jit(do_not_specialize=["M", "INNER"])
 def forward_kernel(
-    x_ptr, w_ptr, b_ptr, out_ptr, codes_ptr, M, INNER, H, W, OH, OW, PH, PW,
+    x_ptr, w_ptr, b_ptr, out_ptr, codes_ptr, slopes_ptr, M, INNER, H, W, OH, OW, PH, PW,
     x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w, b_o, o_n, o_c, o_h, o_w,
     COUT: tl.constexpr, CIN_G: tl.constexpr, GROUPS: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, CONV_SH: tl.constexpr, CONV_SW: tl.constexpr,
     CONV_PH: tl.constexpr, CONV_PW: tl.constexpr, CONV_DH: tl.constexpr, CONV_DW: tl.constexpr,
     POOL_KH: tl.constexpr, POOL_KW: tl.constexpr, POOL_SH: tl.constexpr, POOL_SW: tl.constexpr,
     POOL_PH: tl.constexpr, POOL_PW: tl.constexpr, POOL_DH: tl.constexpr, POOL_DW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    KEEP: tl.constexpr, KEEP_SLOPES: tl.constexpr,
     NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
     TF32: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -252,6 +304,7 @@ def forward_kernel(
 
     best = tl.full((BM, BN), float("-inf"), tl.float32)
     code = tl.full((BM, BN), -1, tl.int32)
+    slope = tl.full((BM, BN), 0.0, tl.float32)
     for e in range(POOL_KH * POOL_KW):
         oh = ph * POOL_SH - POOL_PH + e // POOL_KW * POOL_DH
         ow = pw * POOL_SW - POOL_PW + e % POOL_KW * POOL_DW
@@ -275,21 +328,22 @@ def forward_kernel(
                 y = tl.where((c // COUT_G == group)[None, :], y_group, y)
         if HAS_BIAS:
             y += _load_float32(b_ptr + c * b_o, c_ok)[None, :]
-        best, code = _keep_max(best, code, y, valid[:, None], e, RELU)
+        best, code, slope = _keep_max(best, code, slope, y, valid[:, None], e, ACTIVATION, ACT_A, ACT_B)
     _store_pooled(
-        out_ptr, codes_ptr, best, code, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
-        RELU, KEEP, NIBBLES, CODE_GROUPS, BM, BN,
+        out_ptr, codes_ptr, slopes_ptr, best, code, slope, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
+        ACTIVATION, ACT_A, ACT_B, KEEP, KEEP_SLOPES, NIBBLES, CODE_GROUPS, BM, BN,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def finish_kernel(
-    y_ptr, b_ptr, out_ptr, codes_ptr, M, OH, OW, PH, PW,
+    y_ptr, b_ptr, out_ptr, codes_ptr, slopes_ptr, M, OH, OW, PH, PW,
     y_n, y_c, y_h, y_w, b_o, o_n, o_c, o_h, o_w,
     COUT: tl.constexpr,
     POOL_KH: tl.constexpr, POOL_KW: tl.constexpr, POOL_SH: tl.constexpr, POOL_SW: tl.constexpr,
     POOL_PH: tl.constexpr, POOL_PW: tl.constexpr, POOL_DH: tl.constexpr, POOL_DW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    KEEP: tl.constexpr, KEEP_SLOPES: tl.constexpr,
     NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
     WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -306,6 +360,7 @@ def finish_kernel(
 
     best = tl.full((BM, BN), float("-inf"), tl.float32)
     code = tl.full((BM, BN), -1, tl.int32)
+    slope = tl.full((BM, BN), 0.0, tl.float32)
     for e in range(POOL_KH * POOL_KW):
         oh = ph * POOL_SH - POOL_PH + e // POOL_KW * POOL_DH
         ow = pw * POOL_SW - POOL_PW + e % POOL_KW * POOL_DW
@@ -314,10 +369,10 @@ def finish_kernel(
         y = _load_float32(y_ptr + place[:, None] + (c * y_c)[None, :], valid & c_ok[None, :])
         if HAS_BIAS:
             y += _load_float32(b_ptr + c * b_o, c_ok)[None, :]
-        best, code = _keep_max(best, code, y, valid, e, RELU)
+        best, code, slope = _keep_max(best, code, slope, y, valid, e, ACTIVATION, ACT_A, ACT_B)
     _store_pooled(
-        out_ptr, codes_ptr, best, code, m, m_ok, n, ph, pw, c0, COUT, o_n, o_c, o_h, o_w,
-        RELU, KEEP, NIBBLES, CODE_GROUPS, BM, BN,
+        out_ptr, codes_ptr, slopes_ptr, best, code, slope, m, m_ok, n, ph, pw, c0, COUT, o_n, o_c, o_h, o_w,
+        ACTIVATION, ACT_A, ACT_B, KEEP, KEEP_SLOPES, NIBBLES, CODE_GROUPS, BM, BN,
     )  # fmt: skip
 
 
@@ -507,47 +562,44 @@ WIDE_PRODUCT = dict(num_warps=8, num_stages=1, maxnreg=255)
 PASS = dict(num_warps=4, num_stages=1)
 
 
-def launch(kernel, programs: int, args: dict, options: dict) -> None:
-    """Start ``programs`` of a kernel on the current stream of the current device."""
-    start = wrap_triton(kernel)
-    if start is not kernel:  # traced: torch.compile knows no limit on registers
-        options = {name: value for name, value in options.items() if name != "maxnreg"}
-    start[(programs,)](**args, **options)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     conv: list[int],
     activation: int,
+    act: list[float],
     pool: list[int],
     order: list[int],
     plan: int,
     keep: bool,
     run=launch,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``cnnlstm_fast::conv_block``, whose file explains the arguments.
 
     Returns:
-        The map (N, C, PH, PW) permuted by ``order``, contiguous; and its winner codes, or no element.
+        The map (N, C, PH, PW) permuted by ``order``, contiguous; its winner codes and the slopes at the
+        winners, each with no element where it is not kept.
 
-    ``run`` is what starts kernels, see :func:`launch`.
+    ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
-    conv_hw = conv_size(x.shape[2:], weight.shape[2:], conv[0:2], conv[2:4], conv[4:6])
+    conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
     size = pool_size(conv_hw, pool)
     batch, channels = x.shape[0], weight.shape[0]
     out = x.new_empty(raw_shape(order, batch, channels, size))
-    keep = keep and bool(activation or pool)
-    codes = x.new_empty(codes_shape(_window(pool), batch, channels, size) if keep else [0], dtype=torch.uint8)
+    keep_codes = keep and (bool(pool) or 0 < activation < CURVED)
+    kept = codes_shape(_window(pool), batch, channels, size) if keep_codes else [0]
+    codes = x.new_empty(kept, dtype=torch.uint8)
+    slopes = x.new_empty(out.shape if keep and activation >= CURVED else [0])
     if out.numel() == 0:
-        return out, codes
+        return out, codes, slopes
 
     places = batch * size[0] * size[1]
     args = dict(
         b_ptr=weight if bias is None else bias,
         out_ptr=out,
         codes_ptr=codes,
+        slopes_ptr=slopes,
         M=places,
         OH=conv_hw[0],
         OW=conv_hw[1],
@@ -559,16 +611,19 @@ def forward(
         **_pool_constants(pool),
         **_code_constants(pool, channels),
         HAS_BIAS=bias is not None,
-        RELU=bool(activation),
-        KEEP=keep,
+        ACTIVATION=activation,
+        ACT_A=act[0] if act else 0.0,
+        ACT_B=act[1] if len(act) > 1 else 0.0,
+        KEEP=keep_codes,
+        KEEP_SLOPES=slopes.numel() > 0,
     )
     if plan == CHUNKED:
         y = torch.ops.aten.convolution.default(
-            x, weight, None, conv[0:2], conv[2:4], conv[4:6], False, [0, 0], conv[6]
+            _padded_after(x, conv), weight, None, conv[0:2], conv[2:4], conv[4:6], False, [0, 0], conv[6]
         )
         args |= dict(y_ptr=y, **_strides("y", y.stride()), WIDE=_wide(places, y, out, codes), BM=32, BN=32)
         run(finish_kernel, triton.cdiv(places, 32) * triton.cdiv(channels, 32), args, PASS)
-        return out, codes
+        return out, codes, slopes
 
     groups = conv[6]
     group_channels = channels // groups
@@ -597,7 +652,7 @@ def forward(
         BK=bk,
     )
     run(forward_kernel, triton.cdiv(places, bm) * tiles, args, WIDE_PRODUCT if wide else PRODUCT)
-    return out, codes
+    return out, codes, slopes
 
 
 def backward(
@@ -607,6 +662,7 @@ def backward(
     codes: Tensor,
     conv: list[int],
     activation: int,
+    act: list[float],
     pool: list[int],
     order: list[int],
     plan: int,
@@ -620,7 +676,7 @@ def backward(
     Returns:
         The contiguous gradients of x, weight and bias; no element where one is not needed.
 
-    ``run`` is what starts kernels, see :func:`launch`.
+    ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
     needs = [need_x, need_weight, need_bias]
     shapes = [list(x.shape), list(weight.shape), [weight.shape[0]]]
@@ -630,7 +686,7 @@ def backward(
         dconv = grad.permute([order.index(axis) for axis in range(4)])
         return _library_backward(dconv, x, weight, conv, needs)
 
-    conv_hw = conv_size(x.shape[2:], weight.shape[2:], conv[0:2], conv[2:4], conv[4:6])
+    conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
     size = pool_size(conv_hw, pool)
     channels = weight.shape[0]
     args = dict(
@@ -738,10 +794,29 @@ def _unpool(grad, x, codes, channels, conv_hw, args, run) -> Tensor:
 
 
 def _library_backward(dconv, x, weight, conv, needs) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.ops.aten.convolution_backward.default(
-        dconv, x, weight, [weight.shape[0]], conv[0:2], conv[2:4], conv[4:6], False, [0, 0], conv[6], needs
+    padded = _padded_after(x, conv)
+    dx, *others = torch.ops.aten.convolution_backward.default(
+        dconv,
+        padded,
+        weight,
+        [weight.shape[0]],
+        conv[0:2],
+        conv[2:4],
+        conv[4:6],
+        False,
+        [0, 0],
+        conv[6],
+        needs,
     )
-    return tuple(g.contiguous() if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True))
+    if padded is not x and needs[0]:
+        dx = dx.narrow(2, 0, x.shape[2]).narrow(3, 0, x.shape[3])
+    grads = zip((dx, *others), needs, strict=True)
+    return tuple(g.contiguous() if need else x.new_empty(0) for g, need in grads)
+
+
+def _padded_after(x: Tensor, conv) -> Tensor:
+    """x with the zeros after its last row and column for which the library has no argument."""
+    return torch.nn.functional.pad(x, (0, conv[8], 0, conv[7])) if len(conv) > 7 else x
 
 
 def _window(pool) -> int:
@@ -781,7 +856,7 @@ def _conv_constants(weight: Tensor, conv) -> dict:
         CIN_G=weight.shape[1],
         KH=weight.shape[2],
         KW=weight.shape[3],
-        **dict(zip(names, conv, strict=True)),
+        **dict(zip(names, conv[:7], strict=True)),
     )
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ACTIVATIONS,
+    CURVED,
     FIELD_BLOCKS,
     SEED,
     STRIDED,
@@ -40,6 +42,9 @@ from helpers import (
 )
 from torch import Tensor
 
+from cnnlstm_fast import plans as plans_module
+from cnnlstm_fast.spec import BlockSpec, Pool
+
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "conv_block.py"
@@ -58,27 +63,50 @@ class Kernels:
 
     def forward(self, block, x, weight, bias=None, *, plan, order=(0, 1, 2, 3), keep=True):
         """(the map in (N, C, H, W), its winner codes) of a 2-d block."""
-        raw, codes = self.module.forward(x, weight, bias, *_op_args(block), list(order), PLANS[plan], keep)
+        args = (*_op_args(block), list(order), PLANS[plan], keep)
+        raw, codes, self.slopes = self.module.forward(x, weight, bias, *args)
         assert raw.is_contiguous()
+        assert self.slopes.shape == (raw.shape if keep and block.activation in CURVED else (0,))
         return raw.permute([order.index(axis) for axis in range(4)]), codes
 
     def backward(
         self, block, grad, x, weight, codes, *, plan, order=(0, 1, 2, 3), needs=("x", "weight", "bias")
     ):
-        """{name: gradient} of those in ``needs``; ``grad`` is in (N, C, H, W)."""
+        """{name: gradient} of those in ``needs``; ``grad`` is in (N, C, H, W). After the forward of a
+        curved activation, whose slopes it takes."""
         wanted = [name in needs for name in ("x", "weight", "bias")]
+        grad = grad.permute(order)
+        if block.activation in CURVED:
+            block, grad = replace(block, activation=None), grad * self.slopes
         args = (*_op_args(block), list(order), PLANS[plan])
-        found = self.module.backward(grad.permute(order), x, weight, codes, *args, *wanted)
+        found = self.module.backward(grad, x, weight, codes, *args, *wanted)
         grads = dict(zip(("x", "weight", "bias"), found, strict=True))
         assert all(grads[name].numel() == 0 for name in grads if name not in needs)
         return {name: grads[name] for name in needs}
 
 
-def _op_args(block: Block) -> tuple[list[int], int, list[int]]:
+#: Number and numbers of every activation in tests/helpers.py, as the op takes them.
+ACTIVATION_ARGS = {
+    None: (0, []),
+    "relu": (1, []),
+    "hardtanh": (2, [-2.0, 3.0]),
+    "relu6": (2, [0.0, 6.0]),
+    "leaky": (3, [0.1]),
+    "size": (3, [-1.0]),
+    "elu": (4, [0.7]),
+    "tanh": (5, []),
+    "sigmoid": (6, []),
+    "silu": (7, []),
+    "gelu": (8, []),
+    "gelu_tanh": (9, []),
+}
+
+
+def _op_args(block: Block) -> tuple[list[int], int, list[float], list[int]]:
     p = block.pool
     pool = [] if p is None else [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)]
     conv = [*block.stride, *block.padding, *block.dilation, block.groups]
-    return conv, int(block.activation is not None), pool
+    return conv, *ACTIVATION_ARGS[block.activation], pool
 
 
 def _interpreted():
@@ -178,7 +206,7 @@ def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
     grad, x, weight = there.pop("grad"), there["x"], there["weight"]
     out, codes = kernels.forward(block, **there, plan=plan, order=order)
     found = {"out": out}
-    if block.activation or block.pool:
+    if block.pool or (block.activation and block.activation not in CURVED):
         assert torch.equal(_decode(codes, _window(block), block.c_out), places.int()), f"codes of {block}"
     found |= kernels.backward(block, grad, x, weight, codes, plan=plan, order=order, needs=tuple(tensors))
     for name, mine in found.items():
@@ -208,6 +236,74 @@ def test_random_blocks_are_as_near_to_float64_as_torch(kernels, block, dtype, pl
     found |= kernels.backward(block, grad, x, weight, codes, plan=plan, order=order, needs=tuple(tensors))
     for name, mine in found.items():
         assert_close_as_torch(mine, [way[name] for way in ways], true[name], f"{name} of {block}, {order}")
+
+
+@plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS)[2:])
+def test_activations(kernels, activation, dtype, plan):
+    block = replace(TUTORIAL, activation=activation, pool=random.choice([TUTORIAL.pool, None]))
+    if plan == "chunked" and dtype != torch.float32:
+        block = replace(block, bias=False)
+    tensors = normal_tensors(block, dtype)
+    tensors["weight"] *= 2  # where curves bend
+    grad = (torch.randn(block.out_shape()) * decided(block, tensors)).to(dtype)
+    there = _on(kernels.device, tensors | {"grad": grad})
+    grad, x, weight = there.pop("grad"), there["x"], there["weight"]
+    ways, true = torch_ways(block, there, grad)
+    out, codes = kernels.forward(block, **there, plan=plan, order=(0, 2, 3, 1))
+    found = {"out": out}
+    found |= kernels.backward(
+        block, grad, x, weight, codes, plan=plan, order=(0, 2, 3, 1), needs=tuple(tensors)
+    )
+    for name, mine in found.items():
+        assert_close_as_torch(mine, [way[name] for way in ways], true[name], f"{name} of {block}")
+
+
+@plans
+@pytest.mark.parametrize("activation", ["hardtanh", "relu6", "size"])
+def test_activations_in_whole_numbers(kernels, activation, plan):
+    block = replace(TUTORIAL, activation=activation)
+    _assert_exact(kernels, block, *integer_tensors(block, torch.float32), plan=plan)
+
+
+@plans
+@pytest.mark.parametrize("activation", list(ACTIVATIONS)[2:])
+def test_activations_over_their_whole_range(kernels, activation, plan):
+    module = ACTIVATIONS[activation].module
+    x = torch.cat([torch.linspace(-120, 120, 200), torch.linspace(-3, 3, 200), torch.logspace(-30, 17, 50)])
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0])]).view(1, 1, 1, -1)
+    block = Block(1, 1, x.shape[2:], 1, (1, 1), bias=False, activation=activation)
+    there = _on(kernels.device, {"x": x, "weight": torch.ones(1, 1, 1, 1), "grad": torch.ones(x.shape)})
+    grad = there.pop("grad")
+    out, codes = kernels.forward(block, **there, plan=plan)
+    dx = kernels.backward(block, grad, *there.values(), codes, plan=plan, needs=("x",))["x"]
+    exact = evaluate(lambda x: module(x), {"x": x.double()}, torch.ones(x.shape).double())
+    size = x.double().abs().clamp(min=1) if activation.startswith("gelu") else exact["out"].abs()
+    assert ((out.cpu() - exact["out"]).abs() <= 1e-6 * size + 1e-36).all()
+    assert ((dx.cpu() - exact["x"]).abs() <= 2e-6).all()
+
+
+@plans
+def test_zeros_after_the_last_row_and_column(kernels, plan):
+    """As padding="same" wants for an even kernel, against a whole input that holds these zeros."""
+    block = replace(TUTORIAL, kernel=(2, 4), padding=(0, 1))
+    tensors, _ = integer_tensors(replace(block, size=(6, 7)), torch.float32)
+    padded = tensors["x"].clone()
+    padded[:, :, -1], padded[..., -1] = 0, 0
+    x, weight, bias = _on(kernels.device, tensors | {"x": padded[:, :, :-1, :-1].contiguous()}).values()
+    whole = padded.to(kernels.device)
+    conv, *rest = _op_args(block)
+    args = (*rest, [0, 1, 2, 3], PLANS[plan])
+    with _without_cudnn():
+        results = []
+        for given, at in ((x, [*conv, 1, 1]), (whole, conv)):
+            out, codes, _ = kernels.module.forward(given, weight, bias, at, *args, True)
+            grads = kernels.module.backward(
+                torch.ones_like(out), given, weight, codes, at, *args, True, True, True
+            )
+            results.append([out, codes, grads[0][:, :, :5, :6], *grads[1:]])
+    assert all(map(torch.equal, *results))
 
 
 @plans
@@ -339,12 +435,13 @@ def test_runs_twice_to_the_same_bits(kernels, plan):
 
 
 def test_every_kernel_is_compiled_ahead_of_time():
-    from cnnlstm_fast.kernels import aot, conv_block
+    from cnnlstm_fast.kernels import aot, conv_block, recurrent
 
     launched = {
         launch.kernel for case in aot.CASES for dtype in case.dtypes for launch in aot.launches(case, dtype)
     }
-    assert launched == {kernel for name, kernel in vars(conv_block).items() if name.endswith("_kernel")}
+    everything = [*vars(conv_block).items(), *vars(recurrent).items()]
+    assert launched == {kernel for name, kernel in everything if name.endswith("_kernel")}
 
 
 def test_ahead_of_time_compilation_needs_no_device():
@@ -372,8 +469,7 @@ def test_tracing_shows_the_kernels(plan):
 
     from cnnlstm_fast.ops.conv_block import backward_op, forward_op
 
-    conv, activation, pool = _op_args(TUTORIAL)
-    args = (conv, activation, [], pool, [0, 2, 3, 1], PLANS[plan])
+    args = (*_op_args(TUTORIAL), [0, 2, 3, 1], PLANS[plan])
 
     def step(x, weight, bias, grad):
         out, codes, _ = forward_op(x, weight, bias, *args, True)
@@ -393,6 +489,45 @@ def test_tracing_shows_the_kernels(plan):
     assert not [target for target in targets if "cnnlstm_fast" in target]
     assert targets.count("triton_kernel_wrapper_functional") == {"direct": 4, "chunked": 2}[plan]
     assert ("aten.convolution.default" in targets) == (plan == "chunked")
+
+
+# ---------------------------------------------------------------- the rule between the plans
+
+
+def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=False, needs_x=False, **spec):
+    spec = BlockSpec(**{"padding": (1, 1), "layout": "locations"} | spec)
+    return plans_module._by_bytes(spec, shape, weight_shape, dtype, tf32, training, needs_x)[:2]
+
+
+POOL_2X2 = Pool((2, 2), (2, 2))
+
+
+def test_small_channels_run_direct_and_arithmetic_goes_to_the_library():
+    """The tutorial's block is bound by memory, a VGG layer by arithmetic; TF32 moves the border."""
+    tutorial = (1280, 3, 28, 28), (64, 3, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = _planned(*tutorial, dtype, dtype == torch.float32, pool=POOL_2X2, training=True)
+        assert planned == ("direct", "direct")
+    vgg = (64, 256, 16, 50), (512, 256, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = _planned(*vgg, dtype, pool=POOL_2X2, training=True, needs_x=True)
+        assert planned == ("chunked", "chunked")
+    between = (64, 6, 32, 100), (32, 6, 3, 3)
+    assert _planned(*between, pool=POOL_2X2)[0] == "chunked"
+    assert _planned(*between, tf32=True, pool=POOL_2X2)[0] == "direct"
+
+
+def test_windows_that_overlap_cost_the_direct_plan_their_recomputation():
+    sizes = (64, 6, 64, 64), (24, 6, 3, 3)
+    assert _planned(*sizes, torch.bfloat16, pool=POOL_2X2)[0] == "direct"
+    assert _planned(*sizes, torch.bfloat16, pool=Pool((5, 5), (1, 1), (2, 2)))[0] == "chunked"
+
+
+def test_nothing_to_fuse_is_left_to_torch():
+    sizes = (8, 3, 28, 28), (64, 3, 3, 3)
+    assert _planned(*sizes, activation=None, layout="channels_last") == ("reference", "reference")
+    assert _planned(*sizes, activation=None)[0] != "reference"
+    assert _planned((8, 32, 28, 28), (32, 1, 3, 3), groups=32) == ("chunked", "chunked")
 
 
 # ---------------------------------------------------------------- on a device

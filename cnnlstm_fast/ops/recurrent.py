@@ -163,3 +163,6 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
     for i, g in zip(wanted, found, strict=True):
         grads[i] = g
     return grads
+
+
+from cnnlstm_fast.ops import recurrent_cuda  # noqa: E402, F401  (registers the kernels of the ops above)

@@ -1,0 +1,531 @@
+"""The Triton kernels of recurrent layers: in Triton's interpreter on any machine, compiled on a CUDA device.
+
+What is expected comes from a loop over steps written here, in float64; PyTorch's own error is that of
+the same loop in the dtype at hand, since its own layers take neither resets nor lengths.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SEED, STRIDED, assert_close_as_torch, strided
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+MODES = {"LSTM": 0, "GRU": 1}
+KERNELS = Path(__file__).parents[1] / "kernels" / "recurrent.py"
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+modes = pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A recurrent layer and its input's sizes; ``width`` is the input's features."""
+
+    mode: str
+    batch: int
+    steps: int
+    width: int
+    hidden: int
+    directions: int = 1
+    batch_first: bool = False
+    bias: bool = True
+    state: str = "both"  # which initial states are given: "none", "h", "c" (LSTM only) or "both"
+    reset: bool = False
+    lengths: bool = False
+
+    @property
+    def gates(self) -> int:
+        return 4 if self.mode == "LSTM" else 3
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Everything a call takes, the ten weights under their names in the op's schema."""
+        d, b, h = self.directions, self.batch, self.hidden
+        leading = (b, self.steps) if self.batch_first else (self.steps, b)
+        found = {"x": torch.randn(*leading, self.width)}
+        if self.state in ("h", "both"):
+            found["h0"] = torch.randn(d, b, h)
+        if self.mode == "LSTM" and self.state in ("c", "both"):
+            found["c0"] = torch.randn(d, b, h)
+        for end in ("", "_r")[:d]:
+            found[f"w_ih{end}"] = torch.randn(self.gates * h, self.width) * (0.8 / self.width**0.5)
+            found[f"w_hh{end}"] = torch.randn(self.gates * h, h) * (0.8 / h**0.5)
+            if self.bias:
+                found[f"b_ih{end}"], found[f"b_hh{end}"] = torch.randn(2, self.gates * h).mul(0.5).unbind()
+        found = {name: t.to(dtype) for name, t in found.items()}
+        if self.reset:
+            found["reset"] = torch.rand(leading) < random.choice((0.02, 0.2, 0.7))
+        if self.lengths:
+            found["lengths"] = torch.randint(random.choice((0, self.steps // 2, 1)), self.steps + 1, (b,))
+        return found
+
+    def grads(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Gradients of out, h_n and c_n."""
+        d, b, h = self.directions, self.batch, self.hidden
+        leading = (b, self.steps) if self.batch_first else (self.steps, b)
+        out, states = torch.randn(*leading, d * h).to(dtype), torch.randn(2, d, b, h).to(dtype)
+        return out, states[0], states[1] if self.mode == "LSTM" else None
+
+
+WEIGHTS = [f"{name}{end}" for end in ("", "_r") for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+INPUTS = ["x", "h0", "c0", *WEIGHTS]
+
+
+def loop(layer: Layer, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """(out, h_n, c_n or None) by one step after the other, in the dtype of the tensors."""
+    x = tensors["x"].transpose(0, 1) if layer.batch_first else tensors["x"]
+    reset, lengths = tensors.get("reset"), tensors.get("lengths")
+    if reset is not None and layer.batch_first:
+        reset = reset.t()
+    zero = x.new_zeros(layer.batch, layer.hidden)
+    outs, hs, cs = [], [], []
+    for d, end in enumerate(("", "_r")[: layer.directions]):
+        w_ih, w_hh = tensors[f"w_ih{end}"], tensors[f"w_hh{end}"]
+        b_ih, b_hh = tensors.get(f"b_ih{end}"), tensors.get(f"b_hh{end}")
+        h = tensors["h0"][d] if "h0" in tensors else zero
+        c = tensors["c0"][d] if "c0" in tensors else zero
+        steps = range(layer.steps)
+        found = [zero] * layer.steps
+        for t in reversed(steps) if d else steps:
+            valid = torch.ones_like(zero[:, :1]).bool() if lengths is None else (t < lengths)[:, None]
+            if reset is None:
+                before_h, before_c = h, c
+            else:
+                before_h, before_c = (s.where(~reset[t][:, None], zero) for s in (h, c))
+            of_x = torch.nn.functional.linear(x[t], w_ih, b_ih).chunk(layer.gates, 1)
+            of_h = torch.nn.functional.linear(before_h, w_hh, b_hh).chunk(layer.gates, 1)
+            if layer.mode == "LSTM":
+                i, f, g, o = (a + b for a, b in zip(of_x, of_h, strict=True))
+                new_c = torch.sigmoid(f) * before_c + torch.sigmoid(i) * torch.tanh(g)
+                new_h = torch.sigmoid(o) * torch.tanh(new_c)
+                c = new_c.where(valid, c)
+            else:
+                r, z = (torch.sigmoid(a + b) for a, b in zip(of_x[:2], of_h[:2], strict=True))
+                n = torch.tanh(of_x[2] + r * of_h[2])
+                new_h = (1 - z) * n + z * before_h
+            h = new_h.where(valid, h)
+            found[t] = new_h.where(valid, zero)
+        outs.append(torch.stack(found))
+        hs.append(h)
+        cs.append(c)
+    out = torch.cat(outs, -1)
+    out = out.transpose(0, 1) if layer.batch_first else out
+    return out, torch.stack(hs), torch.stack(cs) if layer.mode == "LSTM" else None
+
+
+def by_loop(layer: Layer, tensors: dict[str, Tensor], grads, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Results and gradients of :func:`loop` in a dtype."""
+    leaves = {
+        name: t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    results = loop(layer, leaves)
+    pairs = [(r, g.to(dtype)) for r, g in zip(results, grads, strict=True) if g is not None]
+    wanted = [name for name in INPUTS if name in leaves]
+    found = torch.autograd.grad(
+        [r for r, _ in pairs], [leaves[name] for name in wanted], [g for _, g in pairs]
+    )
+    named = dict(zip(("out", "h_n", "c_n"), (r for r in results if r is not None), strict=False))
+    return {name: r.detach() for name, r in named.items()} | dict(
+        zip((f"d{name}" for name in wanted), found, strict=True)
+    )
+
+
+class Kernels:
+    """The host functions of the kernels, and where their tensors have to be."""
+
+    def __init__(self, module, device: str):
+        self.module, self.device = module, device
+
+    def _inputs(self, layer: Layer, tensors: dict[str, Tensor]) -> list:
+        """What both directions of differentiation take: x, states, weights, masks; the lengths on the CPU."""
+        there = {name: t if name == "lengths" else _moved(t, self.device) for name, t in tensors.items()}
+        return [there.get(name) for name in (*INPUTS, "reset", "lengths")]
+
+    def forward(self, layer: Layer, tensors: dict[str, Tensor], keep: bool = True) -> tuple[Tensor, ...]:
+        """(out, h_n, c_n, saved)"""
+        return self.module.forward(*self._inputs(layer, tensors), MODES[layer.mode], layer.batch_first, keep)
+
+    def __call__(self, layer: Layer, tensors, grads, needs=(True, True, True)) -> dict[str, Tensor]:
+        """Results and gradients under the names of :func:`by_loop`."""
+        inputs = self._inputs(layer, tensors)
+        out, h_n, c_n, saved = self.forward(layer, tensors)
+        assert out.is_contiguous() and out.dtype == tensors["x"].dtype
+        grads = [None if g is None else _moved(g, self.device) for g in grads]
+        found = self.module.backward(
+            *grads, *inputs, out, saved, MODES[layer.mode], layer.batch_first, *needs
+        )
+        named = {"out": out, "h_n": h_n} | ({"c_n": c_n} if layer.mode == "LSTM" else {})
+        if layer.mode == "GRU":
+            assert c_n.shape == (0,)
+        needed = dict(zip(INPUTS, [needs[0], *[needs[1]] * 2, *[needs[2]] * 10], strict=True))
+        for name, g in zip(INPUTS, found, strict=True):
+            if name in tensors and needed[name]:
+                assert g.is_contiguous()
+                named[f"d{name}"] = g
+            else:
+                assert g.shape == (0,), name
+        return {name: t.cpu() for name, t in named.items()}
+
+
+def _moved(t: Tensor, device: str) -> Tensor:
+    """The tensor on a device with the strides it has."""
+    if device == "cpu":
+        return t
+    flat = torch.as_strided(t, [t.untyped_storage().nbytes() // t.element_size()], [1], 0)
+    return flat.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def _interpreted():
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec = importlib.util.spec_from_file_location("interpreted_recurrent", KERNELS)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request):
+    if request.param == "cuda":
+        from cnnlstm_fast.kernels import recurrent
+
+        yield Kernels(recurrent, "cuda")
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    interpreter_builder.options = replace(options, sanitize_overflow=False)  # triples every operation
+    yield Kernels(_interpreted(), "cpu")
+    interpreter_builder.options = options
+
+
+@pytest.fixture(autouse=True)
+def _float32_means_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+
+
+@pytest.fixture(params=["resident", "streamed"])
+def weights(request, kernels, monkeypatch):
+    """Where the recurrent weights are: the sizes of these tests would keep all of them on chip."""
+    if request.param == "streamed":
+        monkeypatch.setattr(kernels.module, "RESIDENT_BYTES", 0)
+    return request.param
+
+
+def assert_layer(kernels, layer: Layer, dtype: torch.dtype, change=lambda name, t: t) -> dict[str, Tensor]:
+    """Results and gradients as near to float64 as PyTorch's own; returns them.
+
+    ``change`` gives the tensors (also "grad_out") other strides.
+    """
+    tensors = {name: change(name, t) for name, t in layer.tensors(dtype).items()}
+    grads = layer.grads(dtype)
+    grads = (change("grad_out", grads[0]), *grads[1:])
+    found = kernels(layer, tensors, grads)
+    true, own = (by_loop(layer, tensors, grads, to) for to in (torch.float64, dtype))
+    assert found.keys() == true.keys()
+    for name, mine in found.items():
+        assert_close_as_torch(mine, own[name], true[name], f"{name} of {layer}")
+    return found
+
+
+def _random_layers(count: int, most: int = 40, steps: int = 5):
+    rng = random.Random(f"{SEED} recurrent {count}")
+    found = []
+    for _ in range(count):
+        mode = rng.choice(("LSTM", "GRU"))
+        found.append(
+            Layer(
+                mode,
+                batch=rng.choice((1, 2, 5, 16, 17, most)),
+                steps=rng.choice((1, 2, 3, steps)),
+                width=rng.choice((1, 3, 16, 19, most)),
+                hidden=rng.choice((1, 5, 16, 17, most)),
+                directions=rng.choice((1, 2)),
+                batch_first=rng.random() < 0.5,
+                bias=rng.random() < 0.8,
+                state=rng.choice(("none", "h", "both", "both") + ("c",) * (mode == "LSTM")),
+                reset=rng.random() < 0.7,
+                lengths=rng.random() < 0.7,
+            )
+        )
+    return pytest.mark.parametrize("layer", found, ids=[str(i) for i in range(count)])
+
+
+@dtypes
+@_random_layers(5)
+def test_random_layers_are_as_near_to_float64_as_torch(kernels, weights, layer, dtype):
+    assert_layer(kernels, layer, dtype)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+PLAIN = Layer("LSTM", batch=5, steps=3, width=6, hidden=20, directions=2, reset=True, lengths=True)
+
+
+@modes
+@pytest.mark.parametrize("how", STRIDED)
+def test_strided_and_expanded_inputs(kernels, mode, how):
+    """x, the gradient of out and the parameters in other memory than usual."""
+    layer = replace(PLAIN, mode=mode)
+
+    def change(name, t):
+        if name in ("x", "grad_out"):
+            return strided(t, how)
+        return strided(t, "sliced") if t.dim() == 2 and t.is_floating_point() else t
+
+    assert_layer(kernels, layer, torch.float32, change)
+
+
+@modes
+def test_batch_first_gives_the_same(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    found = kernels(layer, tensors, grads)
+    turned = tensors | {name: tensors[name].transpose(0, 1) for name in ("x", "reset")}
+    again = kernels(replace(layer, batch_first=True), turned, (grads[0].transpose(0, 1), *grads[1:]))
+    for name, t in found.items():
+        expected = t.transpose(0, 1) if name in ("out", "dx") else t
+        assert torch.equal(again[name], expected), name
+
+
+# ---------------------------------------------------------------- resets and lengths
+
+
+@modes
+def test_a_reset_begins_a_new_sequence(kernels, weights, mode):
+    """Forward: the steps from a reset on are those of a sequence of their own, with no initial state."""
+    layer = Layer(mode, batch=3, steps=6, width=4, hidden=17, reset=True)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    tensors["reset"].fill_(False)
+    tensors["reset"][2] = True
+    found = kernels(layer, tensors, grads)
+    rest = replace(layer, steps=4, reset=False, state="none")
+    alone = {name: t for name, t in tensors.items() if name not in ("reset", "h0", "c0")}
+    alone = kernels(rest, alone | {"x": tensors["x"][2:]}, (grads[0][2:], *grads[1:]))
+    assert torch.equal(found["out"][2:], alone["out"]) and torch.equal(found["h_n"], alone["h_n"])
+    assert torch.equal(found["dx"][2:], alone["dx"])
+
+
+@modes
+def test_nothing_passes_a_reset_or_an_end(kernels, weights, mode):
+    """NaNs before a reset, and past a sequence's end, reach nothing behind it."""
+    layer = Layer(mode, batch=2, steps=5, width=3, hidden=18, reset=True, lengths=True)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    tensors["reset"].fill_(False)
+    tensors["reset"][2] = True
+    tensors["lengths"] = torch.tensor([4, 5])
+    clean = kernels(layer, tensors, grads)
+    tensors["x"][:2] = torch.nan
+    tensors["x"][4:, 0] = torch.nan
+    grads[0][4:, 0] = torch.nan
+    found = kernels(layer, tensors, grads)
+    assert torch.equal(found["out"][2:], clean["out"][2:]) and torch.equal(found["h_n"], clean["h_n"])
+    assert torch.equal(found["dx"][2:], clean["dx"][2:])
+    assert found["out"][:2].isnan().all() and not found["dx"][4:, 0].any()
+
+
+@modes
+def test_sequences_of_no_length_keep_their_state(kernels, weights, mode):
+    layer = Layer(mode, batch=3, steps=4, width=3, hidden=5, directions=2, lengths=True, reset=True)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    tensors["lengths"] = torch.zeros(3, dtype=torch.int64)
+    tensors["reset"].fill_(True)
+    found = kernels(layer, tensors, grads)
+    assert not found["out"].any() and not found["dx"].any() and not found["dw_hh"].any()
+    assert torch.equal(found["h_n"], tensors["h0"]) and torch.equal(found["dh0"], grads[1])
+    if mode == "LSTM":
+        assert torch.equal(found["c_n"], tensors["c0"]) and torch.equal(found["dc0"], grads[2])
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+@modes
+def test_only_what_is_asked_for_is_computed(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode, steps=2)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    everything = kernels(layer, tensors, grads)
+    *results, saved = kernels.forward(layer, tensors, keep=False)
+    assert saved.shape == (0,)
+    for name, t in zip(("out", "h_n", "c_n"), results, strict=True):
+        assert torch.equal(t.cpu(), everything.get(name, t.cpu())), name
+    for needs in ((True, False, False), (False, True, False), (False, False, True)):
+        for name, t in kernels(layer, tensors, grads, needs).items():
+            assert torch.equal(t, everything[name]), name
+
+
+@modes
+@pytest.mark.parametrize("given", ["out", "h_n", "c_n"])
+def test_a_gradient_of_one_result_alone(kernels, weights, mode, given):
+    if mode == "GRU" and given == "c_n":
+        given = "out"
+    layer = replace(PLAIN, mode=mode)
+    tensors = layer.tensors(torch.float32)
+    grads = layer.grads(torch.float32)
+    names = ("out", "h_n", "c_n")
+    zeros = [
+        g if name == given or g is None else torch.zeros_like(g) for name, g in zip(names, grads, strict=True)
+    ]
+    alone = [g if name == given else None for name, g in zip(names, grads, strict=True)]
+    expected = kernels(layer, tensors, zeros)
+    for name, t in kernels(layer, tensors, alone).items():
+        assert torch.equal(t, expected[name]), name
+
+
+@modes
+def test_results_do_not_depend_on_the_rest_of_the_batch(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode, batch=18)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    together = kernels(layer, tensors, grads)
+    again = kernels(layer, tensors, grads)
+    assert all(torch.equal(again[name], t) for name, t in together.items())
+    part = slice(15, 18)
+    few = {
+        name: t[:, part] if name in ("x", "h0", "c0", "reset") else t[part] if name == "lengths" else t
+        for name, t in tensors.items()
+    }
+    alone = kernels(replace(layer, batch=3), few, [g if g is None else g[:, part] for g in grads])
+    for name in ("out", "h_n", "dh0"):
+        assert_close_as_torch(alone[name], together[name][:, part], together[name][:, part].double(), name)
+
+
+def test_small_values_keep_their_relative_accuracy(kernels, weights):
+    """tanh of what is nearly zero is what it is given, to the last bits."""
+    layer = Layer("LSTM", batch=2, steps=2, width=3, hidden=5, bias=False, state="none")
+    tensors = layer.tensors(torch.float32)
+    tensors["x"] *= 1e-6
+    found = kernels(layer, tensors, layer.grads(torch.float32))
+    true = loop(layer, {name: t.double() for name, t in tensors.items()})[0]
+    assert ((found["out"] - true).abs() / true.abs()).max() < 1e-5
+
+
+@modes
+def test_empty_batch(kernels, weights, mode):
+    layer = replace(PLAIN, mode=mode, batch=0)
+    found = kernels(layer, layer.tensors(torch.float32), layer.grads(torch.float32))
+    assert found["out"].shape == (3, 0, 40) and not found["dw_ih"].any() and not found["db_hh"].any()
+
+
+# ---------------------------------------------------------------- the op
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_tracing_shows_the_kernels(mode):
+    """Under AOTAutograd the op on CUDA tensors becomes its kernels, so that inductor can see them."""
+    from functorch.compile import aot_function
+    from torch._subclasses import FakeTensorMode
+
+    from cnnlstm_fast.ops.recurrent import backward_op, forward_op
+
+    def step(x, w_ih, w_hh, grad, reset):
+        inputs = x, None, None, w_ih, w_hh, *[None] * 8, reset, None
+        out, h_n, _, saved = forward_op(*inputs, mode, False, True)
+        return out, h_n, *backward_op(grad, None, None, *inputs, out, saved, mode, False, True, False, True)
+
+    class Captured(Exception):
+        pass
+
+    def capture(graph, inputs):
+        raise Captured([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+
+    rows = (4 - mode) * 20
+    with FakeTensorMode(), pytest.raises(Captured) as captured:
+        inputs = [torch.empty(s, device="cuda") for s in ((5, 3, 6), (rows, 6), (rows, 20), (5, 3, 20))]
+        reset = torch.empty(5, 3, dtype=torch.bool, device="cuda")
+        aot_function(step, fw_compiler=capture)(*inputs, reset)
+    targets = captured.value.args[0]
+    assert not [target for target in targets if "cnnlstm_fast" in target]
+    assert targets.count("triton_kernel_wrapper_functional") == 2
+
+
+def test_what_the_kernels_do_not_take_is_said():
+    from cnnlstm_fast import plans
+
+    x = torch.empty(3, 2, 4, device="meta")
+
+    class OnCuda:  # what the rule looks at before it looks at the tensors
+        device = torch.device("cuda")
+
+    w_ih = x.new_empty(80, 4)
+    assert "proj_size" in plans.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(80, 7)])
+    assert "units" in plans.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(4 * 1025, 1025)])
+
+
+# ---------------------------------------------------------------- on a device
+
+
+compiled = pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+@compiled
+@dtypes
+@_random_layers(40, most=150, steps=40)
+def test_large_random_layers(kernels, layer, dtype):
+    assert_layer(kernels, layer, dtype)
+
+
+@compiled
+@modes
+@pytest.mark.parametrize("hidden", [64, 128, 519, 1024])
+def test_sizes_of_the_field(kernels, mode, hidden):
+    layer = Layer(mode, batch=24, steps=30, width=64, hidden=hidden, directions=2, reset=True, lengths=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_layer(kernels, layer, dtype)
+
+
+@compiled
+@modes
+def test_without_masks_it_is_what_cudnn_gives(kernels, mode):
+    layer = Layer(mode, batch=20, steps=25, width=30, hidden=128, directions=2, state="none")
+    tensors = layer.tensors(torch.float32)
+    module = getattr(torch.nn, mode)(30, 128, bidirectional=True, device="cuda")
+    with torch.no_grad():
+        names = [name for name in WEIGHTS if "hr" not in name]
+        for parameter, name in zip(module._flat_weights, names, strict=True):
+            parameter.copy_(tensors[name])
+        theirs, _ = module(tensors["x"].cuda())
+    true = loop(layer, {name: t.double() for name, t in tensors.items()})[0]
+    assert_close_as_torch(kernels.forward(layer, tensors)[0].cpu(), theirs.cpu(), true, str(layer))
+
+
+@compiled
+@modes
+def test_compiled_and_captured_calls_give_the_same_bits(kernels, mode):
+    from cnnlstm_fast.ops.recurrent import forward_op
+
+    layer = replace(PLAIN, mode=mode, lengths=False)
+    inputs = kernels._inputs(layer, layer.tensors(torch.float32))
+
+    def call(*inputs):
+        return forward_op(*inputs, MODES[mode], False, False)[0]
+
+    eager = call(*inputs)
+    assert torch.equal(torch.compile(call, fullgraph=True)(*inputs), eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*inputs)
+    inputs[0].neg_()
+    graph.replay()
+    assert torch.equal(captured, call(*inputs)) and not torch.equal(captured, eager)
+
+
+@compiled
+def test_tf32_only_where_torch_allows_it(kernels, monkeypatch):
+    layer = Layer("LSTM", batch=20, steps=9, width=16, hidden=64)
+    tensors = layer.tensors(torch.float32)
+    true = loop(layer, {name: t.double() for name, t in tensors.items()})[0]
+
+    def error():
+        return ((kernels.forward(layer, tensors)[0].cpu() - true).norm() / true.norm()).item()
+
+    assert error() < 2**-20
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    assert 2**-17 < error() < 2**-9
