@@ -74,7 +74,7 @@ def run(
     if case:
         chosen = [c for name, c in CASES.items() if any(name.startswith(prefix) for prefix in case)]
     else:
-        chosen = [c for c in CASES.values() if c.head is None or not quick]
+        chosen = [c for c in CASES.values() if c.quick or not quick]
     if not chosen:
         raise typer.BadParameter(f"no case begins with {case}; there are: {', '.join(CASES)}")
     parts = part or list(Part)

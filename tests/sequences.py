@@ -61,7 +61,12 @@ class Case:
     def draw(self, dtype=torch.float32) -> Drawn:
         """Fresh parameters and data."""
         module = self.module()
-        params = {n: (torch.randn(p.shape) * 0.5).to(dtype) for n, p in module.named_parameters()}
+        params = {  # of a size at which rounding errors do not grow from step to step
+            n: (torch.randn(p.shape) * p.shape[-1] ** -0.5 if p.dim() > 1 else torch.randn(p.shape) / 2).to(
+                dtype
+            )
+            for n, p in module.named_parameters()
+        }
         batch = self.batch or 1
         rows = self.layers * (2 if self.bidirectional else 1)
         sizes = {"h_0": self.proj_size or self.hidden, "c_0": self.hidden}
@@ -224,11 +229,15 @@ def result_gradients(drawn: Drawn) -> dict[str, Tensor]:
 def assert_case(drawn: Drawn, fn, grads: dict[str, Tensor] | None) -> None:
     """``fn(**leaves) -> {out, h_n, c_n}`` and every gradient by the numbers rule.
 
-    PyTorch's own ways are its cells, which is how resets are written with it, and its module.
+    PyTorch's own ways are its cells, which is how resets are written with it, the reference's loop of its
+    operators, and its module.
     """
     run = partial(gradients, grads=grads) if grads else _forward
     true = run(drawn.cell_by_cell, drawn.leaves, dtype=torch.float64)
-    ways = [run(drawn.cell_by_cell, drawn.leaves)]
+    ways = [
+        run(drawn.cell_by_cell, drawn.leaves),
+        run(partial(drawn.ours, functions=cf.reference), drawn.leaves),
+    ]
     if drawn.case.plain:
         ways.append(run(partial(plain_torch, drawn), drawn.leaves))
     mine = run(fn, drawn.leaves)
@@ -242,7 +251,8 @@ def _forward(fn, leaves: dict[str, Tensor], dtype=None) -> dict[str, Tensor]:
         return fn(**{n: t.to(dtype or t.dtype) for n, t in leaves.items()})
 
 
-_SIZES = (1, 2, 3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 65)
+#: Not smaller: the numbers rule compares norms, which one lucky element of a few decides.
+_SIZES = (3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 65)
 
 
 def random_case(rng: random.Random, **fixed) -> Case:
