@@ -237,7 +237,10 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
         x, params = x.to(low), [p.to(low) for p in params]
         hx = None if hx is None else [s.to(low) for s in hx]
     plain = reset is None and lengths is None
-    chosen, _ = plans.choose_recurrent(plan, x, [*params, *(hx or ())], plain=plain)
+    steps = _sizes(x, stack)[0] if batch_sizes is None else len(batch_sizes)
+    chosen, _ = plans.choose_recurrent(
+        plan, x, [*params, *(hx or ())], plain=plain, gru_step=cell is GRU and steps == 1
+    )
     if chosen == "library":
         return _library(cell, *given, stack, batch_sizes)
     if batch_sizes is not None:

@@ -413,10 +413,13 @@ def library_differentiates() -> bool:
     )
 
 
-def choose_recurrent(plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool) -> tuple[str, str]:
+def choose_recurrent(
+    plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool, gru_step: bool = False
+) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 
-    ``plain`` says that neither resets nor lengths are given, which PyTorch's own layers take.
+    ``plain`` says that neither resets nor lengths are given, which PyTorch's own layers take;
+    ``gru_step`` that this is a GRU and but one step.
 
     Raises:
         ValueError: ``plan`` names a plan that cannot run this call; the message says why.
@@ -442,6 +445,8 @@ def choose_recurrent(plan: str, x: Tensor, params: list[Tensor | None], *, plain
         return ("library" if plain and library_differentiates() else "reference"), why_not
     if x.device.type == "cuda" and plain:
         return "library", "cuDNN's kernels serve the plain case"
+    if plain and gru_step and x.device.type == "cpu":
+        return "library", "one step of a GRU: PyTorch's own operators are as fast"
     if plain:
         return "fused", "all steps in one call, gates kept in registers"
     return "fused", "resets and lengths are handled inside the kernels"

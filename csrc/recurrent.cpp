@@ -516,7 +516,9 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
     });
     return packed;
   };
-  b.columns_h = pack_columns(w.w_hh, call.gates, l.hidden, false);
+  // The state before the first step has no gradient that anyone wants.
+  const bool to_the_end = want.grad_h0.has_value();
+  if (l.steps > 1 || to_the_end) b.columns_h = pack_columns(w.w_hh, call.gates, l.hidden, false);
   if (l.projected) b.columns_r = pack_columns(*w.w_hr, 1, l.width, false);
   const float* columns_x = want.grad_x ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
 
@@ -565,9 +567,10 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
     b.rows = count, b.first_step = t0, b.row_of = rows.row_of.data();
 
     auto time = [&](int64_t i) { return l.reversed ? t0 + i : t1 - 1 - i; };
+    const bool last = c == chunks - 1 && !to_the_end;
     if (by_units(l)) {
       const UnitBlocks blocks(hidden, k.panel, 4);
-      run_team(t1 - t0 + 1, blocks.count, [&](int64_t i, int64_t block) {
+      run_team(t1 - t0 + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
         const int64_t begin = blocks.begin(block), end = blocks.end(block);
         for (int64_t q = 0; q < l.batch; q += kMaxRows) {
           const int64_t n = std::min(kMaxRows, l.batch - q);
@@ -582,7 +585,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
         const int64_t b0 = tiles.begin(item), n = tiles.size(item);
         for (int64_t i = 0; i < t1 - t0; ++i) {
           k.backward_gates(l, b, time(i), b0, n, 0, hidden, scratch);
-          k.backward_state(l, b, time(i), b0, n, 0, l.padded_width);
+          if (!last || i + 1 < t1 - t0) k.backward_state(l, b, time(i), b0, n, 0, l.padded_width);
         }
       });
     }

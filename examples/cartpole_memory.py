@@ -33,6 +33,7 @@ DISCOUNT, TRACE = 0.98, 0.9  # of rewards, and of generalised advantages (lambda
 CLIP, VALUE_WEIGHT, ENTROPY_WEIGHT, MAX_NORM = 0.2, 0.5, 0.001, 0.5
 LEARNING_RATE = 1e-3
 HIDDEN = 64
+SCALE = torch.tensor([2.0, 10.0])  # brings position (m) and angle (rad) to about one
 SOLVED = 475.0  # mean return of 100 episodes, as the environment's authors have it
 State = tuple[Tensor, Tensor]
 
@@ -131,7 +132,7 @@ class Training:
 
     @staticmethod
     def _positions(observations: np.ndarray) -> Tensor:
-        return torch.from_numpy(observations[:, [0, 2]]).float()
+        return torch.from_numpy(observations[:, [0, 2]]) * SCALE
 
     @torch.no_grad()
     def act(self) -> Rollout:

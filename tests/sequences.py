@@ -229,11 +229,15 @@ def result_gradients(drawn: Drawn) -> dict[str, Tensor]:
 def assert_case(drawn: Drawn, fn, grads: dict[str, Tensor] | None) -> None:
     """``fn(**leaves) -> {out, h_n, c_n}`` and every gradient by the numbers rule.
 
-    PyTorch's own ways are its cells, which is how resets are written with it, and its module.
+    PyTorch's own ways are its cells, which is how resets are written with it, the reference's loop of its
+    operators, and its module.
     """
     run = partial(gradients, grads=grads) if grads else _forward
     true = run(drawn.cell_by_cell, drawn.leaves, dtype=torch.float64)
-    ways = [run(drawn.cell_by_cell, drawn.leaves)]
+    ways = [
+        run(drawn.cell_by_cell, drawn.leaves),
+        run(partial(drawn.ours, functions=cf.reference), drawn.leaves),
+    ]
     if drawn.case.plain:
         ways.append(run(partial(plain_torch, drawn), drawn.leaves))
     mine = run(fn, drawn.leaves)
@@ -247,7 +251,8 @@ def _forward(fn, leaves: dict[str, Tensor], dtype=None) -> dict[str, Tensor]:
         return fn(**{n: t.to(dtype or t.dtype) for n, t in leaves.items()})
 
 
-_SIZES = (1, 2, 3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 65)
+#: Not smaller: the numbers rule compares norms, which one lucky element of a few decides.
+_SIZES = (3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 65)
 
 
 def random_case(rng: random.Random, **fixed) -> Case:

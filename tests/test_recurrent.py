@@ -140,6 +140,27 @@ def test_double_backward(case):
             assert_close_as_torch(m, w, t, f"{name} of {case}")
 
 
+@kinds
+@plans
+def test_saturated_gates(kind, plan):
+    """Pre-activations far beyond where exponentials overflow, and just there."""
+    layer = getattr(nn, kind)(1, 32)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()
+        layer.weight_ih_l0[:, 0] = torch.linspace(0.5, 1, len(layer.weight_ih_l0)) * (
+            2.0 * torch.randint(0, 2, (len(layer.weight_ih_l0),)) - 1
+        )
+    near = torch.linspace(80, 180, 401)
+    x = torch.cat([near, -near, torch.tensor([1e4, -1e4, 3e38, -3e38])])[None, :, None].requires_grad_()
+    functions = cf.reference if plan == "reference" else cf.functional
+    out, _ = getattr(functions, kind.lower())(x, None, layer._flat_weights, plan=plan)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    expected, _ = layer.double()(x.double())
+    assert grad.isfinite().all()
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------- resets and lengths
 
 
