@@ -145,7 +145,8 @@ class Training:
             actions = (torch.rand(ENVIRONMENTS) < log_probs[:, 1].exp()).long()
             observations, rewards, ended, stopped, _ = self.environments.step(actions.numpy())
             taken = log_probs.gather(-1, actions[:, None]).squeeze(-1)
-            rows.append((self.seen, self.began, actions, taken, values, torch.from_numpy(rewards).float()))
+            scaled = torch.from_numpy(rewards).float() * (1 - DISCOUNT)  # values of about one
+            rows.append((self.seen, self.began, actions, taken, values, scaled))
             self._running += rewards
             over = ended | stopped
             self.returns.extend(self._running[over].tolist())
