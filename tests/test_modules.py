@@ -303,6 +303,31 @@ def test_double_backward():
     torch.testing.assert_close(second(ours), second(twin))
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("weight_last", [None, 0, 1, 2])
+@pytest.mark.parametrize("end", ["map", "flatten", "columns"])
+def test_channels_last_between_blocks(memory, weight_last, end):
+    """Whatever the blocks hand on to each other, the result has eager's strides."""
+    children = [
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 6, 3, padding=1),
+        nn.Tanh(), nn.Conv2d(6, 5, (2, 1)), nn.ReLU(),
+    ]  # fmt: skip
+    children += {"map": [], "flatten": [nn.Flatten()], "columns": [cf.ToSequence("columns")]}[end]
+    ours, twin = pair(children)
+    ours.eval(), twin.eval()
+    if weight_last is not None:
+        conv = [m for m in ours if isinstance(m, nn.Conv2d)][weight_last]
+        conv.weight.data = MEMORY["channels_last"](conv.weight.data)
+    x = MEMORY[memory](grid(2, 3, 12, 14))
+    with torch.no_grad():
+        got, expected = ours(x), twin(x)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert real_strides(got) == real_strides(expected)
+        distributed = cf.TimeDistributed(ours, flatten=end != "columns")
+        clips = distributed(x.unsqueeze(1))
+        torch.testing.assert_close(clips.flatten(1), expected.flatten(1), rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- Sequential: manners
 
 

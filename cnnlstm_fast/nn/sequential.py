@@ -13,10 +13,11 @@ __all__ = ["Sequential"]
 class Sequential(nn.Sequential):
     """An ``nn.Sequential`` with the same children, keys and results, but fused.
 
-    Runs of a convolution and the activation, max pool and ``Flatten(1)`` that follow it become one
-    op; what cannot be fused, and every child that carries a hook, is called as it is
-    (:func:`cnnlstm_fast.explain.explain` shows which and why). Plain ``nn.Sequential`` children are
-    looked into. Children may be exchanged, appended and hooked at any time.
+    Runs of a convolution and the batch norm, activation, dropout (in eval mode), pool and ``Flatten(1)``
+    or :class:`cnnlstm_fast.ToSequence` that follow it become one op; what cannot be fused, and every
+    child that carries a hook, is called as it is (:func:`cnnlstm_fast.explain.explain` shows which and
+    why). Plain ``nn.Sequential`` children are looked into. Children may be exchanged, appended and
+    hooked at any time.
 
     Shapes, dtypes and strides of the result are those of ``nn.Sequential``.
 
@@ -35,9 +36,7 @@ class Sequential(nn.Sequential):
 
 @torch.jit.ignore
 def _run(container: nn.Sequential, input):
-    for step in patterns.steps(container._modules.values()):
-        input = patterns.run(step, input) if isinstance(step, patterns.Block) else step(input)
-    return input
+    return patterns.run_chain(patterns.steps(container._modules.values()), input)
 
 
 patterns.CONTAINERS.add(Sequential)

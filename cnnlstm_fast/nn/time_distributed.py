@@ -94,14 +94,11 @@ class TimeDistributed(nn.Module):
         return f"(B, T, {step})" if self.batch_first else f"(T, B, {step})"
 
     def _run(self, frames: Tensor, chain: list):
-        y = frames
-        for i, step in enumerate(chain):
-            if not isinstance(step, patterns.Block):
-                y = step(y)
-            elif self.flatten and step.flatten is None and i == len(chain) - 1:
-                y = patterns.run(step, y, "features")
-            else:
-                y = patterns.run(step, y)
+        last = chain[-1] if chain else None
+        if self.flatten and isinstance(last, patterns.Block) and last.flatten is None:
+            y = patterns.run(last, patterns.run_chain(chain[:-1], frames), "features")
+        else:
+            y = patterns.run_chain(chain, frames)
         return y.flatten(1) if self.flatten and isinstance(y, Tensor) and y.dim() > 2 else y
 
 
