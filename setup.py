@@ -16,6 +16,7 @@ sources = [
     "csrc/machine.cpp",
     "csrc/memory.cpp",
     "csrc/recurrent.cpp",
+    "csrc/recurrent_stream.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_baseline.cpp",
     "csrc/cpu/kernels_avx2.cpp",

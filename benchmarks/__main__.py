@@ -24,8 +24,6 @@ from benchmarks.tables import show
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnlstm_fast against its peers.")
 console = Console(width=None if sys.stdout.isatty() else 110)
 
-#: Cases of a quick run.
-QUICK = tuple(name for name in CASES if "/features/" in name or name.startswith(("LSTM", "GRU")))
 #: Cases whose memory a quick run measures: two processes each.
 _QUICK_MEMORY = tuple(f"{kind}/features/training" for kind in SYSTEMS)
 #: Peers that a quick run leaves out: preparing them takes longer than racing them.
@@ -83,7 +81,7 @@ def run(
     if case:
         chosen = [c for name, c in CASES.items() if any(name.startswith(prefix) for prefix in case)]
     else:
-        chosen = [c for c in CASES.values() if not quick or c.name in QUICK]
+        chosen = [c for c in CASES.values() if c.quick or not quick]
     if not chosen:
         raise typer.BadParameter(f"no case begins with {case}; there are: {', '.join(CASES)}")
     parts = part or list(Part)

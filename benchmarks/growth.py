@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from benchmarks.cases import Case, recurrent, system
+from benchmarks.cases import HIDDEN, Case, recurrent, system
 from benchmarks.race import OURS, Spread, race
 from cnnlstm_fast.measure import kept_bytes
 
@@ -44,6 +44,10 @@ def _doubling(low: int, high: int) -> tuple[int, ...]:
     return tuple(low << i for i in range((high // low).bit_length()))
 
 
+def _steps(kind: str, steps: int) -> Case:
+    return recurrent(kind, (8, steps), 64, HIDDEN, mode="inference")
+
+
 SERIES: dict[str, Series] = {
     s.name: s
     for s in (
@@ -57,19 +61,17 @@ SERIES: dict[str, Series] = {
         Series(
             "image size",
             _doubling(8, 256),
-            (8, 32, 96),
+            (8, 32, 128),
             lambda n: system("Simple", batch=8, size=(n, n)),
         ),
         Series("channels", _doubling(1, 128), (1, 8, 32), lambda n: system("Simple", batch=16, channels=n)),
-        Series(
-            "steps, LSTM", _doubling(1, 4096), (1, 64, 1024), lambda n: recurrent("LSTM", batch=8, steps=n)
-        ),
-        Series("steps, GRU", _doubling(1, 4096), (1, 64, 1024), lambda n: recurrent("GRU", batch=8, steps=n)),
+        Series("steps, LSTM", _doubling(1, 4096), (1, 64, 1024), lambda n: _steps("LSTM", n)),
+        Series("steps, GRU", _doubling(1, 4096), (1, 64, 1024), lambda n: _steps("GRU", n)),
         Series(
             "hidden size, LSTM",
             _doubling(16, 1024),
             (16, 64, 256),
-            lambda n: recurrent("LSTM", batch=16, steps=32, inputs=n, hidden=n),
+            lambda n: recurrent("LSTM", (16, 32), n, n, mode="inference"),
         ),
     )
 }

@@ -129,6 +129,7 @@ class Contestant:
             with torch.inference_mode():
                 return self.forward(batch.x)
         self.model.zero_grad(set_to_none=True)
+        batch.x.grad = None
         y = self.forward(batch.x)
         if self.optimizer is None:
             y.backward(batch.target)
@@ -142,6 +143,8 @@ class Contestant:
         found = {"output": self.run(batch).detach().clone()}
         if self.case.training:
             grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            if batch.x.grad is not None:
+                grads["the input"] = batch.x.grad
             found |= {f"gradient of {n}": g.detach().clone() for n, g in grads.items()}
         return found
 
@@ -177,8 +180,9 @@ def _truth(case: Case, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     target = batch.target
     if target is not None and target.is_floating_point():
         target = target.double()
-    twin = Contestant("float64", case, copy.deepcopy(model).double(), eager, batch.x.double())
-    return twin.results(Batch(batch.x.double(), target))
+    x = batch.x.detach().double().requires_grad_(batch.x.requires_grad)
+    twin = Contestant("float64", case, copy.deepcopy(model).double(), eager, x)
+    return twin.results(Batch(x, target))
 
 
 class Verified:
@@ -215,7 +219,8 @@ class Verified:
             contestant = Contestant(peer.name, case, model, peer.prepare, batch.x, peer.lent)
             return contestant, errors(contestant.results(batch), true)
 
-        ways = {name: ready(PEERS[name]) for name in ("eager", "channels_last")}
+        names = ("eager", "channels_last") if case.has_images or case.has_clips else ("eager",)
+        ways = {name: ready(PEERS[name]) for name in names}
         tell(OURS)
         ours = Contestant(OURS, case, fast, eager, batch.x)
         found = errors(ours.results(batch), true)

@@ -1,6 +1,7 @@
 """Fast CNN-to-RNN models in PyTorch: drop-in modules over fused kernels."""
 
 from cnnlstm_fast import doctor, functional, reference
+from cnnlstm_fast.accelerate import accelerate
 from cnnlstm_fast.explain import explain
 from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeDistributed
 from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed, ToSequence
@@ -14,6 +15,7 @@ __all__ = [
     "Sequential",
     "TimeDistributed",
     "ToSequence",
+    "accelerate",
     "doctor",
     "explain",
     "functional",

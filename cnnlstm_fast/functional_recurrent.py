@@ -188,9 +188,9 @@ def run(
         raise WrongShape(f"got an input of shape {tuple(x.shape)}, expected at least one step")
     batched = x.dim() == 3
     hidden = _check_params(cell, x.shape[-1], params, stack)
-    _check_states(hx, _state_sizes(cell, hidden, stack), stack, batch if batched else None)
+    check_states(hx, state_sizes(cell, hidden, stack), stack, batch if batched else None)
     if reset is not None:
-        _check_reset(reset, x, stack)
+        check_reset(reset, x, stack)
     if lengths is not None:
         lengths = _checked_lengths(lengths, x, time, batch if batched else None)
     if batched:
@@ -218,7 +218,7 @@ def run_packed(
     if x.dim() != 2:
         raise WrongShape(f"got packed data of shape {tuple(x.shape)}, expected (steps of all sequences, I)")
     hidden = _check_params(cell, x.shape[-1], params, stack)
-    _check_states(hx, _state_sizes(cell, hidden, stack), stack, int(batch_sizes[0]))
+    check_states(hx, state_sizes(cell, hidden, stack), stack, int(batch_sizes[0]))
     if hx is not None and sorted_indices is not None:
         hx = [s.index_select(1, sorted_indices) for s in hx]
     data, states = _run(cell, x, hx, params, stack, None, None, "auto", batch_sizes)
@@ -258,7 +258,7 @@ def _library(cell: Cell, x: Tensor, hx, params, stack: Stack, batch_sizes: Tenso
     """PyTorch's own functions."""
     if hx is None:
         batch = _sizes(x, stack)[1] if batch_sizes is None else int(batch_sizes[0])
-        sizes = _state_sizes(cell, params[0].shape[0] // cell.gates, stack)
+        sizes = state_sizes(cell, params[0].shape[0] // cell.gates, stack)
         hx = [x.new_zeros(stack.num_layers * stack.directions, batch, size) for size in sizes]
     state = tuple(hx) if cell is LSTM else hx[0]
     options = (stack.bias, stack.num_layers, stack.dropout, stack.training, stack.bidirectional)
@@ -285,7 +285,7 @@ def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
     recording = torch.is_grad_enabled()
     for layer in range(stack.num_layers):
         at = layer * directions
-        weights = _weights(params[at * count : (at + directions) * count], stack)
+        weights = layer_weights(params[at * count : (at + directions) * count], stack)
         h0, c0 = (None, None) if hx is None else (*(s[at : at + directions] for s in hx), None)[:2]
         tensors = (x, h0, c0, *weights)
         if recording and any(t is not None and t.requires_grad for t in tensors):
@@ -307,7 +307,7 @@ def _dropout(x: Tensor, stack: Stack) -> Tensor:
     return F.dropout(x, stack.dropout)
 
 
-def _weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:
+def layer_weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:
     """One layer's parameters in the op's order: five a direction, None where there are none."""
     count, weights = stack.per_direction, []
     for direction in range(2):
@@ -319,7 +319,7 @@ def _weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:
     return weights
 
 
-def _state_sizes(cell: Cell, hidden: int, stack: Stack) -> tuple[int, ...]:
+def state_sizes(cell: Cell, hidden: int, stack: Stack) -> tuple[int, ...]:
     """Width of each tensor of a state."""
     return (stack.proj_size or hidden, hidden)[: cell.states]
 
@@ -387,7 +387,7 @@ def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: 
     return hidden
 
 
-def _check_states(hx, sizes: tuple[int, ...], stack: Stack, batch) -> None:
+def check_states(hx, sizes: tuple[int, ...], stack: Stack, batch) -> None:
     if hx is None:
         return
     rows = stack.num_layers * stack.directions
@@ -402,7 +402,7 @@ def _check_states(hx, sizes: tuple[int, ...], stack: Stack, batch) -> None:
             )
 
 
-def _check_reset(reset: Tensor, x: Tensor, stack: Stack) -> None:
+def check_reset(reset: Tensor, x: Tensor, stack: Stack) -> None:
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset must be a bool tensor, got {_said(reset)}")
     if reset.dtype != torch.bool:
@@ -435,11 +435,11 @@ def _checked_lengths(lengths, x: Tensor, time: int, batch) -> Tensor:
             f"got lengths of shape {tuple(lengths.shape)}, expected {shape}: one length for each sequence"
         )
     if _values_are_readable(lengths) and lengths.numel():
-        low, high = (int(v) for v in lengths.aminmax())
-        if low < 0 or high > time:
+        values = lengths.tolist() if lengths.dim() else [lengths.item()]
+        if min(values) < 0 or max(values) > time:
             raise ValueError(
-                f"got lengths from {low} to {high}, expected 0 to {time}, the steps of the input: pass "
-                f"lengths.clamp(0, {time}) or a longer input"
+                f"got lengths from {min(values)} to {max(values)}, expected 0 to {time}, the steps of "
+                f"the input: pass lengths.clamp(0, {time}) or a longer input"
             )
         return lengths.to(device=x.device, dtype=torch.int64)
     return lengths.to(device=x.device, dtype=torch.int64).clamp(0, time)

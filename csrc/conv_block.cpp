@@ -182,6 +182,35 @@ Ints codes_size(const Block& b) {
   return {b.n, b.out_h, b.out_w, b.code_groups, b.code_bytes};
 }
 
+// Codes name places, and may not be the forward's (a hook on saved tensors can change them): none may lie
+// outside the map, where the direct plan would read and write. Only windows at the edge have such places.
+void check_codes(const Block& b, const uint8_t* codes) {
+  const int64_t window = b.pool_kh * b.pool_kw, stopped = b.code_bytes == kCodeGroup ? 255 : 15;
+  auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
+  for (int64_t row = 0; row < b.out_h; ++row)
+    for (int64_t col = 0; col < b.out_w; ++col) {
+      const int64_t h0 = row * b.pool_sh - b.pool_ph, w0 = col * b.pool_sw - b.pool_pw;
+      if (inside(h0, b.oh) && inside(w0, b.ow) && inside(h0 + (b.pool_kh - 1) * b.pool_dh, b.oh) &&
+          inside(w0 + (b.pool_kw - 1) * b.pool_dw, b.ow))
+        continue;
+      bool allowed[256] = {};
+      allowed[stopped] = true;
+      for (int64_t e = 0; e < window; ++e)
+        allowed[e] = inside(h0 + e / b.pool_kw * b.pool_dh, b.oh) && inside(w0 + e % b.pool_kw * b.pool_dw, b.ow);
+      for (int64_t n = 0; n < b.n; ++n) {
+        const uint8_t* group = codes + ((n * b.out_h + row) * b.out_w + col) * b.code_groups * b.code_bytes;
+        for (int64_t c = 0; c < b.co; ++c) {
+          const int64_t lane = c % kCodeGroup, byte = c / kCodeGroup * b.code_bytes + lane % b.code_bytes;
+          const int64_t code = b.code_bytes == kCodeGroup ? group[byte]
+                               : lane < 8                 ? group[byte] & 15
+                                                          : group[byte] >> 4;
+          STD_TORCH_CHECK(allowed[code], "conv_block_backward: the code of channel ", c, " at ", row, ", ", col,
+                          " of image ", n, " is ", code, ", which names no place of the map");
+        }
+      }
+    }
+}
+
 void check_direct(const Block& b) {
   STD_TORCH_CHECK(b.padded_h <= kMaxScratchFloats / b.padded_w &&
                       b.padded_h * b.padded_w <= kMaxScratchFloats / b.c / 2 &&
@@ -532,6 +561,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
     for (int i = 0; i < 5; ++i)
       STD_TORCH_CHECK(codes.size(i) == size[i], "conv_block_backward: codes have size ", codes.size(i), " at ", i,
                       ", expected ", size[i]);
+    if (plan == kDirect) check_codes(b, codes_pointer(codes));
   } else {
     STD_TORCH_CHECK(codes.numel() == 0, "conv_block_backward: this block has no codes");
   }

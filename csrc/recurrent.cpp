@@ -22,10 +22,16 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Maybe = std::optional<Tensor>;
 
-// More inputs than this are projected for all steps by the library's matrix product.
-constexpr int64_t kMostFusedInputs = 1024;
-// Gradients of the pre-activations that are kept at a time.
+// Measured limits. More inputs than these, or these if sequences are few, are projected for many steps at
+// once instead of with the state. The bits are the same.
+constexpr int64_t kMostFusedInputs = 1024, kFewSequences = 4, kMostFusedInputsOfFew = 128;
+// So many weights of the state are shared by cores if sequences are not too many for a core.
+constexpr int64_t kSharedWeights = int64_t{1} << 18, kMostSharingSequences = 32;
+// Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
+// or two hold.
 constexpr int64_t kChunkFloats = int64_t{1} << 20;
+// Gradients of pre-activations that meet all weights of the inputs at a time.
+constexpr int64_t kRowsFloats = int64_t{1} << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -84,14 +90,15 @@ struct Call {
     return batch_first ? Ints{batch, steps, features} : Ints{steps, batch, features};
   }
   int64_t step_dim() const { return batch_first ? 1 : 0; }
-  bool fused_inputs() const { return inputs <= kMostFusedInputs; }
+  bool fused_inputs() const { return inputs <= (batch < kFewSequences ? kMostFusedInputsOfFew : kMostFusedInputs); }
 };
 
 void check_tensor(const Maybe& t, const Ints& size, const char* name) {
   if (!t) return;
   bool fits = t->dim() == static_cast<int64_t>(size.size());
   for (size_t i = 0; fits && i < size.size(); ++i) fits = t->size(i) == size[i];
-  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name, " does not fit the other arguments in shape or device");
+  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name,
+                  " does not fit the other arguments in shape or device");
 }
 
 Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<DirectionWeights> directions,
@@ -178,6 +185,13 @@ void for_each_item(int64_t items, const F& run) {
   });
 }
 
+// Into how many even shares of at least `least` and about `most` to cut `count`, every thread having one.
+int64_t shares(int64_t count, int64_t least, int64_t most) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = ceil_div(ceil_div(count, most), threads) * threads;
+  return std::clamp<int64_t>(wanted, 1, ceil_div(count, least));
+}
+
 // Tiles of sequences, as many as threads can share evenly.
 struct Tiles {
   int64_t batch, count;
@@ -194,13 +208,16 @@ struct Tiles {
 // A direction as the kernels see it, and the memory that it points to.
 struct Prepared {
   RecurrentLayer layer{};
-  std::deque<AlignedFloats> buffers;
+  std::deque<AlignedFloats> cleared;
+  std::vector<Tensor> unwritten;
 
-  float* memory(int64_t floats) { return buffers.emplace_back(floats).data(); }
+  float* zeros(int64_t floats) { return cleared.emplace_back(floats).data(); }
+  float* memory(const Tensor& like, int64_t floats) {
+    return mutable_floats(unwritten.emplace_back(new_output(like, {floats}, ScalarType::Float)));
+  }
 };
 
-void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved,
-                    Prepared& p) {
+void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved, Prepared& p) {
   RecurrentLayer& l = p.layer;
   const int64_t directions = static_cast<int64_t>(call.directions.size()), step = call.step_dim();
   l.mode = static_cast<int32_t>(call.mode);
@@ -216,7 +233,7 @@ void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& 
   if (call.lengths) l.lengths = static_cast<const int64_t*>(call.lengths->data_ptr());
   l.out = mutable_floats(out) + d * call.width, l.out_step = out.stride(step), l.out_sequence = out.stride(1 - step);
   if (saved.numel()) l.saved = mutable_floats(saved) + d * (saved.numel() / directions);
-  l.zeros = p.memory(std::max({l.padded_hidden, l.padded_width, l.inputs}));
+  l.zeros = p.zeros(std::max({l.padded_hidden, l.padded_width, l.inputs}));
 }
 
 void pack_weights(const Call& call, int64_t d, Prepared& p) {
@@ -226,23 +243,23 @@ void pack_weights(const Call& call, int64_t d, Prepared& p) {
   const int64_t units = l.padded_hidden, blocks = units / k.lanes;
   auto pack = [&](const Tensor& weight, int64_t inputs, bool of_inputs) {
     const Tensor rows = as_rows(weight);
-    float* packed = p.memory(units * call.gates * inputs);
+    float* packed = p.memory(weight, units * call.gates * inputs);
     for_each_item(blocks, [&](int64_t i) {
       k.pack_gates(floats(rows), rows.stride(0), l.hidden, inputs, call.gates, gate_order(call.mode, of_inputs), packed,
                    i * k.lanes, (i + 1) * k.lanes);
     });
     return packed;
   };
-  if (call.fused_inputs()) l.packed_x = pack(w.w_ih, l.inputs, true);
+  l.packed_x = pack(w.w_ih, l.inputs, true);
   l.packed_h = pack(w.w_hh, l.width, false);
   if (l.projected) {
     const Tensor turned = as_contiguous(torch::stable::transpose(*w.w_hr, 0, 1));
-    float* packed = p.memory(ceil_div(l.width, k.panel) * k.panel * l.padded_hidden);
+    float* packed = p.memory(turned, ceil_div(l.width, k.panel) * k.panel * l.padded_hidden);
     k.pack_columns(floats(turned), l.width, 1, l.hidden, gate_order(call.mode, false), l.width, packed, 0,
                    ceil_div(l.width, k.panel));
     l.packed_r = packed;
   }
-  float* bias = p.memory(4 * units);
+  float* bias = p.zeros(4 * units);
   l.bias = bias;
   if (!w.b_ih) return;
   const Tensor b_ih = as_contiguous(*w.b_ih), b_hh = as_contiguous(*w.b_hh);
@@ -283,10 +300,12 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
   });
 }
 
-// Few sequences share all weights: each core then keeps a part of them instead of reading all.
+// Whether cores divide the units between them, each keeping its part of large weights in its cache, rather
+// than the sequences.
 bool by_units(const RecurrentLayer& l) {
   const int64_t threads = torch::stable::get_num_threads();
-  return threads > 1 && !l.projected && l.batch < threads;
+  return threads > 1 && !l.projected && 4 * l.padded_hidden * l.width >= kSharedWeights &&
+         l.batch <= kMostSharingSequences * threads;
 }
 
 // Blocks of units for a team, multiples of `least`.
@@ -305,9 +324,9 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
   const RecurrentTable& k = recurrent_kernels();
   RecurrentLayer& l = p.layer;
   const int64_t parity = l.batch * l.padded_width;
-  l.h = p.memory(2 * parity);
-  if (call.mode == kLSTM) l.c = p.memory(l.batch * l.padded_hidden);
-  if (l.projected) l.m = p.memory(l.batch * l.padded_hidden);
+  l.h = p.zeros(2 * parity);
+  if (call.mode == kLSTM) l.c = p.zeros(l.batch * l.padded_hidden);
+  if (l.projected) l.m = p.zeros(l.batch * l.padded_hidden);
   if (call.h0) {
     const float* from = floats(*call.h0) + d * l.batch * l.width;
     for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.width, l.width, l.h + b * l.padded_width);
@@ -316,23 +335,44 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
     const float* from = floats(*call.c0) + d * l.batch * l.hidden;
     for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.hidden, l.hidden, l.c + b * l.padded_hidden);
   }
-  auto time = [&](int64_t step) { return l.reversed ? l.steps - 1 - step : step; };
-  if (by_units(l)) {
-    const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
-    run_team(l.steps, blocks.count, [&](int64_t step, int64_t i) {
-      for (int64_t b = 0; b < l.batch; b += kMaxRows)
-        k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
-                       thread_scratch(k.forward_scratch));
-    });
-  } else {
-    const Tiles tiles(l.batch);
-    for_each_item(tiles.count, [&](int64_t i) {
-      float* scratch = thread_scratch(k.forward_scratch);
-      for (int64_t step = 0; step < l.steps; ++step) {
-        k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
-        if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i));
-      }
-    });
+  const bool fused = call.fused_inputs();
+  const int64_t per_step = 4 * l.batch * l.padded_hidden;
+  const int64_t chunk =
+      fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
+  float* projected = fused ? nullptr : p.memory(h_n, chunk * per_step);
+  std::vector<const float*> rows;
+  for (int64_t s0 = 0; s0 < l.steps; s0 += chunk) {
+    const int64_t steps = std::min(chunk, l.steps - s0);
+    auto time = [&](int64_t step) { return l.reversed ? l.steps - 1 - s0 - step : s0 + step; };
+    if (!fused) {
+      l.projected_x = projected, l.projected_rows = steps * l.batch;
+      l.projected_step = std::min(time(0), time(steps - 1));
+      rows.clear();
+      for (int64_t t = l.projected_step; t < l.projected_step + steps; ++t)
+        for (int64_t b = 0; b < l.batch; ++b) rows.push_back(l.x + t * l.x_step + b * l.x_sequence);
+      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
+      for_each_item(items, [&](int64_t i) {
+        const int64_t first = i * count / items, some = (i + 1) * count / items - first;
+        k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(some)));
+      });
+    }
+    if (by_units(l)) {
+      const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
+      run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
+        for (int64_t b = 0; b < l.batch; b += kMaxRows)
+          k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
+                         thread_scratch(k.forward_scratch(l)));
+      });
+    } else {
+      const Tiles tiles(l.batch);
+      for_each_item(tiles.count, [&](int64_t i) {
+        float* scratch = thread_scratch(k.forward_scratch(l));
+        for (int64_t step = 0; step < steps; ++step) {
+          k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
+          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i), scratch);
+        }
+      });
+    }
   }
   for (int64_t b = 0; b < l.batch; ++b) {
     const int64_t length = l.lengths ? l.lengths[b] : l.steps;
@@ -340,24 +380,24 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
                 mutable_floats(h_n) + (d * l.batch + b) * l.width);
     if (call.mode == kLSTM)
       std::copy_n(l.c + b * l.padded_hidden, l.hidden, mutable_floats(c_n) + (d * l.batch + b) * l.hidden);
-    for (int64_t t = length; t < l.steps; ++t)
-      std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
+    for (int64_t t = length; t < l.steps; ++t) std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(
-    Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
-    Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
-    bool keep) {
-  const Call call = describe(
-      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
-      mode, batch_first);
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh,
+                                                           Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
+                                                           Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r,
+                                                           Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
+                                                           bool keep) {
+  const Call call =
+      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
+               lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Tensor out = new_output(x, call.sequence(directions * call.width), wide);
   const Tensor h_n = torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide);
-  const Tensor c_n = torch::stable::new_empty(
-      x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
+  const Tensor c_n =
+      torch::stable::new_empty(x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
   const int64_t kept = mode == kLSTM ? 5 : 4;
   const Tensor saved =
       new_output(x, keep ? Ints{directions, call.steps, call.batch, kept, call.padded_hidden()} : Ints{0}, wide);
@@ -367,13 +407,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(
       Prepared p;
       describe_layer(call, d, rows, out, saved, p);
       pack_weights(call, d, p);
-      Tensor product;
-      if (!call.fused_inputs()) {
-        product = as_floats(torch::stable::matmul(x, torch::stable::transpose(call.directions[d].w_ih, 0, 1)));
-        p.layer.projected_x = floats(product);
-        p.layer.projected_step = product.stride(call.step_dim());
-        p.layer.projected_sequence = product.stride(1 - call.step_dim());
-      }
       run_forward(call, d, p, h_n, c_n);
     }
   }
@@ -391,7 +424,7 @@ struct DirectionGrads {
 struct ChunkRows {
   std::vector<int32_t> row_of;
   std::vector<const float*> x, h, m;
-  std::vector<float*> grad_x, natural;
+  std::vector<float*> grad_x;
 };
 
 // Sums of outer products [n][panel] for every panel of the gates, and their columns' own sums.
@@ -401,38 +434,40 @@ struct Products {
   Products(int64_t panel, int64_t begin, int64_t end, int64_t columns, int64_t count)
       : panel(panel), begin(begin), end(end), count(count), sums(ceil_div(columns, panel) * panel * count) {}
 
-  static constexpr int64_t kPart = 96;
-  int64_t parts() const { return ceil_div(count, kPart); }
-  int64_t items() const { return ceil_div(end, panel) * parts(); }
+  // Items are a part of the rows and a share of the panels each.
+  int64_t parts() const { return ceil_div(count, recurrent_kernels().outer_rows); }
+  int64_t panels() const { return ceil_div(end, panel); }
+  int64_t groups() const {
+    const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+    return std::clamp<int64_t>(ceil_div(wanted, parts()), 1, panels());
+  }
+  int64_t items() const { return groups() * parts(); }
   void add(int64_t item, const float* const* rows, const float* gates, int64_t gate_rows) {
     const RecurrentTable& k = recurrent_kernels();
-    const int64_t p = item / parts(), n = item % parts() * kPart;
-    const int64_t v0 = std::max<int64_t>(0, begin - p * panel) / k.lanes;
-    const int64_t v1 = ceil_div(std::min(panel, end - p * panel), k.lanes);
-    if (v0 < v1)
-      k.add_outer(rows, n, std::min(count, n + kPart), gates + p * gate_rows * panel, gate_rows, v0, v1,
-                  sums.data() + p * panel * count);
+    const int64_t group = item % groups(), n = item / groups() * k.outer_rows;
+    const int64_t first = std::max(begin, group * panels() / groups() * panel);
+    const int64_t last = std::min(end, (group + 1) * panels() / groups() * panel);
+    if (first < last)
+      k.add_outer(rows, n, std::min(count, n + k.outer_rows), gates, gate_rows, first, last, count, sums.data());
   }
-  float at(int64_t column, int64_t n) const { return sums[(column / panel * count + n) * panel + column % panel]; }
+  // Columns that begin at `column`, of `units`, as rows of `to`.
+  void put(int64_t column, int64_t units, float* to) const {
+    for (int64_t u = 0; u < units;) {
+      const int64_t inside = (column + u) % panel, some = std::min(units - u, panel - inside);
+      recurrent_kernels().turn(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some,
+                               to + u * count, count);
+      u += some;
+    }
+  }
 };
 
 void put_weight_grad(const Call& call, const Products& products, bool of_inputs, const Tensor& to) {
   const int32_t* order = gate_order(call.mode, of_inputs);
-  const int64_t count = products.count;
-  for_each_item(call.gates * call.hidden, [&](int64_t i) {
-    const int64_t gate = i / call.hidden, u = i % call.hidden;
-    float* row = mutable_floats(to) + (order[gate] * call.hidden + u) * count;
-    const int64_t column = products.begin + gate * call.padded_hidden() + u;
-    for (int64_t n = 0; n < count; ++n) row[n] = products.at(column, n);
-  });
-}
-
-void add_into(const Tensor& total, const Tensor& part) {
-  const int64_t count = total.numel();
-  const float* from = floats(part);
-  float* to = mutable_floats(total);
-  torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+  const int64_t blocks = call.padded_hidden() / kUnitGroup;
+  for_each_item(call.gates * blocks, [&](int64_t i) {
+    const int64_t gate = i / blocks, u = i % blocks * kUnitGroup;
+    products.put(products.begin + gate * call.padded_hidden() + u, std::min(kUnitGroup, call.hidden - u),
+                 mutable_floats(to) + (order[gate] * call.hidden + u) * products.count);
   });
 }
 
@@ -449,7 +484,6 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   const DirectionWeights& w = call.directions[d];
   const int64_t hidden = l.padded_hidden, step = call.step_dim(), columns = 4 * hidden;
   const int64_t x_end = call.gates * hidden, h_begin = columns - call.gates * hidden;
-  const bool fused = call.fused_inputs();
 
   RecurrentBackward b{};
   if (want.grad_out) {
@@ -459,10 +493,9 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   if (call.h0) b.h0 = floats(*call.h0) + d * l.batch * l.width;
   if (call.c0) b.c0 = floats(*call.c0) + d * l.batch * l.hidden;
   auto state = [&](const Maybe& from, int64_t size, int64_t row) {
-    float* to = p.memory(l.batch * row);
+    float* to = p.zeros(l.batch * row);
     if (from)
-      for (int64_t i = 0; i < l.batch; ++i)
-        std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
+      for (int64_t i = 0; i < l.batch; ++i) std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
     return to;
   };
   b.dh = state(want.grad_h_n, l.width, l.padded_width);
@@ -471,7 +504,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   auto pack_columns = [&](const Tensor& weight, int64_t blocks, int64_t block, bool of_inputs) {
     const Tensor rows = as_rows(weight);
     const int64_t n = rows.size(1), panels = ceil_div(n, k.panel);
-    float* packed = p.memory(panels * k.panel * blocks * padded(block));
+    float* packed = p.memory(weight, panels * k.panel * blocks * padded(block));
     for_each_item(panels, [&](int64_t i) {
       k.pack_columns(floats(rows), rows.stride(0), blocks, block, gate_order(call.mode, of_inputs), n, packed, i,
                      i + 1);
@@ -480,29 +513,22 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   };
   b.columns_h = pack_columns(w.w_hh, call.gates, l.hidden, false);
   if (l.projected) b.columns_r = pack_columns(*w.w_hr, 1, l.width, false);
-  const float* columns_x = want.grad_x && fused ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
+  const float* columns_x = want.grad_x ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
 
   const int64_t per_step = l.batch * columns;
   const int64_t chunk = std::clamp<int64_t>(kChunkFloats / per_step, 1, l.steps), most = chunk * l.batch;
-  b.gates = p.memory(ceil_div(columns, k.panel) * k.panel * most);
+  b.gates = p.memory(want.rows, ceil_div(columns, k.panel) * k.panel * most);
   if (l.projected) {
-    b.dy = p.memory(ceil_div(l.padded_width, k.panel) * k.panel * most);
-    b.my = p.memory(hidden * most);
+    b.dy = p.memory(want.rows, ceil_div(l.padded_width, k.panel) * k.panel * most);
+    b.my = p.memory(want.rows, hidden * most);
   }
   std::optional<Products> of_x, of_h, of_m;
   AlignedFloats bias(ceil_div(columns, k.panel) * k.panel);
   if (want.need_weights) {
-    if (fused) of_x.emplace(k.panel, 0, x_end, columns, l.inputs);
+    of_x.emplace(k.panel, 0, x_end, columns, l.inputs);
     of_h.emplace(k.panel, h_begin, columns, columns, l.width);
     if (l.projected) of_m.emplace(k.panel, 0, l.padded_width, l.padded_width, l.hidden);
   }
-  // Gradients of the pre-activations in the weights' order, for the library's products over many inputs.
-  Tensor natural;
-  if (!fused && (want.need_weights || want.grad_x)) {
-    natural = new_output(want.rows, call.sequence(call.gates * l.hidden), ScalarType::Float);
-    if (l.lengths) torch::stable::zero_(natural);
-  }
-
   ChunkRows rows;
   rows.row_of.resize(most);
   const Tiles tiles(l.batch);
@@ -510,7 +536,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t place = l.reversed ? c : chunks - 1 - c;
     const int64_t t0 = place * l.steps / chunks, t1 = (place + 1) * l.steps / chunks;
-    rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear(), rows.natural.clear();
+    rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear();
     int32_t count = 0;
     for (int64_t t = t0; t < t1; ++t)
       for (int64_t q = 0; q < l.batch; ++q) {
@@ -522,13 +548,11 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
         const bool first = t == (l.reversed ? length - 1 : 0);
         const bool fresh = l.reset && l.reset[t * l.reset_step + q * l.reset_sequence];
         rows.h.push_back(fresh || (first && !b.h0) ? l.zeros
-                         : first                   ? b.h0 + q * l.width
+                         : first ? b.h0 + q * l.width
                                  : l.out + (l.reversed ? t + 1 : t - 1) * l.out_step + q * l.out_sequence);
         if (columns_x)
           rows.grad_x.push_back(mutable_floats(*want.grad_x) + t * want.grad_x->stride(step) +
                                 q * want.grad_x->stride(1 - step));
-        if (!fused && natural.defined())
-          rows.natural.push_back(mutable_floats(natural) + t * natural.stride(step) + q * natural.stride(1 - step));
       }
     if (count == 0) continue;
     if (l.projected)
@@ -558,28 +582,19 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
       });
     }
     // Everything that all steps of the chunk contribute to, in one list of items.
-    constexpr int64_t kRowsOfItem = 48;
     const int64_t x_items = of_x ? of_x->items() : 0, h_items = of_h ? of_h->items() : 0;
     const int64_t m_items = of_m ? of_m->items() : 0, bias_items = want.need_weights ? ceil_div(columns, k.panel) : 0;
-    const int64_t row_items = columns_x || !rows.natural.empty() ? ceil_div(count, kRowsOfItem) : 0;
+    const int64_t row_items = columns_x ? shares(count, 24, std::max<int64_t>(48, kRowsFloats / x_end)) : 0;
     for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
       if (i < x_items) return of_x->add(i, rows.x.data(), b.gates, count);
       if ((i -= x_items) < h_items) return of_h->add(i, rows.h.data(), b.gates, count);
       if ((i -= h_items) < m_items) return of_m->add(i, rows.m.data(), b.dy, count);
       if ((i -= m_items) < bias_items)
         return k.add_rows(b.gates + i * k.panel * count, count, bias.data() + i * k.panel);
-      const int64_t first = (i - bias_items) * kRowsOfItem, some = std::min<int64_t>(kRowsOfItem, count - first);
-      if (columns_x)
-        return k.multiply_rows(b.gates, count, first, some, 0, x_end, columns_x, l.inputs, d > 0,
-                               rows.grad_x.data() + first);
-      const int32_t* order = gate_order(call.mode, true);
-      for (int64_t r = first; r < first + some; ++r)
-        for (int64_t g = 0; g < call.gates; ++g)
-          for (int64_t u = 0; u < l.hidden; ++u) {
-            const int64_t column = g * hidden + u;
-            rows.natural[r][order[g] * l.hidden + u] =
-                b.gates[(column / k.panel * count + r) * k.panel + column % k.panel];
-          }
+      i -= bias_items;
+      const int64_t first = i * count / row_items;
+      k.multiply_rows(b.gates, count, first, (i + 1) * count / row_items - first, 0, x_end, columns_x, l.inputs, d > 0,
+                      rows.grad_x.data() + first);
     });
   }
 
@@ -590,27 +605,10 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   };
   put_state(want.grad_h0, b.dh, l.width, l.padded_width);
   put_state(want.grad_c0, b.dc, l.hidden, hidden);
-  if (natural.defined()) {
-    const Ints flat{l.batch * l.steps, call.gates * l.hidden};
-    if (want.need_weights) {
-      const Tensor turned = torch::stable::transpose(torch::stable::reshape(natural, flat), 0, 1);
-      const Tensor inputs = torch::stable::reshape(want.rows, Ints{flat[0], l.inputs});
-      torch::stable::copy_(const_cast<Tensor&>(grads.w_ih), torch::stable::matmul(turned, inputs));
-    }
-    if (want.grad_x) {
-      const Tensor product = torch::stable::matmul(natural, as_floats(w.w_ih));
-      if (d == 0)
-        torch::stable::copy_(const_cast<Tensor&>(*want.grad_x), product);
-      else
-        add_into(*want.grad_x, product);
-    }
-  }
   if (!want.need_weights) return;
-  if (of_x) put_weight_grad(call, *of_x, true, grads.w_ih);
+  put_weight_grad(call, *of_x, true, grads.w_ih);
   put_weight_grad(call, *of_h, false, grads.w_hh);
-  if (of_m)
-    for (int64_t i = 0; i < l.width; ++i)
-      for (int64_t n = 0; n < l.hidden; ++n) mutable_floats(*grads.w_hr)[i * l.hidden + n] = of_m->at(i, n);
+  if (of_m) of_m->put(0, l.width, mutable_floats(*grads.w_hr));
   if (grads.b_ih)
     for (int64_t g = 0; g < call.gates; ++g)
       for (int64_t u = 0; u < l.hidden; ++u) {
@@ -622,11 +620,11 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor x, Maybe h0, Maybe c0, Tensor w_ih,
                          Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r, Maybe w_hh_r, Maybe b_ih_r,
-                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved,
-                         int64_t mode, bool batch_first, bool need_x, bool need_state, bool need_weights) {
-  const Call call = describe(
-      x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset, lengths,
-      mode, batch_first);
+                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved, int64_t mode,
+                         bool batch_first, bool need_x, bool need_state, bool need_weights) {
+  const Call call =
+      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
+               lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   check_tensor(out, call.sequence(directions * call.width), "out");
@@ -667,11 +665,10 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
     describe_layer(call, d, want.rows, wide_out, saved, p);
     run_backward(call, want, d, p, grads[d]);
   }
-  auto result = [&](const Maybe& t) {
-    return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0});
-  };
+  auto result = [&](const Maybe& t) { return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0}); };
   auto weights = [&](int64_t d) {
-    if (!need_weights || d >= directions) return std::make_tuple(result({}), result({}), result({}), result({}), result({}));
+    if (!need_weights || d >= directions)
+      return std::make_tuple(result({}), result({}), result({}), result({}), result({}));
     return std::make_tuple(result(grads[d].w_ih), result(grads[d].w_hh), result(grads[d].b_ih), result(grads[d].b_hh),
                            result(grads[d].w_hr));
   };

@@ -61,7 +61,12 @@ class Case:
     def draw(self, dtype=torch.float32) -> Drawn:
         """Fresh parameters and data."""
         module = self.module()
-        params = {n: (torch.randn(p.shape) * 0.5).to(dtype) for n, p in module.named_parameters()}
+        params = {  # of a size at which rounding errors do not grow from step to step
+            n: (torch.randn(p.shape) * p.shape[-1] ** -0.5 if p.dim() > 1 else torch.randn(p.shape) / 2).to(
+                dtype
+            )
+            for n, p in module.named_parameters()
+        }
         batch = self.batch or 1
         rows = self.layers * (2 if self.bidirectional else 1)
         sizes = {"h_0": self.proj_size or self.hidden, "c_0": self.hidden}

@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
 #: Run by tests of their own, or not at all.
-OTHERS = {"side_by_side.py", "distributed.py"}
+OTHERS = {"side_by_side.py", "distributed.py", "cartpole_memory.py"}
 EXAMPLES = sorted(p.name for p in FOLDER.glob("*.py") if p.name not in OTHERS)
 
 needs_aeon = pytest.mark.skipif(

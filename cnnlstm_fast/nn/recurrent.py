@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from cnnlstm_fast import functional_recurrent as functional
+from cnnlstm_fast.nn.stream import Stream
+
+# ``reset`` and ``lengths`` are meant as keywords; they are no keyword-only arguments because PyTorch's
+# TorchScript-based ONNX exporter passes every default by position.
 
 __all__ = ["GRU", "LSTM"]
 
@@ -39,12 +43,29 @@ class _Recurrent(nn.RNNBase):
         """The attributes, not ``_flat_weights``: whoever computes or exchanges a weight sets these."""
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _run(self, input, hx: Sequence[Tensor] | None, reset: Tensor | None, lengths):
-        stack = functional.Stack(
+    def _stack(self) -> functional.Stack:
+        return functional.Stack(
             self.num_layers, self.bidirectional, self.batch_first, self.dropout, self.training, self.bias,
             self.proj_size,
         )  # fmt: skip
-        params = self._parameters_in_order()
+
+    def stream(self, batch: int = 1, hx=None) -> Stream:
+        """The layer as it is now, to be fed one step at a time with little latency.
+
+        ``y = stream(x)`` takes and returns one step, ``(batch, input_size) -> (batch, H_out)``, and keeps
+        the state; see :class:`cnnlstm_fast.nn.stream.Stream`. Step by step this equals the whole sequence.
+
+        Args:
+            batch: how many sequences go side by side.
+            hx: initial state as ``forward`` takes it; zeros if None.
+
+        Raises:
+            ValueError: the layer is bidirectional, or ``hx`` does not fit.
+        """
+        return Stream(self._cell, self._stack(), self._parameters_in_order(), batch, hx)
+
+    def _run(self, input, hx: Sequence[Tensor] | None, reset: Tensor | None, lengths):
+        stack, params = self._stack(), self._parameters_in_order()
         if not isinstance(input, PackedSequence):
             return functional.run(self._cell, input, hx, params, stack, reset, lengths)
         if reset is not None or lengths is not None:
@@ -93,7 +114,6 @@ class LSTM(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
         reset: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
@@ -127,7 +147,6 @@ class GRU(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        *,
         reset: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:

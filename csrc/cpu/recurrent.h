@@ -29,13 +29,14 @@ struct RecurrentLayer {
   int64_t out_step, out_sequence;
   float* saved;  // (T, B, 5 or 4, padded H), null: nothing is kept
 
-  const float* packed_x;  // pack_gates of w_ih; null: `projected_x` holds x @ w_ih^T
+  const float* packed_x;  // pack_gates of w_ih
   const float* packed_h;  // pack_gates of w_hh
   const float* packed_r;  // pack_columns of w_hr, transposed
   const float* bias;      // [unit / lanes][4][lanes]
 
-  const float* projected_x;  // (rows as x's, gates * H)
-  int64_t projected_step, projected_sequence;
+  // Not null: project_inputs of all sequences in projected_rows / B steps from projected_step on.
+  const float* projected_x;
+  int64_t projected_rows, projected_step;
 
   float* h;            // [2][B][padded P]: by the parity of the number of steps done
   float* c;            // [B][padded H]
@@ -65,25 +66,31 @@ struct RecurrentBackward {
 };
 
 struct RecurrentTable {
-  int64_t lanes;     // floats per vector
-  int64_t panel;     // floats of a panel's row: 4 vectors
-  int64_t row_tile;  // rows that one pass over a panel computes
+  int64_t lanes;       // floats per vector
+  int64_t panel;       // floats of a panel's row: 4 vectors
+  int64_t outer_rows;  // most rows of a product that add_outer works on
 
+  // to[c][r] = from[r][c]
+  void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   // Packs units [begin, end) / lanes of a weight (gates * H, K), rows `stride` apart, into
   // [unit / lanes][K][gates][lanes]; gate g comes from the weight's block order[g].
-  void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates, const int32_t* order,
-                     float* packed, int64_t begin, int64_t end);
+  void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates,
+                     const int32_t* order, float* packed, int64_t begin, int64_t end);
   // Packs panels [begin, end) of a matrix (K, N) into [N / panel][padded K][panel's vectors, as few as N needs].
   // K is `blocks` blocks of `block` rows, each padded to kUnitGroup, block b being the source's order[b].
   void (*pack_columns)(const float* matrix, int64_t stride, int64_t blocks, int64_t block, const int32_t* order,
                        int64_t n, float* packed, int64_t begin, int64_t end);
 
+  // Bias and products of the inputs x[first, first + count) of `rows`, into [unit / lanes][row][4][lanes].
+  void (*project_inputs)(const RecurrentLayer&, const float* const* x, int64_t rows, int64_t first, int64_t count,
+                         float* to, float* scratch);
+  int64_t (*project_scratch)(int64_t count);  // floats
   // Unit blocks [begin, end) / lanes of step `t` for sequences [b0, b0 + n), n <= kMaxRows.
   void (*forward_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n, int64_t begin, int64_t end,
                        float* scratch);
-  int64_t forward_scratch;  // floats
+  int64_t (*forward_scratch)(const RecurrentLayer&);  // floats
   // Projects the outputs of step `t` (projected layers only), after forward_step over all units.
-  void (*project_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n);
+  void (*project_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n, float* scratch);
 
   // Gradients of the pre-activations of step `t`, units [begin, end), both multiples of the panel or the end
   // (all units of a projected layer, whose `scratch` holds backward_scratch floats).
@@ -94,10 +101,10 @@ struct RecurrentTable {
   void (*backward_state)(const RecurrentLayer&, const RecurrentBackward&, int64_t t, int64_t b0, int64_t n,
                          int64_t begin, int64_t end);
 
-  // product[n][v] += sum over rows k of a[k][n] * b[k][v] for n in [begin, end) and vectors v in [v0, v1) of
-  // b's and the product's panel.
-  void (*add_outer)(const float* const* a, int64_t begin, int64_t end, const float* b, int64_t rows, int64_t v0,
-                    int64_t v1, float* product);
+  // product[column / panel][n][panel] += sum over rows k of a[k][n] * gates[column / panel][k][panel] for n in
+  // [n0, n1), at most outer_rows, and columns [begin, end), multiples of the lanes.
+  void (*add_outer)(const float* const* a, int64_t n0, int64_t n1, const float* gates, int64_t rows, int64_t begin,
+                    int64_t end, int64_t product_rows, float* product);
   // sum[panel] += sum over rows k of b[k].
   void (*add_rows)(const float* b, int64_t rows, float* sum);
 

@@ -1,0 +1,642 @@
+"""cf.LSTM and cf.GRU in the places of nn.LSTM and nn.GRU."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from helpers import assert_close_as_torch, needs_extension
+from sequences import Case, assert_case, kinds, pack, random_cases, result_gradients
+from torch import nn
+from torch.nn.utils import parametrizations, prune, rnn
+from twins import Ops
+
+import cnnlstm_fast as cf
+from cnnlstm_fast import _ext
+
+both = [(kind, more) for kind in ("LSTM", "GRU") for more in ({}, {"bidirectional": True, "num_layers": 2})]
+layers = pytest.mark.parametrize("kind, more", [*both, ("LSTM", {"proj_size": 3})])
+
+
+def pair(kind: str, inputs: int = 5, hidden: int = 7, **more):
+    """A fast layer and its plain twin of the same weights."""
+    twin = getattr(nn, kind)(inputs, hidden, **more)
+    ours = getattr(cf, kind)(inputs, hidden, **more)
+    ours.load_state_dict(twin.state_dict())
+    return ours, twin
+
+
+def assert_same(got, expected, tolerance: float = 1e-5) -> None:
+    """Results of layers, nested or packed, and their dtypes and shapes."""
+    if isinstance(expected, rnn.PackedSequence):
+        assert isinstance(got, rnn.PackedSequence)
+        for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+            mine, theirs = getattr(got, name), getattr(expected, name)
+            assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs)), name
+        got, expected = got.data, expected.data
+    if isinstance(expected, tuple):
+        assert type(got) is tuple and len(got) == len(expected)
+        for g, e in zip(got, expected, strict=True):
+            assert_same(g, e, tolerance)
+    else:
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def through_module(drawn, module_type, leaves):
+    """A case through a module: {out, h_n, c_n}, time-major and with a batch."""
+    case, one = drawn.case, drawn.case.batch is None
+    module = case.module(module_type, dtype=leaves["x"].dtype)
+    state = [leaves[n].squeeze(1) if one else leaves[n] for n in ("h_0", "c_0") if n in leaves]
+    hx = None if not state else state[0] if case.kind == "GRU" else tuple(state)
+    more = {
+        "reset": None if drawn.reset is None else drawn.laid_out(drawn.reset),
+        "lengths": None if drawn.lengths is None else drawn.lengths[0] if one else drawn.lengths,
+    }
+    params = {n: leaves[n] for n in drawn.params}
+    out, last = torch.func.functional_call(module, params, (drawn.laid_out(leaves["x"]), hx), more)
+    last = (last,) if case.kind == "GRU" else last
+    out = out.unsqueeze(1) if one else out.transpose(0, 1) if case.batch_first else out
+    last = [s.unsqueeze(1) for s in last] if one else last
+    return {"out": out, **dict(zip(("h_n", "c_n"), last, strict=False))}
+
+
+@random_cases(12)
+def test_results_and_gradients(case):
+    drawn = case.draw()
+    assert_case(drawn, lambda **leaves: through_module(drawn, cf, leaves), result_gradients(drawn))
+
+
+# ---------------------------------------------------------------- as a module
+
+
+@layers
+def test_attributes_keys_and_repr(kind, more):
+    ours, twin = pair(kind, **more)
+    assert isinstance(ours, nn.RNNBase) and not isinstance(ours, getattr(nn, kind))
+    assert repr(ours) == repr(twin)
+    assert list(ours.state_dict()) == list(twin.state_dict())
+    for name in nn.RNNBase.__constants__:
+        assert getattr(ours, name) == getattr(twin, name)
+    assert [len(ws) for ws in ours.all_weights] == [len(ws) for ws in twin.all_weights]
+    ours.flatten_parameters()
+    torch.manual_seed(1)
+    first = getattr(cf, kind)(5, 7, **more)
+    torch.manual_seed(1)
+    assert_same(tuple(first.parameters()), tuple(getattr(nn, kind)(5, 7, **more).parameters()), 0)
+
+
+CONSTRUCTORS = {
+    "all by position": ((5, 7, 2, False, True, 0.5, True), {}),
+    "no sizes": ((), {}),
+    "zero inputs": ((0, 7), {}),
+    "float inputs": ((5.0, 7), {}),
+    "zero hidden": ((5, 0), {}),
+    "no layers": ((5, 7, 0), {}),
+    "a word for dropout": ((5, 7, 2), {"dropout": "a"}),
+    "a dropout of two": ((5, 7, 2), {"dropout": 2}),
+    "an int for bias": ((5, 7), {"bias": 1}),
+    "a large projection": ((5, 7), {"proj_size": 7}),
+    "an unknown keyword": ((5, 7), {"layers": 2}),
+    "a dtype": ((5, 7), {"dtype": torch.float64, "device": "cpu"}),
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_constructors(kind, name):
+    args, keywords = CONSTRUCTORS[name]
+    try:
+        expected = getattr(nn, kind)(*args, **keywords)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            getattr(cf, kind)(*args, **keywords)
+    else:
+        got = getattr(cf, kind)(*args, **keywords)
+        assert repr(got) == repr(expected)
+        assert [p.dtype for p in got.parameters()] == [p.dtype for p in expected.parameters()]
+
+
+r = torch.randn
+# input, initial state of an LSTM, of a GRU
+WRONG_CALLS = {
+    "four dimensions": (r(1, 6, 3, 5), None, None),
+    "one dimension": (r(5), None, None),
+    "other features": (r(6, 3, 4), None, None),
+    "no steps": (r(0, 3, 5), None, None),
+    "doubles": (r(6, 3, 5).double(), None, None),
+    "a state's width": (r(6, 3, 5), (r(1, 3, 6), r(1, 3, 7)), r(1, 3, 6)),
+    "a state's batch": (r(6, 3, 5), (r(1, 2, 7), r(1, 2, 7)), r(1, 2, 7)),
+    "a state's rank": (r(6, 3, 5), (r(1, 7), r(1, 7)), r(1, 7)),
+    "a batched state": (r(6, 5), (r(1, 1, 7), r(1, 1, 7)), r(1, 1, 7)),
+    "packed, other features": (rnn.pack_sequence([r(6, 4), r(2, 4)]), None, None),
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_calls_raise_as_torch(kind, name):
+    ours, twin = pair(kind)
+    x, lstm_state, gru_state = WRONG_CALLS[name]
+    hx = lstm_state if kind == "LSTM" else gru_state
+    with pytest.raises((RuntimeError, ValueError)) as theirs:
+        twin(x, hx)
+    with pytest.raises(theirs.type):
+        ours(x, hx)
+
+
+def test_like_shares_parameters():
+    ours, twin = pair("LSTM", num_layers=2, dropout=0.3)
+    shared = cf.LSTM.like(twin.eval())
+    assert all(a is b for a, b in zip(shared.parameters(), twin.parameters(), strict=True))
+    assert not shared.training and repr(shared) == repr(twin)
+    x = r(6, 3, 5)
+    assert_same(shared(x), twin(x))
+    shared.weight_ih_l0 = nn.Parameter(torch.zeros(28, 5))
+    assert twin.weight_ih_l0.any()
+    for other in (nn.GRU(5, 7), ours):
+        with pytest.raises(TypeError, match=r"expected an nn\.LSTM"):
+            cf.LSTM.like(other)
+
+
+def copies():
+    def saved(module):
+        buffer = io.BytesIO()
+        torch.save(module, buffer)
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=False)
+
+    return {
+        "deepcopy": copy.deepcopy,
+        "copy": copy.copy,
+        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        "save": saved,
+        "double and back": lambda m: m.double().float(),
+        "share_memory": lambda m: m.share_memory(),
+        "to_empty": lambda m: _refilled(m),
+    }
+
+
+def _refilled(module):
+    state = {n: t.clone() for n, t in module.state_dict().items()}
+    module.to("meta").to_empty(device="cpu").load_state_dict(state)
+    return module
+
+
+@kinds
+@pytest.mark.parametrize("how", copies())
+def test_copies(kind, how):
+    ours, twin = pair(kind, num_layers=2)
+    copied = copies()[how](ours)
+    x = r(6, 3, 5)
+    assert_same(copied(x), twin(x))
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.mul_(0.5)
+        for p in twin.parameters():
+            p.mul_(0.5)
+    assert_same(copied(x), twin(x))
+
+
+@kinds
+def test_weights_may_change_at_any_time(kind):
+    ours, twin = pair(kind)
+    x = r(6, 3, 5)
+    ours(x)
+    for module in (ours, twin):
+        module.weight_hh_l0.data.mul_(0.5)  # moves no version counter
+        module.bias_ih_l0 = nn.Parameter(torch.ones_like(module.bias_ih_l0))
+    assert_same(ours(x), twin(x))
+
+
+@kinds
+def test_training_follows_the_same_curve(kind):
+    ours, twin = pair(kind, num_layers=2)
+    x, target = r(8, 4, 5), r(8, 4, 7)
+    losses = []
+    for module in (ours, twin):
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+        losses.append([])
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (module(x)[0] - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+# ---------------------------------------------------------------- packed sequences
+
+
+@random_cases(14, reset=False, lengths=True, time=6)
+@pytest.mark.parametrize("sorted_already", [True, False])
+def test_packed_sequences(case, sorted_already):
+    """In and out, with every gradient, against the plain module in float64."""
+    if case.batch is None:
+        return
+    drawn = case.draw()
+    drawn.lengths.clamp_(min=1)
+    if sorted_already:
+        drawn.lengths.copy_(drawn.lengths.sort(descending=True).values)
+    module = case.module(cf)
+    twin = case.module(nn)
+    results = []
+    grads = None
+    for layer, dtype in ((module, torch.float32), (twin, torch.float32), (twin, torch.float64)):
+        leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in drawn.leaves.items()}
+        packed = rnn.pack_padded_sequence(
+            drawn.laid_out(leaves["x"]), drawn.lengths, case.batch_first, enforce_sorted=sorted_already
+        )
+        state = [leaves[n] for n in ("h_0", "c_0") if n in leaves]
+        hx = None if not state else state[0] if case.kind == "GRU" else tuple(state)
+        params = {n: leaves[n] for n in drawn.params}
+        out, last = torch.func.functional_call(layer.to(dtype), params, (packed, hx))
+        tensors = [out.data, *((last,) if case.kind == "GRU" else last)]
+        grads = grads or [torch.randn(t.shape) for t in tensors]
+        found = torch.autograd.grad(tensors, list(leaves.values()), [g.to(dtype) for g in grads])
+        results.append((out, [t.detach() for t in tensors] + list(found)))
+    (mine, ours), (theirs, way), (_, true) = results
+    assert_same(mine, theirs, 1e-4)
+    for at, (o, w, t) in enumerate(zip(ours, way, true, strict=True)):
+        assert_close_as_torch(o, w, t, f"{at} of {case}")
+
+
+@layers
+def test_packed_without_kernels_is_torch(kind, more):
+    ours, twin = pair(kind, **more, dtype=torch.float64)
+    packed = rnn.pack_sequence([r(2, 5).double(), r(6, 5).double(), r(3, 5).double()], enforce_sorted=False)
+    assert_same(ours(packed), twin(packed), 0)
+    assert_same(ours(packed)[0].data.sum(), twin(packed)[0].data.sum(), 0)
+
+
+@layers
+def test_packed_equals_lengths(kind, more):
+    ours, _ = pair(kind, **more)
+    drawn = Case(kind, 5, 7, 6, 4, lengths=True, state=False).draw()
+    drawn.lengths.clamp_(min=1)
+    out, last = ours(pack(drawn, enforce_sorted=False))
+    padded, _ = rnn.pad_packed_sequence(out, total_length=6)
+    assert_same((padded, last), ours(drawn.data["x"], lengths=drawn.lengths), 1e-6)
+
+
+def test_packed_and_lengths_do_not_go_together():
+    ours, _ = pair("LSTM")
+    packed = rnn.pack_sequence([r(6, 5), r(2, 5)])
+    with pytest.raises(ValueError, match="pad_packed_sequence"):
+        ours(packed, lengths=torch.tensor([6, 2]))
+    with pytest.raises(ValueError, match="pad_packed_sequence"):
+        ours(packed, reset=torch.zeros(6, 2, dtype=torch.bool))
+
+
+@kinds
+def test_packed_under_autocast(kind):
+    ours, twin = pair(kind)
+    packed = rnn.pack_sequence([r(6, 5), r(2, 5)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(ours(packed), twin(packed), 0.03)
+
+
+# ---------------------------------------------------------------- what is done to modules
+
+
+@kinds
+def test_hooks(kind):
+    ours, twin = pair(kind)
+    x = r(6, 3, 5).requires_grad_()
+    seen = []
+    found = []
+    for module in (ours, twin):
+        handles = [
+            module.register_forward_pre_hook(lambda m, args: (args[0] * 2, *args[1:])),
+            module.register_forward_hook(lambda m, args, out: (out[0] + 1, out[1])),
+            module.register_full_backward_hook(lambda m, gi, go: seen.append(go[0].sum())),
+        ]
+        out, _ = module(x)
+        found.append((out, *torch.autograd.grad(out.sum(), [x, *module.parameters()])))
+        for handle in handles:
+            handle.remove()
+    assert_same(found[0], found[1])
+    assert len(seen) == 2
+
+
+def weight_changes():
+    def parametrized(change):
+        def change_both(ours, twin):
+            for module in (ours, twin):
+                torch.manual_seed(0)
+                change(module)
+
+        return change_both
+
+    def old_weight_norm(module):
+        with contextlib.suppress(FutureWarning):
+            nn.utils.weight_norm(module, "weight_hh_l0")
+
+    return {
+        "weight_norm": parametrized(lambda m: parametrizations.weight_norm(m, "weight_hh_l0")),
+        "spectral_norm": parametrized(lambda m: parametrizations.spectral_norm(m.eval(), "weight_hh_l0")),
+        "orthogonal": parametrized(lambda m: parametrizations.orthogonal(m, "weight_ih_l0")),
+        "old weight_norm": parametrized(old_weight_norm),
+        "pruned": parametrized(lambda m: prune.random_unstructured(m, "weight_ih_l0", amount=0.4)),
+    }
+
+
+@kinds
+@pytest.mark.parametrize("how", weight_changes())
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_computed_weights(kind, how):
+    """Weights that are computed from others, anew in every call."""
+    ours, twin = pair(kind)
+    weight_changes()[how](ours, twin)
+    x = r(6, 3, 5)
+    assert_same(ours(x), twin(x))
+    for module in (ours, twin):
+        module(x)[0].square().sum().backward()
+        with torch.no_grad():
+            for p in module.parameters():
+                p.sub_(p.grad, alpha=0.01)
+    for (name, mine), theirs in zip(ours.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+    assert_same(ours(x), twin(x))
+
+
+@kinds
+def test_functional_call_and_ensembles(kind):
+    ours, twin = pair(kind)
+    x = r(6, 3, 5)
+    other = {n: r(p.shape) for n, p in ours.named_parameters()}
+    assert_same(torch.func.functional_call(ours, other, (x,)), torch.func.functional_call(twin, other, (x,)))
+    assert_same(ours(x), twin(x))
+    models = [pair(kind)[0] for _ in range(3)]
+    params, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+
+    def call(params, buffers, x):
+        return torch.func.functional_call(base, (params, buffers), (x,))
+
+    stacked = torch.func.vmap(call, in_dims=(0, 0, None))(params, buffers, x)
+    for i, model in enumerate(models):
+        torch.testing.assert_close(stacked[0][i], model(x)[0])
+
+
+@kinds
+def test_double_backward(kind):
+    ours, _ = pair(kind)
+    x = r(6, 3, 5)
+
+    def penalty(module, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), list(module.parameters()))
+
+    got = penalty(ours, x)
+    expected = penalty(copy.deepcopy(ours).double(), x.double())  # PyTorch's oneDNN layer cannot
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_checkpoint(kind):
+    ours, twin = pair(kind)
+    x = r(6, 3, 5).requires_grad_()
+    out, _ = torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)
+    got = torch.autograd.grad(out.sum(), [x, *ours.parameters()])
+    assert_same(got, torch.autograd.grad(twin(x)[0].sum(), [x, *twin.parameters()]))
+
+
+def test_a_subclass_with_a_forward_of_its_own():
+    class Residual(cf.LSTM):
+        def forward(self, input, hx=None):
+            out, hx = super().forward(input, hx)
+            return out + input, hx
+
+    layer = Residual(7, 7)
+    x = r(6, 3, 7)
+    assert_same(layer(x)[0], cf.LSTM.forward(layer, x)[0] + x)
+
+
+@kinds
+def test_meta_device_and_inference_mode(kind):
+    ours, twin = pair(kind, num_layers=2)
+    with torch.inference_mode():
+        assert_same(ours(r(6, 3, 5).fill_(0.5)), twin(r(6, 3, 5).fill_(0.5)))
+    out, _ = copy.deepcopy(ours).to("meta")(r(6, 3, 5).to("meta"))
+    assert out.shape == (6, 3, 7) and out.device.type == "meta"
+
+
+@needs_extension
+@kinds
+@pytest.mark.parametrize("reset", [True, False])
+def test_one_op_per_layer(kind, reset):
+    ours, _ = pair(kind, num_layers=3, bidirectional=True)
+    more = {"reset": torch.rand(6, 3) < 0.5, "lengths": torch.tensor([6, 1, 3])} if reset else {}
+    x = r(6, 3, 5)
+    with Ops() as ops, torch.no_grad():
+        ours(x, **more)
+    assert ops.names.count("cnnlstm_fast::recurrent_layer") == 3
+    others = [n for n in ops.names if n != "cnnlstm_fast::recurrent_layer"]
+    assert others == ["aten::cat"] * (2 if kind == "LSTM" else 1)  # the final states of the layers
+
+
+# ---------------------------------------------------------------- compilers and exporters
+
+
+@kinds
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_whole(kind, backend):
+    """Without a graph break, forward and backward, with resets and lengths, and with another length."""
+    torch._dynamo.reset()
+    ours, _ = pair(kind, bidirectional=True, num_layers=2)
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    for time in (6, 9, 11) if backend == "aot_eager" else (6,):
+        x = r(time, 3, 5)
+        more = {"reset": torch.rand(time, 3) < 0.3, "lengths": torch.tensor([time, 2, 0])}
+        got, expected = compiled(x, **more), ours(x, **more)
+        assert_same(got, expected)
+        for mine, theirs in zip(
+            torch.autograd.grad(got[0].sum(), list(ours.parameters())),
+            torch.autograd.grad(expected[0].sum(), list(ours.parameters())),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_compile_without_kernels():
+    """Float64 has none: still one graph."""
+    torch._dynamo.reset()
+    ours, twin = pair("LSTM", dtype=torch.float64)
+    x = r(4, 3, 5).double()
+    assert_same(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), twin(x))
+
+
+@kinds
+def test_export(kind):
+    ours, _ = pair(kind)
+    x, reset = r(6, 3, 5), torch.rand(6, 3) < 0.3
+    time, batch = torch.export.Dim("time", min=2), torch.export.Dim("batch", min=2)
+    shapes = {"input": {0: time, 1: batch}, "reset": {0: time, 1: batch}}
+    program = torch.export.export(ours, (x,), {"reset": reset}, dynamic_shapes=shapes)
+    names = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert "cnnlstm_fast.recurrent_layer.default" in names or not _ext.loaded
+    x, reset = r(9, 2, 5), torch.rand(9, 2) < 0.3
+    assert_same(program.module()(x, reset=reset), ours(x, reset=reset))
+
+
+@needs_extension
+def test_aot_inductor_of_a_whole_system(tmp_path):
+    model = cf.CNN_LSTM_Simple(1, 12, 1, 3).eval()
+    x = r(2, 1, 8, 8)
+    path = torch._inductor.aoti_compile_and_package(
+        torch.export.export(model, (x,)), package_path=str(tmp_path / "model.pt2")
+    )
+    x = r(2, 1, 8, 8)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
+
+
+@kinds
+def test_jit_trace_and_script(kind):
+    ours, twin = pair(kind, num_layers=2, batch_first=True)
+    x = r(3, 6, 5)
+    traced = torch.jit.trace(ours.eval(), x)
+    assert_same(traced(r(3, 6, 5).fill_(0.3)), twin(r(3, 6, 5).fill_(0.3)))
+    scripted = torch.jit.script(nn.Sequential(ours))
+    assert_same(scripted(x), twin(x))
+
+
+@kinds
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_has_standard_nodes(kind, dynamo):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    ours, twin = pair(kind, num_layers=2, bidirectional=True, batch_first=True)
+    x = r(3, 6, 5)
+    if dynamo:
+        model = torch.onnx.export(ours.eval(), (x,), dynamo=True, verbose=False).model_proto
+    else:
+        buffer = io.BytesIO()
+        torch.onnx.export(ours.eval(), (x,), buffer, dynamo=False)
+        model = onnx.load_from_string(buffer.getvalue())
+    assert [n.op_type for n in model.graph.node].count(kind) == 2
+    assert {n.domain for n in model.graph.node} <= {"", "ai.onnx"}
+    x = r(3, 6, 5)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    out, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), twin(x)[0], rtol=1e-4, atol=1e-5)
+
+
+@needs_extension
+@kinds
+def test_opcheck(kind):
+    from cnnlstm_fast.functional_recurrent import GRU, LSTM
+    from cnnlstm_fast.ops import recurrent
+
+    ours, _ = pair(kind, bidirectional=True)
+    cell = LSTM if kind == "LSTM" else GRU
+    w = [p.detach() for p in ours.parameters()]
+    weights = [*w[:4], None, *w[4:], None]
+    state = (r(2, 3, 7), r(2, 3, 7) if kind == "LSTM" else None)
+    reset, lengths = torch.rand(6, 3) < 0.3, torch.tensor([6, 0, 4])
+    args = (r(6, 3, 5), *state, *weights, reset, lengths, cell.mode, False, True)
+    torch.library.opcheck(recurrent.forward_op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@kinds
+def test_dropout_between_layers(kind):
+    ours, twin = pair(kind, num_layers=3, dropout=0.5, batch_first=True)
+    x = r(3, 6, 5)
+    run = partial(torch.random.manual_seed, 4)
+    run()
+    got = ours(x)
+    run()
+    assert_same(got, twin(x))
+    assert_same(ours.eval()(x), twin.eval()(x))
+
+
+# ---------------------------------------------------------------- streams
+
+
+def stream_layers():
+    for kind in ("LSTM", "GRU"):
+        for more in ({}, {"num_layers": 3}, {"bias": False}, {"batch_first": True, "num_layers": 2}):
+            yield kind, more
+    yield "LSTM", {"proj_size": 3, "num_layers": 2}
+
+
+@pytest.mark.parametrize("kind, more", stream_layers())
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=needs_extension), torch.float64, torch.bfloat16]
+)
+@pytest.mark.parametrize("inputs, hidden, batch", [(5, 7, 1), (17, 40, 3), (9, 16, 66)])
+def test_step_by_step_equals_the_whole_sequence(kind, more, dtype, inputs, hidden, batch):
+    layer = getattr(cf, kind)(inputs, hidden, dtype=dtype, **more)
+    x = r(7, batch, inputs).to(dtype)
+    reset = torch.rand(7, batch) < 0.2
+    rows = more.get("num_layers", 1)
+    hx = tuple(r(rows, batch, w).to(dtype) for w in (more.get("proj_size", hidden), hidden))
+    hx = hx if kind == "LSTM" else hx[1]
+    with torch.no_grad():
+        whole, last = (
+            layer(x.transpose(0, 1), hx, reset=reset.T) if layer.batch_first else layer(x, hx, reset=reset)
+        )
+    whole = whole.transpose(0, 1) if layer.batch_first else whole
+    stream = layer.stream(batch, hx)
+    steps = torch.stack([stream(xt, reset=rt) for xt, rt in zip(x, reset, strict=True)])
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6  # bfloat16 rounds the state between calls
+    assert_same((steps, stream.state), (whole, last), tolerance)
+
+
+@needs_extension
+@kinds
+def test_large_streams_on_threads(kind):
+    layer = getattr(cf, kind)(33, 520)
+    x = r(4, 1, 33)
+    with torch.no_grad():
+        whole, last = layer(x)
+    stream = layer.stream()
+    assert_same((torch.stack([stream(xt) for xt in x]), stream.state), (whole, last), 1e-6)
+
+
+@kinds
+def test_streams_keep_to_themselves(kind):
+    layer, _ = pair(kind, num_layers=2)
+    one, other = layer.stream(2), layer.stream(2)
+    x = r(4, 2, 5)
+    first = [one(xt) for xt in x]
+    kept = [y.clone() for y in first]
+    state = one.state
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()
+    assert_same(tuple(other(xt) for xt in x), tuple(first), 0)  # the weights of when it was made
+    one.start()
+    assert_same(tuple(one(xt) for xt in x), tuple(kept), 0)  # anew
+    assert_same(tuple(first), tuple(kept), 0)
+    one.start(state)
+    assert_same(one.state, state, 0)
+    assert not first[0].requires_grad
+
+
+def test_stream_errors():
+    layer, _ = pair("LSTM")
+    with pytest.raises(ValueError, match="bidirectional LSTM cannot stream"):
+        cf.LSTM(5, 7, bidirectional=True).stream()
+    with pytest.raises(ValueError, match="batch=0"):
+        layer.stream(0)
+    with pytest.raises(ValueError, match=r"c_0 of shape \(1, 2, 6\)"):
+        layer.stream(2, (r(1, 2, 7), r(1, 2, 6)))
+    with pytest.raises(TypeError, match="pair"):
+        layer.stream(2, r(1, 2, 7))
+    stream = layer.stream(2)
+    with pytest.raises(ValueError, match=r"\(2, 6\), expected \(2, 5\)"):
+        stream(r(2, 6))
+    with pytest.raises(TypeError, match="float64"):
+        stream(r(2, 5).double())
+    with pytest.raises(ValueError, match=r"reset of shape \(3,\)"):
+        stream(r(2, 5), reset=torch.zeros(3, dtype=torch.bool))
