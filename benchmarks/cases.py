@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
+from benchmarks import accelerated as accelerated_models
 from benchmarks import field as models_of_the_field
 from benchmarks.recurrent import build_layers, recurrent_flops
 
@@ -242,6 +243,22 @@ def of_the_field(name: str) -> Case:
     )
 
 
+def accelerated(name: str, mode: str) -> Case:
+    """A case of one of the models in :mod:`benchmarks.accelerated`, ours being ``cf.accelerate`` of it."""
+    _, shape, targets = accelerated_models.MODELS[name]
+    training = mode == "training"
+    return Case(
+        name=f"field/{name}/{mode}",
+        build=partial(accelerated_models.build, name),
+        shape=shape,
+        features=_whole,
+        training=training,
+        peers=("eager", "channels_last", "torch.compile") if training else _WHOLE_PEERS,
+        targets={"best": targets[training]},
+        quick=False,
+    )
+
+
 SYSTEMS = ("Simple", "1DConv", "TimeDistributed")
 
 _TARGETS: dict[tuple[str, str], dict[str, float]] = {
@@ -305,5 +322,10 @@ CASES: dict[str, Case] = {
         ),
         *_RECURRENT,
         *map(of_the_field, models_of_the_field.MODELS),
+        *(
+            accelerated(name, mode)
+            for name in accelerated_models.MODELS
+            for mode in ("inference", "training")
+        ),
     )
 }

@@ -373,10 +373,20 @@ class Chain:
     def true_value(self, at: int) -> Tensor:
         """A value by PyTorch's own operators; batch statistics count once, whoever computes them."""
         self.check_input()
-        y = self.function(self.x, *self.conv)
+        return self._compute(at, self.x, self.conv, self.norm)
+
+    def true_values(self, ats: list[int], tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+        """The same from other tensors in the place of input, weight and bias, and of the norm's."""
+        norm = self.norm
+        if norm is not None:
+            norm = norm._replace(weight=tensors[3], bias=tensors[4])
+        conv = self.conv._replace(weight=tensors[1], bias=tensors[2])
+        return [self._compute(at, tensors[0], conv, norm) for at in ats]
+
+    def _compute(self, at: int, x: Tensor, conv: Conv, norm: Norm | None) -> Tensor:
+        y = self.function(x, *conv)
         for step in self.recipe.steps[:at]:
             if step.kind == "norm":
-                norm = self.norm
                 if norm.training and self.counted:
                     norm = norm._replace(running_mean=None, running_var=None)
                 self.counted = True
@@ -411,19 +421,23 @@ class Promise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         chain, needs = ctx.chain, ctx.needs_input_grad[1:]
-        needed = [t for t, need in zip(ctx.tensors, needs, strict=True) if need]
-        places = [(ctx.first + i, grad) for i, grad in enumerate(grads) if grad is not None]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad(), _no_function():
-            values = [chain.true_value(chain.places[place]) for place, _ in places]
-        found = iter(
-            torch.autograd.grad(
-                values, needed, [grad for _, grad in places], create_graph=create_graph, allow_unused=True
-            )
-            if places
-            else [None] * len(needed)
-        )
-        return None, *(next(found) if need else None for need in needs)
+        given = [(chain.places[ctx.first + i], grad) for i, grad in enumerate(grads) if grad is not None]
+        if not given:
+            return None, *(None for _ in needs)
+        normed = any(step.kind == "norm" for at, _ in given for step in chain.recipe.steps[:at])
+        needed = [i for i, need in enumerate(needs) if need and (i < 3 or normed)]
+
+        def values(*tensors):
+            replaced = list(ctx.tensors)
+            for i, tensor in zip(needed, tensors, strict=True):
+                replaced[i] = tensor
+            return chain.true_values([at for at, _ in given], replaced)
+
+        chain.check_input()
+        with torch.enable_grad(), _no_function():  # vjp, because one of the tensors may depend on another
+            _, pull_back = torch.func.vjp(values, *(ctx.tensors[i] for i in needed))
+            found = dict(zip(needed, pull_back([grad for _, grad in given]), strict=True))
+        return None, *(found.get(i) for i in range(len(needs)))
 
 
 class Realize(torch.autograd.Function):

@@ -239,10 +239,9 @@ class Recorder:
     def _before(self, module: nn.Module, args: tuple) -> None:
         name = self._names.get(id(module), type(module).__name__)
         op = type(module).__name__
-        reason = self._reasons.get(id(module), "")
-        if not reason and isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            reason = "not in a cf.Sequential or cf.TimeDistributed"
-        self._begin(_Call(name, op, module, _first_tensor(args), _now(), "PyTorch", reason))
+        x = _first_tensor(args)
+        x = None if isinstance(x, Tensor) and hasattr(type(x), "is_deferred") else x
+        self._begin(_Call(name, op, module, x, _now(), "PyTorch", self._reasons.get(id(module), "")))
 
     def _after(self, module: nn.Module, args: tuple, out: Any) -> None:
         self._end(module, out)
@@ -266,13 +265,20 @@ class Recorder:
         while call.module is not module:  # calls that raised, and the model went on
             call = self._running.pop()
         y = _first_tensor(out)
-        if call.has_parts or call.in_block or y is None:
+        if call.has_parts or call.in_block or y is None or hasattr(type(y), "is_deferred"):
             return
         ms = (_now() - call.begin) * 1e3
+        with torch._C.DisableTorchFunctionSubclass():  # whom `accelerate` observes must not notice
+            self._note(call, module, y, ms)
+
+    def _note(self, call: _Call, module: nn.Module | None, y: Tensor, ms: float) -> None:
         self.way_to(call.name, call.x)
         memory = 0 if _shares_memory(y, call.x) else _nbytes(y)
         layout = call.layout or _layout(y)
-        self.add(Stage(call.name, call.op, tuple(y.shape), layout, call.plan, call.reason, ms, memory))
+        reason = call.reason or self._reasons.get(id(module), "")
+        if not reason and isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            reason = "in none of our containers: cf.accelerate makes it fast where it stands"
+        self.add(Stage(call.name, call.op, tuple(y.shape), layout, call.plan, reason, ms, memory))
         self.last = y
         self._last_map = call.map or tuple(y.shape[1:])
 

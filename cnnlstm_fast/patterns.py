@@ -488,7 +488,10 @@ def read_call(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -
         ):
             return None
         return Found(Part("norm"), Norm(**norm))
-    call = _CALLS.get(function)
+    try:
+        call = _CALLS.get(function)
+    except TypeError:  # not hashable
+        return None
     if call is None:
         return None
     inplace = {} if "inplace" in call.defaults else {"inplace": False}

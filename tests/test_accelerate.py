@@ -791,7 +791,7 @@ TRAPS = {
 def test_traps(trap, mode):
     model = module_with(TRAPS[trap]).train(mode == "train")
     fast, twin = cf.accelerate(copy.deepcopy(model)), copy.deepcopy(model)
-    for size in ((2, 3, 8, 8), (2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 6, 10), (3, 3, 8, 8)):
+    for size in ((2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 6, 10)):
         x = grid(*size).requires_grad_()
         torch.manual_seed(3)
         got = fast(x)
@@ -867,7 +867,7 @@ def test_a_flow_that_changes_later(flip, mode, stage):
 
     model = module_with(forward).train(mode == "train")
     fast, twin = cf.accelerate(copy.deepcopy(model)), copy.deepcopy(model)
-    for flag in (False, False, True, False, False, True, True, False):
+    for flag in (False, False, True, False, False, True):
         fast.flag = twin.flag = flag
         x = grid(2, 3, 8, 8).requires_grad_()
         got, expected = fast(x), twin(x)

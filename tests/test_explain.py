@@ -1,12 +1,14 @@
 """The report from image to scores."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import plans
+from cnnlstm_fast import patterns, plans
 from cnnlstm_fast.nn import time_distributed
 
 
@@ -50,7 +52,7 @@ def test_a_plain_model_shows_its_bridges():
     assert stage(report, "pool").shape == (2, 64, 3, 4)
     bridge = stage(report, "-> lstm")
     assert (bridge.shape, bridge.layout, bridge.plan) == ((2, 12, 64), "strided", "view")
-    assert "cf.Sequential" in stage(report, "cnn").reason
+    assert "cf.accelerate" in stage(report, "cnn").reason
     assert stage(report, "relu").plan == "PyTorch"
 
 
@@ -232,3 +234,42 @@ def test_blocks_called_by_hand_are_named_by_their_weights():
     report = cf.explain(Functional(), torch.randn(2, 1, 6, 7))
     assert names(report) == ["input", "front"]
     assert stage(report, "front").layout == "columns"
+
+
+class Plain(nn.Module):
+    """Modules and functions, a loop, and a recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn, self.pool = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.lstm = nn.LSTM(8 * 8 * 8, 4, batch_first=True)
+
+    def forward(self, x):
+        steps = []
+        for frame in x.unbind(1):
+            y = self.pool(torch.relu(self.bn(self.conv1(frame))))
+            steps.append(torch.relu(self.conv2(y)).flatten(1))
+        return self.lstm(torch.stack(steps, 1))[0]
+
+
+def test_accelerated_models(monkeypatch):
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.accelerate"], "OVERHEAD_US", 0)
+    plan_of = patterns.plan_of
+    monkeypatch.setattr(patterns, "plan_of", lambda *args: ("chunked", plan_of(*args)[1]))
+    model = Plain().eval()
+    fast, x = cf.accelerate(model), torch.randn(2, 3, 1, 16, 16)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            report = cf.explain(fast, x)
+            assert report.error is None
+            ops = {s.name: s.op for s in report.stages}
+            assert ops["conv1"] == "Conv2d+BatchNorm2d+ReLU+MaxPool2d" and ops["conv2"] == "Conv2d+ReLU"
+            block = stage(report, "conv1")
+            assert (block.calls, block.shape) == (3, (2, 8, 8, 8)) and block.plan != "PyTorch"
+            assert "bn" not in ops and "pool" not in ops and stage(report, "lstm").op == "LSTM"
+    monkeypatch.undo()
+    fast.conv2.register_forward_hook(lambda *_: None)
+    report = cf.explain(fast, x)
+    assert "hooks" in stage(report, "conv2").reason and stage(report, "conv2").plan == "PyTorch"
+    assert "cf.accelerate" in stage(cf.explain(model, x), "conv1").reason

@@ -1,0 +1,138 @@
+"""``torch.compile(model, backend="cnnlstm_fast")``: blocks in the graphs that dynamo captures.
+
+The backend is found through an entry point, so nothing has to be imported. It looks for the blocks
+of :mod:`cnnlstm_fast.patterns` among the graph's calls, puts one call of the block function in the
+place of each, and hands the rest to eager PyTorch or, with ``options={"rest": "inductor"}``, to
+inductor. Whether a fused plan is the fastest is decided at run time, as everywhere.
+
+``model.compile(backend="cnnlstm_fast")`` compiles in place and keeps the model's type and keys;
+``torch.compile(model)`` returns a wrapper whose keys begin with ``_orig_mod.``.
+
+Dynamo itself stops at every ``nn.LSTM`` and ``nn.GRU`` and leaves most of the function around them to
+eager. Use :class:`cnnlstm_fast.LSTM` and :class:`cnnlstm_fast.GRU` there, or
+:func:`cnnlstm_fast.accelerate`, which needs no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from cnnlstm_fast import patterns
+from cnnlstm_fast.patterns import CONVS, Conv, Norm
+
+__all__ = ["cnnlstm_fast", "fuse"]
+
+
+class Block(nn.Module):
+    """A block's call in a graph: its modules are fixed, its tensors and numbers are arguments."""
+
+    def __init__(self, activation: nn.Module | None, pool: nn.Module | None):
+        super().__init__()
+        self.activation, self.pool = activation, pool
+
+    def forward(self, x: Tensor, conv: tuple, norm: tuple | None) -> Tensor:
+        conv = Conv(*conv)
+        module = Norm(*norm).module(conv.weight.shape[0], x.dim()) if norm is not None else None
+        return patterns.run_block(x, *conv, module, self.activation, self.pool)
+
+
+def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict | None = None) -> Callable:
+    """The backend.
+
+    Args:
+        graph: what dynamo captured; parameters are among its inputs.
+        inputs: examples.
+        options: ``{"rest": "eager"}`` (the default) or ``{"rest": "inductor"}``: what runs all that is
+            in no block.
+
+    Raises:
+        ValueError: unknown options.
+    """
+    options = {"rest": "eager", **(options or {})}
+    rest = options.pop("rest")
+    if options or rest not in ("eager", "inductor"):
+        raise ValueError(
+            f"got options with rest={rest!r} and {sorted(options)}, expected 'rest': 'eager' or 'inductor'"
+        )
+    fuse(graph)
+    if rest == "eager":
+        return graph.forward
+    from torch._inductor.compile_fx import compile_fx  # takes seconds
+
+    return compile_fx(graph, inputs)
+
+
+def fuse(module: fx.GraphModule) -> int:
+    """Put one call in the place of every block, in place; returns how many there were."""
+    _results_of_in_place_calls(module.graph)
+    count = 0
+    for node in list(module.graph.nodes):
+        block = _block_at(node)
+        if block is None:
+            continue
+        members, x, conv, found = block
+        name = f"cnnlstm_fast_block_{count}"
+        module.add_submodule(name, Block(found.get("activation"), found.get("pool")))
+        end, norm = members[-1], found.get("norm")
+        with module.graph.inserting_after(end):
+            fused = module.graph.call_module(name, (x, tuple(conv), norm and tuple(norm)))
+        fused.meta = dict(end.meta)
+        end.replace_all_uses_with(fused)
+        for member in reversed(members):
+            module.graph.erase_node(member)
+        count += 1
+    if count:
+        module.graph.lint()
+        module.recompile()
+    return count
+
+
+def _results_of_in_place_calls(graph: fx.Graph) -> None:
+    """Let everybody behind an in-place call read its result and not its input; they are the same."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        seen.add(node)
+        found = _read(node)
+        if found is not None and found.inplace:
+            node.args[0].replace_all_uses_with(node, lambda user, seen=frozenset(seen): user not in seen)
+
+
+def _block_at(node: fx.Node) -> tuple[list[fx.Node], fx.Node, Conv, dict[str, Any]] | None:
+    """The nodes of the block that begins with ``node``, its input, its convolution and what follows."""
+    if node.op != "call_function" or node.target not in CONVS:
+        return None
+    arguments = {**dict(zip(("input", *Conv._fields), node.args, strict=False)), **node.kwargs}
+    x, rank = arguments.pop("input", None), CONVS[node.target]
+    value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() != rank:
+        return None
+    members, state, slots = [node], "conv", {}
+    while len(members[-1].users) == 1:
+        (following,) = members[-1].users
+        found = _read(following)
+        if found is None or following.args[0] is not members[-1]:
+            break
+        if [*following.args, *following.kwargs.values()].count(members[-1]) != 1:
+            break
+        next_state = patterns.follow(state, found.part, rank)
+        if next_state is None:
+            break
+        state = next_state
+        members.append(following)
+        slot = patterns.SLOTS.get(found.part.kind)
+        if slot is not None:
+            slots[slot] = found.value
+    return (members, x, Conv(**arguments), slots) if slots else None
+
+
+def _read(node: fx.Node) -> patterns.Found | None:
+    """What a node could be in a block."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
+    if node.op not in ("call_method", "call_function") or function is None:
+        return None
+    return patterns.read_call(function, node.args, node.kwargs)
