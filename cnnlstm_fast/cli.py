@@ -105,11 +105,11 @@ def explain(
     """
     import torch
 
-    from cnnlstm_fast import explain as explain_model
+    import cnnlstm_fast as cf
 
     with _waiting("running the model"), torch.no_grad():
         made, xs = _model_and_inputs(model, inputs, device)
-        report = explain_model(_accelerated(made.eval()) if fast else made.eval(), *xs)
+        report = cf.explain(cf.accelerate(made.eval()) if fast else made.eval(), *xs)
     typer.echo(json.dumps(asdict(report), indent=1) if as_json else str(report))
     if report.error is not None:
         raise typer.Exit(1)
@@ -135,12 +135,13 @@ def profile(
     ranges are called after the model's parts, and this package's operators begin with cnnlstm_fast::.
     Exits with 1 if the model raises.
     """
+    from cnnlstm_fast import accelerate
     from cnnlstm_fast.profiling import profile_models
 
     with _waiting("loading the model"):
         made, xs = _model_and_inputs(model, inputs, device)
         made.train(training)
-        fast = _accelerated(made)
+        fast = accelerate(made)
     with _progress() as progress:
         task = progress.add_task("", total=3 * rounds + 6)
         try:
@@ -280,13 +281,6 @@ def _model_and_inputs(model: str, inputs: list[str], device: str) -> tuple[Any, 
         return made.to(device), tuple(torch.randn(_size(text), device=device) for text in inputs)
     except RuntimeError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
-
-
-def _accelerated(model: Any) -> Any:
-    """``cf.accelerate(model)``."""
-    import cnnlstm_fast
-
-    return getattr(cnnlstm_fast, "accelerate", lambda model: model)(model)
 
 
 def _make_model(text: str) -> Any:

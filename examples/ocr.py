@@ -91,13 +91,13 @@ def main() -> None:
     options = side_by_side.options(__doc__.splitlines()[0])
     train, test = load(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    steps, batch, tests = (3, 4, 8) if options.tiny else (300, 32, 256)
+    steps, batch, tests = (3, 4, 8) if options.tiny else (700, 32, 256)
 
     def batches() -> Iterator[tuple[Tensor, ...]]:
         for _ in range(steps):
             yield strips(*train, batch, generator)
 
-    sides = side_by_side.train(CRNN(nn), CRNN(cf), batches(), loss_of, learning_rate=2e-3)
+    sides = side_by_side.train(CRNN(nn), CRNN(cf), batches(), loss_of, learning_rate=3e-3)
     images, targets, lengths = strips(*test, tests, generator)
     truth = [(row[:n] - 1).tolist() for row, n in zip(targets, lengths.tolist(), strict=True)]
 

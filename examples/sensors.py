@@ -21,15 +21,15 @@ import cnnlstm_fast as cf
 
 
 class ConvLSTM(nn.Module):
-    """(B, 6, L) -> scores (B, 4); ``parts`` is ``torch.nn`` or ``cnnlstm_fast``."""
+    """(B, 6, L) -> scores (B, 4), in plain PyTorch; ``cf.accelerate`` makes the fast one of it."""
 
-    def __init__(self, parts, channels: int = 6, classes: int = 4):
+    def __init__(self, channels: int = 6, classes: int = 4):
         super().__init__()
-        self.cnn = parts.Sequential(
+        self.cnn = nn.Sequential(
             nn.Conv1d(channels, 64, 5, padding=2), nn.ReLU(), nn.MaxPool1d(2),
             nn.Conv1d(64, 64, 5, padding=2), nn.ReLU(),
         )  # fmt: skip
-        self.rnn = parts.LSTM(64, 64, 2, batch_first=True)
+        self.rnn = nn.LSTM(64, 64, 2, batch_first=True)
         self.fc = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def main() -> None:
             shift = int(torch.randint(x.shape[-1], (), generator=generator))
             yield x[chosen].roll(shift, -1), y[chosen]  # a motion has no beginning
 
-    sides = side_by_side.train(ConvLSTM(nn), ConvLSTM(cf), batches(), loss_of, learning_rate=2e-3)
+    sides = side_by_side.train(ConvLSTM(), cf.accelerate(ConvLSTM()), batches(), loss_of, learning_rate=2e-3)
     side_by_side.report(
         sides,
         accuracy_on_40_others=lambda model: (model(test_x).argmax(1) == test_y).float().mean().item(),

@@ -85,8 +85,8 @@ def plain_file(tmp_path):
         "class Net(nn.Module):\n"
         "    def __init__(self, layers=1):\n"
         "        super().__init__()\n"
-        "        self.cnn = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))\n"
-        "        self.rnn = nn.GRU(16, HIDDEN, layers)\n"
+        "        self.cnn = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))\n"
+        "        self.rnn = nn.GRU(128, HIDDEN, layers)\n"
         "        self.fc = nn.Linear(HIDDEN, options.classes)\n"
         "    def forward(self, x):\n"
         "        return self.fc(self.rnn(self.cnn(x).permute(3, 0, 1, 2).flatten(2))[0])\n"
@@ -99,10 +99,18 @@ def plain_file(tmp_path):
 
 
 def test_a_file_of_the_users_own_is_explained(plain_file):
-    found = call("explain", f"{plain_file}:Net(layers=2)", "--input", "2x1x8x10", "--json")
+    found = call("explain", f"{plain_file}:Net(layers=2)", "--input", "4x1x8x60", "--json")
     assert found.exit_code == 0
     stages = {stage["name"]: stage for stage in json.loads(found.stdout)["stages"]}
-    assert stages["cnn.0"]["shape"] == [2, 4, 8, 10] and stages["fc"]["shape"] == [5, 2, 3]
+    assert stages["cnn.0"]["shape"] == [4, 32, 8, 60] and stages["fc"]["shape"] == [30, 4, 3]
+
+
+def test_explain_shows_the_accelerated_model(plain_file):
+    args = ("explain", f"{plain_file}:Net", "--input", "4x1x8x60", "--json")
+    plain, fast = (json.loads(call(*args, *more).stdout)["stages"] for more in ((), ("--fast",)))
+    assert [s["op"] for s in plain if s["name"].startswith("cnn")] == ["Conv2d", "ReLU", "MaxPool2d"]
+    assert "Conv2d+ReLU+MaxPool2d" in [s["op"] for s in fast]
+    assert plain[-1]["shape"] == fast[-1]["shape"]
 
 
 def test_a_file_in_a_package_may_import_relatively(tmp_path, monkeypatch):
@@ -123,7 +131,7 @@ def test_a_file_in_a_package_may_import_relatively(tmp_path, monkeypatch):
 @pytest.mark.parametrize("training", [False, True])
 def test_profile(training, plain_file, tmp_path):
     trace = tmp_path / "new folder" / "trace.json"
-    args = ("profile", f"{plain_file}:Net", "--input", "2x1x8x10", "--rounds", "2", "--trace", str(trace))
+    args = ("profile", f"{plain_file}:Net", "--input", "4x1x8x60", "--rounds", "2", "--trace", str(trace))
     args += ("--training",) if training else ()
     found = call(*args, "--json")
     assert found.exit_code == 0, found.output
@@ -134,8 +142,11 @@ def test_profile(training, plain_file, tmp_path):
         "cnn.1",
         "cnn.2",
     ]
+    (block,) = (s for s in report["after"]["stages"] if s["name"] == "cnn.0")
+    assert block["op"] == "Conv2d+ReLU+MaxPool2d"
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"before", "after", "cnn.0: Conv2d", "rnn: GRU"} <= names
+    assert f"cnn.0: Conv2d+ReLU+MaxPool2d [{block['plan']}]" in names
     text = call(*args)
     assert text.exit_code == 0 and "aten::" in text.output and str(trace) in text.output.replace("\n", "")
 

@@ -1,9 +1,13 @@
-"""Every Python block of README and docs runs as it stands; every command in them exists."""
+"""Every Python block of README and docs runs as it stands; every command and file in them exists."""
 
 import re
 from pathlib import Path
 
 import pytest
+import typer
+
+from benchmarks.__main__ import app as benchmarks_app
+from cnnlstm_fast.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,3 +42,28 @@ def test_make_targets_exist():
         for name in re.findall(r"^make ([\w-]+)", text, re.MULTILINE)
     }
     assert named and named <= targets
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+def test_commands_exist_with_their_options(page):
+    commands = {
+        "cnnlstm_fast": typer.main.get_command(app),
+        "benchmarks": typer.main.get_command(benchmarks_app),
+    }
+    named = re.findall(r"python -m (cnnlstm_fast|benchmarks) ([^`\n]*)", page.read_text())
+    for program, rest in named:
+        for alternative in rest.split("|") if "|" in rest else [rest]:
+            name, *arguments = alternative.split()
+            command = commands[program].commands[name]
+            options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+            if command.ignore_unknown_options:
+                continue
+            assert {a for a in arguments if a.startswith("-")} <= options, alternative
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_named_exist(page):
+    """What stands in backticks and looks like a file of the repository, alone or in its usual folder."""
+    folders = (ROOT, ROOT / "cnnlstm_fast", ROOT / "benchmarks", ROOT / "csrc" / "cpu")
+    for name in re.findall(r"`([\w./*-]+\.(?:py|cpp|h|inc|md|txt|json))`", page.read_text()):
+        assert any(list(folder.glob(name)) for folder in folders), name
