@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu lint sanitize fuzz package properties soak versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -24,10 +24,37 @@ gpu:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --no-index -e .
 	$(PYTHON) -m pytest -q -m gpu
 
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer, with every
+# instruction set of this machine. Building takes minutes, so `test` does not.
+SANITIZED := -m pytest -q -x -p no:cacheprovider
+sanitize: $(VENV)/installed
+	CNNLSTM_FAST_CASES=100 $(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_ops.py -k "test_properties or wrong_calls"
+	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds 20
+	$(BIN)/python tests/native/sanitized.py thread $(SANITIZED) tests/test_properties.py tests/test_memory.py tests/test_concurrency.py -k "test_properties or get_memory or many_threads or trained_on"
+
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/installed
+	mkdir -p build
+	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds $(FUZZ_SECONDS) --journal $(CURDIR)/build/fuzz.json
+
+package: $(VENV)/built
+	CNNLSTM_FAST_LONG=1 $(BIN)/python -m pytest -q tests/test_packaging.py
+
+CASES ?= 20000
+properties: $(VENV)/built
+	$(BIN)/python tests/properties.py --cases $(CASES)
+
+soak: $(VENV)/built
+	$(BIN)/python -m benchmarks soak
+
+# Interpreters with other versions of torch, as in PYTHONS="a/bin/python b/bin/python".
+versions: $(VENV)/built
+	$(BIN)/python tests/native/versions.py $(PYTHONS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc tests/native/*.cpp
 
 $(VENV)/installed: requirements-dev.txt requirements-data.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -99,14 +100,21 @@ int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding
   return length;
 }
 
-// Whether every window along one axis meets at least one element.
+// Whether every window along one axis meets at least one element. Those that begin inside do, so only the
+// first ones and the last are looked at.
 bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  for (int64_t i = 0; i < windows; ++i) {
-    const int64_t start = i * stride - padding;
-    const int64_t skipped = start < 0 ? ceil_div(-start, dilation) : 0;
+  for (int64_t i = 0; i < windows && i * stride < padding; ++i) {
+    const int64_t start = i * stride - padding, skipped = ceil_div(-start, dilation);
     if (skipped >= kernel || start + skipped * dilation >= size) return false;
   }
-  return true;
+  return (windows - 1) * stride - padding < size;
+}
+
+// Whether a tensor of these sizes is one that a machine may have; products of sizes then do not overflow.
+bool fits(std::initializer_list<int64_t> sizes) {
+  int64_t left = int64_t{1} << 46;
+  for (int64_t size : sizes) left /= std::max<int64_t>(size, 1);
+  return left > 0;
 }
 
 struct Call {
@@ -162,6 +170,8 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
   b.ow = out_length(b.w + after_w, b.kw, b.sw, b.pw, b.dw, false);
   STD_TORCH_CHECK(b.h >= 1 && b.w >= 1 && b.oh >= 1 && b.ow >= 1, "conv_block: an input of ", b.h, "x", b.w,
                   " is too small for the kernel");
+  STD_TORCH_CHECK(fits({b.n, b.co, b.oh, b.ow}) && fits({b.c, b.h + 2 * b.ph, b.w + 2 * b.pw}), "conv_block: a map of ",
+                  b.oh, "x", b.ow, " is too large");
   const Ints p = pool.empty() ? Ints{1, 1, 1, 1, 0, 0, 1, 1, 0} : pool;
   b.pool_kh = p[0], b.pool_kw = p[1], b.pool_sh = p[2], b.pool_sw = p[3], b.pool_ph = p[4], b.pool_pw = p[5];
   b.pool_dh = p[6], b.pool_dw = p[7];

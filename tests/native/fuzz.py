@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import random
 import sys
@@ -52,6 +53,10 @@ def make(spec):
     def values(shape):
         if spec["fill"] == "bytes":
             return torch.randint(0, 256, shape, generator=generator).to(dtype)
+        if spec["fill"] == "bits":
+            return (torch.rand(shape, generator=generator) < 0.2).to(dtype)
+        if spec["fill"] == "steps":
+            return torch.randint(0, spec["most"] + 1, shape, generator=generator).to(dtype)
         t = torch.randn(shape, generator=generator)
         if spec["fill"] == "specials":
             special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 3e38])
@@ -280,14 +285,21 @@ class Coverage:
 
 def too_large(arguments: dict) -> bool:
     """Whether a call that is accepted would take longer or need more than a fuzzer has."""
-    total = 0
-    for spec in arguments.values():
-        if isinstance(spec, dict):
-            size = 1
-            for s in spec["size"]:
-                size *= max(s, 1)
-            total += size
-    return total > 2**17
+    sizes = [
+        math.prod(max(s, 1) for s in spec["size"]) for spec in arguments.values() if isinstance(spec, dict)
+    ]
+    conv, x, weight = (arguments.get(name) for name in ("conv", "x", "weight"))
+    if (
+        conv
+        and len(conv) == 7
+        and len(x["size"]) == len(weight["size"]) == 4
+        and min(conv) >= 0 < min(conv[:2])
+    ):
+        padded = [x["size"][2 + axis] + 2 * conv[2 + axis] for axis in (0, 1)]
+        maps = math.prod(p // s + 1 for p, s in zip(padded, conv[:2], strict=True))
+        beyond = maps > 2**46  # nobody's memory: must be refused
+        sizes += [] if beyond else [x["size"][1] * math.prod(padded), x["size"][0] * weight["size"][0] * maps]
+    return sum(sizes) > 2**20 or sum(sizes[:4]) > 2**17
 
 
 def case(op: Op, rng: random.Random, kept: list[dict]) -> dict:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("conv_block", "layouts", "models", "modules", "numbers", "ops", "recurrent", "properties")
+TESTS = ("layouts", "models", "modules", "properties", "memory")
 # What belongs to the compilers and exporters of one version of torch, not to the library.
 LEFT_OUT = (
     "compile or inductor or onnx or export or script or opcheck or every_instruction_set or graph_break"
