@@ -205,7 +205,7 @@ def _by_sizes(
             return None, *reference, "a small map: the calls alone cost more"
         if by_patches:
             return None, "direct", "direct", "statistics from the patches: the map never exists"
-        if not needs_x and taps > 128:
+        if (not needs_x and taps > 128) or (taps > 640 and window == 1 and outputs < 2**20):
             return None, *reference, "bound by arithmetic over many taps: the library is as fast"
         ours = needs_x and spec.groups == 1 and dtype == torch.float32
         plan = "direct" if ours and taps <= (384 if window > 1 else 640) else "chunked"
