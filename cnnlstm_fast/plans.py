@@ -79,7 +79,14 @@ def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None
     return None
 
 
-def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm=None) -> str | None:
+def why_not_block(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
+    """Why no fused plan has kernels for what a block holds, as a sentence; None if one has."""
+    if x.device.type == "cuda" and (spec.activation not in (None, "relu") or any(spec.padding_after)):
+        return "the CUDA kernels compute ReLU and even padding only"
+    return None if norm is None else why_not_normed(spec, x, weight, norm)
+
+
+def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
 
     ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
@@ -110,7 +117,7 @@ def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | Non
         return "the input is not a plain strided tensor"
     if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return "ONNX export and torch.jit.trace need standard operators"
-    return None if norm is None else why_not_normed(spec, x, weight, norm)
+    return None
 
 
 _triton: bool | None = None
@@ -198,7 +205,7 @@ def _by_sizes(
             return None, *reference, "a small map: the calls alone cost more"
         if by_patches:
             return None, "direct", "direct", "statistics from the patches: the map never exists"
-        if not needs_x and taps > 128:
+        if (not needs_x and taps > 128) or (taps > 640 and window == 1 and outputs < 2**20):
             return None, *reference, "bound by arithmetic over many taps: the library is as fast"
         ours = needs_x and spec.groups == 1 and dtype == torch.float32
         plan = "direct" if ours and taps <= (384 if window > 1 else 640) else "chunked"
@@ -265,7 +272,7 @@ def choose(
     if plan == "reference":
         check_sizes(spec, x.shape[2:], weight.shape[2:])
         return "reference", "reference", "asked for"
-    why_not = why_not_fused(spec, x, weight, bias, norm)
+    why_not = why_not_fused(x, weight, bias) or why_not_block(spec, x, weight, norm)
     if why_not is None:
         needs_x = x.requires_grad
         training = torch.is_grad_enabled() and (
