@@ -74,10 +74,10 @@ def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None
     return None
 
 
-def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm=None) -> str | None:
-    """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
+def why_not_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why no kernel takes these tensors, as a sentence; None if ours do.
 
-    ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
+    Of a block ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
     """
     if x.dtype not in _DTYPES and not (x.dtype == torch.float16 and x.device.type == "cuda"):
         return f"the fused kernels compute float32 and bfloat16, not {str(x.dtype)[6:]}"
@@ -105,7 +105,7 @@ def why_not_fused(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | Non
         return "the input is not a plain strided tensor"
     if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return "ONNX export and torch.jit.trace need standard operators"
-    return None if norm is None else why_not_normed(spec, x, weight, norm)
+    return None
 
 
 _triton: bool | None = None
@@ -240,7 +240,9 @@ def choose(
     if plan == "reference":
         check_sizes(spec, x.shape[2:], weight.shape[2:])
         return "reference", "reference", "asked for"
-    why_not = why_not_fused(spec, x, weight, bias, norm)
+    why_not = why_not_tensors(x, weight, bias)
+    if why_not is None and norm is not None:
+        why_not = why_not_normed(spec, x, weight, norm)
     if why_not is None:
         needs_x = x.requires_grad
         training = torch.is_grad_enabled() and (
@@ -369,10 +371,10 @@ def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | Non
             )
     for p in params:
         if p is not None and (p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN):
-            why_not = why_not_fused(x, p, None)
+            why_not = why_not_tensors(x, p, None)
             if why_not:
                 return why_not
-    return why_not_fused(x, params[0], None)
+    return why_not_tensors(x, params[0], None)
 
 
 def library_differentiates() -> bool:
