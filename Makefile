@@ -16,8 +16,8 @@ test: $(VENV)/built lint
 
 bench: $(VENV)/built
 	mkdir -p build
-	$(BIN)/python -m benchmarks run --quick --output build/benchmarks.json
-	$(BIN)/python -m benchmarks plot build/benchmarks.json
+	$(BIN)/python -m benchmarks run --quick --output build/quick.json
+	$(BIN)/python -m benchmarks plot build/quick.json
 
 # On a machine with a CUDA device: its own Python and torch, no network. Results go under OUT, if set.
 # Where nothing can be installed, the kernels are linked to where an installation would put them.

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import blocks as block_races
-from benchmarks import dispatch, gpu, memory, roofline, trace
+from benchmarks import dispatch, gpu, growth, memory, roofline, trace
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
 from benchmarks.race import WrongResult, race
 from benchmarks.results import Report, read
@@ -24,6 +24,8 @@ from benchmarks.tables import show
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnlstm_fast against its peers.")
 console = Console(width=None if sys.stdout.isatty() else 110)
 
+#: Cases whose memory a quick run measures: two processes each.
+_QUICK_MEMORY = tuple(f"{kind}/features/training" for kind in SYSTEMS)
 #: Peers that a quick run leaves out: preparing them takes longer than racing them.
 _NOT_QUICK = ("torch.compile", *LENT_PEERS)
 
@@ -32,6 +34,7 @@ class Part(str, enum.Enum):
     """What a run can measure."""
 
     races = "races"
+    growth = "growth"
     memory = "memory"
     dispatch = "dispatch"
     traces = "traces"
@@ -52,7 +55,11 @@ def _progress() -> Progress:
 def run(
     quick: Annotated[
         bool,
-        typer.Option("--quick/--full", help="2 minutes: features stage, no torch.compile; or 30 with all."),
+        typer.Option(
+            "--quick/--full",
+            help="2 minutes: features stages and recurrent layers, the ends of growth series, no "
+            "torch.compile; or 30 with all.",
+        ),
     ] = True,
     case: Annotated[
         list[str] | None,
@@ -74,7 +81,7 @@ def run(
     if case:
         chosen = [c for name, c in CASES.items() if any(name.startswith(prefix) for prefix in case)]
     else:
-        chosen = [c for c in CASES.values() if c.head is None or not quick]
+        chosen = [c for c in CASES.values() if c.quick or not quick]
     if not chosen:
         raise typer.BadParameter(f"no case begins with {case}; there are: {', '.join(CASES)}")
     parts = part or list(Part)
@@ -86,6 +93,8 @@ def run(
         report.roofline.append(roofline.measure())
         if Part.races in parts:
             _races(report, chosen, quick, rounds, seed, progress)
+        if Part.growth in parts and not case:
+            _growth(report, quick, seed, progress)
         report.roofline.append(roofline.measure())
         if Part.dispatch in parts:
             wanted = [(channels, mode) for channels in dispatch.CHANNELS for mode in ("inference", "forward")]
@@ -95,7 +104,8 @@ def run(
             for kind in progress.track(SYSTEMS, description="traces"):
                 report.traces.extend(trace.trace(kind))
         if Part.memory in parts:
-            wanted = [(c.name, side) for c in chosen if c.training for side in memory.SIDES]
+            measured = [c.name for c in chosen if c.training and (not quick or c.name in _QUICK_MEMORY)]
+            wanted = [(name, side) for name in measured for side in memory.SIDES]
             for w in progress.track(wanted, description="memory"):
                 report.memory.append(memory.measure(*w))
     whole = not case and not part
@@ -122,6 +132,26 @@ def _races(report: Report, cases: list[Case], quick: bool, rounds: int | None, s
             left_out = result.left_out | dict.fromkeys(skipped, "not in a quick run")
             report.races.append(replace(result, left_out=left_out))
         progress.remove_task(task)
+
+
+def _growth(report: Report, quick: bool, seed: int | None, progress: Progress) -> None:
+    wanted = [(s, v) for s in growth.SERIES.values() for v in (s.quick if quick else s.values)]
+    task = progress.add_task("growth", total=len(wanted))
+    for series, value in wanted:
+        progress.update(task, description=f"growth: {series.name} {value}")
+        try:
+            report.growth.append(
+                growth.measure(
+                    series,
+                    value,
+                    rounds=3 if quick else 7,
+                    turn_s=0.02 if quick else 0.1,
+                    seed=torch.seed() % 2**31 if seed is None else seed,
+                )
+            )
+        except WrongResult as error:
+            report.failures.append(str(error))
+        progress.advance(task)
 
 
 @app.command()
@@ -214,14 +244,22 @@ def show_file(path: Path) -> None:
 @app.command()
 def plot(
     path: Annotated[Path, typer.Argument(help="Result file.")],
-    output: Annotated[Path | None, typer.Option(help="PNG; beside the result file without it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the PNGs; beside the result file without it.")
+    ] = None,
 ) -> None:
-    """Draw a result file's ratios as a PNG."""
-    from benchmarks.plot import plot_ratios
+    """Draw a result file's ratios, growth curves and roofline as PNGs, each where it has any.
 
-    target = output or path.with_suffix(".png")
-    plot_ratios(read(path), target)
-    console.print(f"written: {target}")
+    Exits with 1 if there is nothing to draw.
+    """
+    from benchmarks.plot import plot_all
+
+    written = plot_all(read(path), (output or path.parent) / path.stem)
+    for target in written:
+        console.print(f"written: {target}")
+    if not written:
+        console.print(f"{path} holds nothing to draw: run the benchmarks first")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

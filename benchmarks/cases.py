@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
+from benchmarks import field as models_of_the_field
+from benchmarks.recurrent import build_layers, recurrent_flops
 
 INFERENCE_PEERS = (
     "eager",
@@ -26,6 +28,8 @@ INFERENCE_PEERS = (
     "ONNX Runtime",
     "OpenVINO",
 )
+#: Of what has no part before the RNN that could be run in chunks.
+_WHOLE_PEERS = ("eager", "channels_last", "torch.compile", "ONNX Runtime", "OpenVINO")
 #: Results that the next call overwrites: shown, never part of a claim.
 LENT_PEERS = ("ONNX Runtime, lent output", "OpenVINO, lent output")
 TRAINING_PEERS = ("eager", "torch.compile", "chunked 16", "chunked 8")
@@ -71,6 +75,8 @@ class Case:
         peers: names in :data:`benchmarks.peers.PEERS`.
         targets: the ratios aimed at: over ``"best"`` (the fastest peer that hands over its result)
             or over a peer by name.
+        input_gradient: whether training needs the gradient of the input as well.
+        quick: whether a quick run has it.
     """
 
     name: str
@@ -82,11 +88,18 @@ class Case:
     flops: int | None = None
     peers: tuple[str, ...] = INFERENCE_PEERS
     targets: dict[str, float] = field(default_factory=dict)
+    input_gradient: bool = False
+    quick: bool = True
 
     @property
     def has_clips(self) -> bool:
-        """Whether inputs are clips ``(B, T, C, H, W)`` and not images ``(B, C, H, W)``."""
+        """Whether inputs are clips ``(B, T, C, H, W)``."""
         return len(self.shape) == 5
+
+    @property
+    def has_images(self) -> bool:
+        """Whether inputs are images ``(B, C, H, W)``; else, without clips, sequences or signals."""
+        return len(self.shape) == 4
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """What is measured, as the model's user would call it."""
@@ -97,7 +110,7 @@ class Case:
         x = torch.randn(self.shape, generator=generator)
         if not self.training:
             return Batch(x)
-        x = on_grid(x, INPUT_STEP)
+        x = on_grid(x, INPUT_STEP).requires_grad_(self.input_gradient)
         if self.head is not None:
             return Batch(x, torch.randint(CLASSES, self.shape[:1], generator=generator))
         if like is None:
@@ -147,10 +160,14 @@ def system(
     """A case of one of the three systems: ``Simple``, ``1DConv`` or ``TimeDistributed``."""
     training = mode == "training"
     images = batch * (frames if kind == "TimeDistributed" else 1)
+    locations = (size[0] // 2) * (size[1] // 2)
     flops = conv_flops(images * 64 * prod(size), channels, (3, 3))
     if kind == "1DConv":
-        flops += conv_flops(images * 64 * (size[0] // 2) * (size[1] // 2), 64, (3,))
+        flops += conv_flops(images * 64 * locations, 64, (3,))
     whole = stage == "model"
+    if whole:
+        sequence, inputs = (frames, 64 * locations) if kind == "TimeDistributed" else (locations, 64)
+        flops += recurrent_flops("LSTM", (batch, sequence), inputs, hidden, LAYERS)
     lent = () if whole or training else LENT_PEERS
     shape = (batch, frames, channels, *size) if kind == "TimeDistributed" else (batch, channels, *size)
     return Case(
@@ -160,9 +177,68 @@ def system(
         features=_features,
         head=_head if whole else None,
         training=training,
-        flops=None if whole or training else flops,
+        flops=None if training else flops,
         peers=TRAINING_PEERS if training else INFERENCE_PEERS + lent,
         targets=targets or {},
+        quick=not whole,
+    )
+
+
+def _whole(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def recurrent(
+    kind: str,
+    shape: tuple[int, int],
+    inputs: int,
+    hidden: int,
+    *,
+    given: str = "plain",
+    mode: str = "training",
+    layers: int = 1,
+    bidirectional: bool = False,
+    targets: dict[str, float] | None = None,
+) -> Case:
+    """A case of one recurrent layer or stack over (B, T); see :func:`benchmarks.recurrent.build_layers`."""
+    options = {"num_layers": layers, "bidirectional": bidirectional}
+    training = mode == "training"
+    stack = f"{inputs}-{hidden}" + f"x{layers}" * (layers > 1) + " both ways" * bidirectional
+    return Case(
+        name=f"recurrent/{given}/{kind} T={shape[1]} B={shape[0]} {stack}/{mode}",
+        build=partial(build_layers, kind, inputs, hidden, shape, given, **options),
+        shape=(*shape, inputs),
+        features=_whole,
+        training=training,
+        flops=None if training else recurrent_flops(kind, shape, inputs, hidden, layers, 1 + bidirectional),
+        peers=("eager", "torch.compile") + (() if training else ("ONNX Runtime", "OpenVINO")),
+        targets=targets or {},
+        input_gradient=training,
+        quick=False,
+    )
+
+
+def _model_pair(name: str):
+    model, _ = models_of_the_field.MODELS[name]
+    reference, fast = model(nn), model(cf)
+    fast.load_state_dict(reference.state_dict())
+    return reference, fast
+
+
+def of_the_field(name: str) -> Case:
+    """Inference of one of the whole models in :mod:`benchmarks.field`.
+
+    Training is not raced: its gradients pass many ReLUs and pools, so that one winner that falls the
+    other way by rounding outweighs what the gate looks for; only layers that see the inputs can be
+    verified exactly.
+    """
+    return Case(
+        name=f"{name}/inference",
+        build=partial(_model_pair, name),
+        shape=models_of_the_field.MODELS[name][1],
+        features=_whole,
+        peers=_WHOLE_PEERS,
+        quick=False,
     )
 
 
@@ -177,18 +253,57 @@ _TARGETS: dict[tuple[str, str], dict[str, float]] = {
     ("TimeDistributed", "training"): {"best": 5, "eager": 15},
 }
 
-#: The three systems at the tutorial's sizes, features stage first.
+_MODEL_TARGETS: dict[tuple[str, str], dict[str, float]] = {
+    ("Simple", "inference"): {"best": 1.3},
+    ("1DConv", "inference"): {"best": 1.25},
+    ("TimeDistributed", "inference"): {"best": 1.15, "eager": 5},
+    ("Simple", "training"): {"best": 1.8},
+    ("1DConv", "training"): {"best": 1.8},
+    ("TimeDistributed", "training"): {"best": 3.2},
+}
+
+#: Layers of agents (TorchBeast's and CleanRL's sizes), of taggers and transcribers, and the tutorial's.
+#: The same without resets or lengths stands beside each, to see what these cost.
+_RECURRENT = (
+    *(
+        recurrent("LSTM", (8, 81), 519, 519, layers=2, given=given, targets=targets)
+        for given, targets in (("resets", {"eager": 10}), ("plain", {}))
+    ),
+    *(
+        recurrent("LSTM", (2, 128), 512, 128, given=given, targets=targets)
+        for given, targets in (("resets", {"eager": 12}), ("plain", {}))
+    ),
+    *(
+        recurrent(kind, (32, 100), 128, 128, bidirectional=True, given=given, targets=targets)
+        for kind in ("LSTM", "GRU")
+        for given, targets in (("lengths", {"eager": 3}), ("plain", {}))
+    ),
+    *(
+        recurrent("LSTM", (8, 1000), 64, 128, given=given, targets=targets)
+        for given, targets in (("lengths", {"eager": 8}), ("plain", {}))
+    ),
+    *(
+        recurrent(kind, (128, 196), 64, 128, layers=2, mode=mode, targets={"best": target})
+        for kind, mode, target in (
+            ("GRU", "inference", 2),
+            ("GRU", "training", 2),
+            ("LSTM", "inference", 1.3),
+            ("LSTM", "training", 1.8),
+        )
+    ),
+)
+
+#: The three systems at the tutorial's sizes, features stage first; recurrent layers alone; whole models.
 CASES: dict[str, Case] = {
     case.name: case
-    for stage in ("features", "model")
-    for mode in ("inference", "training")
     for case in (
-        system(
-            kind,
-            stage=stage,
-            mode=mode,
-            targets=_TARGETS[kind, mode] if stage == "features" else None,
-        )
-        for kind in SYSTEMS
+        *(
+            system(kind, stage=stage, mode=mode, targets=targets[kind, mode])
+            for stage, targets in (("features", _TARGETS), ("model", _MODEL_TARGETS))
+            for mode in ("inference", "training")
+            for kind in SYSTEMS
+        ),
+        *_RECURRENT,
+        *map(of_the_field, models_of_the_field.MODELS),
     )
 }

@@ -65,12 +65,12 @@ def eager(case: Case, model: nn.Module, x: Tensor) -> Forward:
 
 
 def channels_last(case: Case, model: nn.Module, x: Tensor) -> Forward:
-    """The model and its images in ``torch.channels_last``."""
+    """The model and its images in ``torch.channels_last``; sequences and signals stay as they are."""
     model.to(memory_format=torch.channels_last)
 
     def forward(x: Tensor) -> Tensor:
         if not case.has_clips:
-            return case.forward(model, x.to(memory_format=torch.channels_last))
+            return case.forward(model, x.to(memory_format=torch.channels_last) if case.has_images else x)
         frames = x.flatten(0, 1).to(memory_format=torch.channels_last)
         return case.forward(model, frames.unflatten(0, x.shape[:2]))
 

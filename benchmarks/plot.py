@@ -1,15 +1,35 @@
-"""A report as a picture: every contestant's time over ours, case by case."""
+"""A report as pictures: every contestant's time over ours, growth curves, and the roofline."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.growth import by_series
 from benchmarks.peers import PEERS
 from benchmarks.race import OURS
 from benchmarks.results import Report
+from benchmarks.tables import MIB, lines, peak
 
 #: Colour-blind safe (Okabe-Ito); one colour per peer in every plot.
 _COLOURS = ("#000000", "#56B4E9", "#009E73", "#7CCBB0", "#E69F00", "#0072B2", "#D55E00", "#9FC3DF", "#E8B79B")
+
+
+OURS_COLOUR = "#CC0000"
+
+
+def plot_all(report: Report, stem: Path) -> list[Path]:
+    """Write ``<stem>-ratios.png``, ``-growth.png`` and ``-roofline.png``, each if the report has any."""
+    wanted = (
+        ("ratios", plot_ratios, report.races),
+        ("growth", plot_growth, report.growth),
+        ("roofline", plot_roofline, [r for r in report.races if r.gflops and r.bytes]),
+    )
+    paths = []
+    for name, draw, has in wanted:
+        if has:
+            paths.append(stem.with_name(f"{stem.name}-{name}.png"))
+            draw(report, paths[-1])
+    return paths
 
 
 def plot_ratios(report: Report, path: Path) -> None:
@@ -20,17 +40,8 @@ def plot_ratios(report: Report, path: Path) -> None:
     """
     if not report.races:
         raise ValueError("the report holds no races, so there is nothing to draw: run the benchmarks first")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(3, len(report.races))
-    rows = -(-len(report.races) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.2 * rows), squeeze=False)
+    figure, axes = _panels(len(report.races), 3)
     colours = dict(zip(PEERS, _COLOURS, strict=True))
-    for ax in axes.flat[len(report.races) :]:
-        ax.axis("off")
     for ax, result in zip(axes.flat, report.races, strict=False):
         peers = [s for s in result.standings if s.name != OURS]
         peers.sort(key=lambda s: s.ratio.p50)
@@ -49,15 +60,109 @@ def plot_ratios(report: Report, path: Path) -> None:
         ax.minorticks_off()
         ax.set_yticks(range(len(peers)), [s.name for s in peers], fontsize=8)
         ax.set_title(f"{result.case}: ours {result.standing(OURS).ms.p50:.1f} ms", fontsize=9)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
+    _finish(figure, report, f"Time over {OURS}'s (log scale; right of the red line is slower)", path)
+
+
+def plot_growth(report: Report, path: Path) -> None:
+    """Write a PNG: time against arithmetic and memory kept for backward against data, with our lines.
+
+    Raises:
+        ValueError: the report holds no growth.
+    """
+    series = by_series(report.growth)
+    if not series:
+        raise ValueError("the report holds no growth, so there is nothing to draw: run the benchmarks first")
+    figure, axes = _panels(2 * len(series), len(series), size=(3.3, 3.0))
+    for column, (name, points) in enumerate(series.items()):
+        work, data = [p.flops / 1e9 for p in points], [p.data / MIB for p in points]
+        time, memory = (axes[row][column] for row in (0, 1))
+        for side, colour in (("eager", "#000000"), ("ours", OURS_COLOUR)):
+            spreads = [getattr(p, f"{side}_ms") for p in points]
+            time.plot(work, [s.p50 for s in spreads], "o", ms=3, color=colour, label=side)
+            low, high = [s.p20 for s in spreads], [s.p80 for s in spreads]
+            time.fill_between(work, low, high, color=colour, alpha=0.2)
+            kept = [getattr(p, f"{side}_bytes") / MIB for p in points]
+            memory.plot(data, kept, "o", ms=3, color=colour)
+        if len(points) > 1:
+            line, kept_line = lines(points)
+            straight = [line.fixed + line.per_unit * w * 1e9 for w in work]
+            time.plot(work, straight, color=OURS_COLOUR, lw=0.8)
+            straight = [kept_line.fixed / MIB + kept_line.per_unit * d for d in data]
+            memory.plot(data, straight, color=OURS_COLOUR, lw=0.8)
+        time.set_title(f"{name}, {points[0].value} to {points[-1].value}", fontsize=9)
+        time.set_xlabel("GFLOP per call", fontsize=8)
+        memory.set_xlabel("MiB of input and result", fontsize=8)
+        for ax in (time, memory):
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.tick_params(labelsize=7)
+    axes[0][0].set_ylabel("ms per call", fontsize=8)
+    axes[1][0].set_ylabel("MiB kept for backward", fontsize=8)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    _finish(figure, report, "Growth; lines: a fixed cost plus a rate, fitted to ours", path)
+
+
+def plot_roofline(report: Report, path: Path) -> None:
+    """Write a PNG: our arithmetic rate against arithmetic per byte, under the machine's measured roofs.
+
+    Raises:
+        ValueError: no race of the report gives its arithmetic and its bytes.
+    """
+    races = [r for r in report.races if r.gflops and r.bytes]
+    top = peak(report)
+    if not races or top is None:
+        raise ValueError("the report holds no races with a rate, so there is nothing to draw")
+    copy = max(r.copy_gbs for r in report.roofline)
+    figure, axes = _panels(1, 1, size=(7.5, 4.6))
+    ax = axes[0][0]
+    points = []
+    for r in races:
+        flops = r.gflops * r.standing(OURS).ms.p50 * 1e6
+        points.append((flops / r.bytes, r))
+    low, high = min(p[0] for p in points) / 4, max(*(p[0] for p in points), top / copy) * 4
+    ax.plot([low, top / copy, high], [low * copy, top, top], color="#777777", lw=1.5)
+    ax.text(high, top * 1.05, f"{top:.0f} GFLOP/s", ha="right", fontsize=8, color="#555555")
+    ax.text(low, low * copy * 1.1, f"{copy:.0f} GB/s", fontsize=8, color="#555555", rotation=30)
+    for (intensity, r), marker in zip(points, _MARKERS * len(points), strict=False):
+        roof = min(top, intensity * copy)
+        label = f"{r.case}: {r.gflops:.0f}, {r.gflops / roof:.0%} of its roof"
+        ax.plot(intensity, r.gflops, marker, color=OURS_COLOUR, ms=7, mfc="none", label=label)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("FLOP per byte that a call must move (input, parameters and result, once)", fontsize=8)
+    ax.set_ylabel("GFLOP/s", fontsize=8)
+    ax.legend(fontsize=7, frameon=False, loc="lower right")
+    _finish(figure, report, f"{OURS} under the roofs measured in the same run", path)
+
+
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def _panels(count: int, columns: int, size: tuple[float, float] = (5.2, 3.2)):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.axis("off")
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _finish(figure, report: Report, title: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     d = report.device
     figure.suptitle(
-        f"Time over {OURS}'s (log scale; right of the red line is slower). {d.cpu}, "
-        f"{report.threads} threads, torch {report.versions['torch']}, {report.date[:10]}",
+        f"{title}\n{d.cpu}, {report.threads} threads, torch {report.versions['torch']}, {report.date[:10]}",
         fontsize=9,
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

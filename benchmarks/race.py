@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from statistics import median
 
 import numpy as np
@@ -90,6 +91,7 @@ class Result:
         others_cpu: share of the machine that other processes used meanwhile.
         seed, rounds: to run the same inputs again.
         targets: as the case has them.
+        bytes: what a call must move at least: input, parameters and result, each once.
     """
 
     case: str
@@ -101,6 +103,7 @@ class Result:
     seed: int
     rounds: int
     targets: dict[str, float] = field(default_factory=dict)
+    bytes: int | None = None
 
     def standing(self, name: str) -> Standing:
         """The standing of a peer, of :data:`OURS`, or of the ``"best"`` peer."""
@@ -126,6 +129,7 @@ class Contestant:
             with torch.inference_mode():
                 return self.forward(batch.x)
         self.model.zero_grad(set_to_none=True)
+        batch.x.grad = None
         y = self.forward(batch.x)
         if self.optimizer is None:
             y.backward(batch.target)
@@ -139,6 +143,8 @@ class Contestant:
         found = {"output": self.run(batch).detach().clone()}
         if self.case.training:
             grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            if batch.x.grad is not None:
+                grads["the input"] = batch.x.grad
             found |= {f"gradient of {n}": g.detach().clone() for n, g in grads.items()}
         return found
 
@@ -174,8 +180,9 @@ def _truth(case: Case, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     target = batch.target
     if target is not None and target.is_floating_point():
         target = target.double()
-    twin = Contestant("float64", case, copy.deepcopy(model).double(), eager, batch.x.double())
-    return twin.results(Batch(batch.x.double(), target))
+    x = batch.x.detach().double().requires_grad_(batch.x.requires_grad)
+    twin = Contestant("float64", case, copy.deepcopy(model).double(), eager, x)
+    return twin.results(Batch(x, target))
 
 
 class Verified:
@@ -185,13 +192,14 @@ class Verified:
         contestants: ours first.
         errors: the largest of each contestant.
         left_out: peers that are not ready or not right, and why.
+        bytes: of input, parameters and result together.
 
     Raises:
         WrongResult: the fast model breaks the rule.
     """
 
     def __init__(self, case: Case, seed: int, tell: Callable[[str], None] = lambda what: None):
-        reference, fast = case.build()
+        reference, fast = (model.train(case.training) for model in case.build())
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             shape_of = case.forward(reference, torch.zeros(case.shape))
@@ -199,6 +207,8 @@ class Verified:
         tell("float64")
         true = _truth(case, reference, batch)
         self.like = shape_of
+        elements = prod(case.shape) + shape_of.numel() + sum(p.numel() for p in reference.parameters())
+        self.bytes = elements * batch.x.element_size()
         self.contestants: list[Contestant] = []
         self.errors: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
@@ -209,7 +219,8 @@ class Verified:
             contestant = Contestant(peer.name, case, model, peer.prepare, batch.x, peer.lent)
             return contestant, errors(contestant.results(batch), true)
 
-        ways = {name: ready(PEERS[name]) for name in ("eager", "channels_last")}
+        names = ("eager", "channels_last") if case.has_images or case.has_clips else ("eager",)
+        ways = {name: ready(PEERS[name]) for name in names}
         tell(OURS)
         ours = Contestant(OURS, case, fast, eager, batch.x)
         found = errors(ours.results(batch), true)
@@ -297,6 +308,7 @@ def race(
         seed=seed,
         rounds=rounds,
         targets=case.targets,
+        bytes=verified.bytes,
     )
 
 

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.blocks import BlockResult
 from benchmarks.dispatch import Dispatch
+from benchmarks.growth import Point
 from benchmarks.memory import Memory
 from benchmarks.race import Result
 from benchmarks.roofline import Roofline
@@ -95,6 +96,7 @@ class Report:
     dispatch: list[Dispatch] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     blocks: list[BlockResult] = field(default_factory=list)
+    growth: list[Point] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 
@@ -135,13 +137,21 @@ def read(path: Path) -> Report:
 
 
 def from_json(kind, data, where: str):
-    """``data`` as ``kind``: a dataclass, list, dict, union with None, or plain type."""
+    """``data`` as ``kind``: a dataclass, list, dict, union with None, or plain type.
+
+    A field with a default may be missing: it is younger than the file.
+    """
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        if not isinstance(data, dict) or set(data) != set(hints):
+        needed = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        if not isinstance(data, dict) or not needed <= set(data) <= set(hints):
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {found}")
-        return kind(**{name: from_json(hints[name], data[name], f"{where}.{name}") for name in hints})
+        return kind(**{name: from_json(hints[name], data[name], f"{where}.{name}") for name in data})
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if data is None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.blocks import FLOOR, BlockResult
 from benchmarks.dispatch import BUDGET_US
+from benchmarks.growth import STRAIGHT_BYTES, STRAIGHT_MS, Line, Point, by_series, fit
 from benchmarks.race import OURS, Result, Spread
 from benchmarks.results import Report
 
@@ -31,7 +32,7 @@ def show(report: Report, console: Console) -> None:
         console.print(f"{when}: {r.gflops:.0f} GFLOP/s ({r.source}), copies {r.copy_gbs:.1f} GB/s")
     for result in report.races:
         console.print(_race(result, peak(report)))
-    for table in (_memory(report), _dispatch(report), _traces(report), _blocks(report)):
+    for table in (_growth(report), _memory(report), _dispatch(report), _traces(report), _blocks(report)):
         if table.row_count:
             console.print(table)
     for failure in report.failures:
@@ -97,6 +98,46 @@ def _memory(report: Report) -> Table:
             f"{theirs.bytes / ours.bytes:.1f}x", f"{ours.output_bytes / MIB:.1f}",
         )  # fmt: skip
     return table
+
+
+def _growth(report: Report) -> Table:
+    """Every series' line: a fixed cost, a rate, and the point furthest from it, for time and memory."""
+    table = _table(
+        "Growth: our time against arithmetic, what we keep against data, and over eager",
+        left=("series", "from, to"),
+        right=("fixed us", "GFLOP/s", "worst", "at", "kept/data", "worst", "over eager"),
+    )
+    for name, points in by_series(report.growth).items():
+        if len(points) < 2:
+            continue
+        time, memory = lines(points)
+        ratios = sorted(p.ratio.p50 for p in points)
+        table.add_row(
+            name,
+            f"{points[0].value}, {points[-1].value}",
+            f"{time.fixed * 1e3:.0f}",
+            f"{1e-6 / time.per_unit:.0f}",
+            _off(time.worst, STRAIGHT_MS),
+            str(points[time.at].value),
+            f"{memory.per_unit:.2f}",
+            _off(memory.worst, STRAIGHT_BYTES),
+            f"{ratios[0]:.1f}x to {ratios[-1]:.1f}x",
+        )
+    table.caption = (
+        f"worst: the point furthest from the line fixed + rate * work; red: beyond {STRAIGHT_MS:.0%} of a "
+        f"time, or {STRAIGHT_BYTES:.0%} of memory"
+    )
+    return table
+
+
+def lines(points: list[Point]) -> tuple[Line, Line]:
+    """The lines of our time against arithmetic, and of what we keep for backward against data."""
+    flops, data = [float(p.flops) for p in points], [float(p.data) for p in points]
+    return fit(flops, [p.ours_ms.p50 for p in points]), fit(data, [float(p.ours_bytes) for p in points])
+
+
+def _off(worst: float, allowed: float) -> str:
+    return f"[red]{worst:+.0%}[/]" if abs(worst) > allowed else f"{worst:+.0%}"
 
 
 def _dispatch(report: Report) -> Table:

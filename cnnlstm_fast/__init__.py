@@ -1,9 +1,10 @@
 """Fast CNN-to-RNN models in PyTorch: drop-in modules over fused kernels."""
 
 from cnnlstm_fast import doctor, functional, reference
+from cnnlstm_fast.accelerate import accelerate
 from cnnlstm_fast.explain import explain
 from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeDistributed
-from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed
+from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed, ToSequence
 
 __all__ = [
     "GRU",
@@ -13,6 +14,8 @@ __all__ = [
     "CNN_LSTM_TimeDistributed",
     "Sequential",
     "TimeDistributed",
+    "ToSequence",
+    "accelerate",
     "doctor",
     "explain",
     "functional",

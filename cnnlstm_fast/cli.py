@@ -1,4 +1,4 @@
-"""``python -m cnnlstm_fast demo | bench | explain | doctor``.
+"""``python -m cnnlstm_fast demo | bench | explain | profile | doctor``.
 
 Exit codes: 0 done; 1 it failed, or something is missing, and the text says how to mend it; 2 the
 command line itself is wrong.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 app = typer.Typer(
@@ -31,6 +36,19 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY",
+        help="A model, or what makes one: a name in a module or in a Python file, with literal arguments "
+        "where it needs any, as in 'cnnlstm_fast:CNN_LSTM_Simple(3, 128, 2, 10)' or 'my/models.py:make'.",
+    ),
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option("--input", help="Size of a random float input, as in 8x3x28x28; once per argument."),
+]
+Device = Annotated[str, typer.Option(help="Where to run it.")]
 
 
 @app.command()
@@ -72,22 +90,15 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def explain(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:FACTORY",
-            help="A model, or what makes one: a name in a module, with literal arguments where it needs any, "
-            "as in 'cnnlstm_fast:CNN_LSTM_Simple(3, 128, 2, 10)'.",
-        ),
-    ],
-    inputs: Annotated[
-        list[str],
-        typer.Option("--input", help="Size of a random float input, as in 8x3x28x28; once per argument."),
-    ],
-    device: Annotated[str, typer.Option(help="Where to run it.")] = "cpu",
+    model: Model,
+    inputs: Inputs,
+    device: Device = "cpu",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Explain cf.accelerate(model) instead of the model as it is.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a model once and show shape, layout, plan, reason, time and memory of every stage.
+    """Run a model and show shape, layout, plan, reason, time and memory of every stage.
 
     The model runs in inference. Exits with 1 if it raises; the table then ends where it did, and says
     what to change.
@@ -96,16 +107,54 @@ def explain(
 
     from cnnlstm_fast import explain as explain_model
 
-    made = _make_model(model)
-    try:
-        made, xs = made.to(device), [torch.randn(_size(text), device=device) for text in inputs]
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
-    with torch.no_grad():
-        report = explain_model(made.eval(), *xs)
+    with _waiting("running the model"), torch.no_grad():
+        made, xs = _model_and_inputs(model, inputs, device)
+        report = explain_model(_accelerated(made.eval()) if fast else made.eval(), *xs)
     typer.echo(json.dumps(asdict(report), indent=1) if as_json else str(report))
     if report.error is not None:
         raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    model: Model,
+    inputs: Inputs,
+    device: Device = "cpu",
+    training: Annotated[
+        bool, typer.Option("--training", help="Forward and backward instead of inference.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 10,
+    trace: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the Chrome trace.")] = Path(
+        "trace.json"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Profile a model as it is and accelerated: a table of stages and operators, and a Chrome trace.
+
+    The model's own code stays as it is. In the trace (open it in chrome://tracing or Perfetto), the
+    ranges are called after the model's parts, and this package's operators begin with cnnlstm_fast::.
+    Exits with 1 if the model raises.
+    """
+    from cnnlstm_fast.profiling import profile_models
+
+    with _waiting("loading the model"):
+        made, xs = _model_and_inputs(model, inputs, device)
+        made.train(training)
+        fast = _accelerated(made)
+    with _progress() as progress:
+        task = progress.add_task("", total=3 * rounds + 6)
+        try:
+            found = profile_models(
+                made, fast, xs, training=training, rounds=rounds, trace=trace,
+                tell=lambda what: progress.update(task, description=what, advance=1),
+            )  # fmt: skip
+        except Exception as error:  # the user's model may raise anything
+            _fail(f"{model} raised {type(error).__name__}: {error}\n'explain' shows at which stage")
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1))
+    else:
+        _console().print(_stage_table(found), _operator_table(found))
+        typer.echo(f"written: {trace}")
 
 
 @app.command()
@@ -127,7 +176,7 @@ def doctor(
 
     if compile_kernels:
         try:
-            with _console().status("compiling the GPU kernels"):
+            with _waiting("compiling the GPU kernels"):
                 kernels = doctor.compile_kernels()
         except ImportError as error:
             _fail(str(error))
@@ -149,6 +198,27 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 110)
 
 
+def _progress() -> Progress:
+    """Bars on stderr, so that what is printed stays clean; gone when done."""
+    return Progress(
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """A moving bar for work of unknown length."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
 def _kernel_table(kernels: list) -> Table:
     table = Table("kernel", "case", "dtype", "arch", title="GPU kernels, compiled ahead of time")
     for name in ("registers", "shared, bytes", "spills, bytes"):
@@ -158,11 +228,74 @@ def _kernel_table(kernels: list) -> Table:
     return table
 
 
+#: How many operators of each side the table shows.
+_MOST_OPERATORS = 12
+
+
+def _stage_table(found) -> Table:
+    """The stages of a :class:`cnnlstm_fast.profiling.Profile`, before against after."""
+    ms = found.ms
+    table = Table(
+        *("stage", "before", "ms", "after", "ms"),
+        title=f"Stages of the forward, ms per run in {found.mode}",
+        caption=f"whole, not profiled: {ms.reference:.2f} ms before, {ms.fast:.2f} after, {ms.ratio:.2f}x",
+    )
+    for at in (2, 4):
+        table.columns[at].justify = "right"
+    before, after = (
+        {s.name: s for s in side.stages if s.plan != "view"} for side in (found.before, found.after)
+    )
+    for name in dict.fromkeys((*before, *after)):
+        cells = []
+        for stage in (before.get(name), after.get(name)):
+            cells += [f"{stage.op} [{stage.plan}]".strip(), f"{stage.ms:.2f}"] if stage else ["", ""]
+        table.add_row(name, *cells)
+    return table
+
+
+def _operator_table(found) -> Table:
+    """The operators that take longest on either side; the package's own in bold."""
+    table = Table(
+        *("operator", "calls before", "ms", "calls after", "ms"), title="Operators, own time per run"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    sides = [{o.name: o for o in side.operators} for side in (found.before, found.after)]
+    shown = {name for side in sides for name in list(side)[:_MOST_OPERATORS]}
+    for name in sorted(shown, key=lambda name: -max(side[name].ms for side in sides if name in side)):
+        cells, own = [], False
+        for operator in (side.get(name) for side in sides):
+            cells += [f"{operator.calls:g}", f"{operator.ms:.2f}"] if operator else ["", ""]
+            own |= operator is not None and operator.own
+        table.add_row(name, *cells, style="bold" if own else None)
+    return table
+
+
+def _model_and_inputs(model: str, inputs: list[str], device: str) -> tuple[Any, tuple]:
+    """The model that the command line names and its random inputs, on ``device``."""
+    import torch
+
+    made = _make_model(model)
+    try:
+        return made.to(device), tuple(torch.randn(_size(text), device=device) for text in inputs)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def _accelerated(model: Any) -> Any:
+    """``cf.accelerate(model)``."""
+    import cnnlstm_fast
+
+    return getattr(cnnlstm_fast, "accelerate", lambda model: model)(model)
+
+
 def _make_model(text: str) -> Any:
     """The ``nn.Module`` that ``MODULE:FACTORY`` or ``MODULE:FACTORY(literals)`` names."""
     from torch import nn
 
-    module_name, _, expression = text.partition(":")
+    where, separator, expression = text.partition(".py:")
+    module_name = f"{where}.py" if separator else text.partition(":")[0]
+    expression = expression if separator else text.partition(":")[2]
     try:
         tree = ast.parse(expression, mode="eval").body
         call = tree if isinstance(tree, ast.Call) else None
@@ -174,11 +307,12 @@ def _make_model(text: str) -> Any:
     except (SyntaxError, ValueError):
         raise _bad_model(
             f"got {text!r}, expected MODULE:FACTORY or MODULE:FACTORY(literals), as in "
-            "'cnnlstm_fast:CNN_LSTM_Simple(3, 128, 2, 10)'"
+            "'cnnlstm_fast:CNN_LSTM_Simple(3, 128, 2, 10)' or 'my/models.py:make'"
         ) from None
     try:
-        found = reduce(getattr, path, importlib.import_module(module_name))
-    except (ImportError, AttributeError) as error:
+        module = _load_file(Path(module_name)) if separator else importlib.import_module(module_name)
+        found = reduce(getattr, path, module)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise _bad_model(str(error)) from None
     if call is None and isinstance(found, nn.Module):
         return found
@@ -189,6 +323,32 @@ def _make_model(text: str) -> Any:
     if not isinstance(made, nn.Module):
         raise _bad_model(f"{text} gives a {type(made).__name__}, expected an nn.Module")
     return made
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a Python file as its own folder would: neighbours, and its package where it is in one.
+
+    A file that reads the command line while it is imported sees an empty one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    path = path.resolve()
+    root, parts = path.parent, [path.stem]
+    while (root / "__init__.py").exists():
+        parts.insert(0, root.name)
+        root = root.parent
+    sys.path.insert(0, str(root))
+    arguments, sys.argv = sys.argv, [str(path)]
+    try:
+        if len(parts) > 1:
+            return importlib.import_module(".".join(parts))
+        name = f"_{path.stem}" if path.stem in sys.modules else path.stem
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.argv = arguments
 
 
 def _bad_model(message: str) -> typer.BadParameter:

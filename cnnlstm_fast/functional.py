@@ -123,9 +123,9 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
         args = (x, weight, bias, gamma, beta, *statistics, norm.eps, spec.conv_args,
                 ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)  # fmt: skip
         if trained or (torch.is_grad_enabled() and x.requires_grad):
-            raw, stats = conv_norm.ConvNormFunction.apply(*args)
+            raw, stats = conv_norm.ConvNormFunction.apply(*args, plans.keeps_map(weight))
         else:
-            raw, _, _, stats = conv_norm.forward_op(*args, False)
+            raw, *_, stats = conv_norm.forward_op(*args, False, False)
         mean, var = stats[0], stats[1]
     if of_batch:
         height, width = spec.conv_size(x.shape[2:], weight.shape[2:])

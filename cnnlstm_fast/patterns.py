@@ -1,69 +1,71 @@
-"""What counts as a block, in a list of modules or in a graph: one matcher for all who look for blocks.
+"""What counts as a block, in a list of modules or in calls of functions: one matcher for all who look.
 
-A chain of modules (or of graph nodes with one consumer each) is described as parts; :func:`spans`
-finds the blocks among them. What a part may be and what may follow it stands in the tables below.
+A chain of modules (``cf.Sequential``), of graph nodes (the compile backend) or of calls that really
+happened (``cf.accelerate``) is described as parts; :func:`spans` finds the blocks among them. What a
+part may be and what may follow it stands in the tables below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnlstm_fast import functional, plans
 from cnnlstm_fast.functional import unhooked
 
 __all__ = [
-    "Block", "Part", "as_block", "eager_layout", "is_container", "per_sample", "run", "spans", "steps",
+    "CONVS", "Block", "Conv", "Found", "Norm", "Part", "as_block", "eager_layout", "follow", "is_container",
+    "members", "per_sample", "plan_of", "read_call", "run", "run_block", "spans", "steps",
 ]  # fmt: skip
 
 
 class Part(NamedTuple):
-    """One member of a chain: what it does, and the dimensions (N, C, ...) it works on if that matters."""
+    """One member of a chain: what it does, and the dimensions (N, C, ...) it works on if that matters.
+
+    ``kind`` is ``conv``, ``norm``, ``activation``, ``monotone`` (an activation that never falls, so that
+    it may change places with a max pool), ``max_pool``, ``pool``, ``flatten`` (any bridge) or
+    ``identity``.
+    """
 
     kind: str
     rank: int | None = None
 
 
-#: What may follow a part inside a block. A block begins with a convolution.
-FOLLOWS: dict[str, tuple[str, ...]] = {
-    "conv": ("activation", "pool", "flatten"),
-    "activation": ("pool", "flatten"),
-    "pool": ("flatten",),
-    "flatten": (),
-}
-
-#: Modules that can be part of a block; exactly these types, since a subclass may do anything.
-PARTS: dict[type, Part] = {
-    nn.Conv2d: Part("conv", 4),
-    nn.Conv1d: Part("conv", 3),
-    nn.ReLU: Part("activation"),
-    nn.MaxPool2d: Part("pool", 4),
-    nn.MaxPool1d: Part("pool", 3),
-    nn.Flatten: Part("flatten"),
-}
-
-#: Modules besides the parts that treat every sample of a batch alone and have no state, and those of
-#: which that holds in eval mode only.
-PER_SAMPLE: set[type] = {
-    nn.AvgPool1d, nn.AvgPool2d, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.Linear,
-    nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Tanh,
+#: The slot of a :class:`Block` that a part fills.
+SLOTS = {
+    "conv": "conv", "norm": "norm", "activation": "activation", "monotone": "activation",
+    "max_pool": "pool", "pool": "pool", "flatten": "flatten",
 }  # fmt: skip
-PER_SAMPLE_IN_EVAL: set[type] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout2d}
 
-#: Containers that do nothing but call their children in turn.
-CONTAINERS: set[type] = {nn.Sequential}
+#: Where a part leads: a block begins with a convolution, and ends where nothing leads on.
+FOLLOWS: dict[str, dict[str, str]] = {
+    "conv": {
+        "norm": "norm", "activation": "activated", "monotone": "activated", "max_pool": "pooled early",
+        "pool": "pooled", "flatten": "flat",
+    },
+    "norm": {
+        "activation": "activated", "monotone": "activated", "max_pool": "pooled early", "pool": "pooled",
+        "flatten": "flat",
+    },
+    "activated": {"max_pool": "pooled", "pool": "pooled", "flatten": "flat"},
+    "pooled early": {"monotone": "pooled", "flatten": "flat"},
+    "pooled": {"flatten": "flat"},
+    "flat": {},
+}  # fmt: skip
 
 
-class Block(NamedTuple):
-    """The modules of one block."""
-
-    conv: nn.Conv1d | nn.Conv2d
-    activation: nn.Module | None = None
-    pool: nn.Module | None = None
-    flatten: nn.Module | None = None
+def follow(state: str, part: Part | str, rank: int | None) -> str | None:
+    """The state behind ``part``, or None where it does not belong to the block of a ``rank``-d conv."""
+    if isinstance(part, str) or part.rank not in (None, rank):
+        return None
+    if part.kind == "identity":
+        return state if FOLLOWS[state] else None
+    return FOLLOWS[state].get(part.kind)
 
 
 def spans(chain: Sequence[Part | str]) -> list[tuple[int, int]]:
@@ -77,15 +79,67 @@ def spans(chain: Sequence[Part | str]) -> list[tuple[int, int]]:
         at += 1
         if isinstance(first, str) or first.kind != "conv":
             continue
-        last = first.kind
+        state = "conv"
         while at < len(chain):
-            part = chain[at]
-            if isinstance(part, str) or part.kind not in FOLLOWS[last] or part.rank not in (None, first.rank):
+            following = follow(state, chain[at], first.rank)
+            if following is None:
                 break
-            last = part.kind
+            state = following
             at += 1
         found.append((begin, at))
     return found
+
+
+# ---------------------------------------------------------------- modules
+
+#: Modules that can be part of a block; exactly these types, since a subclass may do anything.
+PARTS: dict[type, Part] = {
+    nn.Conv2d: Part("conv", 4),
+    nn.Conv1d: Part("conv", 3),
+    nn.BatchNorm2d: Part("norm", 4),
+    nn.BatchNorm1d: Part("norm", 3),
+    nn.ReLU: Part("monotone"),
+    nn.LeakyReLU: Part("monotone"),
+    nn.ELU: Part("monotone"),
+    nn.Hardtanh: Part("monotone"),
+    nn.ReLU6: Part("monotone"),
+    nn.Tanh: Part("monotone"),
+    nn.Sigmoid: Part("monotone"),
+    nn.SiLU: Part("activation"),
+    nn.GELU: Part("activation"),
+    nn.MaxPool2d: Part("max_pool", 4),
+    nn.MaxPool1d: Part("max_pool", 3),
+    nn.AdaptiveMaxPool2d: Part("max_pool", 4),
+    nn.AdaptiveMaxPool1d: Part("max_pool", 3),
+    nn.AvgPool2d: Part("pool", 4),
+    nn.AvgPool1d: Part("pool", 3),
+    nn.AdaptiveAvgPool2d: Part("pool", 4),
+    nn.AdaptiveAvgPool1d: Part("pool", 3),
+    nn.Flatten: Part("flatten"),
+    nn.Identity: Part("identity"),
+    nn.Dropout: Part("identity"),
+    nn.Dropout1d: Part("identity"),
+    nn.Dropout2d: Part("identity"),
+}
+
+#: Modules besides the parts that treat every sample of a batch alone and have no state.
+PER_SAMPLE: set[type] = {
+    nn.CELU, nn.GLU, nn.Hardsigmoid, nn.Hardswish, nn.Linear, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.SELU,
+    nn.Softplus, nn.Softsign,
+}  # fmt: skip
+
+#: Containers that do nothing but call their children in turn.
+CONTAINERS: set[type] = {nn.Sequential}
+
+
+class Block(NamedTuple):
+    """The modules of one block: ``flatten(pool(activation(norm(conv(x)))))``."""
+
+    conv: nn.Conv1d | nn.Conv2d
+    norm: nn.Module | None = None
+    activation: nn.Module | None = None
+    pool: nn.Module | None = None
+    flatten: nn.Module | None = None
 
 
 def part_of(module: nn.Module) -> Part | str:
@@ -96,17 +150,24 @@ def part_of(module: nn.Module) -> Part | str:
     if not unhooked(module):
         return "has hooks or a forward of its own"
     kind = part.kind
-    if kind == "conv":
-        if module.padding_mode != "zeros":
-            return "pads with something other than zeros"
-    elif kind == "pool":
+    if kind == "monotone":
+        return part if _rises(module) else Part("activation")
+    if kind == "max_pool":
         if module.return_indices:
             return "returns indices"
-    elif kind == "flatten":
+    elif kind == "identity":
+        if module.training and getattr(module, "p", 0) > 0:
+            return "drops values in training"
+    elif kind == "flatten" and type(module) is nn.Flatten:
         if module.start_dim != 1 or module.end_dim not in (-1, 2, 3):
             return "does not flatten a whole sample"
         return Part("flatten", None if module.end_dim == -1 else module.end_dim + 1)
     return part
+
+
+def _rises(activation: nn.Module) -> bool:
+    """Whether an activation of a monotone kind, with its parameters, indeed never falls."""
+    return getattr(activation, "negative_slope", 0) >= 0 and getattr(activation, "alpha", 0) >= 0
 
 
 def is_container(module: nn.Module) -> bool:
@@ -114,14 +175,15 @@ def is_container(module: nn.Module) -> bool:
     return type(module) in CONTAINERS and unhooked(module)
 
 
-def _members(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    members = []
+def members(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that are called in turn, with plain containers unrolled."""
+    found = []
     for module in modules:
         if is_container(module):
-            members.extend(_members(module._modules.values()))
+            found.extend(members(module._modules.values()))
         else:
-            members.append(module)
-    return members
+            found.append(module)
+    return found
 
 
 def steps(modules: Iterable[nn.Module]) -> list[Block | nn.Module]:
@@ -132,22 +194,22 @@ def steps(modules: Iterable[nn.Module]) -> list[Block | nn.Module]:
     """
     if torch.jit.is_tracing() or functional.global_hooks():
         return list(modules)
-    members = _members(modules)
-    parts = [part_of(module) for module in members]
+    chain = members(modules)
+    parts = [part_of(module) for module in chain]
     result: list[Block | nn.Module] = []
     at = 0
     for begin, end in spans(parts):
-        result.extend(members[at:begin])
-        slots: dict[str, Any] = {parts[i].kind: members[i] for i in range(begin, end)}
-        result.append(Block(**slots))
+        result.extend(chain[at:begin])
+        kinds = ((SLOTS.get(parts[i].kind), chain[i]) for i in range(begin, end))
+        result.append(Block(**{slot: module for slot, module in kinds if slot is not None}))
         at = end
-    result.extend(members[at:])
+    result.extend(chain[at:])
     if plans.observer is not None:
-        reasons = dict(zip(map(id, members), parts, strict=True))
+        reasons = dict(zip(map(id, chain), parts, strict=True))
         for step in result:
             if not isinstance(step, Block):
                 why = reasons[id(step)]
-                why = why if isinstance(why, str) else "follows no convolution"
+                why = why if isinstance(why, str) else "belongs to no convolution before it"
                 plans.observer.as_is(step, f"{type(step).__name__} {why}")
     return result
 
@@ -158,19 +220,24 @@ def per_sample(chain: Iterable[Block | nn.Module], rank: int) -> bool:
     ``rank`` is that of the chain's input; a convolution takes one of a lower rank for unbatched.
     """
     for step in chain:
-        conv = step.conv if isinstance(step, Block) else step
-        kind = type(conv)
-        if kind in PER_SAMPLE_IN_EVAL:
-            known = not step.training and getattr(step, "running_mean", step) is not None and unhooked(step)
-        elif kind in PER_SAMPLE:
-            known = unhooked(step)
-        else:
-            part = part_of(conv)
-            known = not isinstance(part, str) and (part.kind != "conv" or part.rank == rank)
-        if not known:
-            return False
-        if kind is nn.Flatten or (isinstance(step, Block) and step.flatten is not None):
-            rank = 2
+        for module in step if isinstance(step, Block) else (step,):
+            if module is None:
+                continue
+            part = part_of(module)
+            if type(module) in PER_SAMPLE:
+                known = unhooked(module)
+            elif isinstance(part, str):
+                known = False
+            elif part.kind == "norm":
+                known = not module.training and module.running_mean is not None
+            elif part.kind == "flatten":
+                known = type(module) is nn.Flatten
+            else:
+                known = part.kind != "conv" or part.rank == rank
+            if not known:
+                return False
+            if type(module) is nn.Flatten:
+                rank = 2
     return True
 
 
@@ -188,30 +255,76 @@ def run(block: Block, x: Any, layout: str | None = None) -> Tensor:
         layout: a name of :data:`cnnlstm_fast.spec.LAYOUTS`; the block must have no flatten then.
             None gives what calling the modules in turn would give, strides included.
     """
-    conv, activation, pool, flatten = block
+    conv, norm, activation, pool, flatten = block
     if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
         for module in block:
             x = x if module is None else module(x)
         return x
     weight = _parameter(conv, "weight")
-    if layout is None:
-        if flatten is not None and x.dim() == weight.dim():
-            layout, flatten = "features", None
-        else:
-            layout = eager_layout(x, weight, pool is not None)
-    y = functional.conv_block(
-        x,
-        weight,
-        _parameter(conv, "bias"),
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        activation=None if activation is None else "relu",
-        pool=pool,
-        layout=layout,
-    )
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = 0
+    if layout is None and flatten is not None and x.dim() == weight.dim():
+        plain = type(flatten) is nn.Flatten
+        layout, finish = ("features", None) if plain else (flatten.layout, flatten.finish)
+        flatten = None
+    else:
+        finish = None
+    y = run_block(
+        x, weight, _parameter(conv, "bias"), conv.stride, padding, conv.dilation, conv.groups,
+        norm, activation, pool, layout,
+    )  # fmt: skip
+    if finish is not None:
+        y = finish(y)
     return y if flatten is None else flatten(y)
+
+
+def run_block(
+    x, weight, bias, stride, padding, dilation, groups, norm=None, activation=None, pool=None, layout=None
+) -> Tensor:
+    """:func:`cnnlstm_fast.functional.conv_block`, in PyTorch's own layout unless one is named."""
+    if layout is None:
+        layout = eager_layout(x, weight, pool is not None)
+    return functional.conv_block(
+        x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        norm=norm, activation=activation, pool=pool, layout=layout,
+    )  # fmt: skip
+
+
+def plan_of(*args) -> tuple[str, str]:
+    """The plan that :func:`run_block` would take for these arguments, and why; nothing is computed."""
+    before, plans.observer = plans.observer, _Asking()
+    try:
+        run_block(*args)
+    except _Answer as answer:
+        return answer.args
+    finally:
+        plans.observer = before
+    raise AssertionError("conv_block told no plan")
+
+
+class _Answer(Exception):
+    """Carries a plan and its reason out of ``conv_block``."""
+
+
+class _Asking:
+    """An observer that stops the block of its own thread as soon as the plan is known."""
+
+    alone = True
+
+    def __init__(self):
+        self._thread = threading.get_ident()
+
+    def block_begins(self, *args) -> None:
+        if threading.get_ident() == self._thread:
+            raise _Answer(*args[-2:])
+
+    def block_ends(self, out: Tensor) -> None:
+        pass
+
+    def as_is(self, module: nn.Module, reason: str) -> None:
+        pass
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -245,3 +358,168 @@ def _like_channels_last(x: Tensor) -> bool:
             return False
         least = stride[d] * size[d] if size[d] > 1 else stride[d]
     return True
+
+
+# ---------------------------------------------------------------- calls of functions
+
+
+class Norm(NamedTuple):
+    """The arguments of ``F.batch_norm`` behind its input."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def module(self, channels: int, rank: int) -> nn.Module:
+        """An ``nn.BatchNorm1d/2d`` over the very same tensors; cheap enough to be made on every call."""
+        cls, state = _NORMS[rank]
+        module = cls.__new__(cls)
+        module.__dict__.update(
+            state,
+            _parameters={"weight": self.weight, "bias": self.bias},
+            _buffers={
+                "running_mean": self.running_mean, "running_var": self.running_var,
+                "num_batches_tracked": None,  # who called batch_norm has counted
+            },
+            num_features=channels, training=self.training, momentum=self.momentum, eps=self.eps,
+            affine=self.weight is not None, track_running_stats=self.running_mean is not None,
+        )  # fmt: skip
+        return module
+
+
+_NORMS = {
+    4: (nn.BatchNorm2d, nn.BatchNorm2d(1, device="meta").__dict__),
+    3: (nn.BatchNorm1d, nn.BatchNorm1d(1, device="meta").__dict__),
+}
+
+
+class Conv(NamedTuple):
+    """The arguments of ``F.conv1d`` or ``F.conv2d`` behind its input."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+
+#: Convolutions that a block can begin with, and the dimensions of their input.
+CONVS: dict[Callable, int] = {torch.conv2d: 4, torch.conv1d: 3}
+
+
+class Found(NamedTuple):
+    """A call of a function as a part of a block.
+
+    ``value`` is a module for an activation or a pool and a :class:`Norm` for a norm; ``inplace`` says
+    whether the call overwrites its input.
+    """
+
+    part: Part
+    value: Any = None
+    inplace: bool = False
+
+
+class _Call(NamedTuple):
+    kind: str
+    rank: int | None
+    defaults: dict[str, Any]  # of the parameters behind the input, in order
+    make: Callable[[dict[str, Any]], nn.Module | None]
+
+
+_INDICES = {"return_indices": False}
+_MAX = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, **_INDICES}
+_AVG = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
+_SIZE = {"output_size": None}
+_DROP = {"p": 0.5, "training": True, "inplace": False}
+_nn = torch._C._nn
+
+_CALLS: dict[Callable, _Call] = {}
+for _kind, _rank, _defaults, _make, _functions in (
+    ("monotone", None, {}, nn.ReLU, (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)),
+    (
+        "monotone", None, {"negative_slope": 0.01}, nn.LeakyReLU,
+        (F.leaky_relu, _nn.leaky_relu, _nn.leaky_relu_),
+    ),
+    ("monotone", None, {"alpha": 1.0}, nn.ELU, (F.elu, _nn.elu, _nn.elu_)),
+    (
+        "monotone", None, {"min_val": -1.0, "max_val": 1.0}, nn.Hardtanh,
+        (F.hardtanh, _nn.hardtanh, _nn.hardtanh_),
+    ),
+    ("monotone", None, {}, nn.ReLU6, (F.relu6, _nn.relu6, _nn.relu6_)),
+    ("monotone", None, {}, nn.Tanh, (F.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_)),
+    (
+        "monotone", None, {}, nn.Sigmoid,
+        (F.sigmoid, torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_),
+    ),
+    ("activation", None, {}, nn.SiLU, (F.silu, _nn.silu, _nn.silu_)),
+    ("activation", None, {"approximate": "none"}, nn.GELU, (_nn.gelu, _nn.gelu_)),
+    ("max_pool", 4, _MAX, nn.MaxPool2d, (F.max_pool2d, torch.max_pool2d)),
+    ("max_pool", 3, _MAX, nn.MaxPool1d, (F.max_pool1d, torch.max_pool1d)),
+    ("max_pool", 4, {**_SIZE, **_INDICES}, nn.AdaptiveMaxPool2d, (F.adaptive_max_pool2d,)),
+    ("max_pool", 3, {**_SIZE, **_INDICES}, nn.AdaptiveMaxPool1d, (F.adaptive_max_pool1d,)),
+    ("pool", 4, {**_AVG, "divisor_override": None}, nn.AvgPool2d, (_nn.avg_pool2d,)),
+    ("pool", 3, _AVG, nn.AvgPool1d, (torch.avg_pool1d,)),
+    ("pool", 4, _SIZE, nn.AdaptiveAvgPool2d, (F.adaptive_avg_pool2d, _nn.adaptive_avg_pool2d)),
+    ("pool", 3, _SIZE, nn.AdaptiveAvgPool1d, (torch.adaptive_avg_pool1d,)),
+    ("identity", None, _DROP, nn.Dropout, (F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout)),
+):  # fmt: skip
+    for _function in _functions:
+        _CALLS[_function] = _Call(_kind, _rank, _defaults, _make)
+# Those that some versions lack.
+for _name, _like in (("hardtanh_", F.hardtanh), ("silu_", F.silu), ("elu_", F.elu), ("relu6", F.relu6)):
+    if hasattr(_nn, _name):
+        _CALLS.setdefault(getattr(_nn, _name), _CALLS[_like])
+
+
+def read_call(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Found | None:
+    """What a call can be in a block behind its convolution, or None; ``args[0]`` is the input.
+
+    Tensors may be anything (a graph's nodes); all other arguments must be plain values.
+    """
+    if function is F.batch_norm:
+        norm = _bound(Norm._field_defaults, ("running_mean", "running_var"), args, kwargs)
+        if norm is None or not all(
+            isinstance(norm[name], (bool, int, float)) for name in ("training", "momentum", "eps")
+        ):
+            return None
+        return Found(Part("norm"), Norm(**norm))
+    call = _CALLS.get(function)
+    if call is None:
+        return None
+    inplace = {} if "inplace" in call.defaults else {"inplace": False}
+    values = _bound({**call.defaults, **inplace}, (), args, kwargs)
+    if values is None or not all(map(_is_plain_value, values.values())):
+        return None
+    overwrites = values.pop("inplace") or getattr(function, "__name__", "").endswith("_")
+    if call.kind == "identity":
+        dropping = values["training"] and values["p"] > 0
+        return None if dropping else Found(Part("identity"))
+    if values.get("return_indices"):
+        return None
+    if values.get("stride") in ((), []):
+        values["stride"] = None
+    module = call.make(**values)
+    kind = call.kind
+    if kind == "monotone" and not _rises(module):
+        kind = "activation"
+    return Found(Part(kind, call.rank), module, bool(overwrites))
+
+
+def _bound(defaults: dict, first: tuple, args: Sequence, kwargs: dict) -> dict[str, Any] | None:
+    """The arguments behind the input by name, or None where they do not fit."""
+    names = [*first, *(name for name in defaults if name not in first)]
+    if len(args) - 1 > len(names) or not kwargs.keys() <= set(names):
+        return None
+    values = {**defaults, **dict(zip(names, args[1:], strict=False)), **kwargs}
+    return values if len(values) == len(names) else None
+
+
+def _is_plain_value(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain_value, value))
+    return value is None or type(value) in (bool, int, float, str)

@@ -57,6 +57,11 @@ def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | No
     return None
 
 
+def keeps_map(weight: Tensor) -> bool:
+    """Whether a pooled block under batch statistics keeps the map, because it costs much to compute again."""
+    return weight.shape[1] * weight.shape[2] * weight.shape[3] > 384
+
+
 #: Taps up to which batch statistics come from their products.
 _MOST_TAPS_BY_PATCHES = 64
 
@@ -74,8 +79,13 @@ def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None
     return None
 
 
-def why_not_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why no kernel takes these tensors, as a sentence; None if ours do.
+def why_not_block(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
+    """Why no fused plan has kernels for what a block holds, as a sentence; None if one has."""
+    return None if norm is None else why_not_normed(spec, x, weight, norm)
+
+
+def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
 
     Of a block ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
     """
@@ -178,40 +188,60 @@ def _by_sizes(
         return "the pool has windows without an element", *reference, ""
 
     taps = weight_shape[1] * weight_shape[2] * weight_shape[3]
-    channels, weights, window = shape[1], taps * weight_shape[0], spec.window
+    weights, window = taps * weight_shape[0], spec.window
     conv = spec.conv_size(shape[2:], weight_shape[2:])
-    outputs = shape[0] * weight_shape[0] * conv[0] * conv[1]
-    if norm == "batch":
-        if shape[0] == 0:
-            return "an empty batch has no statistics", *reference, ""
-        if not needs_x and spec.groups == 1 and taps <= _MOST_TAPS_BY_PATCHES and dtype == torch.float32:
+    map_size = weight_shape[0] * conv[0] * conv[1]
+    outputs = shape[0] * map_size
+    signal = shape[2] == weight_shape[2] == 1
+    direct, chunked = ("direct", "direct"), ("chunked", "chunked")
+    if norm == "batch" and shape[0] == 0:
+        return "an empty batch has no statistics", *reference, ""
+    if norm == "batch" or (norm == "given" and training):
+        by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32
+        by_patches = by_patches and taps <= _MOST_TAPS_BY_PATCHES
+        if outputs < (2**17 if by_patches and training else 2**14):
+            return None, *reference, "a small map: the calls alone cost more"
+        if by_patches:
             return None, "direct", "direct", "statistics from the patches: the map never exists"
-        return None, "chunked", "chunked", "statistics while a chunk of the map is in cache"
+        if not needs_x and taps > 128:
+            return None, *reference, "bound by arithmetic over many taps: the library is as fast"
+        ours = needs_x and spec.groups == 1 and dtype == torch.float32
+        plan = "direct" if ours and taps <= (384 if window > 1 else 640) else "chunked"
+        return None, plan, plan, "normalised in cache: each map passes memory once"
     if spec.groups > 1:
         return None, *reference, "grouped convolutions: the library is as fast"
     if dtype == torch.bfloat16 and taps > 64:
-        return None, "chunked", "chunked", "the library's bfloat16 arithmetic is faster over many taps"
+        return None, *chunked, "the library's bfloat16 arithmetic is faster over many taps"
+    if norm == "given" and outputs < 2**13:
+        return None, *reference, "a small map: the calls alone cost more"
+    if norm == "given" and not training and weights <= 2**19 and taps <= 2304:
+        return None, *direct, "the norm is folded into the weights"
     if not training:
-        if taps <= 32 or (window > 1 and weights <= 2**20) or weights <= 2**14:
-            return None, "direct", "direct", "bound by memory: the map before the pool never exists"
+        if window > 1 and weights >= 2**17 and taps >= 2**10 and weights <= 2**20:
+            return None, *chunked, "many taps: the library's convolution, then the rest while in cache"
+        if taps <= 32 or (window > 1 and weights <= 2**20):
+            return None, *direct, "bound by memory: the map before the pool never exists"
         if outputs >= 2**21:
-            plan = "direct" if weights <= 2**19 else "chunked"
-            return None, plan, plan, "a large map: kept in cache"
-    elif channels <= 24 or not needs_x:
-        if taps <= 64 or (window > 2 and channels <= 192):
-            return None, "direct", "direct", "bound by memory: gradients go to the winners only"
-        if weights <= 2**15 and needs_x:
-            return None, "direct", "direct", "few weights"
-    elif window <= 2:
-        if outputs >= 2**20 and weights <= 2**15:
-            return None, "direct", "direct", "a large map: kept in cache"
-        if weights <= 2**14 and spec.layout not in ("channels_first", "channels_last"):
-            return None, "direct", "direct", "a bridge: written straight into its layout"
-    else:
-        if weights <= 2**18:
-            return None, "direct", "direct", "gradients go to the winners only"
-        if weights <= 2**20 and outputs >= 2**19:
-            return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
+            return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
+        if weights <= 2**14 and (signal or taps < 128 or map_size > 2**14):
+            return None, *direct, "bound by memory: bias and activation while in registers"
+        if 2**14 < weights <= 2**16 and outputs >= 2**19:
+            return None, *direct, "a large map: bias and activation while in registers"
+    elif window == 1:
+        bridge = spec.layout not in ("channels_first", "channels_last")
+        if not needs_x:
+            if taps <= 16 or (128 <= taps and weights <= 2**13) or (signal and bridge and taps <= 128):
+                return None, *direct, "few weights"
+        elif taps <= 32 or (signal and 96 <= taps and weights <= 2**13):
+            return None, *direct, "few weights"
+        elif bridge and signal and weights <= 2**14:
+            return None, *direct, "a bridge: written straight into its layout"
+    elif weights <= 2**17 and (window > 2 or taps <= 704 or signal):
+        return None, *direct, "gradients go to the winners only"
+    elif window > 2 and weights <= 2**18:
+        return None, *chunked, "many taps: the library's convolution and gradients, in chunks"
+    elif window > 2 and weights <= 2**20 and outputs >= 2**19:
+        return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
     return None, *reference, "bound by arithmetic over large weights: the library is as fast"
 
 
@@ -240,9 +270,7 @@ def choose(
     if plan == "reference":
         check_sizes(spec, x.shape[2:], weight.shape[2:])
         return "reference", "reference", "asked for"
-    why_not = why_not_tensors(x, weight, bias)
-    if why_not is None and norm is not None:
-        why_not = why_not_normed(spec, x, weight, norm)
+    why_not = why_not_fused(x, weight, bias) or why_not_block(spec, x, weight, norm)
     if why_not is None:
         needs_x = x.requires_grad
         training = torch.is_grad_enabled() and (
@@ -371,10 +399,10 @@ def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | Non
             )
     for p in params:
         if p is not None and (p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN):
-            why_not = why_not_tensors(x, p, None)
+            why_not = why_not_fused(x, p, None)
             if why_not:
                 return why_not
-    return why_not_tensors(x, params[0], None)
+    return why_not_fused(x, params[0], None)
 
 
 def library_differentiates() -> bool:

@@ -19,6 +19,10 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "columns_time_major": ("WNCH", (1, 1, 2)),
     "rows": ("NHCW", (1, 1, 2)),
     "rows_time_major": ("HNCW", (1, 1, 2)),
+    "columns_channels_last": ("NWHC", (1, 1, 2)),
+    "columns_channels_last_time_major": ("WNHC", (1, 1, 2)),
+    "rows_channels_last": ("NHWC", (1, 1, 2)),
+    "rows_channels_last_time_major": ("HNWC", (1, 1, 2)),
 }
 
 #: Activations that the fused plans compute, by the number the ops know them by. Those up to the first

@@ -215,6 +215,35 @@ Ints codes_size(const Block& b) {
   return {b.n, b.out_h, b.out_w, b.code_groups, b.code_bytes};
 }
 
+// Codes name places, and may not be the forward's (a hook on saved tensors can change them): none may lie
+// outside the map, where the direct plan would read and write. Only windows at the edge have such places.
+void check_codes(const Block& b, const uint8_t* codes) {
+  const int64_t window = b.pool_kh * b.pool_kw, stopped = b.code_bytes == kCodeGroup ? 255 : 15;
+  auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
+  for (int64_t row = 0; row < b.out_h; ++row)
+    for (int64_t col = 0; col < b.out_w; ++col) {
+      const int64_t h0 = row * b.pool_sh - b.pool_ph, w0 = col * b.pool_sw - b.pool_pw;
+      if (inside(h0, b.oh) && inside(w0, b.ow) && inside(h0 + (b.pool_kh - 1) * b.pool_dh, b.oh) &&
+          inside(w0 + (b.pool_kw - 1) * b.pool_dw, b.ow))
+        continue;
+      bool allowed[256] = {};
+      allowed[stopped] = true;
+      for (int64_t e = 0; e < window; ++e)
+        allowed[e] = inside(h0 + e / b.pool_kw * b.pool_dh, b.oh) && inside(w0 + e % b.pool_kw * b.pool_dw, b.ow);
+      for (int64_t n = 0; n < b.n; ++n) {
+        const uint8_t* group = codes + ((n * b.out_h + row) * b.out_w + col) * b.code_groups * b.code_bytes;
+        for (int64_t c = 0; c < b.co; ++c) {
+          const int64_t lane = c % kCodeGroup, byte = c / kCodeGroup * b.code_bytes + lane % b.code_bytes;
+          const int64_t code = b.code_bytes == kCodeGroup ? group[byte]
+                               : lane < 8                 ? group[byte] & 15
+                                                          : group[byte] >> 4;
+          STD_TORCH_CHECK(allowed[code], "conv_block_backward: the code of channel ", c, " at ", row, ", ", col,
+                          " of image ", n, " is ", code, ", which names no place of the map");
+        }
+      }
+    }
+}
+
 void check_direct(const Block& b) {
   STD_TORCH_CHECK(b.padded_h <= kMaxScratchFloats / b.padded_w &&
                       b.padded_h * b.padded_w <= kMaxScratchFloats / b.c / 2 &&
@@ -255,6 +284,20 @@ Tensor join_weight(const Block& b, const Tensor& weight, int64_t joined) {
     std::memcpy(target + together * size, source + apart * size, b.taps * size);
   });
   return to;
+}
+
+// Whether x is dense with its channels fastest, and not contiguous as well.
+bool lies_channels_last(const Tensor& x) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  return !x.is_contiguous() && x.stride(1) == 1 && x.stride(3) == c && x.stride(2) == w * c && x.stride(0) == h * w * c;
+}
+
+// A gradient of the input: channels-last where that is how the input lies, as the library has it, else contiguous.
+Tensor new_like_input(const Tensor& x) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  if (!lies_channels_last(x)) return new_output(x, Ints{n, c, h, w}, x.scalar_type());
+  const Tensor raw = new_output(x, Ints{n, h, w, c}, x.scalar_type());
+  return torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
 }
 
 // Items are handed out one after another, so that a slow core does less.
@@ -418,87 +461,110 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
 // The gradients of a convolution from those of its map, which come for some images after others.
 class ChunkGrads {
  public:
-  ChunkGrads(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& grad_x,
-             const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias)
-      : conv_(conv),
-        plan_(plan),
-        x_(x),
-        weight_(weight),
-        grad_x_(grad_x),
-        grad_weight_(grad_weight),
-        grad_bias_(grad_bias),
-        weight_sum_(grad_weight ? weight.numel() : 0),
-        bias_sum_(grad_bias ? weight.size(0) : 0) {}
+  ChunkGrads(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
+             bool need_bias)
+      : conv_(conv), plan_(plan), x_(x), weight_(weight), need_{need_x, need_weight, need_bias} {}
 
   // The map's gradient (images, oh, ow, co), contiguous, of the images from n0 on.
   void add(const Tensor& raw, int64_t n0) {
     const int64_t count = raw.size(0);
-    const Tensor part = torch::stable::narrow(x_, 0, n0, count);
+    const bool all = count == x_.size(0);
+    const Tensor part = torch::stable::narrow(const_cast<Tensor&>(x_), 0, n0, count);
+    if (need_[0] && !grad_x_ && (!all || plan_ == kDirect)) grad_x_ = new_like_input(x_);
     if (plan_ == kDirect) {
       std::optional<Tensor> to_x, to_weight, to_bias;
-      if (grad_x_) to_x = torch::stable::narrow(*grad_x_, 0, n0, count);
-      if (grad_weight_) to_weight = torch::stable::new_empty(weight_, sizes(weight_));
-      if (grad_bias_) to_bias = torch::stable::new_empty(weight_, Ints{weight_.size(0)});
+      if (need_[0]) to_x = torch::stable::narrow(*grad_x_, 0, n0, count);
+      if (need_[1]) to_weight = torch::stable::new_empty(weight_, sizes(weight_));
+      if (need_[2]) to_bias = torch::stable::new_empty(weight_, Ints{weight_.size(0)});
       backward_direct(bare(part, weight_, conv_), raw, Ints{raw.stride(0), 1, raw.stride(1), raw.stride(2)}, part,
                       weight_, torch::stable::new_empty(x_, Ints{0}), to_x, to_weight, to_bias);
-      if (grad_weight_) add(*to_weight, weight_sum_);
-      if (grad_bias_) add(*to_bias, bias_sum_);
+      if (need_[1]) weight_sum_.add(*to_weight);
+      if (need_[2]) bias_sum_.add(*to_bias);
       return;
     }
     // (n, oh, ow, co) seen as (n, co, oh, ow)
     Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
-    // The library's channels-last bfloat16 gradient of a pointwise weight writes past its memory.
-    const bool plain = x_.scalar_type() == ScalarType::BFloat16 && weight_.size(2) * weight_.size(3) == 1;
+    // The library's channels-last bfloat16 gradient of a weight that is pointwise, dilated or grouped
+    // is wrong for odd numbers of channels and may write past its memory.
+    const bool plain = x_.scalar_type() == ScalarType::BFloat16 &&
+                       (weight_.size(2) * weight_.size(3) == 1 || conv_[4] * conv_[5] > 1 || conv_[6] > 1);
     if (plain) map = torch::stable::contiguous(map);
     const Tensor input = plain ? torch::stable::contiguous(part) : channels_last(part);
-    const ConvolutionGrads found = convolution_backward(map, input, weight_, conv_, grad_x_.has_value(),
-                                                        grad_weight_.has_value(), grad_bias_.has_value());
-    if (grad_x_) {
+    const ConvolutionGrads found = convolution_backward(map, input, weight_, conv_, need_[0], need_[1], need_[2]);
+    if (need_[0] && all) {
+      grad_x_ = lies_channels_last(x_) ? channels_last(found.x) : torch::stable::contiguous(found.x);
+    } else if (need_[0]) {
       Tensor to = torch::stable::narrow(*grad_x_, 0, n0, count);
       torch::stable::copy_(to, found.x);
     }
-    if (grad_weight_) add(found.weight, weight_sum_);
-    if (grad_bias_) add(found.bias, bias_sum_);
+    if (need_[1]) weight_sum_.add(found.weight);
+    if (need_[2]) bias_sum_.add(found.bias);
   }
 
-  void finish() {
-    if (grad_weight_) put(weight_sum_, *grad_weight_);
-    if (grad_bias_) put(bias_sum_, *grad_bias_);
+  // No element where none was asked for.
+  ConvolutionGrads result() {
+    auto nothing = [&] { return torch::stable::new_empty(x_, Ints{0}); };
+    return {need_[0] ? *grad_x_ : nothing(), need_[1] ? weight_sum_.result() : nothing(),
+            need_[2] ? bias_sum_.result() : nothing()};
   }
 
  private:
-  void add(const Tensor& found, AlignedFloats& sum) {
-    const Tensor flat = torch::stable::contiguous(found);
-    const void* data = flat.data_ptr();
-    const int64_t count = flat.numel();
-    if (flat.scalar_type() == ScalarType::Float)
-      for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<const float*>(data)[i];
-    else
-      for (int64_t i = 0; i < count; ++i) sum[i] += kernels().to_float(data, i, kBFloat16);
-  }
-  void put(const AlignedFloats& sum, const Tensor& to) {
-    void* data = to.data_ptr();
-    const int64_t count = to.numel();
-    if (to.scalar_type() == ScalarType::Float)
-      std::copy_n(sum.data(), count, static_cast<float*>(data));
-    else
-      for (int64_t i = 0; i < count; ++i) kernels().from_float(sum[i], data, i, kBFloat16);
-  }
+  // A sum in single precision of tensors that may be bfloat16.
+  class Sum {
+   public:
+    void add(const Tensor& found) {
+      const Tensor flat = torch::stable::contiguous(found);
+      if (!first_) {
+        first_ = flat;
+        return;
+      }
+      const int64_t count = flat.numel();
+      if (!sum_) {
+        sum_.emplace(count);
+        accumulate(*first_);
+      }
+      accumulate(flat);
+    }
+    Tensor result() const {
+      if (!sum_) return *first_;
+      const Tensor to = torch::stable::new_empty(*first_, sizes(*first_));
+      void* data = to.data_ptr();
+      const int64_t count = to.numel();
+      if (to.scalar_type() == ScalarType::Float)
+        std::copy_n(sum_->data(), count, static_cast<float*>(data));
+      else
+        for (int64_t i = 0; i < count; ++i) kernels().from_float((*sum_)[i], data, i, kBFloat16);
+      return to;
+    }
+
+   private:
+    void accumulate(const Tensor& flat) {
+      const void* data = flat.data_ptr();
+      const int64_t count = flat.numel();
+      if (flat.scalar_type() == ScalarType::Float)
+        for (int64_t i = 0; i < count; ++i) (*sum_)[i] += static_cast<const float*>(data)[i];
+      else
+        for (int64_t i = 0; i < count; ++i) (*sum_)[i] += kernels().to_float(data, i, kBFloat16);
+    }
+    std::optional<Tensor> first_;
+    std::optional<AlignedFloats> sum_;
+  };
 
   const Ints& conv_;
   const int64_t plan_;
-  Tensor x_, weight_;
-  std::optional<Tensor> grad_x_, grad_weight_, grad_bias_;
-  AlignedFloats weight_sum_, bias_sum_;
+  const Tensor x_, weight_;
+  const bool need_[3];
+  std::optional<Tensor> grad_x_;
+  Sum weight_sum_, bias_sum_;
 };
 
-void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
-                      const Tensor& weight, const Tensor& codes, const std::optional<Tensor>& grad_x,
-                      const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
+ConvolutionGrads backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
+                                  const Tensor& weight, const Tensor& codes, bool need_x, bool need_weight,
+                                  bool need_bias) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
   const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co;
-  ChunkGrads grads(call.conv, kChunked, x, weight, grad_x, grad_weight, grad_bias);
+  ChunkGrads grads(call.conv, kChunked, x, weight, need_x, need_weight, need_bias);
   const void* grad_data = grad.data_ptr();
   const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
@@ -512,7 +578,7 @@ void backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_str
     });
     grads.add(raw, n0);
   }
-  grads.finish();
+  return grads.result();
 }
 
 void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
@@ -564,8 +630,10 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
         std::memcpy(to + apart * size, from + together * size, call.block.taps * size);
       });
     }
-    if (grad_weight && !finite)
-      backward_chunked(call, grad, grad_stride, x, weight, codes, std::nullopt, grad_weight, std::nullopt);
+    if (grad_weight && !finite) {
+      Tensor to = *grad_weight;
+      torch::stable::copy_(to, backward_chunked(call, grad, grad_stride, x, weight, codes, false, true, false).weight);
+    }
   }
   if (grad_x) {
     const PatchStorage s = make_patch(b, lanes, false);
@@ -581,7 +649,8 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
             rows[t * b.co + c * width + i] = k.to_float(w.data_ptr(), c * b.taps + s.tap[t + i], b.dtype);
     }
     if (!k.all_finite(rows.data(), b.co * patch)) {  // 0 * inf is NaN also where no gradient arrived
-      backward_chunked(call, grad, grad_stride, x, weight, codes, grad_x, std::nullopt, std::nullopt);
+      Tensor to = *grad_x;
+      torch::stable::copy_(to, backward_chunked(call, grad, grad_stride, x, weight, codes, true, false, false).x);
       return;
     }
     const int64_t stride[4] = {grad_x->stride(0), grad_x->stride(1), grad_x->stride(2), grad_x->stride(3)};
@@ -614,24 +683,27 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
     for (int i = 0; i < 5; ++i)
       STD_TORCH_CHECK(codes.size(i) == size[i], "conv_block_backward: codes have size ", codes.size(i), " at ", i,
                       ", expected ", size[i]);
+    if (plan == kDirect) check_codes(b, codes_pointer(codes));
   } else {
     STD_TORCH_CHECK(codes.numel() == 0, "conv_block_backward: this block has no codes");
   }
   STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block_backward: unknown plan ", plan);
 
+  if (b.n > 0 && plan == kChunked) {
+    const ConvolutionGrads found =
+        backward_chunked(call, grad, grad_stride, x, weight, codes, need_x, need_weight, need_bias);
+    return {found.x, found.weight, found.bias};
+  }
   std::optional<Tensor> grad_x, grad_weight, grad_bias;
   auto nothing = [&] { return torch::stable::new_empty(x, Ints{0}); };
-  if (need_x) grad_x = new_output(x, Ints{b.n, b.c, b.h, b.w}, x.scalar_type());
+  if (need_x) grad_x = new_like_input(x);
   if (need_weight) grad_weight = torch::stable::new_empty(x, Ints{b.co, b.c / b.groups, b.kh, b.kw});
   if (need_bias) grad_bias = torch::stable::new_empty(x, Ints{b.co});
-  if (b.n == 0) {
-    if (need_weight) torch::stable::zero_(*grad_weight);
-    if (need_bias) torch::stable::zero_(*grad_bias);
-  } else if (plan == kDirect) {
+  if (b.n > 0)
     backward_direct(call, grad, grad_stride, x, weight, codes, grad_x, grad_weight, grad_bias);
-  } else {
-    backward_chunked(call, grad, grad_stride, x, weight, codes, grad_x, grad_weight, grad_bias);
-  }
+  else
+    for (std::optional<Tensor>* sum : {&grad_weight, &grad_bias})
+      if (*sum) torch::stable::zero_(**sum);
   return {grad_x ? *grad_x : nothing(), grad_weight ? *grad_weight : nothing(), grad_bias ? *grad_bias : nothing()};
 }
 
@@ -712,12 +784,10 @@ Tensor conv_map(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& w
 
 constexpr int64_t kPlacesPerSum = 2048;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_block(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                                                           std::optional<Tensor> gamma, std::optional<Tensor> beta,
-                                                           std::optional<Tensor> given_mean,
-                                                           std::optional<Tensor> given_var, double eps, Ints conv,
-                                                           int64_t activation, Floats act, Ints pool, Ints order,
-                                                           int64_t plan, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+    std::optional<Tensor> given_mean, std::optional<Tensor> given_var, double eps, Ints conv, int64_t activation,
+    Floats act, Ints pool, Ints order, int64_t plan, bool keep, bool keep_map) {
   const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   const KernelTable& k = kernels();
@@ -793,13 +863,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_block(Tensor x, Tensor weig
     }
     normalise(map_data, 0, b.n);
   }
-  return {out, codes, keep && !pooled ? map : kept, stats};
+  const bool returned = keep && (!pooled || (keep_map && !given));
+  return {out, codes, kept, returned ? map : torch::stable::new_empty(x, Ints{0}), stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor stats,
-                                                            Tensor codes, Tensor kept, double eps, Ints conv,
-                                                            int64_t activation, Floats act, Ints pool, Ints order,
-                                                            int64_t plan, bool given, bool need_x, bool need_weight) {
+                                                            Tensor codes, Tensor kept, Tensor map, double eps,
+                                                            Ints conv, int64_t activation, Floats act, Ints pool,
+                                                            Ints order, int64_t plan, bool given, bool need_x,
+                                                            bool need_weight) {
   const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   const KernelTable& k = kernels();
@@ -814,20 +886,23 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   };
   STD_TORCH_CHECK(has_size(grad, expected) && grad.is_cpu() && grad.scalar_type() == x.scalar_type(),
                   "conv_norm_block_backward: expected a gradient of the result's size, in its dtype");
-  STD_TORCH_CHECK(has_size(kept, pooled ? expected : map_size) && kept.is_cpu() && kept.is_contiguous() &&
-                      kept.scalar_type() == x.scalar_type(),
+  auto is_kept = [&](const Tensor& t, const Ints& size) {
+    return has_size(t, size) && t.is_cpu() && t.is_contiguous() && t.scalar_type() == x.scalar_type();
+  };
+  STD_TORCH_CHECK((!pooled || is_kept(kept, expected)) && ((pooled && map.numel() == 0) || is_kept(map, map_size)),
                   "conv_norm_block_backward: what was kept has another size");
+  const Tensor& winners = pooled ? kept : map;
   STD_TORCH_CHECK(!pooled || (has_size(codes, codes_size(b)) && codes.is_cpu() && codes.is_contiguous() &&
                               codes.scalar_type() == ScalarType::Byte),
                   "conv_norm_block_backward: codes have another size");
   STD_TORCH_CHECK(has_size(stats, Ints{4, b.co}) && stats.is_cpu() && stats.is_contiguous() &&
                       stats.scalar_type() == ScalarType::Double,
                   "conv_norm_block_backward: expected statistics of shape (4, ", b.co, ") in float64");
-  Ints grad_stride(4), kept_stride(4);
+  Ints grad_stride(4), winner_stride(4);
   for (int i = 0; i < 4; ++i) {
     grad_stride[order[i]] = grad.stride(i);
     const int nchw[4] = {0, 2, 3, 1};
-    kept_stride[pooled ? order[i] : nchw[i]] = kept.stride(i);
+    winner_stride[pooled ? order[i] : nchw[i]] = winners.stride(i);
   }
 
   const double* stat = static_cast<const double*>(stats.data_ptr());
@@ -843,8 +918,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   std::vector<double> part(b.n * bands * 2 * b.co), total(2 * b.co);
   for_each_item(b.n * bands, [&](int64_t item) {
     const int64_t row0 = item % bands * rows;
-    k.norm_sums(b, norm, grad.data_ptr(), grad_stride.data(), kept.data_ptr(), kept_stride.data(), item / bands, row0,
-                std::min(b.out_h, row0 + rows), part.data() + item * 2 * b.co, thread_scratch(scratch));
+    k.norm_sums(b, norm, grad.data_ptr(), grad_stride.data(), winners.data_ptr(), winner_stride.data(), item / bands,
+                row0, std::min(b.out_h, row0 + rows), part.data() + item * 2 * b.co, thread_scratch(scratch));
   });
   for (size_t i = 0; i < part.size(); ++i) total[i % (2 * b.co)] += part[i];
 
@@ -862,36 +937,31 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   norm.constant = constant.data();
   norm.slope = slope.data();
 
-  std::optional<Tensor> grad_x, grad_weight;
-  if (need_x) grad_x = new_output(x, Ints{b.n, b.c, b.h, b.w}, x.scalar_type());
-  if (need_weight) grad_weight = torch::stable::new_empty(x, sizes(weight));
-  if (need_x || need_weight) {
-    ChunkGrads sums(conv, plan, x, weight, grad_x, grad_weight, std::nullopt);
-    const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co, size = kept.element_size();
-    for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
-      const int64_t count = std::min(chunk, b.n - n0);
-      // Recomputed where only the winners were kept.
-      std::optional<Tensor> again;
-      const char* from = nullptr;
-      if (!given && pooled) {
-        again = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
-        from = static_cast<const char*>(again->data_ptr());
-      } else if (!given) {
-        from = static_cast<const char*>(kept.data_ptr()) + n0 * image * size;
-      }
-      const Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
-      char* to = static_cast<char*>(raw.data_ptr());
-      for_each_item(count, [&](int64_t i) {
-        k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), kept.data_ptr(),
-                      kept_stride.data(), n0 + i, from ? from + i * image * size : nullptr, to + i * image * size,
-                      thread_scratch(scratch));
-      });
-      sums.add(raw, n0);
+  if (!need_x && !need_weight)
+    return {torch::stable::new_empty(x, Ints{0}), torch::stable::new_empty(x, Ints{0}), grads};
+  ChunkGrads sums(conv, plan, x, weight, need_x, need_weight, false);
+  const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co, size = x.element_size();
+  for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
+    const int64_t count = std::min(chunk, b.n - n0);
+    std::optional<Tensor> again;
+    const char* from = nullptr;
+    if (!given && map.numel()) {
+      from = static_cast<const char*>(map.data_ptr()) + n0 * image * size;
+    } else if (!given) {
+      again = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
+      from = static_cast<const char*>(again->data_ptr());
     }
-    sums.finish();
+    const Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
+    char* to = static_cast<char*>(raw.data_ptr());
+    for_each_item(count, [&](int64_t i) {
+      k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),
+                    winner_stride.data(), n0 + i, from ? from + i * image * size : nullptr, to + i * image * size,
+                    thread_scratch(scratch));
+    });
+    sums.add(raw, n0);
   }
-  auto nothing = [&] { return torch::stable::new_empty(x, Ints{0}); };
-  return {grad_x ? *grad_x : nothing(), grad_weight ? *grad_weight : nothing(), grads};
+  const ConvolutionGrads result = sums.result();
+  return {result.x, result.weight, grads};
 }
 
 Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {

@@ -18,6 +18,7 @@ SEED = int(os.environ.setdefault("CNNLSTM_FAST_SEED", str(random.SystemRandom().
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; runs with CNNLSTM_FAST_LONG=1")
     config.addinivalue_line(
         "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
     )
@@ -32,10 +33,10 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("long") and os.environ.get("CNNLSTM_FAST_LONG") != "1":
+            item.add_marker(pytest.mark.skip(reason="takes minutes: set CNNLSTM_FAST_LONG=1"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

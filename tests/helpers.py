@@ -30,7 +30,8 @@ FUSED = ("direct", "chunked")
 PLANS = (*FUSED, "reference", "auto")
 LAYOUTS = (
     "channels_first", "channels_last", "locations", "locations_time_major", "features",
-    "columns", "columns_time_major", "rows", "rows_time_major",
+    "columns", "columns_time_major", "rows", "rows_time_major", "columns_channels_last",
+    "columns_channels_last_time_major", "rows_channels_last", "rows_channels_last_time_major",
 )  # fmt: skip
 
 needs_extension = pytest.mark.skipif(not _ext.loaded, reason=f"needs the compiled kernels: {_ext.error}")
@@ -384,7 +385,11 @@ def in_layout(y: Tensor, layout: str) -> Tensor:
     h, w = y.shape[2:]
     name, time_major = layout.removesuffix("_time_major"), layout.endswith("_time_major")
     n = y.shape[0]
-    if name == "locations":
+    if name.endswith("_channels_last"):
+        name = name.removesuffix("_channels_last")
+        axis = 3 if name == "columns" else 2
+        steps = [y.select(axis, i).transpose(1, 2).flatten(1) for i in range(y.shape[axis])]
+    elif name == "locations":
         steps = [y[:, :, i, j] for i, j in itertools.product(range(h), range(w))]
     elif name == "columns":
         steps = [y[:, :, :, j].reshape(n, y.shape[1] * h) for j in range(w)]

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 import cnnlstm_fast as cf
 from benchmarks import __main__ as command_line
-from benchmarks import blocks, memory, plot, race, results, roofline, trace
-from benchmarks.cases import CASES, INPUT_STEP, WEIGHT_STEP, Case, conv_flops, on_grid, system
+from benchmarks import blocks, field, growth, memory, plot, race, results, roofline, trace
+from benchmarks.cases import CASES, INPUT_STEP, WEIGHT_STEP, Case, conv_flops, on_grid, recurrent, system
 from benchmarks.dispatch import Dispatch
 from benchmarks.peers import PEERS, Peer
 from benchmarks.race import OURS, PEER_ERROR, Spread, WrongResult
+from benchmarks.recurrent import recurrent_flops
 
 
 def quick() -> dict:
@@ -85,6 +86,35 @@ def test_flops_of_a_convolution():
     assert CASES["TimeDistributed/features/inference"].flops == 3_468_165_120
 
 
+def test_flops_of_layers():
+    """By hand: 3 sequences of 5 steps; the second layer of two directions reads both."""
+    first = 3 * 5 * 2 * 4 * 7 * (2 + 7) * 2
+    second = 3 * 5 * 2 * 4 * 7 * (14 + 7) * 2
+    assert recurrent_flops("LSTM", (3, 5), 2, 7, layers=2, directions=2) == first + second
+    assert recurrent_flops("GRU", (3, 5), 2, 7) == 3 * 5 * 2 * 3 * 7 * (2 + 7)
+    assert round(CASES["Simple/model/inference"].flops / 1e9, 1) == 11.9
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("given", ["plain", "resets", "lengths"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_cases_race(kind, given, mode):
+    """Loops and packed sequences compute what one call does; a wrong one is not timed."""
+    case = recurrent(kind, (4, 6), 5, 7, given=given, mode=mode, layers=2)
+    case = dataclasses.replace(case, peers=("eager",))
+    result = race.race(case, **quick())
+    assert [s.name for s in result.standings] == [OURS, "eager"] and result.left_out == {}
+
+    def build_wrong():
+        plain, fast = case.build()
+        with torch.no_grad():
+            fast.layer.weight_hh_l1 *= 1 + 1e-3
+        return plain, fast
+
+    with pytest.raises(WrongResult):
+        race.race(dataclasses.replace(case, build=build_wrong), **quick())
+
+
 # ---------------------------------------------------------------- the gate
 
 
@@ -98,7 +128,7 @@ def test_a_right_case_races(kind, stage, mode):
     assert result.best in ("eager", "chunked 16")
     assert result.standing(OURS).ratio == Spread(1.0, 1.0, 1.0)
     assert all(0 < s.ms.p20 <= s.ms.p50 <= s.ms.p80 and s.error < PEER_ERROR for s in result.standings)
-    assert (result.gflops is not None) == (stage == "features" and mode == "inference")
+    assert (result.gflops is not None) == (mode == "inference")
 
 
 def no_clock(*args, **kwargs):
@@ -245,6 +275,11 @@ def a_report() -> results.Report:
             "1x3x8x8", "image", "inference", "direct", "direct", "default", 2.0, 1.0, Spread(1, 2, 3), 9
         )
     )
+    for n in (1, 2, 3):
+        s = Spread(n, n + 0.1, n + 0.2)
+        report.growth.append(
+            growth.Point("batch", n, 10**6 * n, 10**4 * n, s, s, Spread(1, 1, 1), 10 * n, 3 * n)
+        )
     report.failures.append("Simple: off")
     return report
 
@@ -305,14 +340,118 @@ def test_tables_name_everything_that_matters():
         assert part in text
 
 
-def test_plot_writes_a_picture(tmp_path):
-    plot.plot_ratios(a_report(), tmp_path / "ratios.png")
-    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+def test_plots_are_written_where_there_is_something_to_draw(tmp_path):
+    report = a_report()
+    report.write(tmp_path / "here.json")
+    done = CliRunner().invoke(command_line.app, ["plot", str(tmp_path / "here.json")])
+    assert done.exit_code == 0, done.output
+    for name in ("ratios", "growth", "roofline"):
+        assert (tmp_path / f"here-{name}.png").read_bytes().startswith(b"\x89PNG")
+    report.growth.clear()
+    assert len(plot.plot_all(report, tmp_path / "there")) == 2
 
 
-def test_plot_says_when_there_is_nothing_to_draw(tmp_path):
-    with pytest.raises(ValueError, match="holds no races"):
-        plot.plot_ratios(results.Report.begin("quick"), tmp_path / "ratios.png")
+@pytest.mark.parametrize("draw", [plot.plot_ratios, plot.plot_growth, plot.plot_roofline])
+def test_plots_say_when_there_is_nothing_to_draw(draw, tmp_path):
+    empty = results.Report.begin("quick")
+    with pytest.raises(ValueError, match="holds no"):
+        draw(empty, tmp_path / "ratios.png")
+    empty.write(tmp_path / "empty.json")
+    done = CliRunner().invoke(command_line.app, ["plot", str(tmp_path / "empty.json")])
+    assert done.exit_code == 1 and "nothing to draw" in done.output
+
+
+def test_a_file_without_younger_fields_is_read(tmp_path):
+    path = tmp_path / "report.json"
+    report = a_report()
+    report.write(path)
+    data = json.loads(path.read_text())
+    del data["growth"], data["races"][0]["bytes"]
+    path.write_text(json.dumps(data))
+    found = results.read(path)
+    assert found.growth == [] and found.races[0].bytes is None
+    assert found.races[0].standings == report.races[0].standings
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("[!d]*.json")), ids=lambda p: p.name)
+def test_committed_results_are_read(path):
+    assert results.read(path).races
+
+
+# ---------------------------------------------------------------- growth
+
+
+def test_a_straight_line_is_found_whatever_its_sizes():
+    work = [1e6 * 2**i for i in range(12)]
+    line = growth.fit(work, [0.05 + 3e-9 * w for w in work])
+    assert line.fixed == pytest.approx(0.05) and line.per_unit == pytest.approx(3e-9)
+    assert abs(line.worst) < 1e-9
+
+
+@pytest.mark.parametrize("at", [3, 11])
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_bend_is_named_with_its_place_and_sign(at, factor):
+    work = [1e6 * 2**i for i in range(12)]
+    cost = [0.05 + 3e-9 * w for w in work]
+    cost[at] *= factor
+    line = growth.fit(work, cost)
+    assert line.at == at and abs(line.worst) > growth.STRAIGHT_MS and (line.worst > 0) == (factor > 1)
+
+
+def test_growth_that_is_not_straight_is_seen():
+    work = [1e6 * 2**i for i in range(12)]
+    for cost in ([w**1.3 for w in work], [w**0.7 for w in work]):
+        assert abs(growth.fit(work, cost).worst) > growth.STRAIGHT_MS
+
+
+@pytest.mark.parametrize(("work", "cost"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, 2.0], [0.0, 1.0])])
+def test_a_line_needs_points(work, cost):
+    with pytest.raises(ValueError, match="at least two"):
+        growth.fit(work, cost)
+
+
+@pytest.mark.parametrize("name", list(growth.SERIES))
+def test_a_series_measures_its_ends(name):
+    series = growth.SERIES[name]
+    assert set(series.quick) <= set(series.values) and list(series.values) == sorted(series.values)
+    first, second = (
+        growth.measure(series, value, rounds=1, turn_s=0.0, seed=random.randrange(10**6))
+        for value in series.values[:2]
+    )
+    assert second.flops > first.flops and second.data > first.data
+    assert second.ours_bytes > first.ours_bytes and second.eager_bytes > first.eager_bytes
+    assert first.ours_ms.p50 > 0 and first.ratio.p50 > 0
+    assert growth.by_series([second, first]) == {name: [first, second]}
+
+
+def test_what_a_growth_point_keeps_is_counted_by_hand():
+    """Simple: the input and half a byte per pooled output."""
+    point = growth.measure(growth.SERIES["batch"], 2, rounds=1, turn_s=0.0, seed=1)
+    assert point.data == 2 * (3 * 28 * 28 + 196 * 64) * 4
+    assert point.flops == 2 * 2 * 64 * 28 * 28 * 27
+    assert point.ours_bytes == 2 * 3 * 28 * 28 * 4 + 2 * 196 * 64 // 2
+
+
+# ---------------------------------------------------------------- recurrent cases and whole models
+
+
+SMALL_INPUTS = {
+    "CRNN": (2, 1, 32, 24),
+    "DeepConvLSTM": (2, 9, 24),
+    "SoundEvents": (2, 1, 6, 40),
+    "Agent": (1, 2, 4, 84, 84),
+}
+
+
+@pytest.mark.parametrize("name", field.MODELS)
+def test_a_model_of_the_field_races(name):
+    case = CASES[f"{name}/inference"]
+    case = dataclasses.replace(case, shape=SMALL_INPUTS[name], peers=("eager", "channels_last"))
+    result = race.race(case, **quick())
+    assert result.left_out == {} and len(result.standings) == 3
+    reference, fast = case.build()
+    assert type(reference.rnn).__module__.startswith("torch.")
+    assert type(fast.rnn).__module__.startswith("cnnlstm_fast.")
 
 
 # ---------------------------------------------------------------- the command line
@@ -405,10 +544,19 @@ def test_watching_ends_where_the_lstm_begins():
         lstm(x.relu())
         return x.sigmoid()
 
-    names = [name for name, _ in trace.watch(run, until="aten::lstm")]
+    names = [name for name, _ in trace.watch(run, until=trace.RECURRENT)]
     assert "aten::relu" in names and "aten::sigmoid" not in names
-    with pytest.raises(RuntimeError, match="has no aten::lstm"):
-        trace.watch(x.relu, until="aten::lstm")
+    with pytest.raises(RuntimeError, match=r"has no .*aten::lstm"):
+        trace.watch(x.relu, until=trace.RECURRENT)
+
+
+@pytest.mark.parametrize("kind", ["Simple", "1DConv", "TimeDistributed"])
+def test_the_systems_are_traced_up_to_the_lstm(kind, monkeypatch):
+    small_system = partial(system, batch=2, frames=3, size=(8, 8), hidden=4)
+    monkeypatch.setattr(trace, "system", small_system)
+    rows = trace.trace(kind)
+    assert len(rows) == 3 and all(row.system == kind for row in rows)
+    assert not any("recurrent" in name for name in rows[0].own_ops)
 
 
 def test_own_ops_are_named_once_each():

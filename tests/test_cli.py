@@ -70,6 +70,81 @@ def test_doctor_without_triton(monkeypatch):
     assert done.exit_code == 1 and "pip install triton" in done.output
 
 
+@pytest.fixture
+def plain_file(tmp_path):
+    """A model file as people write it: plain PyTorch, a neighbour, a command line of its own."""
+    (tmp_path / "sizes.py").write_text("HIDDEN = 6\n")
+    path = tmp_path / "my-net.py"
+    path.write_text(
+        "import argparse\n"
+        "from torch import nn\n"
+        "from sizes import HIDDEN\n"
+        "options = argparse.ArgumentParser()\n"
+        "options.add_argument('--classes', type=int, default=3)\n"
+        "options = options.parse_args()\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, layers=1):\n"
+        "        super().__init__()\n"
+        "        self.cnn = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))\n"
+        "        self.rnn = nn.GRU(16, HIDDEN, layers)\n"
+        "        self.fc = nn.Linear(HIDDEN, options.classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(self.rnn(self.cnn(x).permute(3, 0, 1, 2).flatten(2))[0])\n"
+    )
+    before = path.read_text(), list(sys.argv), list(sys.path)
+    yield path
+    assert path.read_text() == before[0] and sys.argv == before[1]
+    sys.path[:] = before[2]
+    sys.modules.pop("sizes")
+
+
+def test_a_file_of_the_users_own_is_explained(plain_file):
+    found = call("explain", f"{plain_file}:Net(layers=2)", "--input", "2x1x8x10", "--json")
+    assert found.exit_code == 0
+    stages = {stage["name"]: stage for stage in json.loads(found.stdout)["stages"]}
+    assert stages["cnn.0"]["shape"] == [2, 4, 8, 10] and stages["fc"]["shape"] == [5, 2, 3]
+
+
+def test_a_file_in_a_package_may_import_relatively(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "users_package" / "models").mkdir(parents=True)
+    for folder in ("users_package", "users_package/models"):
+        (tmp_path / folder / "__init__.py").touch()
+    (tmp_path / "users_package" / "sizes.py").write_text("UNITS = 5\n")
+    path = tmp_path / "users_package" / "models" / "net.py"
+    path.write_text(
+        "from torch import nn\nfrom ..sizes import UNITS\ndef make():\n    return nn.Linear(4, UNITS)\n"
+    )
+    found = call("explain", f"{path}:make", "--input", "3x4", "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["stages"][-1]["shape"] == [3, 5]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_profile(training, plain_file, tmp_path):
+    trace = tmp_path / "new folder" / "trace.json"
+    args = ("profile", f"{plain_file}:Net", "--input", "2x1x8x10", "--rounds", "2", "--trace", str(trace))
+    args += ("--training",) if training else ()
+    found = call(*args, "--json")
+    assert found.exit_code == 0, found.output
+    report = json.loads(found.stdout)
+    assert report["mode"] == ("training" if training else "inference") and report["ms"]["reference"] > 0
+    assert [s["name"] for s in report["before"]["stages"] if s["plan"] != "view"][:3] == [
+        "cnn.0",
+        "cnn.1",
+        "cnn.2",
+    ]
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"before", "after", "cnn.0: Conv2d", "rnn: GRU"} <= names
+    text = call(*args)
+    assert text.exit_code == 0 and "aten::" in text.output and str(trace) in text.output.replace("\n", "")
+
+
+def test_profile_fails_in_words(plain_file, tmp_path):
+    done = call("profile", f"{plain_file}:Net", "--input", "2x3x8x10", "--trace", str(tmp_path / "t.json"))
+    assert done.exit_code == 1 and "RuntimeError" in done.output and "'explain' shows" in done.output
+
+
 @pytest.mark.parametrize("model", ["mine:make", "mine:models.ready", SIMPLE])
 def test_explain(model, mine):
     text = call("explain", model, "--input", "2x3x12x10")
@@ -97,6 +172,7 @@ def test_explain_fails_with_the_mend():
         (("mine:make(open)", "--input", "1"), "literals"),
         (("mine:make(3)", "--input", "1"), "positional argument"),
         (("mine:shape", "--input", "1"), "gives a tuple"),
+        (("no/such/file.py:make", "--input", "1"), "no/such/file.py"),
         (("no_such_module_here:make", "--input", "1"), "no_such_module_here"),
         (("mine:no_such_factory", "--input", "1"), "no_such_factory"),
         (("mine:make", "--input", "2xx3"), "8x3x28x28"),
@@ -171,6 +247,6 @@ def test_missing_packages_name_the_command(missing, args, install):
 
 def test_help_names_every_command():
     listed = call("--help").output
-    for command in ("demo", "bench", "explain", "doctor"):
+    for command in ("demo", "bench", "explain", "profile", "doctor"):
         assert command in listed
         assert call(command, "--help").exit_code == 0 or command == "bench"

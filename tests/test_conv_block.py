@@ -372,6 +372,18 @@ def test_pointwise_strided(plan):
         assert_block(block, tensors, grad, plan=plan, exact=True)
 
 
+@pytest.mark.instruction_sets
+@plans
+def test_odd_channels_dilated_in_bfloat16(plan):
+    """Where PyTorch's contiguous weight gradient is right and its channels-last one is not."""
+    for block in (
+        Block(1, 65, (14, 28), 15, (1, 3), padding=(0, 3), dilation=(1, 2), groups=5, bias=False),
+        Block(2, 26, (14, 28), 6, (3, 3), padding=(2, 3), dilation=(2, 2)),
+    ):
+        tensors, grad = integer_tensors(block, torch.bfloat16)
+        assert_block(block, tensors, grad, plan=plan, exact=True)
+
+
 @fused_plans
 def test_pointwise_strided_in_bfloat16(plan):
     """Where PyTorch's own channels-last weight gradient breaks the heap, in a process of its own."""

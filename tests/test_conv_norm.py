@@ -85,7 +85,7 @@ def ours(block: Block, x, weight, bias, norm, *, plan: str, layout="channels_fir
 
 
 def run(fn, tensors: dict[str, Tensor], norm: nn.Module, grad: Tensor | None, needs=("x", "weight", "bias")):
-    """Result, gradients of the tensors in ``needs`` and of the norm's parameters, and what the norm remembers."""
+    """Result, gradients of the tensors in ``needs`` and of the norm, and what the norm remembers."""
     leaves = {k: t.detach().requires_grad_(k in needs and grad is not None) for k, t in tensors.items()}
     norm = copy.deepcopy(norm)
     out = fn(leaves["x"], leaves["weight"], leaves.get("bias"), norm)
@@ -187,6 +187,8 @@ def test_error_is_as_pytorchs(block, plan, dtype, training):
 @pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
 def test_random_blocks(block, plan, training, first):
     """With and without the gradient of the input, which decides where batch statistics come from."""
+    if block.c_out < 4:  # the gradient of one channel is one sum, whose rounding error is a matter of luck
+        block = replace(block, c_out=4 * block.c_out)
     tensors = normal_tensors(block, torch.float32)
     out = eager(replace(block, pool=None), **tensors | {"bias": None}, norm=nn.Identity()).shape
     if refusal(block, plan) or out[0] * out[2:].numel() < 8:
@@ -492,12 +494,14 @@ def test_opcheck(plan, pool):
     x, weight = torch.randn(2, 3, 8, 9), torch.randn(18, 3, 3, 3)
     gamma, beta, var = torch.randn(18), torch.randn(18), torch.rand(18) + 0.1
     rest = ([1, 1, 1, 1, 1, 1, 1], 1, [], pool, [0, 2, 3, 1], {"direct": 1, "chunked": 2}[plan])
-    torch.library.opcheck(op.forward_op, (x, weight, beta, gamma, beta, None, None, 1e-5, *rest, True))
-    torch.library.opcheck(op.forward_op, (x, weight, beta, gamma, None, beta, var, 1e-5, *rest, True))
-    torch.library.opcheck(op.forward_op, (x, weight, None, None, None, None, None, 1e-5, *rest, False))
-    out, codes, kept, stats = op.forward_op(x, weight, None, gamma, beta, None, None, 1e-5, *rest, True)
+    torch.library.opcheck(op.forward_op, (x, weight, beta, gamma, beta, None, None, 1e-5, *rest, True, False))
+    torch.library.opcheck(op.forward_op, (x, weight, beta, gamma, None, beta, var, 1e-5, *rest, True, False))
+    torch.library.opcheck(op.forward_op, (x, weight, None, None, None, None, None, 1e-5, *rest, False, False))
+    out, codes, kept, kept_map, stats = op.forward_op(
+        x, weight, None, gamma, beta, None, None, 1e-5, *rest, True, False
+    )
     for needs in ((False, True, True), (True, False, True)):
-        args = (torch.randn_like(out), x, weight, stats, codes, kept, 1e-5, *rest, *needs)
+        args = (torch.randn_like(out), x, weight, stats, codes, kept, kept_map, 1e-5, *rest, *needs)
         torch.library.opcheck(op.backward_op, args)
     torch.library.opcheck(op.fold_op, (weight, None, gamma, beta, beta, var, 1e-5))
     torch.library.opcheck(op.fold_op, (weight, beta, None, None, beta, var, 1e-5))
@@ -517,20 +521,23 @@ def test_wrong_calls_of_the_ops():
         (good[None], good),
     ):
         with pytest.raises(RuntimeError):
-            op.forward_op(x, weight, None, gamma, beta, None, None, 1e-5, *rest, True)
+            op.forward_op(x, weight, None, gamma, beta, None, None, 1e-5, *rest, True, False)
         with pytest.raises(RuntimeError):
             op.fold_op(weight, None, gamma, beta, good, good, 1e-5)
-    out, codes, kept, stats = op.forward_op(x, weight, None, good, good, None, None, 1e-5, *rest, True)
-    right = dict(grad=out, x=x, weight=weight, stats=stats, codes=codes, kept=kept)
+    out, codes, kept, kept_map, stats = op.forward_op(
+        x, weight, None, good, good, None, None, 1e-5, *rest, True, False
+    )
+    right = dict(grad=out, x=x, weight=weight, stats=stats, codes=codes, kept=kept, kept_map=kept_map)
     wrong = dict(
         grad=out[:1], x=x[:1], weight=weight[:, :2], stats=stats[:2], codes=codes[:, :1], kept=kept[..., :1]
     )
     for name, value in wrong.items():
         with pytest.raises(RuntimeError):
             op.backward_op(*(right | {name: value}).values(), 1e-5, *rest, False, True, True)
+    without_pool = (*rest[:3], [], *rest[4:])
     with pytest.raises(RuntimeError):
         op.forward_op(
-            x[:1, :, :1, :1], weight, None, good, good, None, None, 1e-5, *rest[:3], [], *rest[4:], True
+            x[:1, :, :1, :1], weight, None, good, good, None, None, 1e-5, *without_pool, True, False
         )
 
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from cnnlstm_fast import reference
-from cnnlstm_fast.demo import Settings, data, measure, run
+from cnnlstm_fast import measure, reference
+from cnnlstm_fast.demo import Settings, data, run
 from cnnlstm_fast.demo.main import SYSTEMS, compare
-from cnnlstm_fast.demo.measure import Comparison
 from cnnlstm_fast.demo.training import Learner, accuracy, initialise, nudge, scores
+from cnnlstm_fast.measure import Comparison
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,10 @@ SHAPES = {
     "columns_time_major": ((7, 3, 72), (7, 3, 18)),
     "rows": ((3, 4, 126), (3, 1, 126)),
     "rows_time_major": ((4, 3, 126), (1, 3, 126)),
+    "columns_channels_last": ((3, 7, 72), (3, 7, 18)),
+    "columns_channels_last_time_major": ((7, 3, 72), (7, 3, 18)),
+    "rows_channels_last": ((3, 4, 126), (3, 1, 126)),
+    "rows_channels_last_time_major": ((4, 3, 126), (1, 3, 126)),
 }
 
 

@@ -7,13 +7,13 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import assert_close_as_torch, needs_extension
+from helpers import LAYOUTS, assert_close_as_torch, in_layout, needs_extension
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from twins import Ops, assert_compiles, assert_like_twin, grid, on_grid, real_strides
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import patterns
+from cnnlstm_fast import patterns, plans
 from cnnlstm_fast.nn import time_distributed
 
 
@@ -64,7 +64,39 @@ CHAINS = {
             nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Dropout2d(),
         ],
         (2, 3, 7, 9),
-        [1, 1, 1, 2, 1],
+        [3, 2, 1],
+    ),
+    "dropouts": (
+        lambda: [
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout2d(), nn.ELU(), nn.Dropout(), nn.AvgPool2d(2),
+            nn.Dropout(),
+        ],
+        (2, 3, 9, 9),
+        [2, 1, 1, 1, 1, 1],
+    ),
+    "average_pool": (
+        lambda: [
+            nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.2), nn.AvgPool2d((2, 3), (2, 1), (1, 1), ceil_mode=True),
+            nn.Conv2d(8, 6, 3, padding=1), nn.Hardtanh(0, 20), nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(),
+        ],
+        (2, 3, 9, 8),
+        [3, 4],
+    ),
+    "adaptive_max_pool": (
+        lambda: [nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.Tanh(), nn.AdaptiveMaxPool1d(4)], (2, 3, 19), [4],
+    ),
+    "unflatten": (
+        lambda: [nn.Conv2d(3, 4, 3), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Unflatten(0, (2, 3))],
+        (6, 3, 8, 8),
+        [4, 1],
+    ),
+    "to_sequence": (
+        lambda: [
+            nn.Conv2d(3, 18, 3), nn.GELU(), nn.Conv2d(18, 5, 2), nn.Sigmoid(), nn.MaxPool2d((2, 1)),
+            cf.ToSequence("columns_time_major"),
+        ],
+        (2, 3, 9, 8),
+        [2, 4],
     ),
     "nested": (
         lambda: [
@@ -75,16 +107,25 @@ CHAINS = {
         [3, 1],
     ),
     "activation_after_pool": (
-        lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.ReLU()], (2, 3, 9, 9), [2, 1],
+        lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.ReLU()], (2, 3, 9, 9), [3],
+    ),
+    "curved_activation_after_pool": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.SiLU()], (2, 3, 9, 9), [2, 1],
+    ),
+    "activation_after_average": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.ReLU()], (2, 3, 9, 9), [2, 1],
+    ),
+    "norm_after_activation": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)], (2, 3, 9, 9), [2, 1],
     ),
     "two_activations": (lambda: [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ReLU()], (2, 3, 9, 9), [2, 1]),
     "other_rank": (lambda: [nn.Conv1d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)], (2, 3, 9), [2, 1]),
     "padding_same": (lambda: [nn.Conv2d(3, 8, 3, padding="same"), nn.ReLU()], (2, 3, 9, 9), [2]),
     "padding_mode": (
-        lambda: [nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU()], (2, 3, 9, 9), [1, 1],
+        lambda: [nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU()], (2, 3, 9, 9), [2],
     ),
     "subclass": (lambda: [Tagged(3, 8, 3), nn.ReLU()], (2, 3, 9, 9), [1, 1]),
-    "other_activation": (lambda: [nn.Conv2d(3, 8, 3), nn.ELU()], (2, 3, 9, 9), [1, 1]),
+    "other_activation": (lambda: [nn.Conv2d(3, 8, 3), nn.Softplus()], (2, 3, 9, 9), [1, 1]),
     "other_flatten": (lambda: [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2)], (2, 3, 9, 9), [2, 1]),
     "no_block": (lambda: [nn.Flatten(), nn.Linear(27, 3)], (2, 3, 3, 3), [1, 1]),
     "nothing": (lambda: [], (2, 3), []),
@@ -108,7 +149,8 @@ def step_sizes(module: nn.Module) -> list[int]:
 
 def test_spans():
     conv, signal, act = patterns.Part("conv", 4), patterns.Part("conv", 3), patterns.Part("activation")
-    pool, flatten = patterns.Part("pool", 4), patterns.Part("flatten")
+    pool, flatten, norm = patterns.Part("pool", 4), patterns.Part("flatten"), patterns.Part("norm", 4)
+    relu, max_pool, drop = patterns.Part("monotone"), patterns.Part("max_pool", 4), patterns.Part("identity")
     assert patterns.spans([]) == []
     assert patterns.spans([act, pool, "other"]) == []
     assert patterns.spans([conv]) == [(0, 1)]
@@ -116,6 +158,12 @@ def test_spans():
     assert patterns.spans([conv, pool, act, conv, act, "other", conv]) == [(0, 2), (3, 5), (6, 7)]
     assert patterns.spans([signal, act, pool]) == [(0, 2)]
     assert patterns.spans([conv, flatten, pool]) == [(0, 2)]
+    assert patterns.spans([conv, norm, relu, max_pool, flatten, drop]) == [(0, 5)]
+    assert patterns.spans([conv, drop, norm, drop, act, drop, pool, drop]) == [(0, 8)]
+    assert patterns.spans([conv, max_pool, relu, flatten]) == [(0, 4)]
+    assert patterns.spans([conv, relu, max_pool, relu]) == [(0, 3)]
+    for chain in ([conv, max_pool, act], [conv, pool, relu], [conv, act, norm], [conv, norm, norm]):
+        assert patterns.spans(chain) == [(0, 2)]
 
 
 @chains
@@ -290,7 +338,7 @@ def test_children_may_change_between_calls():
     more = [nn.Conv2d(8, 4, 2), nn.ReLU()]
     ours.extend(more), twin.extend(more)
     check(3, 2)
-    ours[1] = twin[1] = nn.LeakyReLU()
+    ours[1] = twin[1] = nn.Softplus()
     check(1, 1, 1, 2)
     del ours[1], twin[1]
     check(2, 2)
@@ -303,7 +351,7 @@ def test_children_may_change_between_calls():
     check(2, 1)
     ours[0].padding_mode = "reflect"
     ours[0]._reversed_padding_repeated_twice = [1, 1, 1, 1]
-    check(1, 1, 1)
+    check(2, 1)
     torch.testing.assert_close((ours + twin[:1][:0])(x), twin(x))
 
 
@@ -449,7 +497,8 @@ def test_wrong_inputs_raise():
 
 @needs_extension
 @pytest.mark.parametrize("name", ["tutorial", "flatten", "atari", "signal"])
-def test_one_op_per_block_and_no_copies(name):
+def test_one_op_per_block_and_no_copies(name, monkeypatch):
+    monkeypatch.setattr(plans, "_by_sizes_cached", lambda *_: (None, "direct", "direct", "whatever the size"))
     children, shape, sizes = CHAINS[name]
     ours, _ = pair(children())
     x = grid(*shape)
@@ -583,7 +632,7 @@ class Counting(nn.Identity):
 
 def generic(*more):
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.AvgPool2d(2), nn.Dropout(), *more
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Softplus(), nn.AvgPool2d(2), nn.Dropout(), *more
     )
 
 
@@ -643,7 +692,7 @@ def test_what_must_not_be_chunked(why, monkeypatch):
 def test_unbatched_layers_are_not_chunked(monkeypatch):
     """A Conv1d behind a layer that left (N, F) takes the batch for channels."""
     monkeypatch.setattr(time_distributed, "CHUNK_BYTES", 1)
-    module = nn.Sequential(nn.Tanh(), nn.Conv1d(12, 12, 3))
+    module = nn.Sequential(nn.Softplus(), nn.Conv1d(12, 12, 3))
     ours, x = cf.TimeDistributed(module, flatten=False), grid(3, 4, 9)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), module(x.flatten(0, 1)).unflatten(0, (3, 4)))
@@ -704,3 +753,53 @@ def test_script_trace_and_fx():
     torch.testing.assert_close(torch.jit.script(ours)(x), twin(x))
     torch.testing.assert_close(torch.jit.trace(ours, x)(x), twin(x))
     torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), twin(x))
+
+
+# ---------------------------------------------------------------- ToSequence
+
+SEQUENCES = [layout for layout in LAYOUTS if not layout.startswith("channels_")]
+
+
+@pytest.mark.parametrize("layout", [*SEQUENCES, "frames", "frames_time_major"])
+@pytest.mark.parametrize("container", [nn.Sequential, cf.Sequential])
+def test_to_sequence(layout, container):
+    steps = 3 if layout.startswith("frames") else None
+    block = [on_grid(nn.Conv2d(3, 17, 3, padding=1)), nn.ReLU(), nn.MaxPool2d(2)]
+    x = grid(6, 3, 8, 10)
+    y = nn.Sequential(*block)(x)
+    if steps is None:
+        expected = in_layout(y, layout)
+    elif layout == "frames":
+        expected = torch.stack([torch.stack([y[b * 3 + t].flatten() for t in range(3)]) for b in range(2)])
+    else:
+        expected = torch.stack([torch.stack([y[t * 2 + b].flatten() for b in range(2)]) for t in range(3)])
+    got = container(*block, cf.ToSequence(layout, steps))(x)
+    assert got.shape == expected.shape and got.is_contiguous()
+    torch.testing.assert_close(got, expected)
+
+
+@needs_extension
+def test_to_sequence_is_written_by_the_block_before():
+    ours = cf.Sequential(*CHAINS["tutorial"][0](), nn.Dropout(), cf.ToSequence("columns_time_major")).eval()
+    x = grid(2, 3, 8, 10)
+    with torch.no_grad(), Ops() as ops:
+        ours(x)
+    assert ops.names == ["cnnlstm_fast::conv_block"]
+
+
+def test_to_sequence_of_signals():
+    x = grid(2, 3, 16)
+    for container in (nn.Sequential, cf.Sequential):
+        ours = container(on_grid(nn.Conv1d(3, 8, 3)), nn.ReLU(), cf.ToSequence("locations"))
+        torch.testing.assert_close(ours(x), nn.Sequential(*ours[:2])(x).transpose(1, 2))
+
+
+def test_to_sequence_errors():
+    with pytest.raises(ValueError, match="unknown layout 'channels_last', expected frames or one of"):
+        cf.ToSequence("channels_last")
+    with pytest.raises(ValueError, match="steps=None: frames need it"):
+        cf.ToSequence("frames")
+    with pytest.raises(ValueError, match="nothing else does"):
+        cf.ToSequence("rows", steps=3)
+    with pytest.raises(ValueError, match=r"got shape \(2, 3\), expected a map"):
+        cf.ToSequence("rows")(torch.zeros(2, 3))

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from cnnlstm_fast import models, reference
-from cnnlstm_fast.demo import data, measure
+from cnnlstm_fast import measure, models, reference
+from cnnlstm_fast.demo import data
 from cnnlstm_fast.demo.plot import draw
 from cnnlstm_fast.demo.report import Report, SystemReport, table
 from cnnlstm_fast.demo.training import Learner, accuracy, initialise, nudge, scores

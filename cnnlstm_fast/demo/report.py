@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from cnnlstm_fast import doctor
-from cnnlstm_fast.demo.measure import Comparison
+from cnnlstm_fast.measure import Comparison
 
 
 @dataclass

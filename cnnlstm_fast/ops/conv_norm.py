@@ -10,6 +10,9 @@ Three ways, each for what it is fastest at:
   ``w m`` and ``w C w``, where ``m`` and ``C`` are mean and covariance of the patches that the kernel
   sees. With few taps these cost less than a map, and the rest is a fold and a block without a norm.
 
+``conv_norm_block`` keeps for its backward, besides the codes, z of every winner and computes the map again,
+or the map too where ``keep_map`` says so; without a pool it keeps the map alone.
+
 Schema terms are those of :mod:`cnnlstm_fast.ops.conv_block`; ``stats`` holds mean, biased variance, scale
 and shift of every channel as float64 (4, C). A convolution's bias changes nothing under batch statistics
 but the running mean, and ``stats`` has the mean without it.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cnnlstm_fast.ops.conv_block import new_like_input
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
 
@@ -31,13 +35,12 @@ _lib.define(
 _lib.define(
     "conv_norm_block(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, "
     "Tensor? var, float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, "
-    "bool keep) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "bool keep, bool keep_map) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "conv_norm_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor stats, Tensor codes, Tensor kept, "
-    "float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, bool given, "
-    "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)"
+    "Tensor map, float eps, int[] conv, int activation, float[] act, int[] pool, int[] order, int plan, "
+    "bool given, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define("patch_moments(Tensor x, Tensor weight, int[] conv) -> Tensor")
 
@@ -53,23 +56,25 @@ def _(weight, bias, gamma, beta, mean, var, eps):
 
 
 @torch.library.register_fake("cnnlstm_fast::conv_norm_block", lib=_lib)
-def _(x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, keep):
+def _(x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, keep, keep_map):
     conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
     size = pool_size(conv_hw, pool)
     n, c = x.shape[0], weight.shape[0]
     out = x.new_empty(raw_shape(order, n, c, size))
     codes = codes_shape(pool[0] * pool[1], n, c, size) if keep and pool else [0]
-    kept = [0] if not keep else out.shape if pool else [n, *conv_hw, c]
+    kept = out.shape if keep and pool else [0]
+    kept_map = [n, *conv_hw, c] if keep and (not pool or (keep_map and mean is None)) else [0]
     stats = x.new_empty([4, c], dtype=torch.float64)
-    return out, x.new_empty(codes, dtype=torch.uint8), x.new_empty(kept), stats
+    return out, x.new_empty(codes, dtype=torch.uint8), x.new_empty(kept), x.new_empty(kept_map), stats
 
 
 @torch.library.register_fake("cnnlstm_fast::conv_norm_block_backward", lib=_lib)
 def _(
-    grad, x, weight, stats, codes, kept, eps, conv, activation, act, pool, order, plan, given, need_x, need_weight
+    grad, x, weight, stats, codes, kept, map, eps, conv, activation, act, pool, order, plan, given,
+    need_x, need_weight,
 ):  # fmt: skip
     return (
-        x.new_empty(x.shape if need_x else [0]),
+        new_like_input(x) if need_x else x.new_empty(0),
         weight.new_empty(weight.shape if need_weight else [0]),
         stats.new_empty([2, weight.shape[0]]),
     )
@@ -148,19 +153,22 @@ class ConvNormFunction(torch.autograd.Function):
     """Autograd around ``conv_norm_block``; gives the raw result and the statistics."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan):
-        raw, codes, kept, stats = forward_op(
-            x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, True
+    def forward(
+        ctx, x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, keep_map
+    ):
+        args = conv, activation, act, pool, order, plan
+        raw, codes, kept, kept_map, stats = forward_op(
+            x, weight, bias, gamma, beta, mean, var, eps, *args, True, keep_map
         )
         ctx.args = eps, conv, activation, act, pool, order, plan
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(x, weight, bias, gamma, beta, mean, var, codes, kept, stats)
+        ctx.save_for_backward(x, weight, bias, gamma, beta, mean, var, codes, kept, kept_map, stats)
         return raw, stats
 
     @staticmethod
     def backward(ctx, grad, _):
-        *inputs, mean, var, codes, kept, stats = ctx.saved_tensors
+        *inputs, mean, var, codes, kept, kept_map, stats = ctx.saved_tensors
         eps, *args, plan = ctx.args
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
@@ -169,11 +177,11 @@ class ConvNormFunction(torch.autograd.Function):
             x, weight, bias, *affine = inputs
             again = conv_block_by_args(x, weight, bias, *args, norm=(mean, var, *affine, eps))
             found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
-            return *(next(found) if need else None for need in needs), *(None,) * 9
+            return *(next(found) if need else None for need in needs), *(None,) * 10
         x, weight, bias, gamma, beta = inputs
         given = mean is not None
         dx, dweight, sums = backward_op(
-            grad, x, weight, stats, codes, kept, eps, *args, plan, given, needs[0], needs[1]
+            grad, x, weight, stats, codes, kept, kept_map, eps, *args, plan, given, needs[0], needs[1]
         )
         dbias = None
         if needs[2]:  # under statistics of the batch it cancels
@@ -184,7 +192,7 @@ class ConvNormFunction(torch.autograd.Function):
             dbias,
             sums[0].to(gamma.dtype) if needs[3] else None,
             sums[1].to(beta.dtype) if needs[4] else None,
-            *(None,) * 9,
+            *(None,) * 10,
         )
 
 

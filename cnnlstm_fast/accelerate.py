@@ -1,0 +1,817 @@
+"""Any model -> the same model, fast.
+
+A block is found by what really happens to a convolution's result, not by looking at code. Every
+convolution of the accelerated model carries one forward pre-hook, a :class:`Capture`:
+
+1. *Observe.* The first call in each mode runs as it is, but its result notes who consumes it
+   (:class:`Observed`, a Tensor subclass for as long as it is looked at). A norm, an activation or a
+   pool in the order of a block prolongs the chain; anything else ends it there. Loops, masks,
+   packing and methods other than ``forward`` need no special care: what was not consumed in this
+   order, and by nothing else, is no block.
+2. *Defer.* In later calls the convolution and the steps of that chain answer with :class:`Deferred`
+   tensors, which have a shape, a gradient function and no memory, and the chain's last step runs
+   the whole block. Whoever touches a deferred tensor in any other way, in Python or below it, gets
+   its true value, computed by PyTorch's own operators, and its gradient flows as always. The site
+   is then observed again.
+
+So a changed flow, hooks set later or a custom ``autograd.Function`` cost time, never the answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_iter, tree_map
+
+from cnnlstm_fast import functional, patterns, plans
+from cnnlstm_fast.nn import recurrent
+from cnnlstm_fast.patterns import CONVS, Conv, Norm
+
+__all__ = ["Report", "Site", "accelerate"]
+
+#: The key of our hook among a module's; a string, since numbers are given out by a counter that
+#: starts anew in every process.
+HOOK = "cnnlstm_fast"
+
+#: How often the flow behind a convolution may differ from the observed one before it is left alone.
+SURPRISES = 3
+
+#: How many shapes of inputs a convolution remembers.
+MEMORY = 256
+
+#: Microseconds of PyTorch's own time that deferring a block costs, about. Blocks that would take less
+#: than twice that run as they are.
+OVERHEAD_US = 40.0
+#: Operations and bytes a microsecond of a slow core, for the same estimate.
+ARITHMETIC, BANDWIDTH = 5e4, 5e3
+
+_no_function = torch._C.DisableTorchFunctionSubclass
+_PLAIN = (Tensor, nn.Parameter)
+
+#: What may be asked of an observed or deferred tensor without consuming it.
+_QUESTIONS = {
+    Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
+    Tensor.layout.__get__, Tensor.requires_grad.__get__, Tensor.is_cuda.__get__, Tensor.is_sparse.__get__,
+    Tensor.is_leaf.__get__, Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, torch.is_floating_point, torch.is_complex,
+    torch.numel,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- what is known of one convolution
+
+
+class Step:
+    """One call behind a convolution: what was called, with which arguments, as which part."""
+
+    __slots__ = ("args", "found", "function", "kind", "kwargs")
+
+    def __init__(self, function, args, kwargs, found: patterns.Found):
+        self.function, self.found, self.kind = function, found, found.part.kind
+        self.args, self.kwargs = args[1:], kwargs
+
+    def norm(self, args, kwargs) -> Norm | None:
+        """The arguments of a norm's call that is like this one; its tensors may be others."""
+        try:
+            norm = Norm(*args[1:], **kwargs)
+        except TypeError:
+            return None
+        return norm if norm.training == self.found.value.training else None
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.args, **self.kwargs)
+
+    def __str__(self) -> str:
+        if self.kind == "norm":
+            return "BatchNorm"
+        return type(self.found.value).__name__ if self.found.value is not None else "Identity"
+
+
+class Sized(NamedTuple):
+    """What a recipe knows about inputs of one shape: the plan, why, and (shape, strides) of its values."""
+
+    plan: str
+    why: str
+    shapes: list[tuple]
+
+
+class Recipe:
+    """A chain that was observed, and that the next calls are to run as one block.
+
+    Attributes:
+        steps: behind the convolution.
+        dtypes: of the values before the last one.
+        sizes: by the shape and strides of the input.
+    """
+
+    def __init__(self, steps: list[Step], dtypes: list[torch.dtype]):
+        self.steps, self.dtypes = steps, dtypes
+        parts = {patterns.SLOTS.get(step.kind): step.found.value for step in steps}
+        self.activation, self.pool = parts.get("activation"), parts.get("pool")
+        self.norm: Norm | None = parts.get("norm")  # as it was observed
+        self.sizes: dict[tuple, Sized] = {}
+
+    def sized(self, function, x: Tensor, conv: Conv) -> Sized:
+        """Look up an input like ``x``."""
+        if len(self.sizes) > MEMORY:
+            self.sizes.clear()
+        module = self.norm.module(conv.weight.shape[0], x.dim()) if self.norm is not None else None
+        try:
+            plan, why = patterns.plan_of(x, *conv, module, self.activation, self.pool)
+        except ValueError as error:  # PyTorch says it in its own words
+            plan, why = "reference", str(error)
+        shapes = self._shapes(function, x, conv) if plan != "reference" else []
+        if shapes and x.device.type == "cpu" and self._eager_us(shapes[0][0], conv.weight) < 2 * OVERHEAD_US:
+            plan, why = "reference", "so small that calling it costs more than computing it"
+        found = self.sizes[x.shape, x.stride()] = Sized(plan, why, shapes)
+        return found
+
+    def _eager_us(self, shape: tuple, weight: Tensor) -> float:
+        """What PyTorch takes for the block on this machine's processor, roughly, beside its calls."""
+        outputs = math.prod(shape)
+        return outputs * (weight[0].numel() * 2 / ARITHMETIC + (1 + len(self.steps)) * 4 / BANDWIDTH)
+
+    def _shapes(self, function, x: Tensor, conv: Conv) -> list[tuple]:
+        """Of all values but the last one."""
+        with torch.no_grad():
+            y = function(
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"),
+                torch.empty_like(conv.weight, dtype=x.dtype, device="meta"),
+                None, *conv[2:],
+            )  # fmt: skip
+            found = [(y.shape, y.stride())]
+            for step in self.steps[:-1]:
+                if step.kind in ("pool", "max_pool"):
+                    y = step.run(y)
+                found.append((y.shape, y.stride()))
+        return found
+
+
+class Trace:
+    """What an observed call has shown so far.
+
+    Attributes:
+        limit: the chain may not go beyond this value, because something else reads it.
+    """
+
+    def __init__(self, x: Tensor, rank: int):
+        self.rank, self.state = rank, "conv"
+        self.steps: list[Step] = []
+        self.limit: int | None = None
+        self.values: list[weakref.ref] = []
+        self.dtypes: list[torch.dtype] = []
+        self.context = _context(x)
+        self.x = x
+        # No version counter in inference mode: there the values themselves are compared.
+        self.before = x.clone() if x.is_inference() else x._version
+
+    def note(self, value: Tensor) -> Tensor:
+        """Let ``value`` note who consumes it."""
+        value.__class__ = Observed
+        value._trace, value._at = self, len(self.values)
+        self.values.append(weakref.ref(value))
+        self.dtypes.append(value.dtype)
+        return value
+
+    def prolong(self, value: Observed, function, args, kwargs) -> Step | None:
+        """The call as the chain's next step, or None where it is none."""
+        if value._at != len(self.steps) or self.limit is not None or _context(value) != self.context:
+            return None
+        found = patterns.read_call(function, args, kwargs)
+        if found is None:
+            return None
+        state = patterns.follow(self.state, found.part, self.rank)
+        if state is None or not self._input_unchanged():
+            return None
+        self.state = state
+        return Step(function, args, kwargs, found)
+
+    def _input_unchanged(self) -> bool:
+        x = self.x
+        return torch.equal(x, self.before) if x.is_inference() else x._version == self.before
+
+    def ends_at(self, at: int) -> None:
+        self.limit = at if self.limit is None else min(self.limit, at)
+        self.x = self.before = None
+
+    def recipe(self) -> Recipe | None:
+        """What was learnt, or None while somebody still holds a value that may yet be consumed."""
+        end = len(self.steps) if self.limit is None else self.limit
+        alive = [at for at, value in enumerate(self.values) if type(value()) is Observed]
+        if any(at < end for at in alive) or (self.limit is None and alive):
+            return None
+        while end and self.steps[end - 1].kind == "identity":
+            end -= 1
+        return Recipe(self.steps[:end], self.dtypes[:end])
+
+
+def _context(x: Tensor) -> tuple:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.is_grad_enabled(), torch.get_autocast_dtype(device)
+    return _GRAD if torch.is_grad_enabled() else _NO_GRAD
+
+
+_GRAD, _NO_GRAD = (True, None), (False, None)
+
+
+class Observed(Tensor):
+    """A true result that notes who consumes it; it becomes a plain Tensor again when it has been."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with _no_function():
+            if function in _QUESTIONS:
+                return function(*args, **kwargs)
+            first = args[0] if args and type(args[0]) is Observed else None
+            step = first._trace.prolong(first, function, args, kwargs) if first is not None else None
+            if step is None:
+                for value in tree_iter((args, kwargs)):
+                    if type(value) is Observed:
+                        value._trace.ends_at(value._at)
+                        _release(value)
+                return function(*args, **kwargs)
+            trace = first._trace
+            result = function(*args, **kwargs)
+            trace.steps.append(step)
+            if result is first:  # in place, or an identity
+                trace.values[first._at] = _nobody
+                first._at += 1
+                trace.values.append(weakref.ref(first))
+                trace.dtypes.append(first.dtype)
+                return result
+            if trace.state == "pooled":  # nothing can follow
+                trace.ends_at(len(trace.steps))
+                return result
+            return trace.note(result)
+
+
+def _nobody() -> None:
+    """In the place of a weak reference to a value that is no more."""
+
+
+def _release(value: Tensor) -> None:
+    value.__class__ = Tensor
+    del value._trace, value._at
+
+
+# ---------------------------------------------------------------- deferring
+
+
+class Chain:
+    """One deferred call: the convolution's arguments, and how far along the recipe it has come.
+
+    Attributes:
+        at: the value at hand: 0 is the convolution's, ``at`` that of the recipe's step ``at - 1``.
+        places: which value each promise stands for.
+        ready: promises made in advance, the next one last.
+        done: the block has run, or it never will.
+        counted: the batch statistics have been added to the running ones.
+        out: the last value where that was computed in place of an earlier one.
+    """
+
+    __slots__ = (
+        "at", "capture", "context", "conv", "counted", "done", "function", "norm", "out", "places", "ready",
+        "recipe", "shapes", "version", "x",
+    )  # fmt: skip
+
+    def __init__(self, capture: Capture, recipe: Recipe, shapes, context, function, x: Tensor, conv: Conv):
+        self.capture, self.recipe, self.shapes, self.context = capture, recipe, shapes, context
+        self.function, self.x, self.conv = function, x, conv
+        self.version = -1 if x.is_inference() else x._version
+        self.at = 0
+        self.norm: Norm | None = None
+        self.places: list[int] = []
+        self.ready: list[Deferred] = []
+        self.done = self.counted = False
+        self.out: Tensor | None = None
+
+    def promise(self) -> Deferred:
+        """A deferred tensor in the place of the value at hand."""
+        if self.ready:
+            return self.ready.pop()
+        if self.context[0]:
+            norm = self.norm or self.recipe.norm
+            tensors = (self.x, *self.conv[:2], *(() if norm is None else norm[2:4]))
+            if any([t is not None and t.requires_grad for t in tensors]):
+                values = Promise.apply(self, *tensors)
+                for value in reversed(values):
+                    value._chain = self
+                    self.ready.append(value)
+                return self.ready.pop()
+        value = self.bare(self.at)
+        value._chain = self
+        return value
+
+    def bare(self, at: int) -> Deferred:
+        shape, stride = self.shapes[at]
+        value = Tensor._make_wrapper_subclass(
+            Deferred, shape, strides=stride, dtype=self.recipe.dtypes[at], device=self.x.device
+        )
+        value._place = len(self.places)
+        self.places.append(at)
+        return value
+
+    def follow(self, value: Deferred, function, args, kwargs) -> Tensor | None:
+        """The result of a call that was expected, or None."""
+        at = self.at
+        if self.places[value._place] != at or self.done:
+            return None
+        steps = self.recipe.steps
+        step = steps[at]
+        if function is not step.function or _context(self.x) != self.context:
+            return None
+        if step.kind == "norm":
+            norm = step.norm(args, kwargs)
+            if norm is None:
+                return None
+            self.norm, expected = norm, self.recipe.norm
+            if norm.weight is not expected.weight or norm.bias is not expected.bias:
+                self.ready.clear()  # their gradients would go elsewhere
+        elif args[1:] != step.args or kwargs != step.kwargs:
+            return None
+        self.at = at = at + 1
+        if at == len(steps):
+            self.check_input()
+            result = self.run()
+            self.done = self.counted = True
+            if step.found.inplace:
+                self.out, self.places[value._place] = result, at
+            return result
+        if step.kind == "identity":
+            if self.ready:
+                self.ready.pop()
+            self.places[value._place] = at
+            return value
+        if step.found.inplace:
+            self.places[value._place] = at
+        return self.promise()
+
+    def check_input(self) -> None:
+        if self.version >= 0 and self.x._version != self.version:
+            self.capture.leave_alone("its input is changed in place before its result is used")
+            raise RuntimeError(
+                "the input of a convolution was changed in place before the result of the convolution was "
+                "used, which did not happen when cf.accelerate observed it: from now on it runs as it is"
+            )
+
+    def run(self) -> Tensor:
+        norm, conv, recipe = self.norm, self.conv, self.recipe
+        if norm is not None:
+            norm = norm.module(conv.weight.shape[0], self.x.dim())
+        return patterns.run_block(self.x, *conv, norm, recipe.activation, recipe.pool)
+
+    def true_value(self, at: int) -> Tensor:
+        """A value by PyTorch's own operators; batch statistics count once, whoever computes them."""
+        self.check_input()
+        y = self.function(self.x, *self.conv)
+        for step in self.recipe.steps[:at]:
+            if step.kind == "norm":
+                norm = self.norm
+                if norm.training and self.counted:
+                    norm = norm._replace(running_mean=None, running_var=None)
+                self.counted = True
+                y = step.function(y, *norm)
+            else:
+                y = step.run(y.clone() if step.found.inplace else y)
+        return y
+
+    def break_off(self) -> None:
+        """Somebody looks at a value: the rest runs as it is, and the site is observed again."""
+        if not self.done:
+            self.done = True
+            self.ready.clear()
+            self.capture.surprise(self.recipe)
+
+    def __del__(self):
+        norm = self.norm
+        if norm is not None and norm.training and norm.running_mean is not None and not self.counted:
+            with torch.no_grad(), _no_function():
+                self.true_value(self.at)
+
+
+class Promise(torch.autograd.Function):
+    """The gradient of deferred tensors that were used in another way than expected."""
+
+    @staticmethod
+    def forward(ctx, chain, *tensors):
+        ctx.chain, ctx.first, ctx.tensors = chain, len(chain.places), tensors
+        ctx.set_materialize_grads(False)
+        return tuple([chain.bare(at) for at in range(chain.at, len(chain.recipe.steps))])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        chain, needs = ctx.chain, ctx.needs_input_grad[1:]
+        needed = [t for t, need in zip(ctx.tensors, needs, strict=True) if need]
+        places = [(ctx.first + i, grad) for i, grad in enumerate(grads) if grad is not None]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), _no_function():
+            values = [chain.true_value(chain.places[place]) for place, _ in places]
+        found = iter(
+            torch.autograd.grad(
+                values, needed, [grad for _, grad in places], create_graph=create_graph, allow_unused=True
+            )
+            if places
+            else [None] * len(needed)
+        )
+        return None, *(next(found) if need else None for need in needs)
+
+
+class Realize(torch.autograd.Function):
+    """The true value of a deferred tensor."""
+
+    @staticmethod
+    def forward(ctx, value):
+        chain = value._chain
+        return chain.true_value(chain.places[value._place]).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Deferred(Tensor):
+    """A value of a chain that nobody is expected to look at."""
+
+    #: For `explain`: a module that returns one is part of a block.
+    is_deferred = True
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and type(args[0]) is Deferred:
+            result = args[0]._chain.follow(args[0], function, args, kwargs)
+            if result is not None:
+                return result
+        if function in _QUESTIONS:
+            with _no_function():
+                return function(*args, **kwargs)
+        args, kwargs = tree_map(_real, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_raw, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _real(value):
+    """The true value, with its gradient."""
+    if type(value) is not Deferred:
+        return value
+    chain = value._chain
+    if chain.out is not None and chain.places[value._place] == len(chain.recipe.steps):
+        return chain.out  # the last step was in place
+    chain.break_off()
+    if not hasattr(value, "_real"):
+        with _no_function(), torch.set_grad_enabled(value.requires_grad):
+            value._real = Realize.apply(value)
+    return value._real
+
+
+def _raw(value):
+    """The true value, below autograd."""
+    if type(value) is not Deferred:
+        return value
+    chain = value._chain
+    chain.break_off()
+    if not hasattr(value, "_raw"):
+        with torch.no_grad(), _no_function():
+            value._raw = chain.true_value(chain.places[value._place])
+    return value._raw
+
+
+# ---------------------------------------------------------------- the hook
+
+
+class Capture:
+    """The forward pre-hook on a convolution: decides whether a call runs as it is, observed or deferred.
+
+    A copy of it, by whatever way, knows nothing yet.
+    """
+
+    def __init__(self):
+        self.known: dict[tuple, Trace | Recipe] = {}
+        self.surprises = 0
+        self.left_alone: str | None = None
+        self.why_plain: str | None = None
+
+    def __reduce__(self):
+        return Capture, ()
+
+    def __call__(self, module: nn.Module, args: tuple):
+        if torch.compiler.is_compiling():
+            return None
+        why = self.left_alone or _why_plain(module, args)
+        if why is not None:
+            self.runs_plain(module, why)
+            return None
+        return (Input(args[0], self, module),)
+
+    def leave_alone(self, why: str) -> None:
+        self.known.clear()
+        self.left_alone = why
+
+    def surprise(self, recipe: Recipe) -> None:
+        self.surprises += 1
+        if self.surprises >= SURPRISES:
+            self.leave_alone("what follows it changes from call to call")
+        else:
+            self.known = {key: known for key, known in self.known.items() if known is not recipe}
+
+    def runs_plain(self, module: nn.Module, why: str) -> None:
+        self.why_plain = why
+        if plans.observer is not None:
+            plans.observer.as_is(module, why)
+
+    def convolve(self, function, x: Tensor, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+        """The convolution of a module, or what stands for its result."""
+        conv = Conv(*args, **kwargs)
+        if type(conv.weight) not in _PLAIN or x.dim() != CONVS[function]:
+            self.runs_plain(module, "its weight is a Tensor subclass or its input has no batch dimension")
+            return function(x, *conv)
+        context = _context(x)
+        key = (module.training, x.dtype, x.device.type, *context)
+        known = self.known.get(key)
+        if known is None:
+            self.runs_plain(module, "is being observed: the first call in this mode")
+            y = function(x, *conv)
+            if type(y) is Tensor:
+                trace = self.known[key] = Trace(x, CONVS[function])
+                trace.note(y)
+            return y
+        if type(known) is Trace:
+            recipe = known.recipe()
+            if recipe is None:
+                self.runs_plain(module, "is being observed: results of its first call are still held")
+                return function(x, *conv)
+            known = self.known[key] = recipe
+        sized = known.sizes.get((x.shape, x.stride())) or known.sized(function, x, conv)
+        if sized.plan == "reference":
+            self.runs_plain(module, sized.why)
+            return function(x, *conv)
+        chain = Chain(self, known, sized.shapes, context, function, x, conv)
+        return chain.promise() if known.steps else chain.run()
+
+
+class Input:
+    """In the place of a convolution's input for as long as its ``forward`` runs."""
+
+    __slots__ = ("capture", "module", "x")
+
+    def __init__(self, x: Tensor, capture: Capture, module: nn.Module):
+        self.x, self.capture, self.module = x, capture, module
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        given = args[0]
+        kwargs = kwargs or {}
+        if function in CONVS:
+            return given.capture.convolve(function, given.x, given.module, args[1:], kwargs)
+        # Padding of another mode than zeros comes before the convolution.
+        return Input(function(given.x, *args[1:], **kwargs), given.capture, given.module)
+
+
+def _why_plain(module: nn.Module, args: tuple) -> str | None:
+    """Why a call of a convolution runs as it is, as a sentence; None if it need not."""
+    if (
+        module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+        or len(module._forward_pre_hooks) > 1 or functional.global_hooks()
+    ):  # fmt: skip
+        return "has hooks"
+    if len(args) != 1 or type(args[0]) not in _ACCEPTED:
+        return "its input is not a plain tensor"
+    if args[0].layout is not torch.strided or args[0].is_nested:
+        return "its input is not a plain tensor"
+    if torch.jit.is_tracing():
+        return "is being traced"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are being computed"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors are active (checkpointing)"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode is active"
+    return None
+
+
+_ACCEPTED = (Tensor, nn.Parameter, Observed)
+
+
+# ---------------------------------------------------------------- the accelerated copy
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """The same model, made of fast parts.
+
+    The result is of the same class, with modules of its own that share all parameters and buffers
+    with ``model``'s, which stays as it is. Convolutions with what follows them run as one block
+    wherever that was seen to be the same (see above); ``nn.LSTM`` and ``nn.GRU`` become our own
+    classes, which compare equal to theirs. Hooks, parametrizations, custom attributes and methods,
+    ``train``/``eval``, ``state_dict`` keys, copying and pickling are as before.
+
+    ``report()`` of the result says what became fast, what did not and why, after it has been called
+    at least twice in a mode (the first call observes).
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"got a {type(model).__name__}, expected an nn.Module")
+    fast = _copied(getattr(model, "_orig_mod", model))
+    fused_already = {id(m) for container in fast.modules() for m in _chain_of(container)}
+    for module in fast.modules():
+        if _convolves(module) and id(module) not in fused_already:
+            module._forward_pre_hooks[HOOK] = Capture()
+    if not hasattr(fast, "report"):
+        fast.report = Reporter(fast)
+    return fast
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Whether a module is a convolution with PyTorch's own forward, whatever its weights come from."""
+    return any(
+        isinstance(module, conv)
+        and "forward" not in module.__dict__
+        and type(module).forward is conv.forward
+        and type(module)._conv_forward is conv._conv_forward
+        for conv in (nn.Conv1d, nn.Conv2d)
+    )
+
+
+def _chain_of(module: nn.Module) -> list[nn.Module]:
+    """The modules that one of the package's own containers fuses by itself."""
+    if not type(module).__module__.startswith(__package__ + ".") or isinstance(module, nn.RNNBase):
+        return []
+    return patterns.members(module.children())
+
+
+class _EqualsTwin(type):
+    """Classes that compare equal to the plain class they stand in for, as ``type(m) == nn.LSTM`` asks."""
+
+    def __eq__(cls, other):
+        return other is cls.twin or other is cls
+
+    def __hash__(cls):
+        return hash(cls.twin)
+
+
+class LSTM(recurrent.LSTM, nn.LSTM, metaclass=_EqualsTwin):
+    """What an ``nn.LSTM`` becomes: an instance of that still, for whoever asks."""
+
+
+class GRU(recurrent.GRU, nn.GRU, metaclass=_EqualsTwin):
+    """What an ``nn.GRU`` becomes: an instance of that still, for whoever asks."""
+
+
+_FAST: dict[type, type] = {nn.LSTM: LSTM, nn.GRU: GRU}
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Modules of its own over the same tensors; other attributes are copied where that is possible."""
+    memo: dict[int, Any] = {}
+    modules = []
+    for thing in _reachable(model):
+        if isinstance(thing, Tensor):
+            memo[id(thing)] = thing
+        elif isinstance(thing, torch.jit.ScriptModule):
+            memo[id(thing)] = thing
+        else:
+            cls = type(thing)
+            if "forward" not in thing.__dict__:
+                cls = _FAST.get(cls, cls)
+            memo[id(thing)] = cls.__new__(cls)
+            modules.append(thing)
+    memo[id(memo)] = [model]  # deepcopy keeps alive here what it has copied
+    for module in modules:
+        for name, value in module.__dict__.items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                memo[id(value)] = type(value)((key, _rebound(hook, memo)) for key, hook in value.items())
+    for module in modules:
+        state = {}
+        for name, value in module.__dict__.items():
+            if name == "_modules":
+                value = {key: memo.get(id(child), child) for key, child in value.items()}
+            elif name == "_parameters" or (name == "_buffers" and not value):
+                value = value.copy()
+            elif name != "_buffers":  # the very same dictionary, so that .to() and .half() reach both
+                value = _copied_value(value, memo)
+            state[name] = value
+        memo[id(module)].__dict__.update(state)
+    return memo[id(model)]
+
+
+def _copied_value(value, memo: dict):
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # locks, generators, handles, results with a history
+        return value
+
+
+def _rebound(hook, memo: dict):
+    """A hook that is a method of one of the modules, as that of its copy; others stay."""
+    if isinstance(hook, types.MethodType) and id(hook.__self__) in memo:
+        return types.MethodType(hook.__func__, memo[id(hook.__self__)])
+    return Capture() if isinstance(hook, Capture) else hook
+
+
+def _reachable(value) -> Iterator[nn.Module | Tensor]:
+    """All modules and tensors that ``value`` holds, in containers and attributes too; each once."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, (type, types.ModuleType, types.FunctionType, str, bytes)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        if isinstance(value, nn.Module):
+            yield value
+        if isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            stack.extend(value)
+        elif hasattr(value, "__dict__"):
+            stack.extend(vars(value).values())
+
+
+# ---------------------------------------------------------------- the report
+
+
+class Site(NamedTuple):
+    """One row of a :class:`Report`.
+
+    Attributes:
+        name: the module's name in the model.
+        block: what runs as one, as ``Conv2d+BatchNorm+ReLU+MaxPool2d``.
+        mode: ``training`` or ``eval``, the dtype, and ``no gradients`` where they are off.
+        plan: ``direct``, ``chunked`` or ``fast`` (a recurrent layer); ``PyTorch`` for what runs as it is.
+        reason: why.
+    """
+
+    name: str
+    block: str
+    mode: str
+    plan: str
+    reason: str
+
+
+class Report(NamedTuple):
+    """What became fast; ``str()`` is a table."""
+
+    sites: list[Site]
+
+    def __str__(self) -> str:
+        rows = [tuple(name for name in Site._fields), *self.sites]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(Site._fields))]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+class Reporter:
+    """``report()`` of an accelerated model; a copy of the model takes a copy of it along."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self) -> Report:
+        """Every convolution and recurrent layer, by the calls so far."""
+        fused = {id(m) for module in self.model.modules() for m in _chain_of(module)}
+        return Report([site for name, m in self.model.named_modules() for site in _sites(name, m, fused)])
+
+
+def _sites(name: str, module: nn.Module, fused: set[int]) -> Iterator[Site]:
+    kind = type(module).__name__
+    capture = module._forward_pre_hooks.get(HOOK)
+    if isinstance(capture, Capture):
+        if not capture.known:
+            why = capture.left_alone or capture.why_plain or "has not been called"
+            yield Site(name, kind, "", "PyTorch", why)
+        for (training, dtype, _, grad, autocast), known in capture.known.items():
+            mode = f"{'training' if training else 'eval'}, {str(autocast or dtype)[6:]}"
+            mode += "" if grad else ", no gradients"
+            if isinstance(known, Trace):
+                yield Site(name, kind, mode, "PyTorch", "observed once: fast from the next calls on")
+                continue
+            block = "+".join([kind, *map(str, known.steps)])
+            for plan, why in dict.fromkeys(sized[:2] for sized in known.sizes.values()):
+                yield Site(name, block, mode, "PyTorch" if plan == "reference" else plan, why)
+    elif isinstance(module, nn.RNNBase):
+        is_fast = isinstance(module, (recurrent.LSTM, recurrent.GRU))
+        why = "" if is_fast else "only nn.LSTM and nn.GRU themselves are replaced"
+        yield Site(name, kind, "", "fast" if is_fast else "PyTorch", why)
+    elif id(module) in fused and type(module) in (nn.Conv1d, nn.Conv2d):
+        yield Site(name, kind, "", "fast", "its container fuses it")
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        yield Site(name, kind, "", "PyTorch", "is not fused")

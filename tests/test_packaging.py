@@ -1,0 +1,268 @@
+"""What is shipped: the binary's symbols, the source archive, the wheel; and machines that lack something."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import needs_extension, run_python
+
+import cnnlstm_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = next(iter(Path(cnnlstm_fast.__file__).parent.glob("_C*.so")), None)
+needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs a checkout")
+
+
+def run(*command, **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
+    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+# ------------------------------------------------------------- the binary
+
+
+def symbols(*flags: str) -> list[str]:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm is not installed: binutils has it")
+    lines = run(nm, "-D", *flags, str(LIBRARY)).splitlines()
+    return [line.split()[-1].partition("@")[0] for line in lines]
+
+
+@needs_extension
+def test_only_stable_symbols_of_torch():
+    """Nothing of C++ PyTorch (at::, c10::, torch::) is needed, only the C functions of the stable ABI."""
+    undefined = symbols("--undefined-only")
+    mangled = [s for s in undefined if re.match(r"_ZN?K?[A-Z]*(2at|3c10|5torch|5caffe2)", s)]
+    assert not mangled
+    of_torch = [s for s in undefined if s.startswith(("aoti_torch_", "torch_"))]
+    assert "torch_call_dispatcher" in of_torch and "torch_parallel_for" in of_torch
+    others = [s for s in undefined if s not in of_torch and not s.startswith("_Z")]
+    foreign = [s for s in others if re.match(r"(at|c10|torch|Py|GOMP|omp|kmp)_?[A-Z_]", s, re.IGNORECASE)]
+    assert not foreign, "neither Python's nor a second OpenMP runtime's"
+
+
+@needs_extension
+def test_nothing_of_ours_is_exported():
+    """All our names are hidden, so that two builds in one process cannot meet."""
+    ours = [s for s in symbols("--defined-only") if "cnnlstm_fast" in s]
+    assert not ours
+
+
+@needs_extension
+def test_needs_no_library_but_torchs_and_the_systems():
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed: binutils has it")
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run(readelf, "-d", str(LIBRARY)))
+    allowed = ("libc10", "libtorch", "libstdc++", "libgcc_s", "libc.so", "libm.so", "libpthread", "ld-linux")
+    assert needed and all(name.startswith(allowed) for name in needed), needed
+
+
+@needs_extension
+def test_kernels_of_instruction_sets_share_no_function(tmp_path):
+    """A weak symbol of an AVX-512 file could be the copy that the linker keeps for all processors."""
+    compiler, nm = shutil.which(os.environ.get("CXX", "g++")), shutil.which("nm")
+    if compiler is None or nm is None or not (ROOT / "csrc").is_dir():
+        pytest.skip("needs a checkout, a C++ compiler and nm")
+    source = ROOT / "csrc" / "cpu" / "kernels_avx512.cpp"
+    compiled = tmp_path / "kernels.o"
+    run(
+        compiler,
+        "-O0",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+        "-c",
+        str(source),
+        "-o",
+        str(compiled),
+    )
+    weak = [line for line in run(nm, str(compiled)).splitlines() if line.split()[-2] in "WwVvu"]
+    assert not weak
+
+
+@needs_checkout
+def test_kernels_compile_without_any_x86():
+    """The baseline as another processor's compiler sees it: no intrinsics, no target attributes.
+
+    The cross compiler for aarch64 where there is one, else this machine's with __x86_64__ undefined.
+    """
+    cross = shutil.which("aarch64-linux-gnu-g++")
+    compiler = cross or shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    pretend = [] if cross else ["-U__x86_64__", "-U__x86_64", "-D__aarch64__"]
+    sources = [*(ROOT / "csrc" / "cpu").glob("kernels_*.cpp")]
+    for source in sources:
+        run(compiler, "-fsyntax-only", "-std=c++17", "-Wno-psabi", *pretend, str(source))
+    for source in sources:  # and none got in by another way
+        if not cross:
+            seen = run(compiler, "-E", "-std=c++17", *pretend, str(source))
+            assert "_mm256_" not in seen and "_mm512_" not in seen, source
+
+
+# ------------------------------------------------------------- archives
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("needs a checkout")
+    folder, tree = tmp_path_factory.mktemp("archive"), tmp_path_factory.mktemp("tree") / "tree"
+    left_out = shutil.ignore_patterns(
+        ".git", ".venv", "build", "*.so", "__pycache__", "*.egg-info", ".*cache"
+    )
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", str(folder), cwd=tree)
+    return next(folder.glob("*.tar.gz"))
+
+
+def tracked() -> list[str]:
+    """Files of the checkout that a build or a test needs."""
+    folders = ("cnnlstm_fast", "csrc", "kernels", "tests", "benchmarks", "docs")
+    found = [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file()]
+    names = [p.relative_to(ROOT).as_posix() for p in found]
+    built = re.compile(r"__pycache__|\.so$|\.pyc$|egg-info")
+    return [n for n in names if not built.search(n)] + ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
+
+
+def test_source_archive_has_everything(archive):
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    missing = [name for name in tracked() if name not in names]
+    assert not missing
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+_SMOKE = """
+import torch, cnnlstm_fast as cf, cnnlstm_fast.kernels
+from cnnlstm_fast import _ext
+print(cf.__file__)
+x = torch.randn(2, 4, 3, 28, 28)
+fast = cf.CNN_LSTM_TimeDistributed(3, 8, 1, 10)
+plain = cf.reference.CNN_LSTM_TimeDistributed(3, 8, 1, 10)
+plain.load_state_dict(fast.state_dict())
+torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+fast(x).sum().backward()
+gru = cf.GRU(5, 7)
+out, _ = gru(torch.randn(6, 3, 5), lengths=[6, 2, 1])
+assert out.shape == (6, 3, 7)
+print(_ext.error)
+"""
+
+
+@pytest.mark.long
+def test_wheel_from_the_source_archive(archive, tmp_path):
+    """Built from the archive alone, installed into an empty environment, and tested from there."""
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index",
+        "--disable-pip-version-check", "-w", str(tmp_path), str(archive),
+        env=os.environ | {"CNNLSTM_FAST_REQUIRE_EXTENSION": "1"})  # fmt: skip
+    wheel = next(tmp_path.glob("*.whl"))
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+    assert "cnnlstm_fast/_C.abi3.so" in names and "cnnlstm_fast/kernels/conv_block.py" in names
+    assert not [n for n in names if n.startswith(("tests", "benchmarks", "csrc"))]
+
+    home = tmp_path / "clean"
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # torch and pytest are seen where they are installed; their folder comes behind the wheel's own
+    (site / "zz_torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+        str(wheel),
+    )
+    said = run(python, "-P", "-c", _SMOKE, cwd=tmp_path).splitlines()
+    assert Path(said[0]).is_relative_to(site) and said[1] == "None", said
+
+    copied = tmp_path / "tests"
+    shutil.copytree(ROOT / "tests", copied, ignore=shutil.ignore_patterns("__pycache__"))
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path),
+        *(f"{copied}/test_{of}.py" for of in ("layouts", "models", "recurrent")), cwd=tmp_path)  # fmt: skip
+
+
+# ------------------------------------------------------------- what a machine may lack
+
+_WITHOUT = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["triton"],
+        ["typer", "rich", "matplotlib", "sklearn"],
+        ["numpy", "onnx", "onnxruntime"],
+        ["setuptools"],
+    ],
+    ids=",".join,
+)
+def test_without(missing):
+    """Import and run; none of these is needed."""
+    smoke = _SMOKE.replace(", cnnlstm_fast.kernels", "")
+    ran = run_python(_WITHOUT.format(missing=set(missing)) + smoke)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize("extension", ["0", "1"])
+def test_without_a_compiler(extension, tmp_path):
+    """Nothing is compiled at import or in a call: an empty PATH, and no place to write."""
+    ran = run_python(
+        _SMOKE, PATH=str(tmp_path), CC="none", CXX="none", HOME=str(tmp_path / "nowhere"),
+        CNNLSTM_FAST_NO_EXTENSION=extension,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    said = ran.stdout.splitlines()[1]
+    assert ("CNNLSTM_FAST_NO_EXTENSION" in said) == (extension == "1")
+
+
+def test_a_broken_library_is_not_fatal(tmp_path):
+    """A library of another machine, or half a download: the package says so, and runs without."""
+    package = tmp_path / "cnnlstm_fast"
+    shutil.copytree(
+        Path(cnnlstm_fast.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
+    (package / "_C.abi3.so").write_bytes(b"\x7fELF" + bytes(60))
+    ran = run_python(
+        _SMOKE.replace(", cnnlstm_fast.kernels", ""), PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1"
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert str(tmp_path) in ran.stdout and "_C.abi3.so does not load" in ran.stdout
+
+
+@needs_checkout
+def test_metadata():
+    """One version, supported Pythons, and a floor of torch that setup.py compiles for."""
+    project = (ROOT / "pyproject.toml").read_text()
+    setup = (ROOT / "setup.py").read_text()
+    assert 'requires-python = ">=3.10"' in project and "0x030a0000" in setup
+    floor = re.search(r"torch>=2\.(\d+)", project)
+    target = re.search(r'TARGET_TORCH = "0x02([0-9a-f]{2})', setup)
+    assert int(floor[1]) == int(target[1], 16)
