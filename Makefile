@@ -19,10 +19,12 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks run --quick --output build/quick.json
 	$(BIN)/python -m benchmarks plot build/quick.json
 
-# On a machine with a CUDA device: its own Python and torch, no network.
+# On a machine with a CUDA device: its own Python and torch, no network. Results go under OUT, if set.
+# Where nothing can be installed, the kernels are linked to where an installation would put them.
 gpu:
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --no-index -e .
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --no-index -e . || ln -sfn ../kernels cnnlstm_fast/kernels
+	$(PYTHON) -m pytest -q -m gpu; tests=$$?; \
+	$(PYTHON) -m benchmarks gpu --folder $(if $(OUT),$(OUT)/)benchmarks/results && exit $$tests
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer, with every
 # instruction set of this machine. Building takes minutes, so `test` does not.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | blocks | soak | plot | show``."""
+"""``python -m benchmarks run | blocks | gpu | soak | plot | show``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import blocks as block_races
-from benchmarks import dispatch, growth, memory, roofline, trace
+from benchmarks import dispatch, gpu, growth, memory, roofline, trace
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
 from benchmarks.race import WrongResult, race
 from benchmarks.results import Report, read
@@ -214,6 +214,49 @@ def soak(
         output.write_text(json.dumps(asdict(result), indent=1) + "\n")
     if result.failures:
         console.print("; ".join(result.failures))
+        raise typer.Exit(1)
+
+
+@app.command("gpu")
+def on_gpu(
+    work: Annotated[
+        list[str] | None,
+        typer.Option(help="A work, or the beginning of its name; repeatable. All without it."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="After so long, peers that take a while to prepare are left out.")
+    ] = 360.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per race.")] = 9,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, or cpu to try this part out.")] = "cuda",
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the result file goes; benchmarks/results/ without it.")
+    ] = None,
+) -> None:
+    """Race blocks, recurrent layers and systems on a CUDA device; write a result file and a plot.
+
+    Exits with 1 where a result was wrong.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here: --device cpu tries this part out")
+    every = gpu.works()
+    chosen = [w for name, w in every.items() if not work or any(name.startswith(p) for p in work)]
+    if not chosen:
+        raise typer.BadParameter(f"no work begins with {work}; there are: {', '.join(every)}")
+    report = gpu.Report.begin(device)
+    path = report.path(folder or gpu.FOLDER)
+    small = {} if device.startswith("cuda") else {"copy_bytes": 1 << 20, "size": 64}
+    gpu.run(
+        report, chosen, device, seconds=seconds, rounds=rounds, seed=seed, size=small,
+        tell=lambda line: print(line, flush=True), save=lambda r: r.write(path),
+    )  # fmt: skip
+    for when, r in zip(("before", "after"), report.rates, strict=True):
+        products = ", ".join(f"{kind} {rate:.1f} TFLOP/s" for kind, rate in r.matmul_tflops.items())
+        print(f"{when}: copies {r.copy_gbs:.0f} GB/s, {products}")
+    print(f"written: {path}")
+    if report.results:
+        gpu.plot(report, path.with_suffix(".png"))
+    if report.failures:
         raise typer.Exit(1)
 
 

@@ -107,7 +107,7 @@ class Report:
             device=Device.here(),
             versions={"python": platform.python_version(), **_versions()},
             threads=torch.get_num_threads(),
-            commit=_commit(),
+            commit=commit(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             mode=mode,
         )
@@ -133,10 +133,10 @@ def read(path: Path) -> Report:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         raise ValueError(f"{path.name} has schema {found!r}, expected {SCHEMA}: run the benchmarks again")
-    return _from_json(Report, data, path.name)
+    return from_json(Report, data, path.name)
 
 
-def _from_json(kind, data, where: str):
+def from_json(kind, data, where: str):
     """``data`` as ``kind``: a dataclass, list, dict, union with None, or plain type.
 
     A field with a default may be missing: it is younger than the file.
@@ -151,16 +151,16 @@ def _from_json(kind, data, where: str):
         if not isinstance(data, dict) or not needed <= set(data) <= set(hints):
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {found}")
-        return kind(**{name: _from_json(hints[name], data[name], f"{where}.{name}") for name in data})
+        return kind(**{name: from_json(hints[name], data[name], f"{where}.{name}") for name in data})
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if data is None:
             return None
-        return _from_json(next(a for a in args if a is not type(None)), data, where)
+        return from_json(next(a for a in args if a is not type(None)), data, where)
     if origin is list and isinstance(data, list):
-        return [_from_json(args[0], item, f"{where}[{i}]") for i, item in enumerate(data)]
+        return [from_json(args[0], item, f"{where}[{i}]") for i, item in enumerate(data)]
     if origin is dict and isinstance(data, dict):
-        return {k: _from_json(args[1], v, f"{where}.{k}") for k, v in data.items()}
+        return {k: from_json(args[1], v, f"{where}.{k}") for k, v in data.items()}
     if kind is float and type(data) is int:
         return float(data)
     if origin is None and type(data) is kind:
@@ -178,7 +178,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The project's commit, ending in ``+changes`` where the tree is not clean; or ``"unknown"``."""
+
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=FOLDER.parent, capture_output=True, text=True, check=True)
         return done.stdout.strip()

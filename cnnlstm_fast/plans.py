@@ -81,15 +81,13 @@ def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None
 
 def why_not_block(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
     """Why no fused plan has kernels for what a block holds, as a sentence; None if one has."""
-    if x.device.type == "cuda" and (spec.activation not in (None, "relu") or any(spec.padding_after)):
-        return "the CUDA kernels compute ReLU and even padding only"
     return None if norm is None else why_not_normed(spec, x, weight, norm)
 
 
 def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
 
-    ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
+    Of a block ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
     """
     if x.dtype not in _DTYPES and not (x.dtype == torch.float16 and x.device.type == "cuda"):
         return f"the fused kernels compute float32 and bfloat16, not {str(x.dtype)[6:]}"

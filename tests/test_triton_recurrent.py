@@ -208,7 +208,7 @@ def kernels(request):
 
 @pytest.fixture(autouse=True)
 def _float32_means_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=["resident", "streamed"])
@@ -527,5 +527,5 @@ def test_tf32_only_where_torch_allows_it(kernels, monkeypatch):
         return ((kernels.forward(layer, tensors)[0].cpu() - true).norm() / true.norm()).item()
 
     assert error() < 2**-20
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert 2**-17 < error() < 2**-9

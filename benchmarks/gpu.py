@@ -1,0 +1,695 @@
+"""The GPU part: blocks, recurrent layers and whole systems on a CUDA device, against PyTorch's own ways.
+
+As in the race on the CPU, nothing is timed before it is verified against float64, everyone runs in turn,
+and ratios are paired within rounds. What differs: calls are timed by the device's events, several at a
+time; rounds rotate among inputs that together exceed the device's cache; and what a call reaches is held
+against the device's own copy bandwidth and matrix products, measured before and after in the same run.
+
+Every part runs on the CPU too, which is how the tests run it; its figures mean nothing there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import gc
+import json
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import cnnlstm_fast as cf
+from benchmarks.cases import INPUT_STEP, SYSTEMS, WEIGHT_STEP, conv_flops, on_grid, system
+from benchmarks.race import OURS, Spread, WrongResult, errors, exceeding, paired_ratio
+from benchmarks.results import FOLDER, commit, from_json
+
+SCHEMA = 1
+#: Inputs of a race together exceed the cache by this much, so that each round reads memory.
+ROTATED_BYTES = 256 << 20
+COPY_BYTES = 1 << 30
+MATMUL_SIZE = 8192
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---------------------------------------------------------------- what runs
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to race.
+
+    Attributes:
+        name: ``kind/which/mode/dtype``.
+        build: makes PyTorch's module and ours, from the same weights, in float32 on the CPU.
+        shape: of the input.
+        dtype: a key of :data:`DTYPES`; float32 products may use TF32 as PyTorch's flags say.
+        training: forward and backward, or inference.
+        needs_x: whether the backward also reaches the input.
+        bytes: that must move at least: what a call takes and gives, once per direction of differentiation.
+        flops: of its products, forward and backward; 0 where nobody has counted.
+        images: whether the input is images, which may lie channels-last.
+    """
+
+    name: str
+    build: Callable[[], tuple[nn.Module, nn.Module]]
+    shape: tuple[int, ...]
+    dtype: str
+    training: bool
+    needs_x: bool = False
+    bytes: int = 0
+    flops: int = 0
+    images: bool = True
+
+    def draw(self, generator: torch.Generator, device: str) -> Tensor:
+        """A fresh input, on a grid where products of whole numbers keep pool winners apart from rounding."""
+        x = on_grid(torch.randn(self.shape, generator=generator), INPUT_STEP)
+        return x.to(device, DTYPES[self.dtype])
+
+
+class _Block(nn.Module):
+    """A conv block by either of the two functions of one signature."""
+
+    def __init__(self, function, conv: nn.Module, pool: nn.Module | None, layout: str):
+        super().__init__()
+        self.function, self.conv, self.pool, self.layout = function, conv, pool, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.conv
+        return self.function(
+            x, c.weight, c.bias, stride=c.stride, padding=c.padding, pool=self.pool, layout=self.layout
+        )
+
+
+def _pair_of_blocks(conv: Callable[[], nn.Module], pool: nn.Module | None, layout: str):
+    reference = _Block(cf.reference.conv_block, conv(), pool, layout)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.copy_(on_grid(p, WEIGHT_STEP))
+    fast = copy.deepcopy(reference)
+    fast.function = cf.functional.conv_block
+    return reference, fast
+
+
+def _blocks(dtype: str, training: bool) -> list[Work]:
+    """The tutorial's blocks, and first layers of an OCR, a video and an Atari model with one inner layer."""
+    max2 = nn.MaxPool2d(2)
+    found = []
+    for name, shape, conv, pool, layout in (
+        ("TimeDistributed", (1280, 3, 28, 28), partial(nn.Conv2d, 3, 64, 3, padding=1), max2, "features"),
+        ("Simple", (128, 3, 28, 28), partial(nn.Conv2d, 3, 64, 3, padding=1), max2, "locations"),
+        ("CRNN 1", (64, 1, 32, 100), partial(nn.Conv2d, 1, 64, 3, padding=1), max2, "channels_first"),
+        ("CRNN 2", (64, 64, 16, 50), partial(nn.Conv2d, 64, 128, 3, padding=1), max2, "channels_first"),
+        (
+            "video", (240, 3, 112, 112), partial(nn.Conv2d, 3, 64, 7, stride=2, padding=3),
+            nn.MaxPool2d(3, 2, 1), "channels_first",
+        ),
+        ("Atari", (512, 4, 84, 84), partial(nn.Conv2d, 4, 32, 8, stride=4), None, "channels_first"),
+    ):  # fmt: skip
+        module = conv(device="meta")
+        map_shape = module(torch.empty(shape, device="meta")).shape
+        out = pool(torch.empty(map_shape, device="meta")).numel() if pool else prod(map_shape)
+        needs_x = training and shape[1] > 4
+        ways = 1 + training * (1 + needs_x)
+        moved = (prod(shape) * ways + out * (2 if training else 1)) * DTYPES[dtype].itemsize
+        found.append(
+            Work(
+                f"block/{name}/{'training' if training else 'inference'}/{dtype}",
+                partial(_pair_of_blocks, conv, pool, layout),
+                shape,
+                dtype,
+                training,
+                needs_x,
+                bytes=moved,
+                flops=ways * conv_flops(prod(map_shape), shape[1], module.kernel_size),
+            )
+        )
+    return found
+
+
+class _Looped(nn.Module):
+    """What people write who need resets: their layer called once per step."""
+
+    def __init__(self, layer: nn.RNNBase, reset: Tensor):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("reset", reset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outs = None, []
+        for step, restart in zip(x, self.reset, strict=True):
+            if state is not None:
+                keep = (~restart).to(x.dtype)[None, :, None]
+                state = tuple(s * keep for s in state) if isinstance(state, tuple) else state * keep
+            out, state = self.layer(step[None], state)
+            outs.append(out)
+        return torch.cat(outs)
+
+
+class _Packed(nn.Module):
+    """PyTorch's layer over sequences of different lengths."""
+
+    def __init__(self, layer: nn.RNNBase, lengths: Tensor):
+        super().__init__()
+        self.layer, self.lengths = layer, lengths
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, self.lengths, enforce_sorted=False)
+        return pad_packed_sequence(self.layer(packed)[0], total_length=len(x))[0]
+
+
+class _Masked(nn.Module):
+    """Our layer with a mask."""
+
+    def __init__(self, layer: nn.RNNBase, name: str, mask: Tensor):
+        super().__init__()
+        self.layer, self.name = layer, name
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, **{self.name: self.mask})[0]
+
+
+def _pair_of_layers(kind: str, shape: tuple[int, int, int], hidden: int, options: dict, masked: str):
+    generator = torch.Generator().manual_seed(0)
+    plain = getattr(nn, kind)(shape[2], hidden, **options)
+    fast = getattr(cf, kind)(shape[2], hidden, **options)
+    fast.load_state_dict(plain.state_dict())
+    if masked == "reset":
+        mask = torch.rand(shape[:2], generator=generator) < 0.02
+        return _Looped(plain, mask), _Masked(fast, "reset", mask)
+    mask = torch.randint(shape[0] // 2, shape[0] + 1, shape[1:2], generator=generator)
+    return _Packed(plain, mask), _Masked(fast, "lengths", mask)
+
+
+def _layers(dtype: str, training: bool) -> list[Work]:
+    """The policies with resets and the batches of sentences whose targets issue 4 names."""
+    found = []
+    for name, kind, shape, hidden, options, masked in (
+        ("LSTM resets 512-128", "LSTM", (128, 2, 512), 128, {}, "reset"),
+        ("LSTM resets 519", "LSTM", (81, 8, 519), 519, {"num_layers": 2}, "reset"),
+        ("GRU resets 64", "GRU", (128, 256, 64), 64, {}, "reset"),
+        ("LSTM lengths 128", "LSTM", (100, 32, 128), 128, {"bidirectional": True}, "lengths"),
+        ("GRU lengths 128", "GRU", (100, 32, 128), 128, {"bidirectional": True}, "lengths"),
+        ("LSTM lengths 64-128", "LSTM", (1000, 8, 64), 128, {}, "lengths"),
+    ):
+        found.append(
+            Work(
+                f"layer/{name}/{'training' if training else 'inference'}/{dtype}",
+                partial(_pair_of_layers, kind, shape, hidden, options, masked),
+                shape,
+                dtype,
+                training,
+                images=False,
+            )
+        )
+    return found
+
+
+def _systems(dtype: str, training: bool) -> list[Work]:
+    mode = "training" if training else "inference"
+    cases = [system(kind, stage="model", mode=mode) for kind in SYSTEMS]
+    return [
+        Work(
+            f"system/{kind}/{mode}/{dtype}",
+            case.build,
+            case.shape,
+            dtype,
+            training,
+            images=not case.has_clips,
+        )
+        for kind, case in zip(SYSTEMS, cases, strict=True)
+    ]
+
+
+def works() -> dict[str, Work]:
+    """Everything there is to race, by name; inference first."""
+    return {
+        work.name: work
+        for training in (False, True)
+        for make in (_blocks, _layers, _systems)
+        for dtype in DTYPES
+        for work in make(dtype, training)
+    }
+
+
+# ---------------------------------------------------------------- who runs it
+
+
+def _eager(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return module
+
+
+def _max_autotune(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def _compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(module, dynamic=False)
+
+
+OURS_COMPILED = f"{OURS}, compiled"
+#: Name: (whether it runs our module, how it is prepared, whether that takes a while).
+CONTESTANTS = {
+    OURS: (True, _eager, False),
+    "eager": (False, _eager, False),
+    "channels_last": (False, _eager, False),
+    "max-autotune": (False, _max_autotune, True),
+    OURS_COMPILED: (True, _compiled, True),
+}
+
+
+class Runner:
+    """A prepared contestant of a work."""
+
+    def __init__(self, work: Work, name: str, module: nn.Module, prepare, device: str, dtype=None):
+        self.work, self.name = work, name
+        dtype = dtype or DTYPES[work.dtype]
+        self.module = module.to(device=device, dtype=dtype).train(work.training)
+        self.last = name == "channels_last"
+        if self.last:
+            self.module = self.module.to(memory_format=torch.channels_last)
+        self.forward = prepare(self.module)
+
+    def given(self, x: Tensor) -> Tensor:
+        """An input as this contestant likes it, which nobody counts."""
+        x = x.to(memory_format=torch.channels_last) if self.last else x
+        return x.detach().requires_grad_(self.work.needs_x)
+
+    def run(self, x: Tensor, grad: Tensor | None) -> Tensor:
+        """One call; the gradient of the result is ``grad`` in training."""
+        if not self.work.training:
+            with torch.inference_mode():
+                return self.forward(x)
+        self.module.zero_grad(set_to_none=True)
+        x.grad = None
+        y = self.forward(x)
+        y.backward(grad)
+        return y
+
+    def results(self, x: Tensor, grad: Tensor | None) -> dict[str, Tensor]:
+        """What one call computes, by name, in float64."""
+        x = self.given(x)
+        found = {"output": self.run(x, grad).detach().double()}
+        if self.work.training:
+            found |= {
+                f"gradient of {n}": p.grad.double()
+                for n, p in self.module.named_parameters()
+                if p.grad is not None
+            }
+        if self.work.needs_x:
+            found["gradient of the input"] = x.grad.double()
+        return found
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class Clock:
+    """Times calls on a device, and knows what they allocate."""
+
+    def __init__(self, device: str):
+        self.cuda = device.startswith("cuda")
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def ms(self, calls: Callable[[], object]) -> float:
+        """Milliseconds that ``calls`` takes from first to last kernel."""
+        if not self.cuda:
+            begin = time.perf_counter()
+            calls()
+            return (time.perf_counter() - begin) * 1e3
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        calls()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Bytes that ``call`` allocates at most beside what is there; None where nobody counts."""
+        if not self.cuda:
+            return None
+        self.wait()
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        self.wait()
+        return torch.cuda.max_memory_allocated() - before
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device does: GB/s of a copy, read and written, and TFLOP/s of square products by kind."""
+
+    copy_gbs: float
+    matmul_tflops: dict[str, float]
+
+
+def rates(device: str, copy_bytes: int = COPY_BYTES, size: int = MATMUL_SIZE, repeats: int = 9) -> Rates:
+    """Measure a device by medians of ``repeats`` turns, on random values (zeros run faster)."""
+    clock = Clock(device)
+
+    def seconds(call) -> float:
+        call()
+        clock.wait()
+        return median(clock.ms(call) for _ in range(repeats)) / 1e3
+
+    source = torch.randn(copy_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * copy_bytes / seconds(partial(target.copy_, source)) / 1e9
+    del source, target
+    found = {}
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for kind, dtype, precision in (
+            ("float32", torch.float32, "ieee"),
+            ("tf32", torch.float32, "tf32"),
+            ("bfloat16", torch.bfloat16, "ieee"),
+        ):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+            found[kind] = 2 * size**3 / seconds(partial(torch.mm, a, b)) / 1e12
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    return Rates(copied, found)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one contestant did: ms of a call, its time over ours, its largest error, and what it allocates."""
+
+    name: str
+    ms: Spread
+    ratio: Spread
+    error: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One work's race; ``left_out`` says who did not run and why."""
+
+    work: str
+    standings: list[Standing]
+    left_out: dict[str, str]
+    bytes: int
+    flops: int
+    seed: int
+    rounds: int
+
+    def standing(self, name: str) -> Standing:
+        return next(s for s in self.standings if s.name == name)
+
+
+def race(
+    work: Work, device: str, *, seed: int, rounds: int = 9, turn_ms: float = 20.0, slow_peers: bool = True
+) -> Result:
+    """Verify everyone, then time everyone in turn; ``slow_peers`` lets those in that take a while to prepare.
+
+    Raises:
+        WrongResult: ours is further from float64 than the rule allows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    reference, fast = work.build()
+    x = work.draw(generator, device)
+    exact = Runner(work, "float64", copy.deepcopy(reference), _eager, device, torch.float64)
+    grad = None
+    if work.training:
+        with torch.no_grad():
+            like = exact.forward(x.double())
+        grad = torch.randn(like.shape, generator=generator).to(device, x.dtype)
+    true = exact.results(x.double(), None if grad is None else grad.double())
+    runners, found, left_out = [], {}, {}
+    for name, (ours, prepare, slow) in CONTESTANTS.items():
+        if name == "channels_last" and not work.images:
+            left_out[name] = "the input is no batch of images"
+        elif name == "max-autotune" and work.name.startswith("layer/"):
+            left_out[name] = "torch.compile breaks its graph at every step of a plain layer"
+        elif slow and not slow_peers:
+            left_out[name] = "no time left to prepare it"
+        else:
+            try:
+                runner = Runner(work, name, copy.deepcopy(fast if ours else reference), prepare, device)
+                found[name] = errors(runner.results(x, grad), true)
+                runners.append(runner)
+            except Exception as error:  # a peer that cannot run is left out; we have to
+                if name == OURS:
+                    raise
+                left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    _check(work, found)
+    del exact, true
+    sets = _inputs(work, generator, device, x, grad)
+    times = _take_turns(runners, sets, Clock(device), rounds, turn_ms)
+    standings = []
+    for runner in runners:
+        mine, (given, g) = times[runner.name], sets[0]
+        given = runner.given(given)
+        peak = Clock(device).peak_bytes(partial(runner.run, given, g))
+        ratio = paired_ratio(mine, times[OURS])
+        standings.append(
+            Standing(runner.name, Spread.of(mine), ratio, max(found[runner.name].values()), peak)
+        )
+    return Result(work.name, standings, left_out, work.bytes, work.flops, seed, rounds)
+
+
+def _check(work: Work, found: dict[str, dict[str, float]]) -> None:
+    """Ours, compiled too, by the project's rule: twice PyTorch's worst way plus 16 eps of the true norm."""
+    floor = 16 * torch.finfo(DTYPES[work.dtype]).eps
+    ways = [found[name] for name in ("eager", "channels_last") if name in found]
+    limits = {name: 2 * max(way[name] for way in ways) + floor for name in ways[0]}
+    for name in (OURS, OURS_COMPILED):
+        wrong = exceeding(found[name], limits) if name in found else None
+        if wrong:
+            raise WrongResult(f"{work.name}, {name}: {wrong}; not timed")
+
+
+def _inputs(work: Work, generator, device: str, x: Tensor, grad: Tensor | None):
+    """Pairs (input, gradient of the result) that together exceed the cache."""
+    of_one = x.numel() * x.element_size() + (0 if grad is None else grad.numel() * grad.element_size())
+    count = 2 if device == "cpu" else max(2, min(16, -(-ROTATED_BYTES // max(of_one, 1))))
+    sets = [(x, grad)]
+    while len(sets) < count:
+        g = None if grad is None else torch.randn_like(grad)
+        sets.append((work.draw(generator, device), g))
+    return sets
+
+
+def _take_turns(runners, sets, clock: Clock, rounds: int, turn_ms: float) -> dict[str, list[float]]:
+    """Milliseconds of a call, by contestant and round; the order rotates from round to round."""
+    times: dict[str, list[float]] = {runner.name: [] for runner in runners}
+    given = {runner.name: [(runner.given(x), g) for x, g in sets] for runner in runners}
+
+    def calls(runner: Runner, count: int) -> None:
+        inputs = given[runner.name]
+        for i in range(count):
+            runner.run(*inputs[i % len(inputs)])
+
+    counts = {}
+    for runner in runners:
+        calls(runner, 3)
+        clock.wait()
+        counts[runner.name] = max(1, int(turn_ms / max(clock.ms(partial(calls, runner, 1)), 1e-3)))
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            for runner in runners[r % len(runners) :] + runners[: r % len(runners)]:
+                calls(runner, 1)
+                clock.wait()
+                count = counts[runner.name]
+                times[runner.name].append(clock.ms(partial(calls, runner, count)) / count)
+    finally:
+        gc.enable()
+    return times
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where it ran."""
+
+    name: str
+    capability: str
+    memory_gib: float
+    processors: int
+
+    @classmethod
+    def of(cls, device: str) -> Device:
+        if not device.startswith("cuda"):
+            return cls(platform.processor() or platform.machine(), "cpu", 0.0, 0)
+        p = torch.cuda.get_device_properties(device)
+        return cls(p.name, f"{p.major}.{p.minor}", round(p.total_memory / 2**30, 1), p.multi_processor_count)
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. ``rates`` were measured before and after; ``failures`` are works whose result was wrong."""
+
+    device: Device
+    versions: dict[str, str]
+    commit: str
+    date: str
+    rates: list[Rates] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    @classmethod
+    def begin(cls, device: str) -> Report:
+        try:
+            import triton
+
+            found = triton.__version__
+        except ImportError:
+            found = "not installed"
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": found,
+            "cuda": torch.version.cuda or "none",
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return cls(Device.of(device), versions, commit(), now)
+
+    def path(self, folder: Path = FOLDER) -> Path:
+        return folder / f"{self.device.slug}.json"
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def read(path: Path) -> Report:
+    """Read a result file of this part.
+
+    Raises:
+        ValueError: it was written for another schema, or a field is missing, unknown or mistyped.
+    """
+    data = json.loads(path.read_text())
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{path.name} has schema {found!r}, expected {SCHEMA}: run the benchmarks again")
+    return from_json(Report, data, path.name)
+
+
+def run(
+    report: Report,
+    chosen: list[Work],
+    device: str,
+    *,
+    seconds: float,
+    rounds: int,
+    seed: int,
+    tell: Callable[[str], None] = lambda line: None,
+    size: dict | None = None,
+    save: Callable[[Report], None] = lambda report: None,
+) -> None:
+    """Race the works into ``report``; once ``seconds`` are over, peers that take a while are left out.
+
+    ``save`` gets the report after every work, so that a run that is cut short leaves what it has.
+    """
+    begin = time.perf_counter()
+    torch.backends.cudnn.benchmark = True
+    report.rates.append(rates(device, **(size or {})))
+    for at, work in enumerate(chosen):
+        in_time = time.perf_counter() - begin < seconds
+        try:
+            result = race(work, device, seed=seed + at, rounds=rounds, slow_peers=in_time)
+        except WrongResult as error:
+            report.failures.append(str(error))
+            tell(f"wrong: {error}")
+        except Exception as error:  # the rest of the run on a rare machine is worth more than this one
+            report.failures.append(f"{work.name}: {type(error).__name__}: {error}")
+            tell(report.failures[-1])
+        else:
+            report.results.append(result)
+            tell(line(result, report.rates[0]))
+        save(report)
+    report.rates.append(rates(device, **(size or {})))
+    save(report)
+
+
+def line(result: Result, rate: Rates) -> str:
+    """A result in one line: our time, its share of what memory allows, and every ratio."""
+    ours = result.standing(OURS)
+    parts = [f"{result.work}: {ours.ms.p50:.3f} ms"]
+    if result.bytes:
+        gbs = result.bytes / ours.ms.p50 / 1e6
+        parts.append(f"{gbs:.0f} GB/s, {gbs / rate.copy_gbs:.0%} of a copy")
+    if result.flops:
+        parts.append(f"{result.flops / ours.ms.p50 / 1e9:.1f} TFLOP/s")
+    parts += [f"{s.name} {s.ratio.p50:.2f}x" for s in result.standings if s.name != OURS]
+    if ours.peak_bytes:
+        eager = result.standing("eager").peak_bytes
+        parts.append(f"memory {ours.peak_bytes / 2**20:.0f} MiB, eager {eager / 2**20:.0f}")
+    return "; ".join(parts)
+
+
+def predictions(rate: Rates, chosen: list[Work]) -> str:
+    """A table in Markdown of what each block must at least take on a device of these rates."""
+    rows = ["| work | MB | GFLOP | by memory us | by arithmetic us |", "| --- | --- | --- | --- | --- |"]
+    for work in chosen:
+        if not work.bytes:
+            continue
+        kind = "bfloat16" if work.dtype == "bfloat16" else "tf32"
+        by_bytes = work.bytes / rate.copy_gbs / 1e3
+        by_flops = work.flops / rate.matmul_tflops[kind] / 1e6
+        counts = f"{work.bytes / 1e6:.1f} | {work.flops / 1e9:.2f}"
+        rows.append(f"| {work.name} | {counts} | {by_bytes:.0f} | {by_flops:.0f} |")
+    return "\n".join(rows) + "\n"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Write a PNG: a bar per peer and work, its time over ours.
+
+    Raises:
+        ValueError: the report holds no results.
+    """
+    if not report.results:
+        raise ValueError("the report holds no results, so there is nothing to draw: run the benchmarks first")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    peers = [name for name in CONTESTANTS if name != OURS]
+    figure, ax = plt.subplots(figsize=(9, 1 + 0.55 * len(report.results)))
+    for at, result in enumerate(report.results):
+        for s in result.standings:
+            if s.name == OURS:
+                continue
+            y = at + 0.18 * (peers.index(s.name) - 1.5)
+            ax.barh(y, s.ratio.p50, 0.16, color=f"C{peers.index(s.name)}", label=s.name if at == 0 else None)
+    ax.axvline(1, color="#CC0000", lw=1)
+    ax.set_xscale("log")
+    ax.set_yticks(range(len(report.results)), [r.work for r in report.results], fontsize=7)
+    ax.invert_yaxis()
+    ax.legend(fontsize=7)
+    ax.set_title(f"Time over {OURS}'s on {report.device.name}, torch {report.versions['torch']}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
