@@ -191,6 +191,11 @@ def results(model: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch
     return [out.detach(), *slope]
 
 
+def strides(t: torch.Tensor) -> list[int]:
+    """Of the dimensions whose strides mean anything."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
 def assert_exact(ours: nn.Module, plain: nn.Module, x: torch.Tensor) -> None:
     """Results and gradients are those of float64 to the bit, wherever PyTorch's own float32 ones are."""
     try:
@@ -210,7 +215,7 @@ def assert_exact(ours: nn.Module, plain: nn.Module, x: torch.Tensor) -> None:
     ):
         assert got.shape == expected.shape and got.dtype == way.dtype, name
         assert torch.equal(got.double(), expected), f"{name} of {ours}"
-    assert mine[0].stride() == theirs[0].stride(), "a chain has eager's strides"
+    assert strides(mine[0]) == strides(theirs[0]), "a chain has eager's strides"
     with torch.no_grad():
         assert torch.equal(ours(x).double(), true[0])
 
