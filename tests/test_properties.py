@@ -286,6 +286,8 @@ def test_recurrent(rng, seed, threads, plan, training):
         case = replace(case, reset=False, lengths=False)
     start(seed, threads)
     drawn = case.draw()
+    for p in drawn.params.values():  # larger weights make the recurrence chaotic, and its error luck
+        p.mul_(2 / max(case.hidden, 4) ** 0.5)
     functions = cf.reference if plan == "reference" else cf.functional
     run = partial(drawn.ours, functions=functions, plan=plan)
     assert_case(drawn, run, result_gradients(drawn) if training else None)
