@@ -12,7 +12,7 @@ demo: $(VENV)/built
 
 test: $(VENV)/built lint
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: $(VENV)/built
 	mkdir -p build

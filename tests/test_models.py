@@ -99,6 +99,7 @@ def test_weights_load_both_ways(name):
 
 @systems
 def test_training_follows_the_same_curve(name):
+    """By plain gradient descent: Adam makes whole steps of gradients that are rounding noise."""
     ours, twin, x = make(name)
     labels = torch.tensor([1, 3])
     losses = []

@@ -24,12 +24,15 @@ from helpers import (
     PLANS,
     SEED,
     STRIDED,
+    Block,
+    after_conv,
     assert_block,
     decided,
     needs_extension,
     normal_tensors,
     random_block,
     strided,
+    torch_block,
 )
 from sequences import PLANS as RECURRENT_PLANS
 from sequences import assert_case, random_case, result_gradients
@@ -82,6 +85,25 @@ def relaid(t: torch.Tensor, how: str | None) -> torch.Tensor:
     return t if how is None or t.dim() < 2 else strided(t, how)
 
 
+def steady(block: Block, tensors: dict[str, torch.Tensor], grad: torch.Tensor | None) -> bool:
+    """Whether results are as large as their terms make likely.
+
+    Hypothesis finds seeds at which all results but a cancelled one are cut off by the ReLU; of such a result
+    only noise is left, and the rule, which measures by the true norm, says nothing.
+    """
+    plain = replace(block, activation=None, pool=None)
+    true = {k: t.double().requires_grad_() for k, t in tensors.items()}
+    squares = {k: t.detach().square().requires_grad_() for k, t in true.items()}
+    conv, terms = torch_block(plain, **true), torch_block(plain, **squares)
+    out = after_conv(block, conv)
+    pairs = [(out, terms)]
+    if grad is not None:
+        (routed,) = torch.autograd.grad(out, conv, grad.double(), retain_graph=True)
+        found = torch.autograd.grad(conv, list(true.values()), routed)
+        pairs += zip(found, torch.autograd.grad(terms, list(squares.values()), routed.square()), strict=True)
+    return all(t.square().mean() >= 0.01 * sizes.mean() for t, sizes in pairs)
+
+
 @cases(
     rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=st.sampled_from(PLANS),
     layout=st.sampled_from(LAYOUTS), x_memory=memory, weight_memory=memory, grad_memory=memory,
@@ -100,6 +122,7 @@ def test_blocks(rng, seed, threads, dtype, plan, layout, x_memory, weight_memory
     if needs:
         clear = decided(block, tensors)
         grad = (torch.randn(clear.shape) + 0.3).to(dtype) * clear
+    hypothesis.assume(steady(block, tensors, grad))
     if grad_memory == "expanded":
         grad_memory = None
     assert_block(
@@ -168,6 +191,11 @@ def results(model: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch
     return [out.detach(), *slope]
 
 
+def strides(t: torch.Tensor) -> list[int]:
+    """Of the dimensions whose strides mean anything."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
 def assert_exact(ours: nn.Module, plain: nn.Module, x: torch.Tensor) -> None:
     """Results and gradients are those of float64 to the bit, wherever PyTorch's own float32 ones are."""
     try:
@@ -187,7 +215,7 @@ def assert_exact(ours: nn.Module, plain: nn.Module, x: torch.Tensor) -> None:
     ):
         assert got.shape == expected.shape and got.dtype == way.dtype, name
         assert torch.equal(got.double(), expected), f"{name} of {ours}"
-    assert mine[0].stride() == theirs[0].stride(), "a chain has eager's strides"
+    assert strides(mine[0]) == strides(theirs[0]), "a chain has eager's strides"
     with torch.no_grad():
         assert torch.equal(ours(x).double(), true[0])
 
@@ -258,6 +286,8 @@ def test_recurrent(rng, seed, threads, plan, training):
         case = replace(case, reset=False, lengths=False)
     start(seed, threads)
     drawn = case.draw()
+    for p in drawn.params.values():  # larger weights make the recurrence chaotic, and its error luck
+        p.mul_(2 / max(case.hidden, 4) ** 0.5)
     functions = cf.reference if plan == "reference" else cf.functional
     run = partial(drawn.ours, functions=functions, plan=plan)
     assert_case(drawn, run, result_gradients(drawn) if training else None)

@@ -37,7 +37,7 @@ def test_gates_of_any_size_are_finite(kind):
 def _codes_case(pool, code):
     x, weight = torch.randn(1, 3, 6, 6), torch.randn(5, 3, 3, 3)
     conv = [1, 1, 1, 1, 1, 1, 1]
-    out, codes = forward(x, weight, None, conv, 1, pool, [0, 1, 2, 3], 1, True)
+    out, codes, _ = forward(x, weight, None, conv, 1, [], pool, [0, 1, 2, 3], 1, True)
     return (
         torch.ones_like(out),
         x,
@@ -45,6 +45,7 @@ def _codes_case(pool, code):
         codes.fill_(code),
         conv,
         1,
+        [],
         pool,
         [0, 1, 2, 3],
         1,
@@ -75,7 +76,7 @@ def test_a_huge_padding_is_refused_at_once(padding):
     for plan in (1, 2):
         with pytest.raises(RuntimeError):
             conv, pool = [1, 1, padding, padding, 1, 1, 1], [2, 2, 3, 3, 0, 1, 2, 1, 1]
-            forward(x, weight, None, conv, 1, pool, [0, 1, 2, 3], plan, True)
+            forward(x, weight, None, conv, 1, [], pool, [0, 1, 2, 3], plan, True)
     assert time.perf_counter() - start < 5
 
 
@@ -102,7 +103,16 @@ def test_windows_meet_is_what_it_was():
                             x, weight = torch.randn(1, 1, 1, size), torch.ones(1, 1, 1, 1)
                             try:
                                 forward(
-                                    x, weight, None, [1, 1, 0, 0, 1, 1, 1], 0, pool, [0, 1, 2, 3], 1, False
+                                    x,
+                                    weight,
+                                    None,
+                                    [1, 1, 0, 0, 1, 1, 1],
+                                    0,
+                                    [],
+                                    pool,
+                                    [0, 1, 2, 3],
+                                    1,
+                                    False,
                                 )
                                 assert meets, pool
                                 taken += 1
