@@ -175,7 +175,7 @@ class Speech(nn.Module):
         x, _ = pad_packed_sequence(packed)
         return self.fc(x)
 
-    small: ClassVar = dict(frequencies=41, width=4, hidden=5, layers=2)
+    small: ClassVar = dict(frequencies=41, width=16, hidden=5, layers=2)
     inputs = ((3, 1, 41, 30), (2, 1, 41, 44))
 
 
