@@ -177,6 +177,10 @@ def assert_normed(
 @floats
 @modes
 def test_error_is_as_pytorchs(block, plan, dtype, training):
+    if (
+        dtype is torch.bfloat16
+    ):  # gradients of the float32 norm: over few channels their noise is a matter of luck
+        block = replace(block, c_out=block.c_out + 64 * block.groups)
     tensors = normal_tensors(block, dtype)
     assert_normed(block, tensors, random_norm(block, training), plan=plan)
 
