@@ -11,10 +11,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import exp, log, prod
+from math import exp, inf, log, prod
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
@@ -243,8 +244,8 @@ _FAMILIES: dict[str, tuple[int, Callable[[random.Random], dict]]] = {
 }
 
 # What eager costs here, roughly: enough to choose batch sizes that take 5 to 30 ms.
-_FLOPS_PER_MS = 1.0e8
-_ELEMENTS_PER_MS = 2.5e5
+_FLOPS_PER_MS = 2.5e8
+_ELEMENTS_PER_MS = 5.0e5
 
 
 def draw_blocks(count: int, seed: int) -> list[Block]:
@@ -339,7 +340,7 @@ def plan_of(call: partial, x: Tensor, weights: dict[str, Tensor]) -> tuple[str, 
         return "reference", "reference", reason
     if weight.dim() == 3:
         x, weight = x.unsqueeze(2), weight.unsqueeze(2)
-    return plans.choose("auto", spec, x, weight, weights["bias"])
+    return plans.choose("auto", spec, x, weight, weights["bias"], given["norm"])
 
 
 def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> BlockResult:
@@ -366,7 +367,9 @@ def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> B
         x = torch.randn(block.shape, generator=generator)
         if not training:
             return x, None
-        return on_grid(x, INPUT_STEP), torch.randn(like.shape, generator=generator)
+        # Sums on a grid are exact, so that winners agree; behind a norm, values on a grid would tie instead.
+        x = x if block.norm else on_grid(x, INPUT_STEP)
+        return x, torch.randn(like.shape, generator=generator)
 
     _verify(block, weights, training, theirs, ours, draw(), f"{block.describe()}, {mode} (seed {seed})")
     batch = draw()
@@ -401,6 +404,8 @@ def _verify(block, weights, training, theirs, ours, batch, what: str) -> None:
     def channels_last(t):
         return t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t
 
+    if training and block.norm and batch[1] is not None:
+        batch = batch[0], batch[1] * _decided(block, batch[0], weights)
     true = _Side(block, cf.reference.conv_block, {n: w.double() for n, w in weights.items()}, training)
     expected = true.results((double(batch[0].detach()), double(batch[1])))
     other = {n: channels_last(w) for n, w in weights.items()}
@@ -412,6 +417,30 @@ def _verify(block, weights, training, theirs, ours, batch, what: str) -> None:
     wrong = exceeding(errors(ours.results(_copy(batch)), expected), limits_as_torch(ways))
     if wrong:
         raise WrongResult(f"{what}: {wrong}; not timed")
+
+
+#: Of normalised values: what lies nearer to another or to zero than this, rounding may decide.
+_CLOSE = 1e-4
+
+
+def _decided(block: Block, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """1 where no rounding changes which value of a window a result is, nor the slope there, else 0."""
+    bare = replace(block, activation=None, pool=None, layout="channels_first")
+    true = {n: w.double() for n, w in weights.items()}
+    z = _Side(bare, cf.reference.conv_block, true, True).call(x.detach().double(), **true)
+    rank = z.dim()
+    z = z if rank == 4 else z.unsqueeze(2)
+    kind, *sizes = block.pool or ("Max", (1, 1), (1, 1), (0, 0))
+    kernel, stride, padding = ((one, *p)[-2:] for one, p in zip((1, 1, 0), sizes, strict=True))
+    padded = F.pad(z, (padding[1],) * 2 + (padding[0],) * 2, value=-inf)
+    windows = padded.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1]).flatten(4)
+    first, *second = windows.topk(min(2, windows.shape[-1])).values.unbind(-1)
+    if kind == "Max":
+        clear = (first.abs() > _CLOSE).logical_and(first - second[0] > _CLOSE if second else first > -inf)
+    else:
+        clear = (windows.abs() > _CLOSE).all(-1)
+    clear = clear.to(x.dtype)
+    return cf.reference.to_layout(clear if rank == 4 else clear.squeeze(2), block.layout)
 
 
 def _copy(batch):

@@ -64,6 +64,13 @@ def conv_block(
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if plan not in plans.PLANS:
         raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.PLANS)}")
+    call = None
+    if plan == "auto" and plans.observer is None and not torch.compiler.is_compiling():
+        call = _call_key(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
+        if call in _left_to_pytorch:
+            return _reference(
+                x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout
+            )
     rank = weight.dim()
     groups = _whole(groups, "groups")
     _check_shapes(x, weight, bias, rank, groups)
@@ -85,6 +92,10 @@ def conv_block(
     if watched is not None:
         watched.block_begins(spec, x, weight, norm, activation, pool, layout, forward_plan, reason)
     if forward_plan == "reference":
+        if call is not None and spec is not None and plans.by_sizes_alone(spec, x4, weight4, bias, norm):
+            if len(_left_to_pytorch) >= 4096:
+                _left_to_pytorch.clear()
+            _left_to_pytorch.add(call)
         out = _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
     else:
         run = _fused if norm is None else _fused_with_norm
@@ -94,6 +105,38 @@ def conv_block(
     if watched is not None:
         watched.block_ends(out)
     return out
+
+
+#: Calls like these (:func:`_call_key`) are PyTorch's by a rule of sizes. Whatever else may be true of a call,
+#: PyTorch's operators are right; here they are reached in 3 us, and 20 to 80 are saved.
+_left_to_pytorch: set[tuple] = set()
+
+
+_POOL_ATTRIBUTES = ("kernel_size", "stride", "padding", "return_indices")
+
+
+def _call_key(
+    x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout
+) -> tuple | None:
+    """What the rules of sizes and the checks of arguments depend on; None where that cannot be a key."""
+    device = x.device.type
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        return None
+    key = (
+        x.shape, x.dtype, device, x.requires_grad, weight.shape, weight.dtype, weight.requires_grad,
+        None if bias is None else (bias.shape, bias.dtype, bias.requires_grad), torch.is_grad_enabled(),
+        stride, padding, dilation, groups, layout,
+        norm if norm is None else (type(norm), getattr(norm, "training", None), getattr(norm, "num_features", None)),
+        activation if activation is None or isinstance(activation, str) else type(activation),
+        pool if pool is None else (
+            type(pool), *[getattr(pool, name, None) for name in _POOL_ATTRIBUTES]
+        ),
+    )  # fmt: skip
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:

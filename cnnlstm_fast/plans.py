@@ -219,13 +219,16 @@ def _by_sizes(
     if not training:
         if window > 1 and weights >= 2**17 and taps >= 2**10 and weights <= 2**20:
             return None, *chunked, "many taps: the library's convolution, then the rest while in cache"
+        image = spec.layout == "channels_first" and spec.stride == (1, 1) and shape[1] > 1 and not signal
+        if window == 1 and image and taps <= 32 and outputs < 2**23:
+            return None, *reference, "nothing to save: the map is the result, in the library's own layout"
         if taps <= 32 or (window > 1 and weights <= 2**20):
             return None, *direct, "bound by memory: the map before the pool never exists"
         if outputs >= 2**21:
             return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
-        if weights <= 2**14 and (signal or taps < 128 or map_size > 2**14):
+        if weights <= 2**14 and (signal or taps < 128 or (map_size > 2**14 and taps < 400)):
             return None, *direct, "bound by memory: bias and activation while in registers"
-        if 2**14 < weights <= 2**16 and outputs >= 2**19:
+        if 2**14 < weights <= 2**16 and outputs >= (2**19 if taps <= 512 else 2**20):
             return None, *direct, "a large map: bias and activation while in registers"
     elif window == 1:
         bridge = spec.layout not in ("channels_first", "channels_last")
@@ -236,7 +239,7 @@ def _by_sizes(
             return None, *direct, "few weights"
         elif bridge and signal and weights <= 2**14:
             return None, *direct, "a bridge: written straight into its layout"
-    elif weights <= 2**17 and (window > 2 or taps <= 704 or signal):
+    elif weights <= (2**17 if window > 4 or taps <= 704 else 5 * 2**14) and (window > 2 or taps <= 704):
         return None, *direct, "gradients go to the winners only"
     elif window > 2 and weights <= 2**18:
         return None, *chunked, "many taps: the library's convolution and gradients, in chunks"
@@ -300,6 +303,11 @@ def choose(
         by_bytes = _by_bytes if torch.compiler.is_compiling() else _by_bytes_cached
         return by_bytes(spec, x.shape, weight.shape, x.dtype, tf32, training, needs_x)
     return forward, backward, reason
+
+
+def by_sizes_alone(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm) -> bool:
+    """Whether nothing but the rules of sizes speaks against the fused plans."""
+    return why_not_fused(x, weight, bias) is None and why_not_block(spec, x, weight, norm) is None
 
 
 # ---- Blocks on CUDA

@@ -343,7 +343,10 @@ def test_a_channel_without_variance(plan):
     mine = run(lambda *a: ours(BLOCK, *a, plan=plan), tensors, norm, torch.ones(BLOCK.out_shape()))
     assert mine["out"].isfinite().all() and mine["weight"].isfinite().all()
     constant = F.relu(norm.bias[3]).expand(mine["out"][:, 3].shape)
-    torch.testing.assert_close(mine["out"][:, 3], constant)
+    # The map is the convolution's bias everywhere; its mean may be an ulp or two off, over sqrt(eps).
+    ulps = 4 * torch.finfo(torch.float32).eps * tensors["bias"][3].abs()
+    off = float(ulps * norm.weight[3].abs() / norm.eps**0.5)
+    torch.testing.assert_close(mine["out"][:, 3], constant, rtol=1e-6, atol=off + 1e-7)
 
 
 @plans
