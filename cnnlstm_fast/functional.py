@@ -79,8 +79,14 @@ def conv_block(
         x, weight, bias = _autocast(x, weight, bias)
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         raise _different_dtypes(x, weight, bias)
+    inside, behind, raw_layout = pool, None, layout  # a pool inside the block, or PyTorch's behind it
+    if pool is not None and type(pool) in _OTHER_POOLS[rank]:
+        _check_pool(pool, rank)
+        inside = _as_max_pool(pool, x, weight, stride, padding, dilation)
+        if inside is None:
+            behind, raw_layout = pool, "channels_last" if rank == 4 else "channels_first"
     spec, reason = make_spec(
-        weight.shape, x.dim() < rank, stride, padding, dilation, groups, norm, activation, pool, layout
+        weight.shape, x.dim() < rank, stride, padding, dilation, groups, norm, activation, inside, raw_layout
     )
     forward_plan = "reference"
     if spec is not None:
@@ -90,7 +96,8 @@ def conv_block(
         raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
     watched = plans.observer
     if watched is not None:
-        watched.block_begins(spec, x, weight, norm, activation, pool, layout, forward_plan, reason)
+        known = spec if behind is None else None
+        watched.block_begins(known, x, weight, norm, activation, pool, layout, forward_plan, reason)
     if forward_plan == "reference":
         if call is not None and spec is not None and plans.by_sizes_alone(spec, x4, weight4, bias, norm):
             if len(_left_to_pytorch) >= 4096:
@@ -100,7 +107,9 @@ def conv_block(
     else:
         run = _fused if norm is None else _fused_with_norm
         raw = run(spec, x4, weight4, bias, norm, op.PLANS[forward_plan], op.PLANS[backward_plan])
-        out = finish_layout(raw, layout, rank)
+        out = finish_layout(raw, raw_layout, rank)
+        if behind is not None:
+            out = reference.to_layout(behind(out), layout)
         out = out.squeeze(reference.batch_dim(layout)) if x.dim() == rank - 1 else out
     if watched is not None:
         watched.block_ends(out)
@@ -112,6 +121,7 @@ def conv_block(
 _left_to_pytorch: set[tuple] = set()
 
 
+_NORM_ATTRIBUTES = ("training", "num_features")
 _POOL_ATTRIBUTES = ("kernel_size", "stride", "padding", "return_indices")
 
 
@@ -126,7 +136,7 @@ def _call_key(
         x.shape, x.dtype, device, x.requires_grad, weight.shape, weight.dtype, weight.requires_grad,
         None if bias is None else (bias.shape, bias.dtype, bias.requires_grad), torch.is_grad_enabled(),
         stride, padding, dilation, groups, layout,
-        norm if norm is None else (type(norm), getattr(norm, "training", None), getattr(norm, "num_features", None)),
+        norm if norm is None else (type(norm), *[getattr(norm, name, None) for name in _NORM_ATTRIBUTES]),
         activation if activation is None or isinstance(activation, str) else type(activation),
         pool if pool is None else (
             type(pool), *[getattr(pool, name, None) for name in _POOL_ATTRIBUTES]
@@ -263,6 +273,35 @@ def _check_pool(pool, rank: int) -> None:
         raise ValueError(f"got a {name} for images: use {name[:-2]}2d")
     if getattr(pool, "return_indices", False):
         raise ValueError(f"got a {name} with return_indices=True, expected one that returns the map alone")
+
+
+#: Pools that run as PyTorch's own behind a block, or as a max pool inside it, by the rank of the input.
+_OTHER_POOLS = {
+    4: (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    3: (nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+}
+
+
+def _as_max_pool(pool: nn.Module, x: Tensor, weight: Tensor, *conv) -> nn.Module | None:
+    """The max pool that an adaptive one is on a map whose sizes it divides, else None.
+
+    ``conv`` are stride, padding and dilation.
+    """
+    rank = weight.dim()
+    if type(pool) is not (nn.AdaptiveMaxPool2d if rank == 4 else nn.AdaptiveMaxPool1d) or not unhooked(pool):
+        return None
+    spec, _ = make_spec(weight.shape, False, *conv, 1, None, None, None, "channels_first")
+    x, weight = _as_2d(x, weight, rank)
+    size = spec.conv_size(x.shape[2:], weight.shape[2:])[4 - rank :]
+    wanted = (
+        pool.output_size if isinstance(pool.output_size, (tuple, list)) else [pool.output_size] * len(size)
+    )
+    wanted = [have if want is None else want for have, want in zip(size, wanted, strict=True)]
+    if min(*size, *wanted) < 1 or any(have % want for have, want in zip(size, wanted, strict=True)):
+        return None
+    return (nn.MaxPool2d if rank == 4 else nn.MaxPool1d)(
+        tuple([have // want for have, want in zip(size, wanted, strict=True)])
+    )
 
 
 #: The fused activations as modules: the name, and which attributes are its numbers.

@@ -193,6 +193,7 @@ def _by_sizes(
     map_size = weight_shape[0] * conv[0] * conv[1]
     outputs = shape[0] * map_size
     signal = shape[2] == weight_shape[2] == 1
+    depthwise = spec.groups == weight_shape[0] and weight_shape[1] == 1 and spec.groups > 1
     direct, chunked = ("direct", "direct"), ("chunked", "chunked")
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
@@ -203,14 +204,18 @@ def _by_sizes(
             return None, *reference, "a small map: the calls alone cost more"
         if by_patches:
             return None, "direct", "direct", "statistics from the patches: the map never exists"
-        if (not needs_x and taps > 128) or (taps > 640 and window == 1 and outputs < 2**20):
-            return None, *reference, "bound by arithmetic over many taps: the library is as fast"
-        ours = needs_x and spec.groups == 1 and dtype == torch.float32
-        plan = "direct" if ours and taps <= (384 if window > 1 else 640) else "chunked"
+        if (not needs_x and taps > 128) or (needs_x and window == 1 and taps > 16):
+            return None, *reference, "bound by arithmetic: the library is as fast"
+        ours = needs_x and not depthwise and dtype == torch.float32
+        plan = "direct" if ours and taps <= 384 else "chunked"
         return None, plan, plan, "normalised in cache: each map passes memory once"
     if spec.groups > 1:
+        if outputs >= 2**16 and (window > 1 or (training and not depthwise and spec.groups <= 4)):
+            return None, *(chunked if depthwise else direct), "grouped: one pass for all but the convolution"
         return None, *reference, "grouped convolutions: the library is as fast"
-    if dtype == torch.bfloat16 and taps > 64:
+    if dtype == torch.bfloat16 and window == 1 and (training or taps > 128):
+        return None, *reference, "the library's bfloat16 arithmetic is faster over many taps"
+    if dtype == torch.bfloat16 and window > 1 and taps > 64:
         return None, *chunked, "the library's bfloat16 arithmetic is faster over many taps"
     if norm == "given" and outputs < 2**13:
         return None, *reference, "a small map: the calls alone cost more"
@@ -220,15 +225,17 @@ def _by_sizes(
         if window > 1 and weights >= 2**17 and taps >= 2**10 and weights <= 2**20:
             return None, *chunked, "many taps: the library's convolution, then the rest while in cache"
         image = spec.layout == "channels_first" and spec.stride == (1, 1) and shape[1] > 1 and not signal
-        if window == 1 and image and taps <= 32 and outputs < 2**23:
+        if window == 1 and image and taps <= 32 and outputs < 2**23 and dtype == torch.float32:
             return None, *reference, "nothing to save: the map is the result, in the library's own layout"
+        if weight_shape[0] <= 16 and taps >= 1024:
+            return None, *reference, "few channels and many taps: the library is as fast"
         if taps <= 32 or (window > 1 and weights <= 2**20):
             return None, *direct, "bound by memory: the map before the pool never exists"
         if outputs >= 2**21:
             return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
         if weights <= 2**14 and (signal or taps < 128 or (map_size > 2**14 and taps < 400)):
             return None, *direct, "bound by memory: bias and activation while in registers"
-        if 2**14 < weights <= 2**16 and outputs >= (2**19 if taps <= 512 else 2**20):
+        if 2**14 < weights <= 2**16 and outputs >= 2**19 and taps <= 512:
             return None, *direct, "a large map: bias and activation while in registers"
     elif window == 1:
         bridge = spec.layout not in ("channels_first", "channels_last")

@@ -39,8 +39,10 @@ from helpers import (
     torch_block,
     torch_ways,
 )
+from torch import nn
 
 import cnnlstm_fast
+from cnnlstm_fast import reference
 from cnnlstm_fast.functional import conv_block
 
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -640,7 +642,6 @@ def test_padding_by_name(plan, dtype, padding, kernel, rank):
 
 def test_anything_else_is_pytorchs():
     """What no fused plan covers gives PyTorch's own bits."""
-    from torch import nn
 
     x, w, b = torch.randn(3, 4, 12, 12), torch.randn(8, 4, 3, 3), torch.randn(8)
     y = F.conv2d(x, w, b)
@@ -649,12 +650,91 @@ def test_anything_else_is_pytorchs():
         ({"activation": "mish"}, F.mish(y)),
         ({"activation": nn.Softplus(2)}, F.softplus(y, 2)),
         ({"activation": nn.GLU(1)}, F.glu(y, 1)),
-        ({"pool": nn.AvgPool2d(2)}, F.avg_pool2d(F.relu(y), 2)),
-        ({"pool": nn.AdaptiveMaxPool2d(1)}, F.adaptive_max_pool2d(F.relu(y), 1)),
         ({"pool": nn.LPPool2d(2, 2)}, F.lp_pool2d(F.relu(y), 2, 2)),
         ({"norm": norm}, F.relu(norm(y))),
     ]:
         assert torch.equal(conv_block(x, w, b, **keywords), expected), keywords
+
+
+OTHER_POOLS = {
+    "average": lambda: nn.AvgPool2d(2),
+    "average, borders counted": lambda: nn.AvgPool2d((3, 2), (2, 1), (1, 0), ceil_mode=True),
+    "average, borders left out": lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "average, divisor": lambda: nn.AvgPool2d((2, 3), divisor_override=5),
+    "global average": lambda: nn.AdaptiveAvgPool2d(1),
+    "adaptive average": lambda: nn.AdaptiveAvgPool2d((None, 3)),
+    "global max": lambda: nn.AdaptiveMaxPool2d(1),
+    "adaptive max that divides": lambda: nn.AdaptiveMaxPool2d((5, None)),
+    "adaptive max that does not": lambda: nn.AdaptiveMaxPool2d((3, 7)),
+    "average of a signal": lambda: nn.AvgPool1d(3, 2, 1, count_include_pad=False),
+    "global average of a signal": lambda: nn.AdaptiveAvgPool1d(1),
+    "adaptive max of a signal": lambda: nn.AdaptiveMaxPool1d(4),
+}
+
+
+@plans
+@pytest.mark.parametrize("normed", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("layout", ["channels_first", "features"])
+@pytest.mark.parametrize("pool", OTHER_POOLS)
+def test_other_pools(pool, layout, normed, plan):
+    """Average, adaptive and global pools behind what is fused: as near to the truth as PyTorch."""
+    pool = OTHER_POOLS[pool]()
+    signal = type(pool).__name__.endswith("1d")
+    shapes = {
+        "x": (5, 4, 20) if signal else (5, 4, 10, 8),
+        "w": (40, 4, 3) if signal else (40, 4, 3, 3),
+        "b": (40,),
+    }
+    values = {name: torch.randn(shape) for name, shape in shapes.items()}
+    norm = (nn.BatchNorm1d if signal else nn.BatchNorm2d)(40) if normed else None
+    keywords = dict(padding=1, activation="tanh", pool=pool, layout=layout)
+
+    def way(fn, dtype=torch.float32, **more):
+        leaves = [values[name].to(dtype).requires_grad_() for name in shapes]
+        of_type = copy.deepcopy(norm).to(dtype) if normed else None
+        y = fn(*leaves, norm=of_type, **keywords, **more)
+        generator = torch.Generator().manual_seed(1)
+        grad = torch.randn(y.shape, generator=generator).to(dtype)
+        wanted = leaves[:2] if normed else leaves  # behind a norm the bias has no gradient but noise
+        return y, *torch.autograd.grad(y, wanted, grad)
+
+    mine = way(conv_block, plan=plan)
+    assert mine[0].is_contiguous()
+    for found, torchs, true in zip(
+        mine, way(reference.conv_block), way(reference.conv_block, torch.float64), strict=True
+    ):
+        assert_close_as_torch(found, torchs, true, f"{pool}, {plan}")
+
+
+@plans
+def test_an_average_pool_of_one_image(plan):
+    x, w = torch.randn(3, 9, 9), torch.randn(16, 3, 3, 3)
+    expected = F.avg_pool2d(F.relu(F.conv2d(x, w)), 2).flatten()
+    found = conv_block(x, w, pool=nn.AvgPool2d(2), layout="features", plan=plan)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_call_that_is_pytorchs_stays_checked():
+    """What was once left to PyTorch by its sizes is looked at again when anything about it changes."""
+    x, w = torch.randn(2, 64, 9, 9), torch.randn(200, 64, 3, 3)
+    for _ in range(2):
+        assert torch.equal(conv_block(x, w), F.relu(F.conv2d(x, w)))
+    with pytest.raises(ValueError, match="channels"):
+        conv_block(x[:, :5], w)
+    with pytest.raises(TypeError, match="dtype"):
+        conv_block(x.double(), w)
+    with pytest.raises(ValueError, match="return_indices"):
+        conv_block(x, w, pool=nn.MaxPool2d(2, return_indices=True))
+    with pytest.raises(ValueError, match="divisor"):
+        conv_block(x, w, groups=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv_block(x, w).dtype == torch.bfloat16
+    called = []
+    pool = nn.AvgPool2d(2)
+    conv_block(x, w, pool=pool)
+    pool.register_forward_hook(lambda *_: called.append(1))
+    conv_block(x, w, pool=pool)
+    assert called
 
 
 def test_an_images_pool_on_signals():
@@ -666,7 +746,6 @@ def test_an_images_pool_on_signals():
 
 def test_hooks_on_parts_run():
     """Forward and backward hooks of the activation and the pool are called, global ones too."""
-    from torch import nn
     from torch.nn.modules import module
 
     x, w = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
@@ -693,7 +772,6 @@ def test_hooks_on_parts_run():
 
 def test_a_changed_module_is_not_fused():
     """A subclass, or an instance with a forward of its own, runs as it is."""
-    from torch import nn
 
     class Doubling(nn.ReLU):
         def forward(self, y):
@@ -709,7 +787,6 @@ def test_a_changed_module_is_not_fused():
 
 @fused_plans
 def test_a_pool_that_shows_its_indices(plan):
-    from torch import nn
 
     x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
     with pytest.raises(ValueError, match="indices"):

@@ -345,7 +345,7 @@ def test_a_channel_without_variance(plan):
     constant = F.relu(norm.bias[3]).expand(mine["out"][:, 3].shape)
     # The map is the convolution's bias everywhere; its mean may be an ulp or two off, over sqrt(eps).
     ulps = 4 * torch.finfo(torch.float32).eps * tensors["bias"][3].abs()
-    off = float(ulps * norm.weight[3].abs() / norm.eps**0.5)
+    off = float(ulps * norm.weight[3].detach().abs() / norm.eps**0.5)
     torch.testing.assert_close(mine["out"][:, 3], constant, rtol=1e-6, atol=off + 1e-7)
 
 

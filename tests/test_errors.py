@@ -110,7 +110,7 @@ REFUSED = {
     "an activation": (images(activation="mish"), "mish"),
     "an activation module": (images(activation=nn.Softplus()), "Softplus"),
     "a parametric activation": (images(activation=nn.PReLU()), "PReLU"),
-    "a pool": (images(pool=nn.AvgPool2d(2)), "AvgPool2d"),
+    "a pool": (images(pool=nn.LPPool2d(2, 2)), "LPPool2d"),
     "a norm": (images(norm=nn.InstanceNorm2d(6)), "InstanceNorm2d"),
     "a norm of another rank": (images(norm=nn.SyncBatchNorm(6).eval()), "SyncBatchNorm"),
     "a large window": (images(x=r(2, 4, 30, 30), pool=nn.MaxPool2d(17)), "window of 289 elements"),
