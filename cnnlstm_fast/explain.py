@@ -35,8 +35,9 @@ class Stage:
         shape: shape of the result (of the first call's; of the input where the stage failed).
         layout: how the result lies in memory: a name of :data:`cnnlstm_fast.spec.LAYOUTS` for a block,
             else ``contiguous``, ``channels_last`` or ``strided``.
-        plan: ``direct``, ``chunked`` or ``reference`` for a block, ``PyTorch`` for a module that runs
-            as it is, ``view`` or ``copy`` on the way into a module, ``failed``.
+        plan: ``direct``, ``chunked`` or ``reference`` for a block, ``fused``, ``library`` or ``reference``
+            for a ``cf.LSTM`` or ``cf.GRU``, ``PyTorch`` for a module that runs as it is, ``view`` or
+            ``copy`` on the way into a module, ``failed``.
         reason: why this plan.
         ms: milliseconds, all calls together.
         bytes: memory of the result, all calls together; 0 for views.
@@ -236,6 +237,12 @@ class Recorder:
         """The block that began last has run."""
         self._end(None, out)
 
+    def layer_runs(self, plan: str, reason: str) -> None:
+        """The recurrent layer that began last runs by ``plan``."""
+        call = self._running[-1] if self._running else None
+        if call is not None and isinstance(call.module, nn.RNNBase) and threading.get_ident() == self._thread:
+            call.plan, call.reason = plan, reason
+
     def _before(self, module: nn.Module, args: tuple) -> None:
         name = self._names.get(id(module), type(module).__name__)
         op = type(module).__name__
@@ -278,6 +285,8 @@ class Recorder:
         reason = call.reason or self._reasons.get(id(module), "")
         if not reason and isinstance(module, (nn.Conv1d, nn.Conv2d)):
             reason = "in none of our containers: cf.accelerate makes it fast where it stands"
+        if not reason and type(module) in (nn.LSTM, nn.GRU):
+            reason = f"cf.{call.op} takes its place, with the same keys; cf.accelerate puts it there"
         self.add(Stage(call.name, call.op, tuple(y.shape), layout, call.plan, reason, ms, memory))
         self.last = y
         self._last_map = call.map or tuple(y.shape[1:])

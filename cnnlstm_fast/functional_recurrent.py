@@ -238,9 +238,11 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
         hx = None if hx is None else [s.to(low) for s in hx]
     plain = reset is None and lengths is None
     steps = _sizes(x, stack)[0] if batch_sizes is None else len(batch_sizes)
-    chosen, _ = plans.choose_recurrent(
+    chosen, reason = plans.choose_recurrent(
         plan, x, [*params, *(hx or ())], plain=plain, gru_step=cell is GRU and steps == 1
     )
+    if plans.observer is not None:
+        plans.observer.layer_runs(chosen, reason)
     if chosen == "library":
         return _library(cell, *given, stack, batch_sizes)
     if batch_sizes is not None:

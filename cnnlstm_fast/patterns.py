@@ -367,6 +367,9 @@ class _Asking:
     def block_ends(self, out: Tensor) -> None:
         pass
 
+    def layer_runs(self, plan: str, reason: str) -> None:
+        pass
+
     def as_is(self, module: nn.Module, reason: str) -> None:
         pass
 

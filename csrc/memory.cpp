@@ -63,8 +63,11 @@ float* thread_scratch(int64_t floats) {
 
 namespace {
 
-// What glibc maps afresh at every call, whatever it has seen before.
-constexpr int64_t kPooledBytes = int64_t{32} << 20;
+// Smaller memory stays with the C library, which from here on gives it back to the system again and again.
+constexpr int64_t kPooledBytes = int64_t{4} << 20;
+// What the C library maps afresh at every call. Huge pages for less may cost more, looking for them, than they save.
+constexpr int64_t kHugeBytes = int64_t{32} << 20;
+constexpr int64_t kSmallStep = int64_t{64} << 10;
 constexpr int64_t kMostIdleBytes = int64_t{256} << 20;
 
 struct Buffer {
@@ -78,6 +81,7 @@ class Pool {
  public:
   // A buffer of at least `bytes`, or null.
   Buffer take(int64_t bytes) {
+    bytes = round_up(bytes, bytes < kHugeBytes ? kSmallStep : kHugePage);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (auto it = idle_.rbegin(); it != idle_.rend(); ++it)
@@ -88,7 +92,7 @@ class Pool {
           return found;
         }
     }
-    return map(round_up(bytes, kHugePage));
+    return bytes < kHugeBytes ? map(bytes) : map_huge(bytes);
   }
 
   void give_back(Buffer buffer) {
@@ -108,9 +112,15 @@ class Pool {
 
  private:
   static Buffer map(int64_t bytes) {
-    void* all = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* all = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED) return {nullptr, 0};
-    char* begin = static_cast<char*>(all);
+    return {static_cast<char*>(all), bytes};
+  }
+
+  static Buffer map_huge(int64_t bytes) {
+    const Buffer all = map(bytes + kHugePage);
+    if (!all.data) return all;
+    char* begin = all.data;
     char* data = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(begin), kHugePage));
     if (data > begin) munmap(begin, data - begin);
     if (begin + kHugePage > data) munmap(data + bytes, begin + kHugePage - data);

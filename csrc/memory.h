@@ -27,9 +27,9 @@ class AlignedFloats {
   float* data_;
 };
 
-// A new, unwritten CPU tensor like `like` of the given size. Memory so large that the C library would map
-// it afresh every time comes on huge pages, and returns to a small pool when its last owner lets go of
-// it: clearing fresh pages costs as much as a convolution. Where there are no huge pages, plain memory.
+// A new, unwritten CPU tensor like `like` of the given size. Memory that the C library would give back to the
+// system each time returns to a small pool when its last owner lets go of it, since clearing fresh pages costs
+// as much as a convolution; what it would map afresh comes on huge pages, where there are any.
 torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
                                  torch::headeronly::ScalarType dtype);
 

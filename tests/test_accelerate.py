@@ -116,6 +116,10 @@ def assert_like_eager(fast: nn.Module, model: nn.Module, inputs, grad) -> None:
     for name, got in mine.items():
         if not true[name].is_floating_point():
             assert torch.equal(got, true[name]), name
+        elif name.endswith("bias") and grad is not None and true[name].norm() < 1e-12 < grad.norm():
+            # Before a norm a bias has no gradient: what is found is rounding of sums like its weight's.
+            eps = torch.finfo(got.dtype).eps
+            assert got.norm() <= 16 * eps * true[name.removesuffix("bias") + "weight"].norm(), name
         else:
             assert_close_as_torch(got, [way[name] for way in ways], true[name], name)
 

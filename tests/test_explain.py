@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import patterns, plans
+from cnnlstm_fast import _ext, patterns, plans
 from cnnlstm_fast.nn import time_distributed
 
 
@@ -42,7 +42,8 @@ def test_every_stage_of_a_fast_model():
     assert block.bytes == 8 * 1280 * 4
     assert 0 < block.ms < report.ms
     assert stage(report, "-> lstm").plan == "view" and stage(report, "-> lstm").bytes == 0
-    assert stage(report, "lstm").op == "LSTM" and stage(report, "lstm").plan == "PyTorch"
+    lstm = stage(report, "lstm")
+    assert lstm.op == "LSTM" and lstm.plan == ("fused" if _ext.loaded else "library") and lstm.reason
     assert report.error is None and report.mend is None
 
 
@@ -54,6 +55,23 @@ def test_a_plain_model_shows_its_bridges():
     assert (bridge.shape, bridge.layout, bridge.plan) == ((2, 12, 64), "strided", "view")
     assert "cf.accelerate" in stage(report, "cnn").reason
     assert stage(report, "relu").plan == "PyTorch"
+    assert stage(report, "lstm").plan == "PyTorch" and "cf.LSTM" in stage(report, "lstm").reason
+
+
+def test_recurrent_layers_name_their_plans():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = cf.GRU(5, 6, batch_first=True), cf.LSTM(6, 3, batch_first=True).double()
+
+        def forward(self, x):
+            y, _ = self.one(x, lengths=[3, 4])
+            return self.other(y.double())[0]
+
+    report = cf.explain(Two(), torch.randn(2, 4, 5))
+    one, other = stage(report, "one"), stage(report, "other")
+    assert one.plan == ("fused" if _ext.loaded else "reference") and other.plan == "library"
+    assert "float64" in other.reason
 
 
 def test_copies_show():

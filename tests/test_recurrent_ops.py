@@ -131,14 +131,21 @@ def results(fn, case: Case, drawn, grads=None, dtype=torch.float32) -> dict[str,
 
 
 def assert_case(case: Case, *, backward: bool = True, dtype=torch.float32) -> None:
-    drawn = case.draw(dtype)
-    with torch.no_grad():
-        like = loop(case, *drawn[1:], *drawn[0].values())
-    grads = [torch.randn(t.shape).to(dtype) for t in like] if backward else None
-    true = results(loop, case, drawn, grads, torch.float64)
-    torchs = results(loop, case, drawn, grads, dtype)
-    for name, mine in results(ours, case, drawn, grads, dtype).items():
-        assert_close_as_torch(mine, torchs[name], true[name], f"{name} of {case}")
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    elements = 0
+    # The rule compares norms, which luck decides for a few elements: small cases are drawn again.
+    while elements < 64 and len(found.get("out", ())) < 32:
+        drawn = case.draw(dtype)
+        with torch.no_grad():
+            like = loop(case, *drawn[1:], *drawn[0].values())
+        grads = [torch.randn(t.shape).to(dtype) for t in like] if backward else None
+        true = results(loop, case, drawn, grads, torch.float64)
+        torchs = results(loop, case, drawn, grads, dtype)
+        for name, mine in results(ours, case, drawn, grads, dtype).items():
+            found.setdefault(name, []).append((mine, torchs[name], true[name]))
+        elements += min(t.count_nonzero().item() for t in true.values())
+    for name, draws in found.items():
+        assert_close_as_torch(*map(torch.stack, zip(*draws, strict=True)), f"{name} of {case}")
 
 
 def random_cases(count: int, **fixed):
