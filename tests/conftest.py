@@ -32,6 +32,11 @@ def pytest_report_header(config):
     return f"CNNLSTM_FAST_SEED={SEED} (set it to repeat this run); {kernels}; instruction set: {forced}"
 
 
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"CNNLSTM_FAST_SEED={SEED} repeats these inputs")
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("long") and os.environ.get("CNNLSTM_FAST_LONG") != "1":

@@ -96,8 +96,17 @@ def decided_inputs(model: nn.Module, make, draws: int = 20):
 
 
 def assert_like_eager(fast: nn.Module, model: nn.Module, inputs, grad) -> None:
-    """Output, gradients and what is left in the buffers, by the numbers rule; ``model`` is the eager twin."""
+    """Output, gradients and what is left in the buffers, by the numbers rule; ``model`` is the eager twin.
+
+    Small models amplify a rounding error or two by luck, so PyTorch's ways include inputs one rounding off.
+    """
     ways = []
+    for _ in range(3):
+        nudged = inputs[0] * (1 + 6e-8 * torch.randn_like(inputs[0], dtype=torch.float64))
+        twin = copy.deepcopy(model)
+        ways.append(
+            results(twin, (nudged.to(inputs[0].dtype), *inputs[1:]), grad) | dict(twin.named_buffers())
+        )
     for memory_format in (torch.contiguous_format, torch.channels_last):
         for onednn in (True, False):
             twin = copy.deepcopy(model)
@@ -117,9 +126,8 @@ def assert_like_eager(fast: nn.Module, model: nn.Module, inputs, grad) -> None:
         if not true[name].is_floating_point():
             assert torch.equal(got, true[name]), name
         elif name.endswith("bias") and grad is not None and true[name].norm() < 1e-12 < grad.norm():
-            # Before a norm a bias has no gradient: what is found is rounding of sums like its weight's.
-            eps = torch.finfo(got.dtype).eps
-            assert got.norm() <= 16 * eps * true[name.removesuffix("bias") + "weight"].norm(), name
+            # The gradient of a bias before a norm: zero, and what is found is the rounding of sums.
+            assert got.norm() <= 1e-5 * grad.norm(), name
         else:
             assert_close_as_torch(got, [way[name] for way in ways], true[name], name)
 

@@ -67,3 +67,13 @@ def test_files_named_exist(page):
     folders = (ROOT, ROOT / "cnnlstm_fast", ROOT / "benchmarks", ROOT / "csrc" / "cpu")
     for name in re.findall(r"`([\w./*-]+\.(?:py|cpp|h|inc|md|txt|json))`", page.read_text()):
         assert any(list(folder.glob(name)) for folder in folders), name
+
+
+def test_guarantees_name_tests_that_exist():
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", text)
+    assert named
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
