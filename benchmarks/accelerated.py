@@ -29,7 +29,7 @@ class Frames(nn.Module):
         steps = []
         for t in range(x.size(1)):
             y = self.conv4(self.conv3(self.conv2(self.conv1(x[:, t]))))
-            steps.append(y.view(y.size(0), -1))
+            steps.append(y.flatten(1))
         return torch.stack(steps, 1)
 
 
@@ -43,7 +43,7 @@ class SpeechFront(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         b, c, f, t = x.size()
-        return x.view(b, c * f, t).transpose(1, 2).transpose(0, 1).contiguous()
+        return x.reshape(b, c * f, t).transpose(1, 2).transpose(0, 1).contiguous()
 
 
 class Played(nn.Module):

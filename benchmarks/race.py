@@ -224,7 +224,8 @@ class Verified:
         tell(OURS)
         ours = Contestant(OURS, case, fast, eager, batch.x)
         found = errors(ours.results(batch), true)
-        wrong = exceeding(found, limits_as_torch([way[1] for way in ways.values()]))
+        limits = limits_as_torch([way[1] for way in ways.values()])
+        wrong = exceeding(found, limits)
         if wrong:
             raise WrongResult(f"{case.name} (seed {seed}): {wrong}; not timed")
         self._add(ours, found)
@@ -233,7 +234,7 @@ class Verified:
             if why_not is None:
                 try:
                     contestant, found = ways.get(name) or ready(PEERS[name])
-                    why_not = exceeding(found, dict.fromkeys(true, PEER_ERROR))
+                    why_not = exceeding(found, {n: max(PEER_ERROR, limit) for n, limit in limits.items()})
                 except Exception as error:  # a peer's compiler or exporter may raise anything
                     said = str(error).strip().splitlines() or ["no message"]
                     why_not = f"{type(error).__name__}: {said[0][:200]}"

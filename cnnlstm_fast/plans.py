@@ -231,7 +231,7 @@ def _by_sizes(
             return None, *reference, "few channels and many taps: the library is as fast"
         if taps <= 32 or (window > 1 and weights <= 2**20):
             return None, *direct, "bound by memory: the map before the pool never exists"
-        if outputs >= 2**21:
+        if outputs >= (2**21 if taps < 400 else 2**23):
             return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
         if weights <= 2**14 and (signal or taps < 128 or (map_size > 2**14 and taps < 400)):
             return None, *direct, "bound by memory: bias and activation while in registers"
