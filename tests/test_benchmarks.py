@@ -375,7 +375,8 @@ def test_a_file_without_younger_fields_is_read(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(results.FOLDER.glob("[!d]*.json")), ids=lambda p: p.name)
 def test_committed_results_are_read(path):
-    assert results.read(path).races
+    found = results.read(path)
+    assert (found.races or found.blocks or found.memory) and not found.failures
 
 
 # ---------------------------------------------------------------- growth
