@@ -102,6 +102,8 @@ def run(
             wanted = [(channels, mode) for channels in dispatch.CHANNELS for mode in ("inference", "forward")]
             for w in progress.track(wanted, description="dispatch"):
                 report.dispatch.append(dispatch.measure(*w))
+            for layer in progress.track(dispatch.STEPS, description="streams"):
+                report.steps.append(dispatch.measure_step(*layer))
         if Part.traces in parts:
             for kind in progress.track(SYSTEMS, description="traces"):
                 report.traces.extend(trace.trace(kind))

@@ -1,4 +1,4 @@
-"""What one small block costs in Python and dispatch: the fused block against eager's three operators."""
+"""What small calls cost: a block against eager's operators, a step of a stream against PyTorch's layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnlstm_fast as cf
-from benchmarks.race import Spread
+from benchmarks.race import Spread, WrongResult, paired_ratio
 
 #: Allowed beyond eager's three operators, in microseconds.
 BUDGET_US = 25.0
@@ -31,6 +31,57 @@ class Dispatch:
     eager_us: float
     ours_us: float
     extra_us: Spread
+
+
+@dataclass(frozen=True)
+class Step:
+    """Microseconds for one step of a recurrent layer that carries its state on; ``ratio`` is paired by round.
+
+    ``ours_us`` is that of ``layer.stream()``, ``eager_us`` of PyTorch's layer called with a sequence of one.
+    """
+
+    layer: str
+    batch: int
+    eager_us: float
+    ours_us: float
+    ratio: Spread
+
+
+#: Layers of one step: kind, inputs, hidden, layers, batch.
+STEPS = (("LSTM", 64, 128, 1, 1), ("LSTM", 512, 512, 1, 1), ("LSTM", 64, 128, 2, 8), ("GRU", 64, 128, 1, 1))
+
+
+def measure_step(
+    kind: str, inputs: int, hidden: int, layers: int, batch: int, *, rounds: int = 30, calls: int = 200
+) -> Step:
+    """Race a stream against the plain layer, step by step, each on its own state.
+
+    Raises:
+        WrongResult: the two differ after as many steps as one turn has.
+    """
+    theirs = getattr(nn, kind)(inputs, hidden, layers, batch_first=True).eval()
+    stream = getattr(cf, kind).like(theirs).stream(batch)
+    x = torch.randn(batch, inputs)
+    state = None
+
+    def eager():
+        nonlocal state
+        y, state = theirs(x[:, None], state)
+        return y[:, 0]
+
+    def step():
+        return stream(x)
+
+    with torch.inference_mode():
+        for _ in range(calls):
+            expected, found = eager(), step()
+        off = float((found - expected).abs().max())
+        if not off <= 1e-5:
+            raise WrongResult(f"a stream of {kind} is off by {off:.1e} after {calls} steps; not timed")
+        pairs = [_pair(r, eager, step, calls) for r in range(rounds)]
+    eager_us, ours_us = (list(side) for side in zip(*pairs, strict=True))
+    name = f"{kind} {inputs}-{hidden}" + (f"x{layers}" if layers > 1 else "")
+    return Step(name, batch, Spread.of(eager_us).p50, Spread.of(ours_us).p50, paired_ratio(eager_us, ours_us))
 
 
 def measure(channels: int, mode: str, *, rounds: int = 30, calls: int = 300) -> Dispatch:

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from benchmarks.blocks import BlockResult
-from benchmarks.dispatch import Dispatch
+from benchmarks.dispatch import Dispatch, Step
 from benchmarks.growth import Point
 from benchmarks.memory import Memory
 from benchmarks.race import Result
@@ -94,6 +94,7 @@ class Report:
     races: list[Result] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     dispatch: list[Dispatch] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     blocks: list[BlockResult] = field(default_factory=list)
     growth: list[Point] = field(default_factory=list)

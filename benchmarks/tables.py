@@ -32,7 +32,14 @@ def show(report: Report, console: Console) -> None:
         console.print(f"{when}: {r.gflops:.0f} GFLOP/s ({r.source}), copies {r.copy_gbs:.1f} GB/s")
     for result in report.races:
         console.print(_race(result, peak(report)))
-    for table in (_growth(report), _memory(report), _dispatch(report), _traces(report), _blocks(report)):
+    for table in (
+        _growth(report),
+        _memory(report),
+        _dispatch(report),
+        _steps(report),
+        _traces(report),
+        _blocks(report),
+    ):
         if table.row_count:
             console.print(table)
     for failure in report.failures:
@@ -156,6 +163,17 @@ def _dispatch(report: Report) -> Table:
             *_spread(d.extra_us, 1),
             style=style,
         )
+    return table
+
+
+def _steps(report: Report) -> Table:
+    table = _table(
+        "One step of a layer that carries its state on: nn's layer, and layer.stream()",
+        left=("layer", "batch"),
+        right=("eager us", "ours us", "over ours p20", "p50", "p80"),
+    )
+    for s in report.steps:
+        table.add_row(s.layer, str(s.batch), f"{s.eager_us:.1f}", f"{s.ours_us:.1f}", *_spread(s.ratio, 2))
     return table
 
 

@@ -64,8 +64,8 @@ def conv_block(
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if plan not in plans.PLANS:
         raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.PLANS)}")
-    call = None
-    if plan == "auto" and plans.observer is None and not torch.compiler.is_compiling():
+    remembers = plan == "auto" and plans.observer is None and not torch.compiler.is_compiling()
+    if remembers and weight.shape in _left_weights:
         call = _call_key(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
         if call in _left_to_pytorch:
             return _reference(
@@ -99,10 +99,15 @@ def conv_block(
         known = spec if behind is None else None
         watched.block_begins(known, x, weight, norm, activation, pool, layout, forward_plan, reason)
     if forward_plan == "reference":
-        if call is not None and spec is not None and plans.by_sizes_alone(spec, x4, weight4, bias, norm):
+        if remembers and spec is not None and plans.by_sizes_alone(spec, x4, weight4, bias, norm):
+            call = _call_key(
+                x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout
+            )
             if len(_left_to_pytorch) >= 4096:
                 _left_to_pytorch.clear()
-            _left_to_pytorch.add(call)
+            if call is not None:
+                _left_to_pytorch.add(call)
+                _left_weights.add(weight.shape)
         out = _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
     else:
         run = _fused if norm is None else _fused_with_norm
@@ -119,6 +124,8 @@ def conv_block(
 #: Calls like these (:func:`_call_key`) are PyTorch's by a rule of sizes. Whatever else may be true of a call,
 #: PyTorch's operators are right; here they are reached in 3 us, and 20 to 80 are saved.
 _left_to_pytorch: set[tuple] = set()
+#: The shapes of their weights: most other calls end here.
+_left_weights: set[torch.Size] = set()
 
 
 _NORM_ATTRIBUTES = ("training", "num_features")

@@ -20,10 +20,11 @@ import cnnlstm_fast as cf
 from benchmarks import __main__ as command_line
 from benchmarks import blocks, field, growth, memory, plot, race, results, roofline, trace
 from benchmarks.cases import CASES, INPUT_STEP, WEIGHT_STEP, Case, conv_flops, on_grid, recurrent, system
-from benchmarks.dispatch import Dispatch
+from benchmarks.dispatch import Dispatch, Step, measure_step
 from benchmarks.peers import PEERS, Peer
 from benchmarks.race import OURS, PEER_ERROR, Spread, WrongResult
 from benchmarks.recurrent import recurrent_flops
+from cnnlstm_fast.nn.stream import Stream
 
 
 def quick() -> dict:
@@ -260,6 +261,15 @@ def test_every_case_names_known_peers():
         assert all(PEERS[name].trains for name in case.peers) or not case.training
 
 
+def test_a_step_of_a_stream_is_checked_and_timed(monkeypatch):
+    found = measure_step("LSTM", 5, 6, 2, 3, rounds=3, calls=2)
+    assert found.layer == "LSTM 5-6x2" and found.batch == 3 and found.eager_us > 0 and found.ours_us > 0
+    right = Stream.__call__
+    monkeypatch.setattr(Stream, "__call__", lambda self, x: right(self, x) + 1e-3)
+    with pytest.raises(WrongResult, match="a stream of GRU is off by 1"):
+        measure_step("GRU", 5, 6, 1, 1, rounds=3, calls=2)
+
+
 # ---------------------------------------------------------------- result files
 
 
@@ -269,6 +279,7 @@ def a_report() -> results.Report:
     report.races.append(race.race(small(), **quick()))
     report.memory.extend(memory.Memory("Simple/features/training", s, "kept", 5, 7) for s in memory.SIDES)
     report.dispatch.append(Dispatch(8, "inference", 10.0, 20.0, Spread(9.0, 10.0, 11.0)))
+    report.steps.append(Step("LSTM 4-5", 2, 20.0, 10.0, Spread(1.9, 2.0, 2.1)))
     report.traces.append(trace.Trace("Simple", "inference", ["cnnlstm_fast::conv_block"], [], 9))
     report.blocks.append(
         blocks.BlockResult(
@@ -376,7 +387,7 @@ def test_a_file_without_younger_fields_is_read(tmp_path):
 @pytest.mark.parametrize("path", sorted(results.FOLDER.glob("[!d]*.json")), ids=lambda p: p.name)
 def test_committed_results_are_read(path):
     found = results.read(path)
-    assert (found.races or found.blocks or found.memory) and not found.failures
+    assert (found.races or found.blocks or found.memory or found.dispatch) and not found.failures
 
 
 # ---------------------------------------------------------------- growth
