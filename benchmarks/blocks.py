@@ -404,7 +404,7 @@ def _verify(block, weights, training, theirs, ours, batch, what: str) -> None:
     def channels_last(t):
         return t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t
 
-    if training and block.norm and batch[1] is not None:
+    if training and block.norm:
         batch = batch[0], batch[1] * _decided(block, batch[0], weights)
     true = _Side(block, cf.reference.conv_block, {n: w.double() for n, w in weights.items()}, training)
     expected = true.results((double(batch[0].detach()), double(batch[1])))

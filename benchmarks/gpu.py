@@ -11,10 +11,8 @@ Every part runs on the CPU too, which is how the tests run it; its figures mean 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import datetime
 import gc
-import json
 import platform
 import re
 import time
@@ -30,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import cnnlstm_fast as cf
+from benchmarks import results
 from benchmarks.cases import INPUT_STEP, SYSTEMS, WEIGHT_STEP, conv_flops, on_grid, system
 from benchmarks.race import OURS, Spread, WrongResult, errors, exceeding, paired_ratio
-from benchmarks.results import FOLDER, commit, from_json
+from benchmarks.results import FOLDER, commit
 
 SCHEMA = 1
 #: Inputs of a race together exceed the cache by this much, so that each round reads memory.
@@ -544,7 +543,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(results.ResultFile):
     """One run. ``rates`` were measured before and after; ``failures`` are works whose result was wrong."""
 
     device: Device
@@ -577,22 +576,10 @@ class Report:
     def path(self, folder: Path = FOLDER) -> Path:
         return folder / f"{self.device.slug}.json"
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-
 
 def read(path: Path) -> Report:
-    """Read a result file of this part.
-
-    Raises:
-        ValueError: it was written for another schema, or a field is missing, unknown or mistyped.
-    """
-    data = json.loads(path.read_text())
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{path.name} has schema {found!r}, expected {SCHEMA}: run the benchmarks again")
-    return from_json(Report, data, path.name)
+    """:func:`benchmarks.results.read` of a file of this part."""
+    return results.read(path, Report)
 
 
 def run(

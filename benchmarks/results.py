@@ -71,8 +71,16 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+class ResultFile:
+    """A dataclass of a run that is written as JSON; :func:`read` reads it."""
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(ResultFile):
     """One run.
 
     Attributes:
@@ -119,22 +127,20 @@ class Report:
         suffix = "" if self.mode == "full" else f"-{self.mode}"
         return FOLDER / f"{self.device.slug}{suffix}.json"
 
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
-
-def read(path: Path) -> Report:
-    """Read a result file.
+def read(path: Path, kind: type = Report):
+    """Read a result file as a ``kind`` of report, whose default ``schema`` it must have.
 
     Raises:
         ValueError: it was written for another schema, or a field is missing, unknown or mistyped.
     """
     data = json.loads(path.read_text())
     found = data.get("schema") if isinstance(data, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{path.name} has schema {found!r}, expected {SCHEMA}: run the benchmarks again")
-    return from_json(Report, data, path.name)
+    if found != kind.schema:
+        raise ValueError(
+            f"{path.name} has schema {found!r}, expected {kind.schema}: run the benchmarks again"
+        )
+    return from_json(kind, data, path.name)
 
 
 def from_json(kind, data, where: str):

@@ -64,13 +64,11 @@ def conv_block(
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if plan not in plans.PLANS:
         raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.PLANS)}")
+    rest = stride, padding, dilation, groups, norm, activation, pool, layout
     remembers = plan == "auto" and plans.observer is None and not torch.compiler.is_compiling()
     if remembers and weight.shape in _left_weights:
-        call = _call_key(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
-        if call in _left_to_pytorch:
-            return _reference(
-                x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout
-            )
+        if _call_key(x, weight, bias, *rest) in _left_to_pytorch:
+            return _reference(x, weight, bias, *rest)
     rank = weight.dim()
     groups = _whole(groups, "groups")
     _check_shapes(x, weight, bias, rank, groups)
@@ -99,16 +97,9 @@ def conv_block(
         known = spec if behind is None else None
         watched.block_begins(known, x, weight, norm, activation, pool, layout, forward_plan, reason)
     if forward_plan == "reference":
-        if remembers and spec is not None and plans.by_sizes_alone(spec, x4, weight4, bias, norm):
-            call = _call_key(
-                x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout
-            )
-            if len(_left_to_pytorch) >= 4096:
-                _left_to_pytorch.clear()
-            if call is not None:
-                _left_to_pytorch.add(call)
-                _left_weights.add(weight.shape)
-        out = _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout)
+        if remembers and spec is not None and plans.why_not_call(spec, x4, weight4, bias, norm) is None:
+            _leave_to_pytorch(_call_key(x, weight, bias, *rest), weight.shape)
+        out = _reference(x, weight, bias, *rest)
     else:
         run = _fused if norm is None else _fused_with_norm
         raw = run(spec, x4, weight4, bias, norm, op.PLANS[forward_plan], op.PLANS[backward_plan])
@@ -126,7 +117,6 @@ def conv_block(
 _left_to_pytorch: set[tuple] = set()
 #: The shapes of their weights: most other calls end here.
 _left_weights: set[torch.Size] = set()
-
 
 _NORM_ATTRIBUTES = ("training", "num_features")
 _POOL_ATTRIBUTES = ("kernel_size", "stride", "padding", "return_indices")
@@ -154,6 +144,16 @@ def _call_key(
     except TypeError:
         return None
     return key
+
+
+def _leave_to_pytorch(call: tuple | None, weight_shape: torch.Size) -> None:
+    if call is None:
+        return
+    if len(_left_to_pytorch) >= 4096:
+        _left_to_pytorch.clear()
+        _left_weights.clear()
+    _left_to_pytorch.add(call)
+    _left_weights.add(weight_shape)
 
 
 def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:

@@ -79,11 +79,6 @@ def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None
     return None
 
 
-def why_not_block(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
-    """Why no fused plan has kernels for what a block holds, as a sentence; None if one has."""
-    return None if norm is None else why_not_normed(spec, x, weight, norm)
-
-
 def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
 
@@ -141,6 +136,11 @@ def _is_plain(t: Tensor) -> bool:
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     return isinstance(t, (FakeTensor, FunctionalTensor))
+
+
+def why_not_call(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm) -> str | None:
+    """Why neither plan takes this call whatever its sizes, as a sentence; None if one does."""
+    return why_not_fused(x, weight, bias) or (None if norm is None else why_not_normed(spec, x, weight, norm))
 
 
 #: Elements of one image's scratch and map that the direct plan's 32-bit offsets reach.
@@ -280,7 +280,7 @@ def choose(
     if plan == "reference":
         check_sizes(spec, x.shape[2:], weight.shape[2:])
         return "reference", "reference", "asked for"
-    why_not = why_not_fused(x, weight, bias) or why_not_block(spec, x, weight, norm)
+    why_not = why_not_call(spec, x, weight, bias, norm)
     if why_not is None:
         needs_x = x.requires_grad
         training = torch.is_grad_enabled() and (
@@ -310,11 +310,6 @@ def choose(
         by_bytes = _by_bytes if torch.compiler.is_compiling() else _by_bytes_cached
         return by_bytes(spec, x.shape, weight.shape, x.dtype, tf32, training, needs_x)
     return forward, backward, reason
-
-
-def by_sizes_alone(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm) -> bool:
-    """Whether nothing but the rules of sizes speaks against the fused plans."""
-    return why_not_fused(x, weight, bias) is None and why_not_block(spec, x, weight, norm) is None
 
 
 # ---- Blocks on CUDA

@@ -374,6 +374,28 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------- what is expected
 
 
+def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
+    """Run the marked tests in a process whose kernels are those of ``isa``; skip where there are none."""
+    if forced := os.environ.get("CNNLSTM_FAST_ISA"):
+        pytest.skip(f"this run is itself forced to {forced}")
+    root = Path(cnnlstm_fast.__file__).parents[1]
+    # glibc fills what malloc returns: the kernels' scratch memory is poisoned as well as tensors
+    env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
+    asked = subprocess.run(
+        [sys.executable, "-c", "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())"],
+        env=env, cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if asked.stdout.strip() != isa:
+        assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
+        pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider",
+         "-m", "instruction_sets", *pytest_args],
+        env=env, cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, f"{isa}: {ran.stdout[-4000:]}{ran.stderr[-2000:]}"
+
+
 def in_layout(y: Tensor, layout: str) -> Tensor:
     """A map (N, C, H, W) or (N, C, L) in the shape of ``layout``, by indexing, as contract.md draws it."""
     if layout in ("channels_first", "channels_last"):

@@ -178,8 +178,7 @@ def test_a_failure_ends_neither_the_run_nor_in_silence(tmp_path, monkeypatch):
     assert len(gpu.read(path).results) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_without_a_device_it_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("there is a device here")
     done = CliRunner().invoke(command_line.app, ["gpu"])
     assert done.exit_code == 2 and "no CUDA device" in done.output

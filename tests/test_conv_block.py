@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +31,7 @@ from helpers import (
     plans,
     random_block,
     random_blocks,
+    repeat_with_instruction_set,
     run_python,
     strided,
     torch_block,
@@ -41,7 +39,6 @@ from helpers import (
 )
 from torch import nn
 
-import cnnlstm_fast
 from cnnlstm_fast import reference
 from cnnlstm_fast.functional import conv_block
 
@@ -112,27 +109,10 @@ def test_other_dtypes_are_pytorchs(block, dtype):
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     """The marked tests once more with the kernels of each instruction set, chosen as the library loads."""
-    if forced := os.environ.get("CNNLSTM_FAST_ISA"):
-        pytest.skip(f"this run is itself forced to {forced}")
-    root = Path(cnnlstm_fast.__file__).parents[1]
-    # glibc fills what malloc returns: the kernels' scratch memory is poisoned as well as tensors
-    env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
-    asked = subprocess.run(
-        [sys.executable, "-c", "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())"],
-        env=env, cwd=root, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    if asked.stdout.strip() != isa:
-        assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
-        pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")
     files = [
         str(Path(__file__).with_name(f"test_{of}.py")) for of in ("conv_block", "layouts", "numbers", "ops")
     ]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider",
-         "-m", "instruction_sets", "-k", " or ".join(FUSED), *files],
-        env=env, cwd=root, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, f"{isa}: {ran.stdout[-4000:]}{ran.stderr[-2000:]}"
+    repeat_with_instruction_set(isa, "-k", " or ".join(FUSED), *files)
 
 
 # ------------------------------------------------------------- activations

@@ -4,20 +4,15 @@ what PyTorch's machinery asks of an op, bits, and arguments that do not fit."""
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import SEED, assert_close_as_torch, needs_extension
+from helpers import SEED, assert_close_as_torch, needs_extension, repeat_with_instruction_set
 from torch import Tensor
 
-import cnnlstm_fast
 from cnnlstm_fast.ops import recurrent as op
 
 pytestmark = needs_extension
@@ -463,20 +458,4 @@ def test_nothing_to_do(mode):
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     """The marked tests once more with the kernels of each instruction set, chosen as the library loads."""
-    if forced := os.environ.get("CNNLSTM_FAST_ISA"):
-        pytest.skip(f"this run is itself forced to {forced}")
-    root = Path(cnnlstm_fast.__file__).parents[1]
-    env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
-    asked = subprocess.run(
-        [sys.executable, "-c", "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())"],
-        env=env, cwd=root, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    if asked.stdout.strip() != isa:
-        assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
-        pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider",
-         "-m", "instruction_sets", __file__],
-        env=env, cwd=root, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, f"{isa}: {ran.stdout[-4000:]}{ran.stderr[-2000:]}"
+    repeat_with_instruction_set(isa, __file__)

@@ -6,14 +6,12 @@ nothing else in the process sees the switch.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import random
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +38,7 @@ from helpers import (
     torch_ways,
     winners,
 )
+from interpreted import interpreter_and_cuda, kernels_of
 from torch import Tensor
 
 from cnnlstm_fast import plans as plans_module
@@ -47,7 +46,6 @@ from cnnlstm_fast.spec import BlockSpec, Pool
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-KERNELS = Path(__file__).parents[1] / "kernels" / "conv_block.py"
 PLANS = {"direct": 1, "chunked": 2}
 ORDERS = list(itertools.permutations(range(4)))
 
@@ -109,28 +107,9 @@ def _op_args(block: Block) -> tuple[list[int], int, list[float], list[int]]:
     return conv, *ACTIVATION_ARGS[block.activation], pool
 
 
-def _interpreted():
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec = importlib.util.spec_from_file_location("interpreted_conv_block", KERNELS)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@interpreter_and_cuda
 def kernels(request):
-    if request.param == "cuda":
-        from cnnlstm_fast.kernels import conv_block
-
-        yield Kernels(conv_block, "cuda")
-        return
-    from triton.runtime.interpreter import interpreter_builder
-
-    options = interpreter_builder.options
-    interpreter_builder.options = replace(options, sanitize_overflow=False)  # triples every operation
-    yield Kernels(_interpreted(), "cpu")
-    interpreter_builder.options = options
+    yield from kernels_of("conv_block", request.param, Kernels)
 
 
 @pytest.fixture(autouse=True)

@@ -6,20 +6,18 @@ the same loop in the dtype at hand, since its own layers take neither resets nor
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import SEED, STRIDED, assert_close_as_torch, strided
+from interpreted import interpreter_and_cuda, kernels_of
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 MODES = {"LSTM": 0, "GRU": 1}
-KERNELS = Path(__file__).parents[1] / "kernels" / "recurrent.py"
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 modes = pytest.mark.parametrize("mode", ["LSTM", "GRU"])
 
@@ -182,28 +180,9 @@ def _moved(t: Tensor, device: str) -> Tensor:
     return flat.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def _interpreted():
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec = importlib.util.spec_from_file_location("interpreted_recurrent", KERNELS)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@interpreter_and_cuda
 def kernels(request):
-    if request.param == "cuda":
-        from cnnlstm_fast.kernels import recurrent
-
-        yield Kernels(recurrent, "cuda")
-        return
-    from triton.runtime.interpreter import interpreter_builder
-
-    options = interpreter_builder.options
-    interpreter_builder.options = replace(options, sanitize_overflow=False)  # triples every operation
-    yield Kernels(_interpreted(), "cpu")
-    interpreter_builder.options = options
+    yield from kernels_of("recurrent", request.param, Kernels)
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,6 @@ class ConvNormFunction(torch.autograd.Function):
             x, weight, bias, gamma, beta, mean, var, eps, *args, True, keep_map
         )
         ctx.args = eps, conv, activation, act, pool, order, plan
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(x, weight, bias, gamma, beta, mean, var, codes, kept, kept_map, stats)
         return raw, stats
