@@ -16,7 +16,7 @@ from torch import Tensor
 from cnnlstm_fast import _ext
 from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
 
-PLANS = ("auto", "direct", "chunked", "reference")
+PLANS = ("auto", "direct", "chunked", "winograd", "reference")
 
 #: Set by `explain` while it watches a model run: told of every block and of every module that is
 #: not fused (:class:`cnnlstm_fast.explain.Recorder`).

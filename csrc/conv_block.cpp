@@ -15,6 +15,8 @@
 
 #include "cpu/dispatch.h"
 #include "memory.h"
+#include "threads.h"
+#include "winograd_conv.h"
 
 namespace cnnlstm_fast {
 namespace {
@@ -24,15 +26,11 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 
-enum Plan : int64_t { kDirect = 1, kChunked = 2 };
+enum Plan : int64_t { kDirect = 1, kChunked = 2, kWinograd = 3 };
 
 // Convolution maps of one chunk: what two cores' second-level caches hold beside weights and input.
 constexpr int64_t kChunkBytes = int64_t{2} << 20;
 constexpr int64_t kMaxScratchFloats = int64_t{1} << 30;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // ---- Calls of PyTorch's own operators
 
@@ -310,16 +308,6 @@ Tensor new_like_input(const Tensor& x) {
   return torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
 }
 
-// Items are handed out one after another, so that a slow core does less.
-template <class F>
-void for_each_item(int64_t items, const F& run) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < items; i = next++) run(i);
-  });
-}
-
 // Scratch of one item: what a second-level cache holds beside the weights.
 constexpr int64_t kItemFloats = 96 * 1024;
 
@@ -381,15 +369,46 @@ int64_t images_per_chunk(const Block& b) {
   return std::clamp<int64_t>(bytes / (b.oh * b.ow * b.co * size), 1, b.n);
 }
 
-void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Outputs& out) {
+// Maps of a convolution for some images after others, (images, oh, ow, co) contiguous.
+class Maps {
+ public:
+  Maps(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias)
+      : conv_(conv), plan_(plan), weight_(weight), bias_(bias) {
+    if (plan == kWinograd) winograd_.emplace(torch::stable::contiguous(weight), false);
+  }
+
+  Tensor of(const Tensor& x) const {
+    if (plan_ != kChunked) {
+      const Call call = bare(x, weight_, conv_);
+      const Block& b = call.block;
+      const Tensor map = torch::stable::new_empty(x, in_order(b, call.order));
+      if (plan_ == kDirect) {
+        forward_direct(call, x, weight_, bias_, {map.data_ptr(), nullptr, nullptr});
+        return map;
+      }
+      if (winograd_->run(x, b.ph, b.pw, b.oh, b.ow, bias_, static_cast<float*>(map.data_ptr()))) return map;
+    }
+    const Tensor map = channels_last(convolution(channels_last(x), weight_, bias_, conv_));
+    return torch::stable::transpose(torch::stable::transpose(map, 1, 2), 2, 3);
+  }
+
+ private:
+  const Ints& conv_;
+  const int64_t plan_;
+  const Tensor weight_;
+  const std::optional<Tensor> bias_;
+  std::optional<WinogradConvolution> winograd_;
+};
+
+void forward_chunked(const Call& call, int64_t plan, const Tensor& x, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const Outputs& out) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
+  const Maps maps(call.conv, plan, weight, bias);
   const int64_t chunk = images_per_chunk(b);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
-    Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count);
-    const Tensor map = channels_last(convolution(channels_last(part), weight, bias, call.conv));
+    const Tensor map = maps.of(torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count));
     const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
     const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
     const char* data = static_cast<const char*>(map.data_ptr());
@@ -402,6 +421,13 @@ void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, co
   }
 }
 
+void check_plan(int64_t plan, const Block& b) {
+  STD_TORCH_CHECK(plan == kDirect || plan == kChunked || plan == kWinograd, "conv_block: unknown plan ", plan);
+  STD_TORCH_CHECK(plan != kWinograd || (b.dtype == kFloat32 && b.kh == 3 && b.kw == 3 && b.sh == 1 && b.sw == 1 &&
+                                        b.dh == 1 && b.dw == 1 && b.groups == 1),
+                  "conv_block: the plan winograd takes float32 and 3x3 taps with stride 1 only");
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints conv,
                                               int64_t activation, Floats act, Ints pool, Ints order, int64_t plan,
                                               bool keep) {
@@ -411,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
     STD_TORCH_CHECK(
         bias->dim() == 1 && bias->size(0) == b.co && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
         "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
-  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block: unknown plan ", plan);
+  check_plan(plan, b);
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
   const Tensor codes = new_output(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
   const Tensor slopes = new_output(x, keep && call.keeps_slopes ? in_order(b, order) : Ints{0}, x.scalar_type());
@@ -420,12 +446,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
     if (plan == kDirect)
       forward_direct(call, x, weight, bias, outputs);
     else
-      forward_chunked(call, x, weight, bias, outputs);
+      forward_chunked(call, plan, x, weight, bias, outputs);
   }
   return {out, codes, slopes};
 }
 
 // ---- Backward
+
+constexpr int64_t kPlacesPerSum = 2048;
 
 // Owns what a Patch points to.
 struct PatchStorage {
@@ -473,14 +501,19 @@ class ChunkGrads {
  public:
   ChunkGrads(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
              bool need_bias)
-      : conv_(conv), plan_(plan), x_(x), weight_(weight), need_{need_x, need_weight, need_bias} {}
+      : conv_(conv), plan_(plan), x_(x), weight_(weight), need_{need_x, need_weight, need_bias} {
+    if (plan != kWinograd) return;
+    if (need_x) winograd_x_.emplace(torch::stable::contiguous(weight), true);
+    if (need_weight) winograd_weight_.emplace(weight);
+  }
 
   // The map's gradient (images, oh, ow, co), contiguous, of the images from n0 on.
   void add(const Tensor& raw, int64_t n0) {
     const int64_t count = raw.size(0);
     const bool all = count == x_.size(0);
     const Tensor part = torch::stable::narrow(const_cast<Tensor&>(x_), 0, n0, count);
-    if (need_[0] && !grad_x_ && (!all || plan_ == kDirect)) grad_x_ = new_like_input(x_);
+    if (need_[0] && !grad_x_ && (!all || plan_ != kChunked)) grad_x_ = new_like_input(x_);
+    if (plan_ == kWinograd) return add_winograd(part, raw, n0);
     if (plan_ == kDirect) {
       std::optional<Tensor> to_x, to_weight, to_bias;
       if (need_[0]) to_x = torch::stable::narrow(*grad_x_, 0, n0, count);
@@ -511,14 +544,57 @@ class ChunkGrads {
     if (need_[2]) bias_sum_.add(found.bias);
   }
 
-  // No element where none was asked for.
-  ConvolutionGrads result() {
+  // No element where none was asked for. None at all if sums by Winograd are not finite, and the library is to say
+  // where.
+  std::optional<ConvolutionGrads> result() {
+    if (winograd_weight_) {
+      const Tensor to = torch::stable::new_empty(weight_, sizes(weight_));
+      if (!winograd_weight_->result(static_cast<float*>(to.data_ptr()))) finite_ = false;
+      weight_sum_.add(to);
+    }
+    if (!finite_) return std::nullopt;
     auto nothing = [&] { return torch::stable::new_empty(x_, Ints{0}); };
-    return {need_[0] ? *grad_x_ : nothing(), need_[1] ? weight_sum_.result() : nothing(),
-            need_[2] ? bias_sum_.result() : nothing()};
+    return ConvolutionGrads{need_[0] ? *grad_x_ : nothing(), need_[1] ? weight_sum_.result() : nothing(),
+                            need_[2] ? bias_sum_.result() : nothing()};
   }
 
  private:
+  void add_winograd(const Tensor& part, const Tensor& raw, int64_t n0) {
+    const int64_t n = part.size(0), c = part.size(1), h = part.size(2), w = part.size(3), co = raw.size(3);
+    if (need_[0]) {
+      const bool in_place = lies_channels_last(*grad_x_);
+      const Tensor to = in_place ? *grad_x_ : torch::stable::new_empty(x_, Ints{n, h, w, c});
+      float* data = static_cast<float*>(to.data_ptr()) + (in_place ? n0 * h * w * c : 0);
+      if (!winograd_x_->run(torch::stable::transpose(torch::stable::transpose(const_cast<Tensor&>(raw), 2, 3), 1, 2),
+                            2 - conv_[2], 2 - conv_[3], h, w, std::nullopt, data))
+        finite_ = false;
+      if (!in_place) {
+        Tensor rows = torch::stable::narrow(*grad_x_, 0, n0, n);
+        torch::stable::copy_(rows, torch::stable::transpose(torch::stable::transpose(to, 2, 3), 1, 2));
+      }
+    }
+    if (need_[1]) winograd_weight_->add(part, raw, conv_[2], conv_[3]);
+    if (need_[2]) {
+      const KernelTable& k = kernels();
+      const int64_t places = raw.size(0) * raw.size(1) * raw.size(2), items = ceil_div(places, kPlacesPerSum);
+      std::vector<double> sums(items * 2 * co);
+      std::vector<float> pivot(ceil_div(co, kMaxVector) * kMaxVector);
+      float* data = static_cast<float*>(raw.data_ptr());
+      for_each_item(items, [&](int64_t i) {
+        float* at = data + i * kPlacesPerSum * co;
+        k.copy_and_sum(at, at, std::min(kPlacesPerSum, places - i * kPlacesPerSum), co, kFloat32, pivot.data(),
+                       sums.data() + i * 2 * co);
+      });
+      const Tensor total = torch::stable::new_empty(weight_, Ints{co});
+      for (int64_t o = 0; o < co; ++o) {
+        double sum = 0;
+        for (int64_t i = 0; i < items; ++i) sum += sums[i * 2 * co + o];
+        static_cast<float*>(total.data_ptr())[o] = static_cast<float>(sum);
+      }
+      bias_sum_.add(total);
+    }
+  }
+
   // A sum in single precision of tensors that may be bfloat16.
   class Sum {
    public:
@@ -566,15 +642,18 @@ class ChunkGrads {
   const bool need_[3];
   std::optional<Tensor> grad_x_;
   Sum weight_sum_, bias_sum_;
+  std::optional<WinogradConvolution> winograd_x_;
+  std::optional<WinogradWeightGrad> winograd_weight_;
+  bool finite_ = true;
 };
 
-ConvolutionGrads backward_chunked(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
-                                  const Tensor& weight, const Tensor& codes, bool need_x, bool need_weight,
-                                  bool need_bias) {
+ConvolutionGrads backward_chunked(const Call& call, int64_t plan, const Tensor& grad, const Ints& grad_stride,
+                                  const Tensor& x, const Tensor& weight, const Tensor& codes, bool need_x,
+                                  bool need_weight, bool need_bias) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
   const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co;
-  ChunkGrads grads(call.conv, kChunked, x, weight, need_x, need_weight, need_bias);
+  ChunkGrads grads(call.conv, plan, x, weight, need_x, need_weight, need_bias);
   const void* grad_data = grad.data_ptr();
   const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
@@ -588,7 +667,9 @@ ConvolutionGrads backward_chunked(const Call& call, const Tensor& grad, const In
     });
     grads.add(raw, n0);
   }
-  return grads.result();
+  const std::optional<ConvolutionGrads> found = grads.result();
+  if (found) return *found;
+  return backward_chunked(call, kChunked, grad, grad_stride, x, weight, codes, need_x, need_weight, need_bias);
 }
 
 void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stride, const Tensor& x,
@@ -642,7 +723,8 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     }
     if (grad_weight && !finite) {
       Tensor to = *grad_weight;
-      torch::stable::copy_(to, backward_chunked(call, grad, grad_stride, x, weight, codes, false, true, false).weight);
+      torch::stable::copy_(
+          to, backward_chunked(call, kChunked, grad, grad_stride, x, weight, codes, false, true, false).weight);
     }
   }
   if (grad_x) {
@@ -660,7 +742,8 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     }
     if (!k.all_finite(rows.data(), b.co * patch)) {  // 0 * inf is NaN also where no gradient arrived
       Tensor to = *grad_x;
-      torch::stable::copy_(to, backward_chunked(call, grad, grad_stride, x, weight, codes, true, false, false).x);
+      torch::stable::copy_(to,
+                           backward_chunked(call, kChunked, grad, grad_stride, x, weight, codes, true, false, false).x);
       return;
     }
     const int64_t stride[4] = {grad_x->stride(0), grad_x->stride(1), grad_x->stride(2), grad_x->stride(3)};
@@ -697,11 +780,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
   } else {
     STD_TORCH_CHECK(codes.numel() == 0, "conv_block_backward: this block has no codes");
   }
-  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_block_backward: unknown plan ", plan);
+  check_plan(plan, b);
 
-  if (b.n > 0 && plan == kChunked) {
+  if (b.n > 0 && plan != kDirect) {
     const ConvolutionGrads found =
-        backward_chunked(call, grad, grad_stride, x, weight, codes, need_x, need_weight, need_bias);
+        backward_chunked(call, plan, grad, grad_stride, x, weight, codes, need_x, need_weight, need_bias);
     return {found.x, found.weight, found.bias};
   }
   std::optional<Tensor> grad_x, grad_weight, grad_bias;
@@ -783,17 +866,6 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, 
   return {to, to_bias};
 }
 
-// The convolution's map of some images, channels-last, by one plan or the other.
-Tensor conv_map(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight) {
-  if (plan == kChunked) return channels_last(convolution(channels_last(x), weight, std::nullopt, conv));
-  const Call call = bare(x, weight, conv);
-  const Tensor map = torch::stable::new_empty(x, in_order(call.block, call.order));
-  forward_direct(call, x, weight, std::nullopt, {map.data_ptr(), nullptr, nullptr});
-  return map;
-}
-
-constexpr int64_t kPlacesPerSum = 2048;
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma, std::optional<Tensor> beta,
     std::optional<Tensor> given_mean, std::optional<Tensor> given_var, double eps, Ints conv, int64_t activation,
@@ -801,7 +873,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_norm_block: unknown plan ", plan);
+  check_plan(plan, b);
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
                   "conv_norm_block: expected a mean and a variance, or neither");
   const bool given = given_mean.has_value(), pooled = !pool.empty();
@@ -846,9 +918,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   if (given)
     for (int64_t c = 0; c < b.co; ++c) set_statistics(c, known_mean[c] - added[c], known_var[c]);
   std::vector<double> total(2 * b.co), part;
+  const Maps maps(conv, plan, weight, std::nullopt);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
-    const Tensor found = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
+    const Tensor found = maps.of(torch::stable::narrow(x, 0, n0, count));
     const char* data = static_cast<const char*>(found.data_ptr());
     if (given) normalise(data, n0, count);
     if (!stored) continue;
@@ -885,7 +958,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   const Call call = describe(x, weight, conv, activation, act, pool, order);
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  STD_TORCH_CHECK(plan == kDirect || plan == kChunked, "conv_norm_block_backward: unknown plan ", plan);
+  check_plan(plan, b);
   const bool pooled = !pool.empty();
   const Ints expected = in_order(b, order), map_size{b.n, b.oh, b.ow, b.co};
   auto has_size = [](const Tensor& t, const Ints& size) {
@@ -949,29 +1022,34 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
 
   if (!need_x && !need_weight)
     return {torch::stable::new_empty(x, Ints{0}), torch::stable::new_empty(x, Ints{0}), grads};
-  ChunkGrads sums(conv, plan, x, weight, need_x, need_weight, false);
   const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co, size = x.element_size();
-  for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
-    const int64_t count = std::min(chunk, b.n - n0);
-    std::optional<Tensor> again;
-    const char* from = nullptr;
-    if (!given && map.numel()) {
-      from = static_cast<const char*>(map.data_ptr()) + n0 * image * size;
-    } else if (!given) {
-      again = conv_map(conv, plan, torch::stable::narrow(x, 0, n0, count), weight);
-      from = static_cast<const char*>(again->data_ptr());
+  auto gradients = [&](int64_t by) {
+    const Maps maps(conv, by, weight, std::nullopt);
+    ChunkGrads sums(conv, by, x, weight, need_x, need_weight, false);
+    for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
+      const int64_t count = std::min(chunk, b.n - n0);
+      std::optional<Tensor> again;
+      const char* from = nullptr;
+      if (!given && map.numel()) {
+        from = static_cast<const char*>(map.data_ptr()) + n0 * image * size;
+      } else if (!given) {
+        again = maps.of(torch::stable::narrow(x, 0, n0, count));
+        from = static_cast<const char*>(again->data_ptr());
+      }
+      const Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
+      char* to = static_cast<char*>(raw.data_ptr());
+      for_each_item(count, [&](int64_t i) {
+        k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),
+                      winner_stride.data(), n0 + i, from ? from + i * image * size : nullptr, to + i * image * size,
+                      thread_scratch(scratch));
+      });
+      sums.add(raw, n0);
     }
-    const Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
-    char* to = static_cast<char*>(raw.data_ptr());
-    for_each_item(count, [&](int64_t i) {
-      k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),
-                    winner_stride.data(), n0 + i, from ? from + i * image * size : nullptr, to + i * image * size,
-                    thread_scratch(scratch));
-    });
-    sums.add(raw, n0);
-  }
-  const ConvolutionGrads result = sums.result();
-  return {result.x, result.weight, grads};
+    return sums.result();
+  };
+  std::optional<ConvolutionGrads> result = gradients(plan);
+  if (!result) result = gradients(kChunked);
+  return {result->x, result->weight, grads};
 }
 
 Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {

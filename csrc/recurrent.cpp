@@ -13,6 +13,7 @@
 
 #include "cpu/dispatch.h"
 #include "memory.h"
+#include "threads.h"
 
 namespace cnnlstm_fast {
 namespace {
@@ -32,10 +33,6 @@ constexpr int64_t kSharedWeights = int64_t{1} << 18, kMostSharingSequences = 32;
 constexpr int64_t kChunkFloats = int64_t{1} << 20;
 // Gradients of pre-activations that meet all weights of the inputs at a time.
 constexpr int64_t kRowsFloats = int64_t{1} << 16;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 int64_t padded(int64_t units) {
   return ceil_div(units, kUnitGroup) * kUnitGroup;
@@ -175,15 +172,6 @@ const int32_t* gate_order(int64_t mode, bool of_inputs) {
 }
 
 // ---- Threads
-
-template <class F>
-void for_each_item(int64_t items, const F& run) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < items; i = next++) run(i);
-  });
-}
 
 // Into how many even shares of at least `least` and about `most` to cut `count`, every thread having one.
 int64_t shares(int64_t count, int64_t least, int64_t most) {

@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "memory.h"
+#include "threads.h"
 
 namespace cnnlstm_fast {
 namespace {
@@ -21,10 +22,6 @@ using Maybe = std::optional<Tensor>;
 
 // Weights that one core streams from its own cache sooner than a second one is woken.
 constexpr int64_t kFloatsOfOneThread = int64_t{1} << 19;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 int64_t padded(int64_t units) {
   return ceil_div(units, kUnitGroup) * kUnitGroup;

@@ -25,7 +25,7 @@ from torch import Tensor
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import CODE_GROUP, CURVED, codes_shape, map_size, pool_size, raw_shape
 
-PLANS = {"direct": 1, "chunked": 2}
+PLANS = {"direct": 1, "chunked": 2, "winograd": 3}
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
 _lib.define(

@@ -46,4 +46,9 @@ const RecurrentTable& recurrent_kernels() {
   return *chosen;
 }
 
+const WinogradTable& winograd_kernels() {
+  static const WinogradTable* chosen = choose(baseline_winograd(), avx2_winograd(), avx512_winograd());
+  return *chosen;
+}
+
 }  // namespace cnnlstm_fast

@@ -1,0 +1,51 @@
+// Winograd's minimal filtering F(2x2, 3x3), compiled once per instruction set like the kernels of block.h:
+// 16 products where a convolution of 3x3 taps takes 36. Of a tile of 4x4 inputs d, taps g and 2x2 outputs y,
+// y = A^T ((G g G^T) * (B^T d B)) A (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2015).
+#pragma once
+#include <cstdint>
+
+namespace cnnlstm_fast {
+
+constexpr int64_t kWinogradPlaces = 16;  // of a transformed tile; each is one matrix product over all channels
+
+// A convolution with 3x3 taps and stride 1 of floats whose channels are contiguous. Strides are in floats.
+// The map is (n, oh, ow, co), contiguous.
+struct Winograd {
+  int64_t n, c, h, w, co, oh, ow, ph, pw;
+  int64_t x_stride[3];       // of (n, h, w)
+  int64_t tiles_h, tiles_w;  // of an image
+};
+
+struct WinogradTable {
+  int64_t width;  // channels of a panel of weights, the last one may be narrower
+
+  // Transformed taps of panel `panel` of `co` channels over `c`, at their place in `to`, which has 16 * c *
+  // (co rounded up to 16) floats: [panel][place][c][channel]. Tap (o, i, kh, kw) is at
+  // o * o_stride + i * i_stride + kh * 3 + kw; `flipped` turns both axes of taps round.
+  void (*transform_weight)(const float* weight, int64_t co, int64_t c, int64_t o_stride, int64_t i_stride, bool flipped,
+                           int64_t panel, float* to);
+
+  // The map's places of tiles [first, last), counted through (n, tiles_h, tiles_w); `bias` has co rounded up to 16
+  // floats. Returns whether every sum is finite: otherwise NaN and infinity have spread over whole tiles.
+  int64_t (*forward_scratch)(const Winograd&, int64_t tiles);
+  bool (*forward)(const Winograd&, const float* x, const float* weight, const float* bias, float* map, int64_t first,
+                  int64_t last, float* scratch);
+
+  // The gradient of the weight from transformed inputs [place][c / 16][tile][16] and gradients of the map
+  // [place][tile][co rounded up to 16], of `tiles` tiles from `start` on.
+  void (*transform_input)(const Winograd&, const float* x, int64_t start, int64_t tiles, int64_t first, int64_t last,
+                          float* to, float* scratch);
+  void (*transform_grad)(const Winograd&, const float* grad, int64_t start, int64_t tiles, int64_t first, int64_t last,
+                         float* to);
+  // Adds their product to sums [place][c rounded up to 16][co rounded up to 16], for 16 channels c at one place.
+  void (*add_products)(const Winograd&, const float* inputs, const float* grads, int64_t tiles, int64_t place,
+                       int64_t c_group, float* sums);
+  // From the sums the gradient (co, c, 3, 3) of 16 channels co. Returns whether it is finite.
+  bool (*weight_grad)(const Winograd&, const float* sums, int64_t co_group, float* to);
+};
+
+const WinogradTable* baseline_winograd();
+const WinogradTable* avx2_winograd();  // null where the compiler has no such target
+const WinogradTable* avx512_winograd();
+
+}  // namespace cnnlstm_fast

@@ -1,0 +1,142 @@
+#include "winograd_conv.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "threads.h"
+
+namespace cnnlstm_fast {
+namespace {
+
+using torch::stable::Tensor;
+
+// Scratch of one item: what a second-level cache holds.
+constexpr int64_t kItemFloats = 160 * 1024;
+// Every item reads all weights, which are larger than any item's inputs where there are many channels.
+constexpr int64_t kLeastTiles = 48;
+// Transformed inputs and gradients of one part of a weight's gradient.
+constexpr int64_t kPartFloats = 512 * 1024;
+
+int64_t group_up(int64_t channels) {
+  return ceil_div(channels, kCodeGroup) * kCodeGroup;
+}
+
+Tensor new_floats(const Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, std::vector<int64_t>{count}, torch::headeronly::ScalarType::Float);
+}
+
+// x with its channels contiguous.
+Tensor with_channels_inside(const Tensor& x) {
+  return x.stride(1) == 1 ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Winograd describe(const Tensor& x, int64_t co, int64_t oh, int64_t ow, int64_t ph, int64_t pw) {
+  return {x.size(0),
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          co,
+          oh,
+          ow,
+          ph,
+          pw,
+          {x.stride(0), x.stride(2), x.stride(3)},
+          ceil_div(oh, 2),
+          ceil_div(ow, 2)};
+}
+
+// Ends of nearly equal parts of `count`, each of at most `most`.
+template <class F>
+void for_each_part(int64_t count, int64_t most, const F& run) {
+  const int64_t parts = ceil_div(count, most);
+  for_each_item(parts, [&](int64_t part) { run(part * count / parts, (part + 1) * count / parts); });
+}
+
+int64_t wanted_items() {
+  return 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+}  // namespace
+
+WinogradConvolution::WinogradConvolution(const Tensor& weight, bool of_map)
+    : c_(weight.size(of_map ? 0 : 1)),
+      co_(weight.size(of_map ? 1 : 0)),
+      transformed_(new_floats(weight, kWinogradPlaces * group_up(co_) * c_)) {
+  const WinogradTable& k = winograd_kernels();
+  const int64_t outer = weight.size(1) * 9, o_stride = of_map ? 9 : outer, i_stride = of_map ? outer : 9;
+  const float* from = static_cast<const float*>(weight.data_ptr());
+  float* to = static_cast<float*>(transformed_.data_ptr());
+  for_each_item(ceil_div(co_, k.width),
+                [&](int64_t panel) { k.transform_weight(from, co_, c_, o_stride, i_stride, of_map, panel, to); });
+}
+
+bool WinogradConvolution::run(const Tensor& x, int64_t ph, int64_t pw, int64_t oh, int64_t ow,
+                              const std::optional<Tensor>& bias, float* map) const {
+  const WinogradTable& k = winograd_kernels();
+  const Tensor input = with_channels_inside(x);
+  const Winograd g = describe(input, co_, oh, ow, ph, pw);
+  AlignedFloats added(group_up(co_));
+  if (bias) {
+    const Tensor flat = torch::stable::contiguous(*bias);
+    std::copy_n(static_cast<const float*>(flat.data_ptr()), co_, added.data());
+  }
+  const int64_t tiles = g.n * g.tiles_h * g.tiles_w;
+  const int64_t per_tile = k.forward_scratch(g, 2) - k.forward_scratch(g, 1);
+  const int64_t most = std::max(kLeastTiles, std::min(kItemFloats / per_tile, ceil_div(tiles, wanted_items())));
+  const float* from = static_cast<const float*>(input.data_ptr());
+  const float* weight = static_cast<const float*>(transformed_.data_ptr());
+  std::atomic<bool> finite{true};
+  for_each_part(tiles, most, [&](int64_t first, int64_t last) {
+    if (!k.forward(g, from, weight, added.data(), map, first, last, thread_scratch(k.forward_scratch(g, last - first))))
+      finite = false;
+  });
+  return finite;
+}
+
+WinogradWeightGrad::WinogradWeightGrad(const Tensor& weight)
+    : c_(weight.size(1)), co_(weight.size(0)), sums_(kWinogradPlaces * group_up(c_) * group_up(co_)) {}
+
+void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, int64_t pw) {
+  const WinogradTable& k = winograd_kernels();
+  const Tensor input = with_channels_inside(x);
+  const Winograd g = describe(input, co_, grad.size(1), grad.size(2), ph, pw);
+  const int64_t tiles = g.n * g.tiles_h * g.tiles_w, per_tile = kWinogradPlaces * (group_up(c_) + group_up(co_));
+  // The sums pass through memory once for every part.
+  const int64_t sums = kWinogradPlaces * group_up(c_) * group_up(co_);
+  const int64_t most = std::max<int64_t>(kLeastTiles, std::max(kPartFloats, 2 * sums) / per_tile);
+  const int64_t parts = ceil_div(tiles, most);
+  const float* from = static_cast<const float*>(input.data_ptr());
+  const float* grads = static_cast<const float*>(grad.data_ptr());
+  auto plane = [](int64_t floats) { return kWinogradPlaces * (floats + kMaxVector); };
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t start = part * tiles / parts, count = (part + 1) * tiles / parts - start;
+    const Tensor inputs = new_floats(x, plane(count * group_up(c_)));
+    const Tensor map = new_floats(x, plane(count * group_up(co_)));
+    float *to_inputs = static_cast<float*>(inputs.data_ptr()), *to_map = static_cast<float*>(map.data_ptr());
+    for_each_part(count, std::max<int64_t>(1, ceil_div(count, wanted_items())), [&](int64_t first, int64_t last) {
+      k.transform_input(g, from, start, count, start + first, start + last, to_inputs, thread_scratch(group_up(c_)));
+      k.transform_grad(g, grads, start, count, start + first, start + last, to_map);
+    });
+    const int64_t groups = group_up(c_) / kCodeGroup;
+    for_each_item(kWinogradPlaces * groups, [&](int64_t item) {
+      k.add_products(g, to_inputs, to_map, count, item / groups, item % groups, sums_.data());
+    });
+  }
+}
+
+bool WinogradWeightGrad::result(float* to) const {
+  const WinogradTable& k = winograd_kernels();
+  Winograd g{};
+  g.c = c_;
+  g.co = co_;
+  std::atomic<bool> finite{true};
+  for_each_item(group_up(co_) / kCodeGroup, [&](int64_t group) {
+    if (!k.weight_grad(g, sums_.data(), group, to)) finite = false;
+  });
+  return finite;
+}
+
+}  // namespace cnnlstm_fast

@@ -1,0 +1,46 @@
+// Convolutions with 3x3 taps by Winograd's minimal filtering (cpu/winograd.h): whole tensors, threads and memory.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <optional>
+
+#include "cpu/dispatch.h"
+#include "memory.h"
+
+namespace cnnlstm_fast {
+
+// A float32 convolution with stride 1 by one weight, for input after input.
+class WinogradConvolution {
+ public:
+  // `weight` is (co, c, 3, 3), contiguous. `of_map` gives the convolution that turns a gradient of the map into one of
+  // the input.
+  WinogradConvolution(const torch::stable::Tensor& weight, bool of_map);
+
+  // Writes the map (n, oh, ow, co) of x (n, c, h, w) behind `ph`, `pw` zeros. Returns whether it is finite; otherwise
+  // NaN and infinity are not where they belong.
+  bool run(const torch::stable::Tensor& x, int64_t ph, int64_t pw, int64_t oh, int64_t ow,
+           const std::optional<torch::stable::Tensor>& bias, float* map) const;
+
+ private:
+  int64_t c_, co_;
+  torch::stable::Tensor transformed_;
+};
+
+// Sums up the gradient of such a weight.
+class WinogradWeightGrad {
+ public:
+  explicit WinogradWeightGrad(const torch::stable::Tensor& weight);
+
+  // `grad` is the map's (n, oh, ow, co), contiguous, of the input x (n, c, h, w) behind `ph`, `pw` zeros.
+  void add(const torch::stable::Tensor& x, const torch::stable::Tensor& grad, int64_t ph, int64_t pw);
+
+  // Writes the gradient in the weight's shape, contiguous. Returns whether it is finite.
+  bool result(float* to) const;
+
+ private:
+  int64_t c_, co_;
+  AlignedFloats sums_;
+};
+
+}  // namespace cnnlstm_fast
