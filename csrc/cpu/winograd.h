@@ -32,7 +32,7 @@ struct WinogradTable {
                   int64_t last, float* scratch);
 
   // The gradient of the weight from transformed inputs [place][c / 16][tile][16] and gradients of the map
-  // [place][tile][co rounded up to 16], of `tiles` tiles from `start` on.
+  // [place][panel of co][tile][channel], of `tiles` tiles from `start` on.
   void (*transform_input)(const Winograd&, const float* x, int64_t start, int64_t tiles, int64_t first, int64_t last,
                           float* to, float* scratch);
   void (*transform_grad)(const Winograd&, const float* grad, int64_t start, int64_t tiles, int64_t first, int64_t last,
