@@ -3,6 +3,8 @@
 - ``direct``: our own convolution; the whole block stays in registers and cache.
 - ``chunked``: the library's convolution over as many frames as stay in cache, then one pass for
   bias, activation, pool and layout.
+- ``winograd``: as ``chunked``, with our own convolution of 3x3 taps, which takes 16 products where others
+  take 36.
 - ``reference``: PyTorch's own operators. Always right.
 """
 
@@ -163,6 +165,20 @@ def check_sizes(spec: BlockSpec, size: tuple[int, int], kernel: tuple[int, int])
         )
 
 
+def _has_winograd(spec: BlockSpec, weight_shape: tuple, dtype: torch.dtype) -> bool:
+    plain = spec.stride == spec.dilation == (1, 1) and spec.groups == 1
+    return plain and tuple(weight_shape[2:]) == (3, 3) and dtype == torch.float32
+
+
+def _winograd_pays(c: int, co: int, window: int, training: bool, needs_x: bool, normed: bool) -> bool:
+    """Whether fewer products outweigh passes over inputs and map that ``direct`` does without."""
+    if normed:
+        return c >= (16 if needs_x else 32) and co >= 16
+    if training:
+        return co >= 16 and c >= (96 if window > 2 else 48 if co < 48 else 16 if window == 1 else 32)
+    return co >= 48 and c >= (48 if window == 1 else 32 if window == 2 else 48 if co >= 96 else 64)
+
+
 def _by_sizes(
     spec: BlockSpec,
     shape: tuple,
@@ -194,9 +210,13 @@ def _by_sizes(
     outputs = shape[0] * map_size
     signal = shape[2] == weight_shape[2] == 1
     depthwise = spec.groups == weight_shape[0] and weight_shape[1] == 1 and spec.groups > 1
-    direct, chunked = ("direct", "direct"), ("chunked", "chunked")
+    direct, chunked, winograd = ("direct", "direct"), ("chunked", "chunked"), ("winograd", "winograd")
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
+    if _has_winograd(spec, weight_shape, dtype) and outputs >= 256 * weight_shape[0]:
+        normed = norm == "batch" or (norm == "given" and training)
+        if _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed):
+            return None, *winograd, "3x3 taps over many channels: 16 products in place of 36"
     if norm == "batch" or (norm == "given" and training):
         by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32
         by_patches = by_patches and taps <= _MOST_TAPS_BY_PATCHES
@@ -268,6 +288,16 @@ def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def why_not_winograd(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
+    """Why ``winograd`` cannot run a call that the fused plans can, as a sentence; None if it can."""
+    if x.device.type == "cpu" and _has_winograd(spec, weight.shape, x.dtype):
+        return None
+    return "the plan winograd takes float32 on the CPU, 3x3 kernels with stride 1, no dilation and no groups"
+
+
+_WHY_NOT = {"direct": why_not_direct, "winograd": why_not_winograd}
+
+
 def choose(
     plan: str, spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm=None
 ) -> tuple[str, str, str]:
@@ -294,8 +324,9 @@ def choose(
         why_not, forward, backward, reason = by_sizes(
             spec, x.shape, weight.shape, x.dtype, training, needs_x, mode
         )
-    if why_not is None and x.device.type == "cpu" and "direct" == (forward if plan == "auto" else plan):
-        why_not = why_not_direct(spec, x, weight)
+    wanted = forward if plan == "auto" else plan
+    if why_not is None and wanted in _WHY_NOT and (x.device.type == "cpu" or plan != "auto"):
+        why_not = _WHY_NOT[wanted](spec, x, weight)
     if plan != "auto":
         if why_not:
             raise ValueError(

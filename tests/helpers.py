@@ -154,10 +154,12 @@ def our_block(block: Block, x, weight, bias=None, *, plan: str, layout: str = "c
 
 def refusal(block: Block, plan: str) -> str | None:
     """A word of the sentence by which a plan refuses this block; None where it has to run."""
-    if plan not in FUSED:
+    if plan not in (*FUSED, "winograd"):
         return None
     if has_empty_window(block) or (block.pool is not None and math.prod(block.pool.kernel) > 254):
         return "window"
+    if plan == "winograd" and any(getattr(block, name) != value for name, value in WINOGRAD.items()):
+        return "winograd"
     return None
 
 
@@ -187,10 +189,14 @@ _POOLS = (
 )
 
 
+#: What the plan `winograd` takes.
+WINOGRAD = dict(kernel=(3, 3), stride=(1, 1), dilation=(1, 1), groups=1)
+
+
 def random_block(rng: random.Random, **fixed) -> Block:
     """A block from the shapes of the field and their odd neighbours, at least 32 results large."""
     while True:
-        rank = rng.choice((4, 4, 4, 3))
+        rank = 2 + len(fixed["kernel"]) if "kernel" in fixed else rng.choice((4, 4, 4, 3))
         dims = rank - 2
 
         def each(choices, dims=dims):
