@@ -14,6 +14,10 @@ convolution of the accelerated model carries one forward pre-hook, a :class:`Cap
    its true value, computed by PyTorch's own operators, and its gradient flows as always. The site
    is then observed again.
 
+3. *Hand on.* A block whose result was seen to go to another convolution writes it channels-last, as
+   convolutions read it best. Such a :class:`Handed` tensor becomes as PyTorch would have laid it out as
+   soon as anybody but such a convolution looks at it.
+
 So a changed flow, hooks set later or a custom ``autograd.Function`` cost time, never the answer.
 """
 
@@ -30,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cnnlstm_fast import functional, patterns, plans
 from cnnlstm_fast.nn import recurrent
@@ -60,7 +65,8 @@ _PLAIN = (Tensor, nn.Parameter)
 _QUESTIONS = {
     Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
     Tensor.layout.__get__, Tensor.requires_grad.__get__, Tensor.is_cuda.__get__, Tensor.is_sparse.__get__,
-    Tensor.is_leaf.__get__, Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement,
+    Tensor.is_leaf.__get__, Tensor.is_nested.__get__, Tensor.size, Tensor.dim, Tensor.ndimension,
+    Tensor.numel, Tensor.nelement,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, torch.is_floating_point, torch.is_complex,
     torch.numel,
 }  # fmt: skip
@@ -96,11 +102,20 @@ class Step:
 
 
 class Sized(NamedTuple):
-    """What a recipe knows about inputs of one shape: the plan, why, and (shape, strides) of its values."""
+    """What a recipe knows about inputs of one shape.
+
+    Attributes:
+        plan, why: which one runs it.
+        shapes: shape and strides of its values.
+        layout: of its result.
+        hands_on: that is another one than PyTorch's.
+    """
 
     plan: str
     why: str
     shapes: list[tuple]
+    layout: str
+    hands_on: bool
 
 
 class Recipe:
@@ -109,29 +124,35 @@ class Recipe:
     Attributes:
         steps: behind the convolution.
         dtypes: of the values before the last one.
-        sizes: by the shape and strides of the input.
+        hands_on: the last value goes to another convolution.
+        sizes: by the shape and strides of the input, and whether it was handed on.
     """
 
-    def __init__(self, steps: list[Step], dtypes: list[torch.dtype]):
-        self.steps, self.dtypes = steps, dtypes
+    def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool):
+        self.steps, self.dtypes, self.hands_on = steps, dtypes, hands_on
         parts = {patterns.SLOTS.get(step.kind): step.found.value for step in steps}
         self.activation, self.pool = parts.get("activation"), parts.get("pool")
         self.norm: Norm | None = parts.get("norm")  # as it was observed
         self.sizes: dict[tuple, Sized] = {}
 
-    def sized(self, function, x: Tensor, conv: Conv) -> Sized:
-        """Look up an input like ``x``."""
+    def sized(self, function, x: Tensor, conv: Conv, handed: bool) -> Sized:
+        """Look up an input like ``x``, which PyTorch would have contiguous if it was handed on."""
         if len(self.sizes) > MEMORY:
             self.sizes.clear()
         module = self.norm.module(conv.weight.shape[0], x.dim()) if self.norm is not None else None
+        pooled = self.pool is not None
+        layout = "channels_first" if handed else patterns.eager_layout(x, conv.weight, pooled)
+        hands_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
+        if hands_on:
+            layout = "channels_last"
         try:
-            plan, why = patterns.plan_of(x, *conv, module, self.activation, self.pool)
+            plan, why = patterns.plan_of(x, *conv, module, self.activation, self.pool, layout)
         except ValueError as error:  # PyTorch says it in its own words
             plan, why = "reference", str(error)
-        shapes = self._shapes(function, x, conv) if plan != "reference" else []
+        shapes = self._shapes(function, x, conv, handed) if plan != "reference" else []
         if shapes and x.device.type == "cpu" and self._eager_us(shapes[0][0], conv.weight) < 2 * OVERHEAD_US:
             plan, why = "reference", "so small that calling it costs more than computing it"
-        found = self.sizes[x.shape, x.stride()] = Sized(plan, why, shapes)
+        found = self.sizes[x.shape, x.stride(), handed] = Sized(plan, why, shapes, layout, hands_on)
         return found
 
     def _eager_us(self, shape: tuple, weight: Tensor) -> float:
@@ -139,11 +160,12 @@ class Recipe:
         outputs = math.prod(shape)
         return outputs * (weight[0].numel() * 2 / ARITHMETIC + (1 + len(self.steps)) * 4 / BANDWIDTH)
 
-    def _shapes(self, function, x: Tensor, conv: Conv) -> list[tuple]:
+    def _shapes(self, function, x: Tensor, conv: Conv, handed: bool) -> list[tuple]:
         """Of all values but the last one."""
         with torch.no_grad():
+            strides = torch.empty(x.shape, device="meta").stride() if handed else x.stride()
             y = function(
-                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"),
+                torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta"),
                 torch.empty_like(conv.weight, dtype=x.dtype, device="meta"),
                 None, *conv[2:],
             )  # fmt: skip
@@ -160,12 +182,14 @@ class Trace:
 
     Attributes:
         limit: the chain may not go beyond this value, because something else reads it.
+        hands_on: that is a convolution.
     """
 
     def __init__(self, x: Tensor, rank: int):
         self.rank, self.state = rank, "conv"
         self.steps: list[Step] = []
         self.limit: int | None = None
+        self.hands_on = False
         self.values: list[weakref.ref] = []
         self.dtypes: list[torch.dtype] = []
         self.context = _context(x)
@@ -198,8 +222,9 @@ class Trace:
         x = self.x
         return torch.equal(x, self.before) if x.is_inference() else x._version == self.before
 
-    def ends_at(self, at: int) -> None:
-        self.limit = at if self.limit is None else min(self.limit, at)
+    def ends_at(self, at: int, function) -> None:
+        if self.limit is None or at < self.limit:
+            self.limit, self.hands_on = at, function is torch.conv2d
         self.x = self.before = None
 
     def recipe(self) -> Recipe | None:
@@ -210,7 +235,7 @@ class Trace:
             return None
         while end and self.steps[end - 1].kind == "identity":
             end -= 1
-        return Recipe(self.steps[:end], self.dtypes[:end])
+        return Recipe(self.steps[:end], self.dtypes[:end], self.hands_on)
 
 
 def _context(x: Tensor) -> tuple:
@@ -237,7 +262,7 @@ class Observed(Tensor):
             if step is None:
                 for value in tree_iter((args, kwargs)):
                     if type(value) is Observed:
-                        value._trace.ends_at(value._at)
+                        value._trace.ends_at(value._at, function)
                         _release(value)
                 return function(*args, **kwargs)
             trace = first._trace
@@ -250,9 +275,14 @@ class Observed(Tensor):
                 trace.dtypes.append(first.dtype)
                 return result
             if trace.state == "pooled":  # nothing can follow
-                trace.ends_at(len(trace.steps))
+                trace.ends_at(len(trace.steps), None)
+                _pooled[result] = trace
                 return result
             return trace.note(result)
+
+
+#: Results of observed chains that end in a pool, while they live: convolutions that get one tell the trace.
+_pooled = WeakTensorKeyDictionary()
 
 
 def _nobody() -> None:
@@ -280,12 +310,13 @@ class Chain:
     """
 
     __slots__ = (
-        "at", "capture", "context", "conv", "counted", "done", "function", "norm", "out", "places", "ready",
-        "recipe", "shapes", "version", "x",
+        "at", "capture", "context", "conv", "counted", "done", "function", "handed", "norm", "out", "places",
+        "ready", "recipe", "sized", "version", "x",
     )  # fmt: skip
 
-    def __init__(self, capture: Capture, recipe: Recipe, shapes, context, function, x: Tensor, conv: Conv):
-        self.capture, self.recipe, self.shapes, self.context = capture, recipe, shapes, context
+    def __init__(self, capture: Capture, recipe: Recipe, sized, context, function, x, conv, handed):
+        self.capture, self.recipe, self.sized, self.context = capture, recipe, sized, context
+        self.handed = handed
         self.function, self.x, self.conv = function, x, conv
         self.version = -1 if x.is_inference() else x._version
         self.at = 0
@@ -313,7 +344,7 @@ class Chain:
         return value
 
     def bare(self, at: int) -> Deferred:
-        shape, stride = self.shapes[at]
+        shape, stride = self.sized.shapes[at]
         value = Tensor._make_wrapper_subclass(
             Deferred, shape, strides=stride, dtype=self.recipe.dtypes[at], device=self.x.device
         )
@@ -368,7 +399,11 @@ class Chain:
         norm, conv, recipe = self.norm, self.conv, self.recipe
         if norm is not None:
             norm = norm.module(conv.weight.shape[0], self.x.dim())
-        return patterns.run_block(self.x, *conv, norm, recipe.activation, recipe.pool)
+        result = patterns.run_block(self.x, *conv, norm, recipe.activation, recipe.pool, self.sized.layout)
+        if self.sized.hands_on and not result.is_contiguous():
+            result.__class__ = Handed
+            result._recipe = recipe
+        return result
 
     def true_value(self, at: int) -> Tensor:
         """A value by PyTorch's own operators; batch statistics count once, whoever computes them."""
@@ -384,7 +419,7 @@ class Chain:
         return [self._compute(at, tensors[0], conv, norm) for at in ats]
 
     def _compute(self, at: int, x: Tensor, conv: Conv, norm: Norm | None) -> Tensor:
-        y = self.function(x, *conv)
+        y = self.function(x.contiguous() if self.handed else x, *conv)
         for step in self.recipe.steps[:at]:
             if step.kind == "norm":
                 if norm.training and self.counted:
@@ -504,6 +539,33 @@ def _raw(value):
     return value._raw
 
 
+# ---------------------------------------------------------------- handing on
+
+
+class Handed(Tensor):
+    """A block's result on its way to a convolution, channels-last where PyTorch's would be contiguous."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function not in _QUESTIONS:
+            for value in tree_iter((args, kwargs)):
+                if type(value) is Handed:
+                    value.settle()
+        with _no_function():
+            return function(*args, **kwargs)
+
+    def settle(self) -> None:
+        """Become a plain tensor in PyTorch's layout, once and for all."""
+        recipe = self._recipe
+        del self._recipe
+        self.__class__ = Tensor
+        recipe.hands_on = False
+        recipe.sizes.clear()
+        with torch.no_grad():
+            self.data = self.detach().contiguous()
+
+
 # ---------------------------------------------------------------- the hook
 
 
@@ -558,6 +620,8 @@ class Capture:
         known = self.known.get(key)
         if known is None:
             self.runs_plain(module, "is being observed: the first call in this mode")
+            if x in _pooled:
+                _pooled[x].hands_on = True
             y = function(x, *conv)
             if type(y) is Tensor:
                 trace = self.known[key] = Trace(x, CONVS[function])
@@ -569,11 +633,18 @@ class Capture:
                 self.runs_plain(module, "is being observed: results of its first call are still held")
                 return function(x, *conv)
             known = self.known[key] = recipe
-        sized = known.sizes.get((x.shape, x.stride())) or known.sized(function, x, conv)
+        handed = type(x) is Handed
+        if handed:
+            with _no_function():
+                given, x = x, x.as_subclass(Tensor)
+        sized = known.sizes.get((x.shape, x.stride(), handed)) or known.sized(function, x, conv, handed)
         if sized.plan == "reference":
+            if handed:
+                given.settle()
+                x = given
             self.runs_plain(module, sized.why)
             return function(x, *conv)
-        chain = Chain(self, known, sized.shapes, context, function, x, conv)
+        chain = Chain(self, known, sized, context, function, x, conv, handed)
         return chain.promise() if known.steps else chain.run()
 
 
@@ -619,7 +690,7 @@ def _why_plain(module: nn.Module, args: tuple) -> str | None:
     return None
 
 
-_ACCEPTED = (Tensor, nn.Parameter, Observed)
+_ACCEPTED = (Tensor, nn.Parameter, Observed, Handed)
 
 
 # ---------------------------------------------------------------- the accelerated copy

@@ -324,9 +324,9 @@ def choose(
         why_not, forward, backward, reason = by_sizes(
             spec, x.shape, weight.shape, x.dtype, training, needs_x, mode
         )
-    wanted = forward if plan == "auto" else plan
-    if why_not is None and wanted in _WHY_NOT and (x.device.type == "cpu" or plan != "auto"):
-        why_not = _WHY_NOT[wanted](spec, x, weight)
+    if why_not is None and (plan != "auto" or x.device.type == "cpu"):
+        why_not_plan = _WHY_NOT.get(forward if plan == "auto" else plan)
+        why_not = why_not_plan(spec, x, weight) if why_not_plan else None
     if plan != "auto":
         if why_not:
             raise ValueError(
