@@ -106,7 +106,7 @@ class Sized(NamedTuple):
 
     Attributes:
         plan, why: which one runs it.
-        shapes: shape and strides of its values.
+        shapes: shape and strides of its values; none where it runs as it is.
         layout: of its result.
         hands_on: that is another one than PyTorch's.
     """
@@ -147,11 +147,12 @@ class Recipe:
             layout = "channels_last"
         try:
             plan, why = patterns.plan_of(x, *conv, module, self.activation, self.pool, layout)
+            runs = handed or plan != "reference"  # PyTorch's operators too are faster channels-last
         except ValueError as error:  # PyTorch says it in its own words
-            plan, why = "reference", str(error)
-        shapes = self._shapes(function, x, conv, handed) if plan != "reference" else []
+            plan, why, runs = "reference", str(error), False
+        shapes = self._shapes(function, x, conv, handed) if runs else []
         if shapes and x.device.type == "cpu" and self._eager_us(shapes[0][0], conv.weight) < 2 * OVERHEAD_US:
-            plan, why = "reference", "so small that calling it costs more than computing it"
+            plan, why, shapes = "reference", "so small that calling it costs more than computing it", []
         found = self.sizes[x.shape, x.stride(), handed] = Sized(plan, why, shapes, layout, hands_on)
         return found
 
@@ -638,7 +639,7 @@ class Capture:
             with _no_function():
                 given, x = x, x.as_subclass(Tensor)
         sized = known.sizes.get((x.shape, x.stride(), handed)) or known.sized(function, x, conv, handed)
-        if sized.plan == "reference":
+        if not sized.shapes:
             if handed:
                 given.settle()
                 x = given
