@@ -23,6 +23,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -249,7 +250,7 @@ def _stage_table(found) -> Table:
     for name in dict.fromkeys((*before, *after)):
         cells = []
         for stage in (before.get(name), after.get(name)):
-            cells += [f"{stage.op} [{stage.plan}]".strip(), f"{stage.ms:.2f}"] if stage else ["", ""]
+            cells += [escape(f"{stage.op} [{stage.plan}]"), f"{stage.ms:.2f}"] if stage else ["", ""]
         table.add_row(name, *cells)
     return table
 

@@ -149,6 +149,7 @@ def test_profile(training, plain_file, tmp_path):
     assert f"cnn.0: Conv2d+ReLU+MaxPool2d [{block['plan']}]" in names
     text = call(*args)
     assert text.exit_code == 0 and "aten::" in text.output and str(trace) in text.output.replace("\n", "")
+    assert f"Conv2d+ReLU+MaxPool2d [{block['plan']}]" in text.output
 
 
 def test_profile_fails_in_words(plain_file, tmp_path):
