@@ -60,6 +60,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps only: shows that it runs; nothing is learned.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train the three systems on real handwritten digits, reference and fast, and compare them.
 
@@ -70,7 +71,9 @@ def demo(
         from cnnlstm_fast.demo import FULL, QUICK, run
     except ModuleNotFoundError as error:
         _needs(error, {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}, "the demo")
-    run(output, QUICK if quick else FULL, _console())
+    run(output, QUICK if quick else FULL, Console(stderr=True) if as_json else _console())
+    if as_json:
+        typer.echo((output / "demo.json").read_text())
 
 
 @app.command(

@@ -206,6 +206,15 @@ def test_demo_hands_over(flags, settings, tmp_path, monkeypatch):
     assert seen[0][:2] == (tmp_path / "here", getattr(cnnlstm_fast.demo, settings))
 
 
+def test_demo_prints_json_alone(tmp_path, monkeypatch):
+    def run(output, settings, console):
+        console.print("a table")
+        (output / "demo.json").write_text('{"systems": []}')
+
+    monkeypatch.setattr(cnnlstm_fast.demo, "run", run)
+    assert json.loads(call("demo", "--output", str(tmp_path), "--json").stdout) == {"systems": []}
+
+
 def test_demo_refuses_a_file(tmp_path):
     (tmp_path / "file").touch()
     assert call("demo", "--output", str(tmp_path / "file")).exit_code == 2
