@@ -82,6 +82,10 @@ def test_growth_says_where_the_line_is_left(page):
     assert "(growth.png)" in found
 
 
+def test_growth_is_explained_with_its_own_limit():
+    assert f"within {growth.STRAIGHT_MS:.0%} of it" in (ROOT / "docs" / "performance.md").read_text()
+
+
 def test_the_youngest_file_is_quoted(tmp_path):
     path, report = COMMITTED.with_any("races")
     older, younger = tmp_path / f"b-{publish.DEVICE}.json", tmp_path / f"a-{publish.DEVICE}.json"
