@@ -141,7 +141,7 @@ def growth_rows(report: Report) -> list[list[str]]:
 def _bend(points: list[Point], stretch: Stretch) -> str:
     p = points[stretch.begin]
     rate = 1 / stretch.line.per_unit if stretch.line else p.flops / p.ours_ms.p50
-    sizes = f"weights {p.parameters / MIB:.1f} MiB, data {p.data / MIB:.1f} MiB"
+    sizes = f"weights {p.parameters / MIB:.1f}, data {p.data / MIB:.1f} MiB"
     return f"at {p.value}, to {rate / 1e6:.0f} GFLOP/s ({sizes})"
 
 
