@@ -76,9 +76,7 @@ def test_growth_says_where_the_line_is_left(page):
     points = [point(2**i, 0.05 + 2.0**i * (10 if i < 5 else 20)) for i in range(9)]
     path, report = next(iter(COMMITTED.reports.items()))
     found = render(page("growth"), Committed({path: dataclasses.replace(report, growth=points)}))
-    assert (
-        "| batch, 1 to 256 | 50 | 100 | at 32, to 50 GFLOP/s (weights 2.0, data 32.0 MiB) | 0.10" in found
-    )
+    assert "| batch, 1 to 256 | 50 | 100 | at 32, to 50 GFLOP/s (weights 2.0, data 32.0 MiB) | 0.10" in found
     assert "(growth.png)" in found
 
 
