@@ -72,7 +72,7 @@ def run(
     part: Annotated[
         list[Part] | None, typer.Option(help="What to measure; repeatable. All without it.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per race (quick 5, full 9).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per race (quick 5, full 11).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the inputs; random without it, and reported.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Result file; benchmarks/results/ for a run of everything.")
@@ -118,6 +118,7 @@ def run(
         if Part.traces in parts:
             for kind in progress.track(SYSTEMS, description="traces"):
                 report.traces.extend(trace.trace(kind))
+        save()
         if Part.memory in parts:
             measured = [c.name for c in chosen if c.training and (not quick or c.name in _QUICK_MEMORY)]
             wanted = [(name, side) for name in measured for side in memory.SIDES]
@@ -127,7 +128,7 @@ def run(
 
 
 def _races(report: Report, cases: list[Case], quick: bool, rounds: int | None, seed, progress, save) -> None:
-    rounds = rounds or (5 if quick else 9)
+    rounds = rounds or (5 if quick else 11)
     for case in cases:
         skipped = [p for p in case.peers if quick and p in _NOT_QUICK]
         task = progress.add_task(case.name, total=rounds)
