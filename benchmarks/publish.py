@@ -220,7 +220,7 @@ def _rated(committed: Committed) -> list[tuple[Path, Report, Result]]:
 def _growth(committed: Committed) -> str:
     path, report = committed.with_any("growth")
     picture = _picture("growth", "time against arithmetic, memory against data, and the lines through them")
-    caches = ", ".join(f"{name} {kib / 1024:g} MiB" for name, kib in report.device.caches_kib.items())
+    caches = ", ".join(f"{name} {kib} KiB" for name, kib in report.device.caches_kib.items())
     table = _table(list(GROWTH_COLUMNS), growth_rows(report))
     return f"{picture}\n\n{table}\n\nCaches: {caches}. {_source([(path, report)])}"
 
