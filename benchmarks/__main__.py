@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | blocks | gpu | soak | plot | show``."""
+"""``python -m benchmarks run | blocks | gpu | soak | plot | show | publish``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from benchmarks.tables import show
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnlstm_fast against its peers.")
 console = Console(width=None if sys.stdout.isatty() else 110)
 
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")]
+
 #: Cases whose memory a quick run measures: two processes each.
 _QUICK_MEMORY = tuple(f"{kind}/features/training" for kind in SYSTEMS)
 #: Peers that a quick run leaves out: preparing them takes longer than racing them.
@@ -43,12 +45,13 @@ class Part(str, enum.Enum):
 
 
 def _progress() -> Progress:
+    """Bars on stderr, so that what is printed stays clean; gone when done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=console,
+        console=Console(stderr=True),
         transient=True,
     )
 
@@ -59,8 +62,7 @@ def run(
         bool,
         typer.Option(
             "--quick/--full",
-            help="2 minutes: features stages and recurrent layers, the ends of growth series, no "
-            "torch.compile; or 30 with all.",
+            help="2 minutes: features stages, the ends of growth series, no torch.compile; or 30 with all.",
         ),
     ] = True,
     case: Annotated[
@@ -70,15 +72,17 @@ def run(
     part: Annotated[
         list[Part] | None, typer.Option(help="What to measure; repeatable. All without it.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per race (quick 5, full 15).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds per race (quick 5, full 11).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the inputs; random without it, and reported.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Result file; benchmarks/results/ for a run of everything.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Race the cases, measure memory and dispatch, trace; write a result file and print tables.
+    """Race the cases, measure growth, memory and dispatch, trace; write a result file and print tables.
 
-    Exits with 1 where a result was wrong.
+    The file is written anew after every race and part, so that a run that is cut short leaves what it
+    has. Exits with 1 where a result was wrong.
     """
     if case:
         chosen = [c for name, c in CASES.items() if any(name.startswith(prefix) for prefix in case)]
@@ -88,15 +92,22 @@ def run(
         raise typer.BadParameter(f"no case begins with {case}; there are: {', '.join(CASES)}")
     parts = part or list(Part)
     if Part.memory in parts and not sys.platform.startswith("linux"):
-        console.print("memory is left out: it is read from /proc, which only Linux has")
+        typer.echo("memory is left out: it is read from /proc, which only Linux has", err=True)
         parts = [p for p in parts if p is not Part.memory]
     report = Report.begin("quick" if quick else "full")
+    path = output or (None if case or part else report.path)
+
+    def save() -> None:
+        if path is not None:
+            report.write(path)
+
     with _progress() as progress:
         report.roofline.append(roofline.measure())
         if Part.races in parts:
-            _races(report, chosen, quick, rounds, seed, progress)
+            _races(report, chosen, quick, rounds, seed, progress, save)
         if Part.growth in parts and not case:
             _growth(report, quick, seed, progress)
+            save()
         report.roofline.append(roofline.measure())
         if Part.dispatch in parts:
             wanted = [(channels, mode) for channels in dispatch.CHANNELS for mode in ("inference", "forward")]
@@ -107,17 +118,17 @@ def run(
         if Part.traces in parts:
             for kind in progress.track(SYSTEMS, description="traces"):
                 report.traces.extend(trace.trace(kind))
+        save()
         if Part.memory in parts:
             measured = [c.name for c in chosen if c.training and (not quick or c.name in _QUICK_MEMORY)]
             wanted = [(name, side) for name in measured for side in memory.SIDES]
             for w in progress.track(wanted, description="memory"):
                 report.memory.append(memory.measure(*w))
-    whole = not case and not part
-    _finish(report, output or (report.path if whole else None))
+    _finish(report, path, as_json)
 
 
-def _races(report: Report, cases: list[Case], quick: bool, rounds: int | None, seed, progress) -> None:
-    rounds = rounds or (5 if quick else 15)
+def _races(report: Report, cases: list[Case], quick: bool, rounds: int | None, seed, progress, save) -> None:
+    rounds = rounds or (5 if quick else 11)
     for case in cases:
         skipped = [p for p in case.peers if quick and p in _NOT_QUICK]
         task = progress.add_task(case.name, total=rounds)
@@ -135,6 +146,7 @@ def _races(report: Report, cases: list[Case], quick: bool, rounds: int | None, s
         else:
             left_out = result.left_out | dict.fromkeys(skipped, "not in a quick run")
             report.races.append(replace(result, left_out=left_out))
+        save()
         progress.remove_task(task)
 
 
@@ -166,6 +178,7 @@ def blocks(
         list[str] | None, typer.Option(help="inference, training; repeatable. Both without it.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Result file; benchmarks/results/ without it.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Race random blocks like the field's over eager: which plan each gets, and its ratio.
 
@@ -184,14 +197,18 @@ def blocks(
             except WrongResult as error:
                 report.failures.append(str(error))
         report.roofline.append(roofline.measure())
-    _finish(report, output or report.path)
+    _finish(report, output or report.path, as_json)
 
 
-def _finish(report: Report, path: Path | None) -> None:
-    show(report, console)
+def _finish(report: Report, path: Path | None, as_json: bool) -> None:
     if path is not None:
         report.write(path)
-        console.print(f"written: {path}")
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=1))
+    else:
+        show(report, console)
+        if path is not None:
+            console.print(f"written: {path}")
     if report.failures:
         raise typer.Exit(1)
 
@@ -281,12 +298,24 @@ def plot(
     """
     from benchmarks.plot import plot_all
 
-    written = plot_all(read(path), (output or path.parent) / path.stem)
+    with _progress() as progress:
+        progress.add_task("drawing", total=None)
+        written = plot_all(read(path), (output or path.parent) / path.stem)
     for target in written:
         console.print(f"written: {target}")
     if not written:
         console.print(f"{path} holds nothing to draw: run the benchmarks first")
         raise typer.Exit(1)
+
+
+@app.command()
+def publish() -> None:
+    """Write the tables of README and docs, and their pictures, from the committed result files."""
+    from benchmarks.publish import publish as write_all
+
+    with _progress() as progress:
+        for path in progress.track(write_all(), description="writing"):
+            console.print(f"written: {path}")
 
 
 if __name__ == "__main__":

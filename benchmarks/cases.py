@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
-from benchmarks import accelerated as accelerated_models
 from benchmarks import field as models_of_the_field
 from benchmarks.recurrent import build_layers, recurrent_flops
 
@@ -219,37 +218,13 @@ def recurrent(
     )
 
 
-def _model_pair(name: str):
-    model, _ = models_of_the_field.MODELS[name]
-    reference, fast = model(nn), model(cf)
-    fast.load_state_dict(reference.state_dict())
-    return reference, fast
-
-
-def of_the_field(name: str) -> Case:
-    """Inference of one of the whole models in :mod:`benchmarks.field`.
-
-    Training is not raced: its gradients pass many ReLUs and pools, so that one winner that falls the
-    other way by rounding outweighs what the gate looks for; only layers that see the inputs can be
-    verified exactly.
-    """
-    return Case(
-        name=f"{name}/inference",
-        build=partial(_model_pair, name),
-        shape=models_of_the_field.MODELS[name][1],
-        features=_whole,
-        peers=_WHOLE_PEERS,
-        quick=False,
-    )
-
-
-def accelerated(name: str, mode: str) -> Case:
-    """A case of one of the models in :mod:`benchmarks.accelerated`, ours being ``cf.accelerate`` of it."""
-    _, shape, targets = accelerated_models.MODELS[name]
+def of_the_field(name: str, mode: str) -> Case:
+    """A case of one of the models in :mod:`benchmarks.field`, ours being ``cf.accelerate`` of it."""
+    _, shape, targets = models_of_the_field.MODELS[name]
     training = mode == "training"
     return Case(
         name=f"field/{name}/{mode}",
-        build=partial(accelerated_models.build, name),
+        build=partial(models_of_the_field.build, name),
         shape=shape,
         features=_whole,
         training=training,
@@ -321,10 +296,9 @@ CASES: dict[str, Case] = {
             for kind in SYSTEMS
         ),
         *_RECURRENT,
-        *map(of_the_field, models_of_the_field.MODELS),
         *(
-            accelerated(name, mode)
-            for name in accelerated_models.MODELS
+            of_the_field(name, mode)
+            for name in models_of_the_field.MODELS
             for mode in ("inference", "training")
         ),
     )

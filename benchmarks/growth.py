@@ -1,7 +1,8 @@
 """How time grows with arithmetic, and memory with data, one axis at a time.
 
-A series that is straight costs a fixed amount per call and a fixed amount per unit of work. Where a
-point leaves the line, the table says which and by how much.
+A series that is straight costs a fixed amount per call and a fixed amount per unit of work. Where time
+leaves the line, another line begins: the table says where, how large weights and data are there, and what
+the rate is from then on.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from benchmarks.cases import HIDDEN, Case, recurrent, system
 from benchmarks.race import OURS, Spread, race
 from cnnlstm_fast.measure import kept_bytes
 
-#: A series is called straight if no point is further from its line than this share of the point.
+#: A line is called straight if no point is further from it than this share of the point.
 STRAIGHT_MS = 0.25
-STRAIGHT_BYTES = 0.02
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,24 @@ class Point:
         series, value: which.
         flops: floating-point operations of a call: what time is held against.
         data: bytes of input and result: what memory is held against.
+        parameters: bytes of the weights that the call uses.
         eager_ms, ours_ms: inference, after both were verified.
         ratio: eager's time over ours, paired by round.
         eager_bytes, ours_bytes: kept between forward and backward; input included, parameters not.
+        others_cpu: share of the machine that other processes used meanwhile.
     """
 
     series: str
     value: int
     flops: int
     data: int
+    parameters: int
     eager_ms: Spread
     ours_ms: Spread
     ratio: Spread
     eager_bytes: int
     ours_bytes: int
+    others_cpu: float
 
 
 def measure(series: Series, value: int, *, rounds: int, turn_s: float, seed: int) -> Point:
@@ -114,18 +118,19 @@ def measure(series: Series, value: int, *, rounds: int, turn_s: float, seed: int
     eager_bytes, ours_bytes = (
         kept_bytes(partial(case.forward, model), x, model.parameters()) for model in (reference, fast)
     )
-    parameters = sum(p.numel() for p in fast.parameters()) * x.element_size()
     eager = result.standing("eager")
     return Point(
         series.name,
         value,
         case.flops,
-        result.bytes - parameters,
+        result.bytes - result.parameter_bytes,
+        result.parameter_bytes,
         eager.ms,
         result.standing(OURS).ms,
         eager.ratio,
         eager_bytes,
         ours_bytes,
+        result.others_cpu,
     )
 
 
@@ -162,6 +167,40 @@ def fit(work: list[float], cost: list[float]) -> Line:
     off = 1 - (fixed + slope * w) / c
     at = int(np.abs(off).argmax())
     return Line(float(fixed), float(slope / max(work)), float(off[at]), at)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Points ``begin`` to ``end`` (not included) of a series, and their line; None for a single point."""
+
+    begin: int
+    end: int
+    line: Line | None
+
+
+def stretches(work: list[float], cost: list[float]) -> list[Stretch]:
+    """The points in straight stretches from the left, each as long as it can be."""
+    found, begin = [], 0
+    while begin < len(work):
+        end, line = begin + 1, None
+        while end < len(work):
+            longer = fit(work[begin : end + 1], cost[begin : end + 1])
+            if abs(longer.worst) > STRAIGHT_MS:
+                break
+            end, line = end + 1, longer
+        found.append(Stretch(begin, end, line))
+        begin = end
+    return found
+
+
+def time_stretches(points: list[Point]) -> list[Stretch]:
+    """Of our time against arithmetic."""
+    return stretches([float(p.flops) for p in points], [p.ours_ms.p50 for p in points])
+
+
+def kept_line(points: list[Point]) -> Line:
+    """Of what we keep for backward against data."""
+    return fit([float(p.data) for p in points], [float(p.ours_bytes) for p in points])
 
 
 def by_series(points: list[Point]) -> dict[str, list[Point]]:

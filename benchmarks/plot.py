@@ -6,17 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.growth import by_series
+from benchmarks.growth import Point, by_series, kept_line, time_stretches
 from benchmarks.peers import PEERS
 from benchmarks.race import OURS
 from benchmarks.results import Report
-from benchmarks.tables import MIB, lines, peak
+from benchmarks.tables import MIB, peak
 
 #: Colour-blind safe (Okabe-Ito); one colour per peer in every plot.
 _COLOURS = ("#000000", "#56B4E9", "#009E73", "#7CCBB0", "#E69F00", "#0072B2", "#D55E00", "#9FC3DF", "#E8B79B")
-
-
 OURS_COLOUR = "#CC0000"
+_SIDES = (("eager", "#000000"), ("ours", OURS_COLOUR))
 
 
 def plot_all(report: Report, stem: Path) -> list[Path]:
@@ -68,41 +67,66 @@ def plot_ratios(report: Report, path: Path) -> None:
 def plot_growth(report: Report, path: Path) -> None:
     """Write a PNG: time against arithmetic and memory kept for backward against data, with our lines.
 
+    A dotted line stands where our time bends.
+
     Raises:
         ValueError: the report holds no growth.
     """
     series = by_series(report.growth)
     if not series:
         raise ValueError("the report holds no growth, so there is nothing to draw: run the benchmarks first")
-    figure, axes = _panels(2 * len(series), len(series), size=(3.3, 3.0))
-    for column, (name, points) in enumerate(series.items()):
-        work, data = [p.flops / 1e9 for p in points], [p.data / MIB for p in points]
-        time, memory = (axes[row][column] for row in (0, 1))
-        for side, colour in (("eager", "#000000"), ("ours", OURS_COLOUR)):
-            spreads = [getattr(p, f"{side}_ms") for p in points]
-            time.plot(work, [s.p50 for s in spreads], "o", ms=3, color=colour, label=side)
-            for w, s in zip(work, spreads, strict=True):
-                time.plot([w, w], [s.p20, s.p80], color=colour, lw=0.8)
-            kept = [getattr(p, f"{side}_bytes") / MIB for p in points]
-            memory.plot(data, kept, "o", ms=3, color=colour)
-        if len(points) > 1:
-            line, kept_line = lines(points)
-            at = np.geomspace(work[0], work[-1])
-            time.plot(at, line.fixed + line.per_unit * at * 1e9, color=OURS_COLOUR, lw=0.8)
-            at = np.geomspace(data[0], data[-1])
-            memory.plot(at, kept_line.fixed / MIB + kept_line.per_unit * at, color=OURS_COLOUR, lw=0.8)
+    columns = min(4, len(series))
+    figure, axes = _panels(2 * columns * -(-len(series) // columns), columns, size=(3.4, 2.6))
+    for at, (name, points) in enumerate(series.items()):
+        time, memory = (axes[2 * (at // columns) + row][at % columns] for row in (0, 1))
+        _draw_time(time, points)
+        _draw_memory(memory, points)
         time.set_title(f"{name}, {points[0].value} to {points[-1].value}", fontsize=9)
-        time.set_xlabel("GFLOP per call", fontsize=8)
-        memory.set_xlabel("MiB of input and result", fontsize=8)
         for ax in (time, memory):
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.tick_params(labelsize=7)
             ax.tick_params(which="minor", labelbottom=False, labelleft=False)
-    axes[0][0].set_ylabel("ms per call", fontsize=8)
-    axes[1][0].set_ylabel("MiB kept for backward", fontsize=8)
+        if at % columns == 0:
+            time.set_ylabel("ms per call", fontsize=8)
+            memory.set_ylabel("MiB kept for backward", fontsize=8)
+    for ax in axes.flat:
+        ax.set_visible(ax.has_data())
     axes[0][0].legend(fontsize=8, frameon=False)
-    _finish(figure, report, "Growth; lines: a fixed cost plus a rate, fitted to ours", path)
+    _finish(
+        figure,
+        report,
+        "Growth; lines: a fixed cost plus a rate, fitted to ours; dotted: where it bends",
+        path,
+    )
+
+
+def _draw_time(ax, points: list[Point]) -> None:
+    work = [p.flops / 1e9 for p in points]
+    for side, colour in _SIDES:
+        spreads = [getattr(p, f"{side}_ms") for p in points]
+        ax.plot(work, [s.p50 for s in spreads], "o", ms=3, color=colour, label=side)
+        ax.vlines(work, [s.p20 for s in spreads], [s.p80 for s in spreads], color=colour, lw=0.8)
+    for stretch in time_stretches(points):
+        first, last = work[stretch.begin], work[stretch.end - 1]
+        if stretch.line:
+            at = np.geomspace(first, last)
+            ax.plot(at, stretch.line.fixed + stretch.line.per_unit * at * 1e9, color=OURS_COLOUR, lw=0.8)
+        if stretch.begin:
+            ax.axvline(first, color="#777777", lw=0.8, ls=":")
+            ax.text(first, 1, f"{points[stretch.begin].value} ", fontsize=7, ha="right", va="top",
+                    transform=ax.get_xaxis_transform())  # fmt: skip
+    ax.set_xlabel("GFLOP per call", fontsize=8)
+
+
+def _draw_memory(ax, points: list[Point]) -> None:
+    data = [p.data / MIB for p in points]
+    for side, colour in _SIDES:
+        ax.plot(data, [getattr(p, f"{side}_bytes") / MIB for p in points], "o", ms=3, color=colour)
+    if len(points) > 1:
+        line, at = kept_line(points), np.geomspace(data[0], data[-1])
+        ax.plot(at, line.fixed / MIB + line.per_unit * at, color=OURS_COLOUR, lw=0.8)
+    ax.set_xlabel("MiB of input and result", fontsize=8)
 
 
 def plot_roofline(report: Report, path: Path) -> None:
@@ -168,5 +192,5 @@ def _finish(figure, report: Report, title: str, path: Path) -> None:
     )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Source": report.date})
     plt.close(figure)

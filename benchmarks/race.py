@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from statistics import median
 
 import numpy as np
@@ -91,7 +90,8 @@ class Result:
         others_cpu: share of the machine that other processes used meanwhile.
         seed, rounds: to run the same inputs again.
         targets: as the case has them.
-        bytes: what a call must move at least: input, parameters and result, each once.
+        bytes: what a call must move at least: input, parameters that it uses and result, each once.
+        parameter_bytes: those of the parameters.
     """
 
     case: str
@@ -104,6 +104,7 @@ class Result:
     rounds: int
     targets: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
+    parameter_bytes: int | None = None
 
     def standing(self, name: str) -> Standing:
         """The standing of a peer, of :data:`OURS`, or of the ``"best"`` peer."""
@@ -150,15 +151,20 @@ class Contestant:
 
 
 def errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of the error over the norm of the truth, by tensor; infinite where a tensor is missing."""
+    """Norm of the error over the norm of the truth, by tensor; infinite where a tensor is missing.
+
+    A truth that is zero but for float64's own rounding, as the gradient of a bias before a batch norm,
+    gives the norm of the error itself.
+    """
     out = {}
+    norms = {name: float(torch.linalg.vector_norm(t)) for name, t in true.items()}
+    zero = 1e-12 * max(norms.values())
     for name, t in true.items():
         if name not in found or found[name].shape != t.shape:
             out[name] = float("inf")
             continue
-        norm = torch.linalg.vector_norm(t)
-        error = torch.linalg.vector_norm(found[name].double() - t)
-        out[name] = float(error / norm) if norm > 0 else float(error)
+        error = float(torch.linalg.vector_norm(found[name].double() - t))
+        out[name] = error / norms[name] if norms[name] > zero else error
     return out
 
 
@@ -185,6 +191,19 @@ def _truth(case: Case, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return twin.results(Batch(x, target))
 
 
+def _leaves(y: Tensor) -> set[Tensor]:
+    """The parameters that ``y`` was computed with."""
+    found, seen, nodes = set(), set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.add(node.variable)
+    return found
+
+
 class Verified:
     """A case whose contestants are ready and right.
 
@@ -192,7 +211,8 @@ class Verified:
         contestants: ours first.
         errors: the largest of each contestant.
         left_out: peers that are not ready or not right, and why.
-        bytes: of input, parameters and result together.
+        bytes: of input, parameters that are used and result together.
+        parameter_bytes: of those parameters.
 
     Raises:
         WrongResult: the fast model breaks the rule.
@@ -201,14 +221,14 @@ class Verified:
     def __init__(self, case: Case, seed: int, tell: Callable[[str], None] = lambda what: None):
         reference, fast = (model.train(case.training) for model in case.build())
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            shape_of = case.forward(reference, torch.zeros(case.shape))
+        shape_of = case.forward(reference, torch.zeros(case.shape))
+        self.parameter_bytes = sum(p.nbytes for p in _leaves(shape_of))
+        shape_of = shape_of.detach()
         batch = case.draw(generator, like=shape_of)
         tell("float64")
         true = _truth(case, reference, batch)
         self.like = shape_of
-        elements = prod(case.shape) + shape_of.numel() + sum(p.numel() for p in reference.parameters())
-        self.bytes = elements * batch.x.element_size()
+        self.bytes = batch.x.nbytes + shape_of.nbytes + self.parameter_bytes
         self.contestants: list[Contestant] = []
         self.errors: dict[str, float] = {}
         self.left_out: dict[str, str] = {}
@@ -310,6 +330,7 @@ def race(
         rounds=rounds,
         targets=case.targets,
         bytes=verified.bytes,
+        parameter_bytes=verified.parameter_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON file per device, with everything needed to judge its figures."""
+"""What a run leaves behind: a JSON file with everything needed to judge its figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _PACKAGES = ("torch", "onnxruntime", "openvino", "onnx", "numpy")
 
 @dataclass(frozen=True)
 class Device:
-    """Where it ran: processor, usable cores, the instruction set of torch and that of our kernels."""
+    """Where it ran: processor, usable cores, the instruction set of torch and that of our kernels.
+
+    ``caches_kib`` holds the sizes of the first core's caches by level, those shared with other cores too.
+    """
 
     cpu: str
     cores: int
@@ -42,6 +45,7 @@ class Device:
     our_isa: str
     memory_gib: float
     system: str
+    caches_kib: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def here(cls) -> Device:
@@ -53,6 +57,7 @@ class Device:
             our_isa=ours,
             memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
             system=f"{platform.system()} {platform.machine()}",
+            caches_kib=_caches_kib(),
         )
 
     @property
@@ -69,6 +74,16 @@ def _cpu_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _caches_kib() -> dict[str, int]:
+    """As Linux tells; elsewhere empty."""
+    found = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            found[f"L{level}"] = int(size.removesuffix("K"))
+    return found
 
 
 class ResultFile:
@@ -124,8 +139,7 @@ class Report(ResultFile):
     @property
     def path(self) -> Path:
         """Where the file of such a run lies."""
-        suffix = "" if self.mode == "full" else f"-{self.mode}"
-        return FOLDER / f"{self.device.slug}{suffix}.json"
+        return FOLDER / f"{self.mode}-{self.device.slug}.json"
 
 
 def read(path: Path, kind: type = Report):

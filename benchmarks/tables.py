@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.blocks import FLOOR, BlockResult
 from benchmarks.dispatch import BUDGET_US
-from benchmarks.growth import STRAIGHT_BYTES, STRAIGHT_MS, Line, Point, by_series, fit
+from benchmarks.growth import STRAIGHT_MS, Point, Stretch, by_series, kept_line, time_stretches
 from benchmarks.race import OURS, Result, Spread
 from benchmarks.results import Report
 
@@ -60,10 +60,7 @@ def _race(result: Result, peak_gflops: float | None) -> Table:
     if result.gflops is not None and peak_gflops:
         share = result.gflops / peak_gflops
         title += f": {result.gflops:.0f} GFLOP/s, {share:.0%} of {peak_gflops:.0f}"
-    others = f"others used {result.others_cpu:.0%} of the machine"
-    if result.others_cpu > BUSY:
-        others = f"[bold red]{others}: too busy to quote these figures[/]"
-    notes = [f"{result.rounds} rounds, seed {result.seed}, {others}"]
+    notes = [f"{result.rounds} rounds, seed {result.seed}, {_others(result.others_cpu)}"]
     for who, aim in result.targets.items():
         ratio = result.standing(who).ratio.p50
         name = f"best peer, {result.best}" if who == "best" else who
@@ -107,44 +104,66 @@ def _memory(report: Report) -> Table:
     return table
 
 
-def _growth(report: Report) -> Table:
-    """Every series' line: a fixed cost, a rate, and the point furthest from it, for time and memory."""
-    table = _table(
-        "Growth: our time against arithmetic, what we keep against data, and over eager",
-        left=("series", "from, to"),
-        right=("fixed us", "GFLOP/s", "worst", "at", "kept/data", "worst", "over eager"),
-    )
+GROWTH_COLUMNS = (
+    "series",
+    "fixed, us",
+    "GFLOP/s",
+    "where time bends",
+    "kept per byte of data",
+    "furthest off",
+    "times faster than eager",
+)
+
+
+def growth_rows(report: Report) -> list[list[str]]:
+    """Per series, under :data:`GROWTH_COLUMNS`: the first line, where others begin, memory's line, ratios."""
+    rows = []
     for name, points in by_series(report.growth).items():
-        if len(points) < 2:
+        first, *others = time_stretches(points)
+        if first.line is None:
             continue
-        time, memory = lines(points)
-        ratios = sorted(p.ratio.p50 for p in points)
-        table.add_row(
-            name,
-            f"{points[0].value}, {points[-1].value}",
-            f"{time.fixed * 1e3:.0f}",
-            f"{1e-6 / time.per_unit:.0f}",
-            _off(time.worst, STRAIGHT_MS),
-            str(points[time.at].value),
-            f"{memory.per_unit:.2f}",
-            _off(memory.worst, STRAIGHT_BYTES),
-            f"{ratios[0]:.1f}x to {ratios[-1]:.1f}x",
+        memory = kept_line(points)
+        ratios = [p.ratio.p50 for p in points]
+        rows.append(
+            [
+                f"{name}, {points[0].value} to {points[-1].value}",
+                f"{first.line.fixed * 1e3:.0f}",
+                f"{1e-6 / first.line.per_unit:.0f}",
+                "; ".join(_bend(points, stretch) for stretch in others) or "nowhere",
+                f"{memory.per_unit:.2f}",
+                f"{memory.worst:+.0%} at {points[memory.at].value}",
+                f"{min(ratios):.1f} to {max(ratios):.1f}",
+            ]
         )
-    table.caption = (
-        f"worst: the point furthest from the line fixed + rate * work; red: beyond {STRAIGHT_MS:.0%} of a "
-        f"time, or {STRAIGHT_BYTES:.0%} of memory"
-    )
+    return rows
+
+
+def _bend(points: list[Point], stretch: Stretch) -> str:
+    p = points[stretch.begin]
+    rate = 1 / stretch.line.per_unit if stretch.line else p.flops / p.ours_ms.p50
+    sizes = f"weights {p.parameters / MIB:.1f}, data {p.data / MIB:.1f} MiB"
+    return f"at {p.value}, to {rate / 1e6:.0f} GFLOP/s ({sizes})"
+
+
+def _growth(report: Report) -> Table:
+    left = ("series", "where time bends")
+    table = _table("Growth: our time against arithmetic, and what we keep against data", left=())
+    for column in GROWTH_COLUMNS:
+        table.add_column(column, justify="left" if column in left else "right")
+    for row in growth_rows(report):
+        table.add_row(*row)
+    if report.growth:
+        table.caption = (
+            f"a line is fixed + rate * work, and none of its times is further off than {STRAIGHT_MS:.0%}; "
+            f"{_others(max(p.others_cpu for p in report.growth))}"
+        )
     return table
 
 
-def lines(points: list[Point]) -> tuple[Line, Line]:
-    """The lines of our time against arithmetic, and of what we keep for backward against data."""
-    flops, data = [float(p.flops) for p in points], [float(p.data) for p in points]
-    return fit(flops, [p.ours_ms.p50 for p in points]), fit(data, [float(p.ours_bytes) for p in points])
-
-
-def _off(worst: float, allowed: float) -> str:
-    return f"[red]{worst:+.0%}[/]" if abs(worst) > allowed else f"{worst:+.0%}"
+def _others(share: float) -> str:
+    """How busy others were, in red where figures are not worth quoting."""
+    said = f"others used {share:.0%} of the machine"
+    return f"[bold red]{said}: too busy to quote these figures[/]" if share > BUSY else said
 
 
 def _dispatch(report: Report) -> Table:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -59,6 +60,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps only: shows that it runs; nothing is learned.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train the three systems on real handwritten digits, reference and fast, and compare them.
 
@@ -69,7 +71,9 @@ def demo(
         from cnnlstm_fast.demo import FULL, QUICK, run
     except ModuleNotFoundError as error:
         _needs(error, {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}, "the demo")
-    run(output, QUICK if quick else FULL, _console())
+    run(output, QUICK if quick else FULL, Console(stderr=True) if as_json else _console())
+    if as_json:
+        typer.echo((output / "demo.json").read_text())
 
 
 @app.command(
@@ -249,7 +253,7 @@ def _stage_table(found) -> Table:
     for name in dict.fromkeys((*before, *after)):
         cells = []
         for stage in (before.get(name), after.get(name)):
-            cells += [f"{stage.op} [{stage.plan}]".strip(), f"{stage.ms:.2f}"] if stage else ["", ""]
+            cells += [escape(f"{stage.op} [{stage.plan}]"), f"{stage.ms:.2f}"] if stage else ["", ""]
         table.add_row(name, *cells)
     return table
 

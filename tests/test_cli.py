@@ -149,6 +149,7 @@ def test_profile(training, plain_file, tmp_path):
     assert f"cnn.0: Conv2d+ReLU+MaxPool2d [{block['plan']}]" in names
     text = call(*args)
     assert text.exit_code == 0 and "aten::" in text.output and str(trace) in text.output.replace("\n", "")
+    assert f"Conv2d+ReLU+MaxPool2d [{block['plan']}]" in text.output
 
 
 def test_profile_fails_in_words(plain_file, tmp_path):
@@ -203,6 +204,15 @@ def test_demo_hands_over(flags, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(cnnlstm_fast.demo, "run", lambda *args: seen.append(args))
     assert call("demo", "--output", str(tmp_path / "here"), *flags).exit_code == 0
     assert seen[0][:2] == (tmp_path / "here", getattr(cnnlstm_fast.demo, settings))
+
+
+def test_demo_prints_json_alone(tmp_path, monkeypatch):
+    def run(output, settings, console):
+        console.print("a table")
+        (output / "demo.json").write_text('{"systems": []}')
+
+    monkeypatch.setattr(cnnlstm_fast.demo, "run", run)
+    assert json.loads(call("demo", "--output", str(tmp_path), "--json").stdout) == {"systems": []}
 
 
 def test_demo_refuses_a_file(tmp_path):

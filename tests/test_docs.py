@@ -1,10 +1,12 @@
 """Every Python block of README and docs runs as it stands; every command and file in them exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from benchmarks.__main__ import app as benchmarks_app
 from cnnlstm_fast.cli import app
@@ -59,6 +61,23 @@ def test_commands_exist_with_their_options(page):
             if command.ignore_unknown_options:
                 continue
             assert {a for a in arguments if a.startswith("-")} <= options, alternative
+
+
+def test_commands_on_a_model_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my").mkdir()
+    Path("my/model.py").write_text(
+        "from torch import nn\n"
+        "def make():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))\n"
+    )
+    lines = [line for page in PAGES for text in blocks(page, "sh") for line in text.splitlines()]
+    commands = [line for line in lines if "my/model.py" in line]
+    assert len(commands) >= 2
+    for line in commands:
+        program, flag, module, *arguments = shlex.split(line, comments=True)
+        assert (program, flag, module) == ("python", "-m", "cnnlstm_fast")
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -133,7 +133,7 @@ def archive(tmp_path_factory) -> Path:
 
 def tracked() -> list[str]:
     """Files of the checkout that a build or a test needs."""
-    folders = ("cnnlstm_fast", "csrc", "kernels", "tests", "benchmarks", "docs")
+    folders = ("cnnlstm_fast", "csrc", "kernels", "tests", "benchmarks", "docs", "examples")
     found = [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file()]
     names = [p.relative_to(ROOT).as_posix() for p in found]
     built = re.compile(r"__pycache__|\.so$|\.pyc$|egg-info")

@@ -40,7 +40,7 @@ def draw(report: Report, path: Path) -> None:
         _draw_ratios(system, axes)
     bars[0].invert_yaxis()
     bars[0].set_xlim(0, 1.15 * max(c.ratio for s in report.systems for _, c in s.measures))
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Source": report.date})
 
 
 def _draw_curves(system: SystemReport, axes: Axes) -> None:
