@@ -402,8 +402,7 @@ class Chain:
             norm = norm.module(conv.weight.shape[0], self.x.dim())
         result = patterns.run_block(self.x, *conv, norm, recipe.activation, recipe.pool, self.sized.layout)
         if self.sized.hands_on and not result.is_contiguous():
-            result.__class__ = Handed
-            result._recipe = recipe
+            return Handed.of(result, recipe)
         return result
 
     def true_value(self, at: int) -> Tensor:
@@ -543,6 +542,18 @@ def _raw(value):
 # ---------------------------------------------------------------- handing on
 
 
+class Unviewed(torch.autograd.Function):
+    """The same tensor as no view: whose memory may be exchanged, and which may change in place after that."""
+
+    @staticmethod
+    def forward(ctx, view):
+        return view.data
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 class Handed(Tensor):
     """A block's result on its way to a convolution, channels-last where PyTorch's would be contiguous."""
 
@@ -555,6 +566,13 @@ class Handed(Tensor):
                     value.settle()
         with _no_function():
             return function(*args, **kwargs)
+
+    @staticmethod
+    def of(result: Tensor, recipe: Recipe) -> Handed:
+        handed = Unviewed.apply(result) if result.requires_grad else result.data
+        handed.__class__ = Handed
+        handed._recipe = recipe
+        return handed
 
     def settle(self) -> None:
         """Become a plain tensor in PyTorch's layout, once and for all."""
@@ -843,7 +861,8 @@ class Site(NamedTuple):
         name: the module's name in the model.
         block: what runs as one, as ``Conv2d+BatchNorm+ReLU+MaxPool2d``.
         mode: ``training`` or ``eval``, the dtype, and ``no gradients`` where they are off.
-        plan: ``direct``, ``chunked`` or ``fast`` (a recurrent layer); ``PyTorch`` for what runs as it is.
+        plan: ``direct``, ``chunked``, ``winograd`` or ``fast`` (a recurrent layer); ``PyTorch`` for what runs
+            as it is.
         reason: why.
     """
 

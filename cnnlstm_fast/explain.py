@@ -35,8 +35,8 @@ class Stage:
         shape: shape of the result (of the first call's; of the input where the stage failed).
         layout: how the result lies in memory: a name of :data:`cnnlstm_fast.spec.LAYOUTS` for a block,
             else ``contiguous``, ``channels_last`` or ``strided``.
-        plan: ``direct``, ``chunked`` or ``reference`` for a block, ``fused``, ``library`` or ``reference``
-            for a ``cf.LSTM`` or ``cf.GRU``, ``PyTorch`` for a module that runs as it is, ``view`` or
+        plan: ``direct``, ``chunked``, ``winograd`` or ``reference`` for a block, ``fused``, ``library`` or
+            ``reference`` for a ``cf.LSTM`` or ``cf.GRU``, ``PyTorch`` for a module that runs as it is, ``view`` or
             ``copy`` on the way into a module, ``failed``.
         reason: why this plan.
         ms: milliseconds, all calls together.

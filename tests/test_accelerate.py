@@ -843,6 +843,73 @@ def gradients(out, x, module, grad):
     return [t.grad for t in (x, *module.parameters())]
 
 
+#: What a forward does with a block's result that used to go to the next convolution alone.
+LOOKS = {
+    "strides": lambda self, y: y * float(y.stride(1) == y.shape[2] * y.shape[3]),
+    "contiguous": lambda self, y: y * float(y.is_contiguous()),
+    "view": lambda self, y: y.view(-1).view(y.shape),
+    "storage": lambda self, y: y + y.detach().as_strided((1,), (1,), 5),
+    "data": lambda self, y: (y.data.mul_(2), y)[1],
+    "data_ptr": lambda self, y: y * float(y.data_ptr() != 0),
+    "in place": lambda self, y: (y.mul_(2), y)[1],
+    "in place activation": lambda self, y: F.leaky_relu(y.sub_(1), inplace=True),
+    "into a slice": lambda self, y: (y[:, 1].fill_(0.5), y)[1],
+    "residual": lambda self, y: self.other(y) + y,
+    "another use before": lambda self, y: y + 0 * y.view(-1).sum(),
+    "pickle": lambda self, y: y + pickle.loads(pickle.dumps(y.detach())),
+    "deepcopy": lambda self, y: y + copy.deepcopy(y.detach()),
+    "numpy": lambda self, y: y + float(y.detach().numpy().reshape(-1)[7]),
+    "iteration": lambda self, y: torch.stack(list(y)),
+    "raw op": lambda self, y: torch.ops.aten.relu.default(y),
+    "custom function": lambda self, y: ReluInside.apply(y),
+    "hook": lambda self, y: (y.register_hook(lambda g: g * 3) if y.requires_grad else 0, y)[1],
+    "plain convolution": lambda self, y: F.conv2d(y, self.other.weight, None, padding=1),
+    "another mode": lambda self, y: torch.no_grad()(torch.relu)(y) + y,
+    "checkpoint": lambda self, y: checkpoint(torch.tanh, y, use_reentrant=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pooled", [False, True], ids=["activation", "pool"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_is_handed_on(look, mode, pooled, monkeypatch):
+    """A result lies as convolutions like it only for as long as nobody else looks."""
+    layouts = []
+    run_block = patterns.run_block
+
+    def noted(*args):
+        layouts.append(args[-1])
+        return run_block(*args)
+
+    def forward(self, x):
+        y = F.hardtanh(self.bn(self.conv(x)), 0.0, 6.0)  # whose result may change in place
+        y = F.max_pool2d(y, 2) if pooled else y
+        if self.flag:
+            y = LOOKS[look](self, y)
+        return F.relu(self.other(y)) + 0
+
+    monkeypatch.setattr(patterns, "run_block", noted)
+    model = module_with(forward).train(mode == "train")
+    fast, twin = cf.accelerate(copy.deepcopy(model)), copy.deepcopy(model)
+    for call, flag in enumerate((False, False, False, True, False, True)):
+        fast.flag = twin.flag = flag
+        x = grid(2, 3, 8, 6).requires_grad_()
+        layouts.clear()
+        got, expected = fast(x), twin(x)
+        assert call != 2 or layouts == ["channels_last", "channels_first"]
+        assert type(got) is Tensor and got.stride() == expected.stride()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        grad = torch.randn_like(expected)
+        for mine, true in zip(gradients(got, x, fast, grad), gradients(expected, x, twin, grad), strict=True):
+            assert (mine is None) == (true is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+        del got
+        with torch.inference_mode():
+            torch.testing.assert_close(fast(x), twin(x), rtol=1e-4, atol=1e-4)
+
+
 #: What a forward does once it has been observed as conv, norm, activation, pool.
 FLIPS = {
     "look": lambda self, y, stage: (y.mean(), y)[1],

@@ -24,6 +24,7 @@ from helpers import (
     PLANS,
     SEED,
     STRIDED,
+    WINOGRAD,
     Block,
     after_conv,
     assert_block,
@@ -105,14 +106,15 @@ def steady(block: Block, tensors: dict[str, torch.Tensor], grad: torch.Tensor | 
 
 
 @cases(
-    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=st.sampled_from(PLANS),
+    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=st.sampled_from((*PLANS, "winograd")),
     layout=st.sampled_from(LAYOUTS), x_memory=memory, weight_memory=memory, grad_memory=memory,
     needs=st.sampled_from((("x", "weight", "bias"), ("weight", "bias"), ("x",), ("weight",), ("bias",), ())),
 )  # fmt: skip
 def test_blocks(rng, seed, threads, dtype, plan, layout, x_memory, weight_memory, grad_memory, needs):
     """Any block, in any memory, under any plan: results and the gradients that are asked for."""
-    block = random_block(rng)
-    if plan == "chunked" and "expanded" in (x_memory, weight_memory):
+    block = random_block(rng, **WINOGRAD) if plan == "winograd" else random_block(rng)
+    dtype = torch.float32 if plan == "winograd" else dtype
+    if plan in ("chunked", "winograd") and "expanded" in (x_memory, weight_memory):
         x_memory = weight_memory = None  # the library's own gradients of overlapping memory differ
     start(seed, threads)
     tensors = normal_tensors(block, dtype)
