@@ -36,8 +36,8 @@ class Stage:
         layout: how the result lies in memory: a name of :data:`cnnlstm_fast.spec.LAYOUTS` for a block,
             else ``contiguous``, ``channels_last`` or ``strided``.
         plan: ``direct``, ``chunked``, ``winograd`` or ``reference`` for a block, ``fused``, ``library`` or
-            ``reference`` for a ``cf.LSTM`` or ``cf.GRU``, ``PyTorch`` for a module that runs as it is, ``view`` or
-            ``copy`` on the way into a module, ``failed``.
+            ``reference`` for a ``cf.LSTM`` or ``cf.GRU``, ``PyTorch`` for a module that runs as it is,
+            ``view`` or ``copy`` on the way into a module, ``failed``.
         reason: why this plan.
         ms: milliseconds, all calls together.
         bytes: memory of the result, all calls together; 0 for views.

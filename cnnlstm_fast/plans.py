@@ -213,9 +213,12 @@ def _by_sizes(
     direct, chunked, winograd = ("direct", "direct"), ("chunked", "chunked"), ("winograd", "winograd")
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
-    if _has_winograd(spec, weight_shape, dtype) and outputs >= 256 * weight_shape[0]:
+    if _has_winograd(spec, weight_shape, dtype):
         normed = norm == "batch" or (norm == "given" and training)
-        if _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed):
+        pays = _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed)
+        if pays and (
+            torch.compiler.is_compiling() or outputs >= 256 * weight_shape[0]
+        ):  # no guard on a batch
             return None, *winograd, "3x3 taps over many channels: 16 products in place of 36"
     if norm == "batch" or (norm == "given" and training):
         by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32
