@@ -56,6 +56,7 @@ versions: $(VENV)/built
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc tests/native/*.cpp
 
 $(VENV)/installed: requirements-dev.txt requirements-data.txt
