@@ -10,9 +10,11 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 demo: $(VENV)/built
 	$(BIN)/python -m cnnlstm_fast demo
 
+# Coverage is that of two cases of every test (tests/conftest.py), in this process alone: what runs in processes
+# of its own (the demo, the examples) is not counted. Its tracer would otherwise add minutes.
 test: $(VENV)/built lint
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 bench: $(VENV)/built
 	mkdir -p build
