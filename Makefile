@@ -39,7 +39,8 @@ sanitize: $(VENV)/installed
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/installed
 	mkdir -p build
-	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds $(FUZZ_SECONDS) --journal $(CURDIR)/build/fuzz.json
+	rm -f build/fuzz.json
+	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds $(FUZZ_SECONDS) --journal $(CURDIR)/build/fuzz-call.json --output $(CURDIR)/build/fuzz.json
 
 package: $(VENV)/built
 	CNNLSTM_FAST_LONG=1 $(BIN)/python -m pytest -q tests/test_packaging.py
