@@ -10,9 +10,11 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 demo: $(VENV)/built
 	$(BIN)/python -m cnnlstm_fast demo
 
+# Coverage is that of two cases of every test (tests/conftest.py), in this process alone: what runs in processes
+# of its own (the demo, the examples) is not counted. Its tracer would otherwise add minutes.
 test: $(VENV)/built lint
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 bench: $(VENV)/built
 	mkdir -p build
@@ -37,7 +39,8 @@ sanitize: $(VENV)/installed
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/installed
 	mkdir -p build
-	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds $(FUZZ_SECONDS) --journal $(CURDIR)/build/fuzz.json
+	rm -f build/fuzz.json
+	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds $(FUZZ_SECONDS) --journal $(CURDIR)/build/fuzz-call.json --output $(CURDIR)/build/fuzz.json
 
 package: $(VENV)/built
 	CNNLSTM_FAST_LONG=1 $(BIN)/python -m pytest -q tests/test_packaging.py
@@ -56,6 +59,7 @@ versions: $(VENV)/built
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc tests/native/*.cpp
 
 $(VENV)/installed: requirements-dev.txt requirements-data.txt

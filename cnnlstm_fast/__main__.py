@@ -8,7 +8,7 @@ def main() -> None:
     try:
         from cnnlstm_fast.cli import app
     except ModuleNotFoundError as error:
-        if (missing := error.name.partition(".")[0]) not in ("typer", "rich"):
+        if (missing := (error.name or "").partition(".")[0]) not in ("typer", "rich"):
             raise
         sys.exit(f"the command line needs {missing}, which is not installed: pip install typer rich")
     app(prog_name="python -m cnnlstm_fast")

@@ -27,8 +27,8 @@ import copy
 import math
 import types
 import weakref
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 #: What may be asked of an observed or deferred tensor without consuming it.
 _QUESTIONS = {
-    Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__,
-    Tensor.layout.__get__, Tensor.requires_grad.__get__, Tensor.is_cuda.__get__, Tensor.is_sparse.__get__,
-    Tensor.is_leaf.__get__, Tensor.is_nested.__get__, Tensor.size, Tensor.dim, Tensor.ndimension,
-    Tensor.numel, Tensor.nelement,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, torch.is_floating_point, torch.is_complex,
-    torch.numel,
+    *(getattr(Tensor, name).__get__ for name in (
+        "shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_sparse", "is_leaf",
+        "is_nested",
+    )),
+    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
 }  # fmt: skip
 
 
@@ -178,6 +178,7 @@ class Recipe:
         return found
 
 
+@final
 class Trace:
     """What an observed call has shown so far.
 
@@ -191,17 +192,18 @@ class Trace:
         self.steps: list[Step] = []
         self.limit: int | None = None
         self.hands_on = False
-        self.values: list[weakref.ref] = []
+        self.values: list[Callable[[], Any]] = []  # weak references
         self.dtypes: list[torch.dtype] = []
         self.context = _context(x)
-        self.x = x
+        self.x: Tensor | None = x
         # No version counter in inference mode: there the values themselves are compared.
-        self.before = x.clone() if x.is_inference() else x._version
+        self.before: Any = x.clone() if x.is_inference() else x._version
 
     def note(self, value: Tensor) -> Tensor:
         """Let ``value`` note who consumes it."""
         value.__class__ = Observed
-        value._trace, value._at = self, len(self.values)
+        observed = cast(Observed, value)
+        observed._trace, observed._at = self, len(self.values)
         self.values.append(weakref.ref(value))
         self.dtypes.append(value.dtype)
         return value
@@ -221,6 +223,8 @@ class Trace:
 
     def _input_unchanged(self) -> bool:
         x = self.x
+        if x is None:
+            return False
         return torch.equal(x, self.before) if x.is_inference() else x._version == self.before
 
     def ends_at(self, at: int, function) -> None:
@@ -252,6 +256,9 @@ _GRAD, _NO_GRAD = (True, None), (False, None)
 class Observed(Tensor):
     """A true result that notes who consumes it; it becomes a plain Tensor again when it has been."""
 
+    _trace: Trace
+    _at: int
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -259,8 +266,8 @@ class Observed(Tensor):
             if function in _QUESTIONS:
                 return function(*args, **kwargs)
             first = args[0] if args and type(args[0]) is Observed else None
-            step = first._trace.prolong(first, function, args, kwargs) if first is not None else None
-            if step is None:
+            step = None if first is None else first._trace.prolong(first, function, args, kwargs)
+            if first is None or step is None:
                 for value in tree_iter((args, kwargs)):
                     if type(value) is Observed:
                         value._trace.ends_at(value._at, function)
@@ -290,8 +297,8 @@ def _nobody() -> None:
     """In the place of a weak reference to a value that is no more."""
 
 
-def _release(value: Tensor) -> None:
-    value.__class__ = Tensor
+def _release(value: Observed) -> None:
+    value.__class__ = Tensor  # type: ignore[assignment]  # what it was before it was observed
     del value._trace, value._at
 
 
@@ -366,7 +373,7 @@ class Chain:
             norm = step.norm(args, kwargs)
             if norm is None:
                 return None
-            self.norm, expected = norm, self.recipe.norm
+            self.norm, expected = norm, step.found.value
             if norm.weight is not expected.weight or norm.bias is not expected.bias:
                 self.ready.clear()  # their gradients would go elsewhere
         elif args[1:] != step.args or kwargs != step.kwargs:
@@ -398,9 +405,15 @@ class Chain:
 
     def run(self) -> Tensor:
         norm, conv, recipe = self.norm, self.conv, self.recipe
-        if norm is not None:
-            norm = norm.module(conv.weight.shape[0], self.x.dim())
-        result = patterns.run_block(self.x, *conv, norm, recipe.activation, recipe.pool, self.sized.layout)
+        module = None if norm is None else norm.module(conv.weight.shape[0], self.x.dim())
+        result = patterns.run_block(
+            self.x,
+            *conv,
+            norm=module,
+            activation=recipe.activation,
+            pool=recipe.pool,
+            layout=self.sized.layout,
+        )
         if self.sized.hands_on and not result.is_contiguous():
             return Handed.of(result, recipe)
         return result
@@ -410,7 +423,7 @@ class Chain:
         self.check_input()
         return self._compute(at, self.x, self.conv, self.norm)
 
-    def true_values(self, ats: list[int], tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    def true_values(self, ats: list[int], tensors: Sequence[Any]) -> list[Tensor]:
         """The same from other tensors in the place of input, weight and bias, and of the norm's."""
         norm = self.norm
         if norm is not None:
@@ -422,6 +435,7 @@ class Chain:
         y = self.function(x.contiguous() if self.handed else x, *conv)
         for step in self.recipe.steps[:at]:
             if step.kind == "norm":
+                assert norm is not None  # `follow` has met it
                 if norm.training and self.counted:
                     norm = norm._replace(running_mean=None, running_var=None)
                 self.counted = True
@@ -470,7 +484,7 @@ class Promise(torch.autograd.Function):
 
         chain.check_input()
         with torch.enable_grad(), _no_function():  # vjp, because one of the tensors may depend on another
-            _, pull_back = torch.func.vjp(values, *(ctx.tensors[i] for i in needed))
+            pull_back = torch.func.vjp(values, *(ctx.tensors[i] for i in needed))[1]
             found = dict(zip(needed, pull_back([grad for _, grad in given]), strict=True))
         return None, *(found.get(i) for i in range(len(needs)))
 
@@ -493,6 +507,10 @@ class Deferred(Tensor):
 
     #: For `explain`: a module that returns one is part of a block.
     is_deferred = True
+    _chain: Chain
+    _place: int
+    _real: Tensor  # once somebody has asked
+    _raw: Tensor
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -508,7 +526,9 @@ class Deferred(Tensor):
         return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # a class method, as its documentation has it
+        cls, function, types, args=(), kwargs=None
+    ):
         args, kwargs = tree_map(_raw, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -557,6 +577,8 @@ class Unviewed(torch.autograd.Function):
 class Handed(Tensor):
     """A block's result on its way to a convolution, channels-last where PyTorch's would be contiguous."""
 
+    _recipe: Recipe
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -569,7 +591,7 @@ class Handed(Tensor):
 
     @staticmethod
     def of(result: Tensor, recipe: Recipe) -> Handed:
-        handed = Unviewed.apply(result) if result.requires_grad else result.data
+        handed: Any = Unviewed.apply(result) if result.requires_grad else result.data
         handed.__class__ = Handed
         handed._recipe = recipe
         return handed
@@ -578,7 +600,7 @@ class Handed(Tensor):
         """Become a plain tensor in PyTorch's layout, once and for all."""
         recipe = self._recipe
         del self._recipe
-        self.__class__ = Tensor
+        self.__class__ = Tensor  # type: ignore[assignment]  # the point of it
         recipe.hands_on = False
         recipe.sizes.clear()
         with torch.no_grad():
@@ -594,7 +616,7 @@ class Capture:
     A copy of it, by whatever way, knows nothing yet.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.known: dict[tuple, Trace | Recipe] = {}
         self.surprises = 0
         self.left_alone: str | None = None
@@ -652,13 +674,14 @@ class Capture:
                 self.runs_plain(module, "is being observed: results of its first call are still held")
                 return function(x, *conv)
             known = self.known[key] = recipe
-        handed = type(x) is Handed
-        if handed:
+        given = x if type(x) is Handed else None
+        handed = given is not None
+        if given is not None:
             with _no_function():
-                given, x = x, x.as_subclass(Tensor)
+                x = given.as_subclass(Tensor)
         sized = known.sizes.get((x.shape, x.stride(), handed)) or known.sized(function, x, conv, handed)
         if not sized.shapes:
-            if handed:
+            if given is not None:
                 given.settle()
                 x = given
             self.runs_plain(module, sized.why)
@@ -736,9 +759,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     fused_already = {id(m) for container in fast.modules() for m in _chain_of(container)}
     for module in fast.modules():
         if _convolves(module) and id(module) not in fused_already:
-            module._forward_pre_hooks[HOOK] = Capture()
+            module._forward_pre_hooks[HOOK] = Capture()  # type: ignore[index]  # see HOOK
     if not hasattr(fast, "report"):
-        fast.report = Reporter(fast)
+        fast.report = Reporter(fast)  # type: ignore[assignment]  # a plain attribute
     return fast
 
 
@@ -763,6 +786,8 @@ def _chain_of(module: nn.Module) -> list[nn.Module]:
 class _EqualsTwin(type):
     """Classes that compare equal to the plain class they stand in for, as ``type(m) == nn.LSTM`` asks."""
 
+    twin: type
+
     def __eq__(cls, other):
         return other is cls.twin or other is cls
 
@@ -770,11 +795,11 @@ class _EqualsTwin(type):
         return hash(cls.twin)
 
 
-class LSTM(recurrent.LSTM, nn.LSTM, metaclass=_EqualsTwin):
+class LSTM(recurrent.LSTM, nn.LSTM, metaclass=_EqualsTwin):  # type: ignore[misc]  # forward takes more
     """What an ``nn.LSTM`` becomes: an instance of that still, for whoever asks."""
 
 
-class GRU(recurrent.GRU, nn.GRU, metaclass=_EqualsTwin):
+class GRU(recurrent.GRU, nn.GRU, metaclass=_EqualsTwin):  # type: ignore[misc]  # forward takes more
     """What an ``nn.GRU`` becomes: an instance of that still, for whoever asks."""
 
 
@@ -898,7 +923,7 @@ class Reporter:
 
 def _sites(name: str, module: nn.Module, fused: set[int]) -> Iterator[Site]:
     kind = type(module).__name__
-    capture = module._forward_pre_hooks.get(HOOK)
+    capture = module._forward_pre_hooks.get(HOOK)  # type: ignore[call-overload]  # see HOOK
     if isinstance(capture, Capture):
         if not capture.known:
             why = capture.left_alone or capture.why_plain or "has not been called"

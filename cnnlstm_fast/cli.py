@@ -301,7 +301,7 @@ def _make_model(text: str) -> Any:
         if not (module_name and all(part.isidentifier() for part in path)):
             raise ValueError("expected a name")
         args = [ast.literal_eval(a) for a in call.args] if call else []
-        kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}
+        kwargs: dict[Any, Any] = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}
     except (SyntaxError, ValueError):
         raise _bad_model(
             f"got {text!r}, expected MODULE:FACTORY or MODULE:FACTORY(literals), as in "
@@ -309,7 +309,7 @@ def _make_model(text: str) -> Any:
         ) from None
     try:
         module = _load_file(Path(module_name)) if separator else importlib.import_module(module_name)
-        found = reduce(getattr, path, module)
+        found: Any = reduce(getattr, path, module)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise _bad_model(str(error)) from None
     if call is None and isinstance(found, nn.Module):
@@ -342,6 +342,7 @@ def _load_file(path: Path) -> ModuleType:
             return importlib.import_module(".".join(parts))
         name = f"_{path.stem}" if path.stem in sys.modules else path.stem
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None  # which holds for every .py
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

@@ -16,7 +16,7 @@ eager. Use :class:`cnnlstm_fast.LSTM` and :class:`cnnlstm_fast.GRU` there, or
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
@@ -62,7 +62,7 @@ def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict 
         return graph.forward
     from torch._inductor.compile_fx import compile_fx  # takes seconds
 
-    return compile_fx(graph, inputs)
+    return cast(Callable, compile_fx(graph, inputs))
 
 
 def fuse(module: fx.GraphModule) -> int:
@@ -104,7 +104,10 @@ def _block_at(node: fx.Node) -> tuple[list[fx.Node], fx.Node, Conv, dict[str, An
     """The nodes of the block that begins with ``node``, its input, its convolution and what follows."""
     if node.op != "call_function" or node.target not in CONVS:
         return None
-    arguments = {**dict(zip(("input", *Conv._fields), node.args, strict=False)), **node.kwargs}
+    arguments: dict[str, Any] = {
+        **dict(zip(("input", *Conv._fields), node.args, strict=False)),
+        **node.kwargs,
+    }
     x, rank = arguments.pop("input", None), CONVS[node.target]
     value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
     if not isinstance(value, Tensor) or value.dim() != rank:
@@ -132,7 +135,8 @@ def _read(node: fx.Node) -> patterns.Found | None:
     """What a node could be in a block."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
+    target: Any = node.target
+    function = getattr(Tensor, target, None) if node.op == "call_method" else target
     if node.op not in ("call_method", "call_function") or function is None:
         return None
     return patterns.read_call(function, node.args, node.kwargs)

@@ -98,8 +98,8 @@ class Report:
             lines.append(f"total {self.ms:.2f} ms")
         else:
             lines.append(f"stopped by {self.error}")
-        if self.mend is not None and self.mend not in self.error:
-            lines.append(f"to mend it: {self.mend}")
+            if self.mend is not None and self.mend not in self.error:
+                lines.append(f"to mend it: {self.mend}")
         return "\n".join(lines)
 
 
@@ -322,7 +322,10 @@ def _mend(call: _Call, error: Exception, last_map: tuple[int, ...]) -> str | Non
     module, x = call.module, call.x
     if x is not None and isinstance(module, (nn.RNNBase, nn.Linear)):
         rnn = isinstance(module, nn.RNNBase)
-        expected, argument = (module.input_size, "input_size") if rnn else (module.in_features, "in_features")
+        if isinstance(module, nn.RNNBase):
+            expected, argument = module.input_size, "input_size"
+        else:
+            expected, argument = module.in_features, "in_features"
         given = x.shape[-1] if x.dim() else None
         kind = type(module).__name__
         if given is not None and given != expected:

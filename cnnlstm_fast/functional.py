@@ -257,6 +257,7 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, gro
 
 def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, int]:
     """A conv or pool parameter as (h, w); for signals h is neutral (``one_d``)."""
+    values: tuple[int, ...]
     try:
         values = (
             tuple(operator.index(v) for v in value) if isinstance(value, tuple) else (operator.index(value),)
@@ -269,7 +270,7 @@ def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, i
         raise ValueError(f"got {name}={value!r}, expected an int or {rank - 2} ints")
     if min(values) < low:
         raise ValueError(f"got {name}={value!r}, expected values of at least {low}")
-    return values if rank == 4 else (one_d, values[0])
+    return (values[0], values[1]) if rank == 4 else (one_d, values[0])
 
 
 def _check_pool(pool, rank: int) -> None:
@@ -289,25 +290,23 @@ _OTHER_POOLS = {
 }
 
 
-def _as_max_pool(pool: nn.Module, x: Tensor, weight: Tensor, *conv) -> nn.Module | None:
-    """The max pool that an adaptive one is on a map whose sizes it divides, else None.
-
-    ``conv`` are stride, padding and dilation.
-    """
+def _as_max_pool(pool: nn.Module, x: Tensor, weight: Tensor, stride, padding, dilation) -> nn.Module | None:
+    """The max pool that an adaptive one is on a map whose sizes it divides, else None."""
     rank = weight.dim()
     if type(pool) is not (nn.AdaptiveMaxPool2d if rank == 4 else nn.AdaptiveMaxPool1d) or not unhooked(pool):
         return None
-    spec, _ = make_spec(weight.shape, False, *conv, 1, None, None, None, "channels_first")
+    spec, _ = make_spec(weight.shape, False, stride, padding, dilation, 1, None, None, None, "channels_first")
+    assert spec is not None  # a convolution alone always has one
     x, weight = _as_2d(x, weight, rank)
     size = spec.conv_size(x.shape[2:], weight.shape[2:])[4 - rank :]
     wanted = (
         pool.output_size if isinstance(pool.output_size, (tuple, list)) else [pool.output_size] * len(size)
     )
-    wanted = [have if want is None else want for have, want in zip(size, wanted, strict=True)]
-    if min(*size, *wanted) < 1 or any(have % want for have, want in zip(size, wanted, strict=True)):
+    out = [have if want is None else want for have, want in zip(size, wanted, strict=True)]
+    if min(*size, *out) < 1 or any(have % want for have, want in zip(size, out, strict=True)):
         return None
     return (nn.MaxPool2d if rank == 4 else nn.MaxPool1d)(
-        tuple([have // want for have, want in zip(size, wanted, strict=True)])
+        tuple([have // want for have, want in zip(size, out, strict=True)])
     )
 
 
@@ -337,12 +336,12 @@ def _fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
     if not isinstance(activation, nn.Module):
         found = _ACTIVATION_NAMES.get(activation)
         return f"the activation {activation!r} has no fused kernel" if found is None else found
-    found = _ACTIVATION_MODULES.get(type(activation))
-    if found is None:
+    module = _ACTIVATION_MODULES.get(type(activation))
+    if module is None:
         return f"{type(activation).__name__} is not fused"
     if not unhooked(activation):
         return "the activation has hooks or a forward of its own"
-    name, attributes = found
+    name, attributes = module
     if name == "gelu" and activation.approximate == "tanh":
         return "gelu_tanh", ()
     numbers = tuple([getattr(activation, attribute) for attribute in attributes])
@@ -355,8 +354,8 @@ def _fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
 
 def make_spec(
     weight_shape, unbatched, stride, padding, dilation, groups, norm, activation, pool, layout
-) -> tuple[BlockSpec | None, str | None]:
-    """The block's spec, or (None, why the fused plans have no words for it)."""
+) -> tuple[BlockSpec | None, str]:
+    """The block's spec and "", or None and why the fused plans have no words for it."""
     rank, weight_channels = len(weight_shape), weight_shape[0]
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -403,7 +402,7 @@ def make_spec(
     return build(
         rank, tuple(weight_shape[2:]), _hashable(stride), _hashable(padding), _hashable(dilation), groups,
         *fused_activation, pool, layout,
-    ), None  # fmt: skip
+    ), ""  # fmt: skip
 
 
 def global_hooks() -> bool:

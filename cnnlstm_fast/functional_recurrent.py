@@ -314,7 +314,8 @@ def _dropout(x: Tensor, stack: Stack) -> Tensor:
 
 def layer_weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:
     """One layer's parameters in the op's order: five a direction, None where there are none."""
-    count, weights = stack.per_direction, []
+    count = stack.per_direction
+    weights: list[Tensor | None] = []
     for direction in range(2):
         w = params[direction * count : (direction + 1) * count]
         if not w:
@@ -378,7 +379,7 @@ def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: 
         )
     for at in range(layers * directions):
         wide = input_size if at < directions else directions * out
-        expected = [(rows, wide), (rows, out)]
+        expected: list[tuple[int, ...]] = [(rows, wide), (rows, out)]
         if stack.bias:
             expected += [(rows,), (rows,)]
         if stack.proj_size:

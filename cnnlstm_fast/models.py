@@ -6,6 +6,8 @@ A child that was replaced by another type or carries a hook is called as it is.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
 from cnnlstm_fast import functional, patterns, reference
@@ -23,7 +25,13 @@ def _block(modules: list[nn.Module], conv: type[nn.Module]) -> patterns.Block | 
 class _Fast(nn.Module):
     """The stages behind the features."""
 
-    lstm_type = LSTM
+    lstm_type: type[Any] = LSTM
+
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class
+        lstm: nn.RNNBase
+        fc: nn.Linear
+
+        def features(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
         lstm, features = self.lstm, self.features(x)

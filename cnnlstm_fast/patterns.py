@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class Block(NamedTuple):
     norm: nn.Module | None = None
     activation: nn.Module | None = None
     pool: nn.Module | None = None
-    flatten: nn.Module | None = None
+    flatten: Any = None  # an nn.Flatten, or a module with a ``layout`` and what is left to ``finish``
 
 
 def part_of(module: nn.Module) -> Part | str:
@@ -171,7 +171,7 @@ def _rises(activation: nn.Module) -> bool:
     return getattr(activation, "negative_slope", 0) >= 0 and getattr(activation, "alpha", 0) >= 0
 
 
-def is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether calling ``module`` does nothing but call its children in turn."""
     return type(module) in CONTAINERS and unhooked(module)
 
@@ -201,8 +201,12 @@ def steps(modules: Iterable[nn.Module]) -> list[Block | nn.Module]:
     at = 0
     for begin, end in spans(parts):
         result.extend(chain[at:begin])
-        kinds = ((SLOTS.get(parts[i].kind), chain[i]) for i in range(begin, end))
-        result.append(Block(**{slot: module for slot, module in kinds if slot is not None}))
+        slots: dict[str, Any] = {}
+        for part, module in zip(parts[begin:end], chain[begin:end], strict=True):
+            slot = None if isinstance(part, str) else SLOTS.get(part.kind)
+            if slot is not None:
+                slots[slot] = module
+        result.append(Block(**slots))
         at = end
     result.extend(chain[at:])
     if plans.observer is not None:
@@ -262,7 +266,7 @@ def run(block: Block, x: Any, layout: str | None = None) -> Tensor:
             x = x if module is None else module(x)
         return x
     weight = _parameter(conv, "weight")
-    padding = conv.padding
+    padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = 0
@@ -374,7 +378,7 @@ class _Asking:
         pass
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
+def _parameter(module: nn.Module, name: str) -> Any:
     """An attribute that is a parameter, as a rule; ten times as fast as ``nn.Module.__getattr__``."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
@@ -475,7 +479,7 @@ class _Call(NamedTuple):
     kind: str
     rank: int | None
     defaults: dict[str, Any]  # of the parameters behind the input, in order
-    make: Callable[[dict[str, Any]], nn.Module | None]
+    make: Callable[..., nn.Module]
 
 
 _INDICES = {"return_indices": False}
@@ -483,7 +487,7 @@ _MAX = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_
 _AVG = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
 _SIZE = {"output_size": None}
 _DROP = {"p": 0.5, "training": True, "inplace": False}
-_nn = torch._C._nn
+_nn: Any = torch._C._nn  # what is known of its functions is not all
 
 _CALLS: dict[Callable, _Call] = {}
 for _kind, _rank, _defaults, _make, _functions in (

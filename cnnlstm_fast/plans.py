@@ -10,19 +10,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnlstm_fast import _ext
 from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
 
 PLANS = ("auto", "direct", "chunked", "winograd", "reference")
 
-#: Set by `explain` while it watches a model run: told of every block and of every module that is
-#: not fused (:class:`cnnlstm_fast.explain.Recorder`).
-observer = None
+
+class Observer(Protocol):
+    """Who is told of every block, recurrent layer and module that is not fused, as it runs.
+
+    Attributes:
+        alone: whether nobody else listens to all modules; only then blocks stay fused.
+    """
+
+    alone: bool
+
+    def block_begins(
+        self,
+        spec: BlockSpec | None,
+        x: Tensor,
+        weight: Tensor,
+        norm: nn.Module | None,
+        activation: Any,
+        pool: nn.Module | None,
+        layout: str,
+        plan: str,
+        reason: str,
+    ) -> None: ...
+
+    def block_ends(self, out: Tensor) -> None: ...
+
+    def layer_runs(self, plan: str, reason: str) -> None: ...
+
+    def as_is(self, module: nn.Module, reason: str) -> None: ...
+
+
+#: Set by `explain` while it watches a model run (:class:`cnnlstm_fast.explain.Recorder`).
+observer: Observer | None = None
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -149,7 +180,7 @@ def why_not_call(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None
 _DIRECT_ELEMENTS = 2**29
 
 
-def check_sizes(spec: BlockSpec, size: tuple[int, int], kernel: tuple[int, int]) -> None:
+def check_sizes(spec: BlockSpec, size: Sequence[int], kernel: Sequence[int]) -> None:
     """Raise a ``ValueError`` if an input of ``size`` (H, W) leaves the convolution or the pool nothing."""
     conv = spec.conv_size(size, kernel)
     if min(*conv, *size) < 1:
@@ -200,7 +231,7 @@ def _by_sizes(
         return "there are no channels", *reference, ""
     if spec.window > BYTE_WINDOW:
         return f"the pool's window of {spec.window} elements is larger than {BYTE_WINDOW}", *reference, ""
-    if spec.pool and not spec.windows_meet(shape[2:], weight_shape[2:]):
+    if not spec.windows_meet(shape[2:], weight_shape[2:]):
         return "the pool has windows without an element", *reference, ""
 
     taps = weight_shape[1] * weight_shape[2] * weight_shape[3]
@@ -340,7 +371,8 @@ def choose(
     if why_not:
         return "reference", "reference", why_not
     if x.device.type == "cuda":
-        tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        cudnn: Any = torch.backends.cudnn
+        tf32 = x.dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32"
         by_bytes = _by_bytes if torch.compiler.is_compiling() else _by_bytes_cached
         return by_bytes(spec, x.shape, weight.shape, x.dtype, tf32, training, needs_x)
     return forward, backward, reason
@@ -428,10 +460,10 @@ RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 _CUDA_UNITS = 1024
 
 
-def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | None:
+def why_not_fused_recurrent(x: Tensor, params: Sequence[Tensor]) -> str | None:
     """Why the recurrent kernels don't take these tensors, as a sentence; None if they do.
 
-    ``params`` are the weights and the given initial states; None among them is passed over.
+    ``params`` are the weights and the given initial states.
     """
     if x.device.type == "cuda":
         rows, width = params[1].shape
@@ -442,7 +474,7 @@ def why_not_fused_recurrent(x: Tensor, params: list[Tensor | None]) -> str | Non
                 f"above {_CUDA_UNITS} units the CUDA kernels wait for their weights longer than a loop does"
             )
     for p in params:
-        if p is not None and (p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN):
+        if p.dtype != x.dtype or p.device != x.device or type(p) not in _PLAIN:
             why_not = why_not_fused(x, p, None)
             if why_not:
                 return why_not
@@ -463,7 +495,7 @@ def library_differentiates() -> bool:
 
 
 def choose_recurrent(
-    plan: str, x: Tensor, params: list[Tensor | None], *, plain: bool, gru_step: bool = False
+    plan: str, x: Tensor, params: Sequence[Tensor], *, plain: bool, gru_step: bool = False
 ) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 

@@ -160,7 +160,9 @@ def profile_models(
         side: SideProfile(_stages(recorders[side], rounds), _operators(profiler, side, rounds))
         for side in SIDES
     }
-    return Profile("training" if training else "inference", ms, **sides, trace=trace and str(trace))
+    return Profile(
+        "training" if training else "inference", ms, **sides, trace=None if trace is None else str(trace)
+    )
 
 
 def _runner(model: nn.Module, training: bool) -> Callable[..., object]:
@@ -212,7 +214,8 @@ def _operators(profiler: profile, side: str, rounds: int) -> list[Operator]:
         if window.start <= e.time_range.start and e.time_range.end <= window.end and not e.is_user_annotation
     ]
     kernels = [e for e in inside if e.device_type == DeviceType.CUDA]
-    calls, times = defaultdict(int), defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    times: dict[str, float] = defaultdict(float)
     for e in kernels or inside:
         calls[e.name] += 1
         times[e.name] += e.self_device_time_total if kernels else e.self_cpu_time_total

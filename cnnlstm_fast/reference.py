@@ -23,6 +23,7 @@ mix the values up. And ``H`` and ``W`` are those after the pool: a 28x28 image p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -304,14 +305,14 @@ class CNN_LSTM_Simple(nn.Module):
     ``(B, num_classes)``.
     """
 
-    lstm_type: type[nn.RNNBase] = nn.LSTM
+    lstm_type: type[Any] = nn.LSTM
 
     def __init__(self, input_channels: int, lstm_hidden_size: int, lstm_num_layers: int, num_classes: int):
         super().__init__()
         self.cnn = nn.Conv2d(input_channels, 64, kernel_size=3, stride=1, padding=1)
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
-        self.lstm = self.lstm_type(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.lstm: nn.RNNBase = self.lstm_type(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
         self.fc = nn.Linear(lstm_hidden_size, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -338,7 +339,7 @@ class CNN_LSTM_1DConv(nn.Module):
     ``(B, num_classes)``.
     """
 
-    lstm_type: type[nn.RNNBase] = nn.LSTM
+    lstm_type: type[Any] = nn.LSTM
 
     def __init__(
         self,
@@ -356,7 +357,7 @@ class CNN_LSTM_1DConv(nn.Module):
             nn.MaxPool2d(kernel_size=2, stride=2),
         )
         self.cnn_1d = nn.Conv1d(64, 64, kernel_size=3, stride=1, padding=1)
-        self.lstm = self.lstm_type(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.lstm: nn.RNNBase = self.lstm_type(64, lstm_hidden_size, lstm_num_layers, batch_first=True)
         self.fc = nn.Linear(lstm_hidden_size, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
@@ -387,7 +388,7 @@ class CNN_LSTM_TimeDistributed(nn.Module):
         ValueError: frames of another size than ``image_size``.
     """
 
-    lstm_type: type[nn.RNNBase] = nn.LSTM
+    lstm_type: type[Any] = nn.LSTM
 
     def __init__(
         self,
@@ -408,7 +409,7 @@ class CNN_LSTM_TimeDistributed(nn.Module):
             nn.MaxPool2d(kernel_size=2, stride=2),
         )
         pooled = 64 * (self.image_size[0] // 2) * (self.image_size[1] // 2)
-        self.lstm = self.lstm_type(pooled, lstm_hidden_size, lstm_num_layers, batch_first=True)
+        self.lstm: nn.RNNBase = self.lstm_type(pooled, lstm_hidden_size, lstm_num_layers, batch_first=True)
         self.fc = nn.Linear(lstm_hidden_size, num_classes)
 
     def check_frames(self, x: Tensor) -> None:

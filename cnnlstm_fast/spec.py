@@ -5,7 +5,8 @@ Nothing here touches a tensor; every other file asks this one how large things a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 #: Memory order of the pooled map (N, C, H, W) for every layout name, slowest axis first, and how
 #: many of the ordered axes each dimension of the result merges.
@@ -73,12 +74,16 @@ class BlockSpec:
     activation_args: tuple[float, ...] = ()
     #: zeros after the last row and column beside ``padding``: ``padding="same"`` with an even kernel
     padding_after: tuple[int, int] = (0, 0)
+    # What the op takes, made once: a list a call would be a microsecond each.
+    order: list[int] = field(init=False, repr=False)
+    conv_args: list[int] = field(init=False, repr=False)
+    act_args: list[float] = field(init=False, repr=False)
+    pool_args: list[int] = field(init=False, repr=False)
 
     def __post_init__(self):
         p = self.pool
         after = self.padding_after if any(self.padding_after) else ()
         pool = [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)] if p else []
-        # What the op takes, made once: a list a call would be a microsecond each.
         for name, value in (
             ("order", ["NCHW".index(axis) for axis in LAYOUTS[self.layout][0]]),
             ("conv_args", [*self.stride, *self.padding, *self.dilation, self.groups, *after]),
@@ -91,19 +96,19 @@ class BlockSpec:
     def window(self) -> int:
         return self.pool.window if self.pool else 1
 
-    def conv_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    def conv_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """(H, W) of the convolution's map for an input of ``size``; below 1 where nothing fits."""
         return map_size(size, kernel, self.conv_args)
 
-    def out_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """(H, W) after the pool for an input of ``size``."""
         conv = self.conv_size(size, kernel)
         return pool_size(conv, self.pool_args)
 
-    def windows_meet(self, size: tuple[int, int], kernel: tuple[int, int]) -> bool:
+    def windows_meet(self, size: Sequence[int], kernel: Sequence[int]) -> bool:
         """Whether every pool window holds an element of the map; a dilated one may fall between."""
         pool = self.pool
-        if max(pool.dilation) == 1 or max(pool.padding) == 0:
+        if pool is None or max(pool.dilation) == 1 or max(pool.padding) == 0:
             return True
         conv, out = self.conv_size(size, kernel), self.out_size(size, kernel)
         return all(

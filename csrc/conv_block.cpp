@@ -41,11 +41,47 @@ Tensor pad_after(const Tensor& x, const Ints& conv) {
   return torch::stable::pad(x, sides);
 }
 
-Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv) {
+Ints sizes(const Tensor& t) {
+  Ints found(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) found[i] = t.size(i);
+  return found;
+}
+
+Tensor channels_last(const Tensor& t) {
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Whether x is dense with its channels fastest, and not contiguous as well.
+bool lies_channels_last(const Tensor& x) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  return !x.is_contiguous() && x.stride(1) == 1 && x.stride(3) == c && x.stride(2) == w * c && x.stride(0) == h * w * c;
+}
+
+// With its usual strides. The library takes a weight for channels-last whatever the stride of a dimension of size 1,
+// and then computes grouped convolutions wrongly and refuses to give gradients.
+Tensor usual(const Tensor& weight) {
+  return weight.is_contiguous() || lies_channels_last(weight) ? weight : torch::stable::contiguous(weight);
+}
+
+// Contiguous, and with the strides of that where a size of 1 would allow others.
+Tensor plain(const Tensor& t) {
+  return torch::stable::view(torch::stable::contiguous(t), sizes(t));
+}
+
+// Whether the library's channels-last convolutions may crash, or read what was never written.
+bool is_column(const Tensor& x, int64_t out_width) {
+  return x.size(3) == 1 || out_width == 1;
+}
+
+// The map, channels-last; most convolutions are fastest on such inputs.
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv,
+                   int64_t out_width) {
   using torch::stable::detail::from;
-  const Tensor x = pad_after(input, conv);
+  const bool column = is_column(input, out_width);
+  const Tensor x = pad_after(column ? plain(input) : channels_last(input), conv);
+  const Tensor w = column ? plain(weight) : usual(weight);
   StableIValue stack[9] = {from(x),
-                           from(weight),
+                           from(w),
                            from(bias),
                            from(Ints{conv[0], conv[1]}),
                            from(Ints{conv[2], conv[3]}),
@@ -54,7 +90,7 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
                            from(Ints{0, 0}),
                            from(conv[6])};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
 struct ConvolutionGrads {
@@ -82,10 +118,6 @@ ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& input, c
   if (need_x && conv.size() > 7)
     for (int dim : {2, 3}) grad_x = torch::stable::narrow(grad_x, dim, 0, input.size(dim));
   return {grad_x, torch::stable::detail::to<Tensor>(stack[1]), torch::stable::detail::to<Tensor>(stack[2])};
-}
-
-Tensor channels_last(const Tensor& t) {
-  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 // ---- Description of a call
@@ -203,12 +235,6 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
   return {b, conv, order, !pool.empty() || (activation != kNone && !curved), curved};
 }
 
-Ints sizes(const Tensor& t) {
-  Ints found(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) found[i] = t.size(i);
-  return found;
-}
-
 // The convolution alone, its map channels-last.
 Call bare(const Tensor& x, const Tensor& weight, const Ints& conv) {
   return describe(x, weight, conv, kNone, {}, {}, Ints{0, 2, 3, 1});
@@ -294,12 +320,6 @@ Tensor join_weight(const Block& b, const Tensor& weight, int64_t joined) {
   return to;
 }
 
-// Whether x is dense with its channels fastest, and not contiguous as well.
-bool lies_channels_last(const Tensor& x) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  return !x.is_contiguous() && x.stride(1) == 1 && x.stride(3) == c && x.stride(2) == w * c && x.stride(0) == h * w * c;
-}
-
 // A gradient of the input: channels-last where that is how the input lies, as the library has it, else contiguous.
 Tensor new_like_input(const Tensor& x) {
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
@@ -378,9 +398,9 @@ class Maps {
   }
 
   Tensor of(const Tensor& x) const {
+    const Call call = bare(x, weight_, conv_);
+    const Block& b = call.block;
     if (plan_ != kChunked) {
-      const Call call = bare(x, weight_, conv_);
-      const Block& b = call.block;
       const Tensor map = torch::stable::new_empty(x, in_order(b, call.order));
       if (plan_ == kDirect) {
         forward_direct(call, x, weight_, bias_, {map.data_ptr(), nullptr, nullptr});
@@ -388,7 +408,7 @@ class Maps {
       }
       if (winograd_->run(x, b.ph, b.pw, b.oh, b.ow, bias_, static_cast<float*>(map.data_ptr()))) return map;
     }
-    const Tensor map = channels_last(convolution(channels_last(x), weight_, bias_, conv_));
+    const Tensor map = convolution(x, weight_, bias_, conv_, b.ow);
     return torch::stable::transpose(torch::stable::transpose(map, 1, 2), 2, 3);
   }
 
@@ -529,11 +549,12 @@ class ChunkGrads {
     Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
     // The library's channels-last bfloat16 gradient of a weight that is pointwise, dilated or grouped
     // is wrong for odd numbers of channels and may write past its memory.
-    const bool plain = x_.scalar_type() == ScalarType::BFloat16 &&
+    const bool wrong = x_.scalar_type() == ScalarType::BFloat16 &&
                        (weight_.size(2) * weight_.size(3) == 1 || conv_[4] * conv_[5] > 1 || conv_[6] > 1);
-    if (plain) map = torch::stable::contiguous(map);
-    const Tensor input = plain ? torch::stable::contiguous(part) : channels_last(part);
-    const ConvolutionGrads found = convolution_backward(map, input, weight_, conv_, need_[0], need_[1], need_[2]);
+    const bool as_is = wrong || is_column(part, raw.size(2));
+    if (as_is) map = plain(map);
+    const Tensor input = as_is ? plain(part) : channels_last(part), weight = as_is ? plain(weight_) : usual(weight_);
+    const ConvolutionGrads found = convolution_backward(map, input, weight, conv_, need_[0], need_[1], need_[2]);
     if (need_[0] && all) {
       grad_x_ = lies_channels_last(x_) ? channels_last(found.x) : torch::stable::contiguous(found.x);
     } else if (need_[0]) {
@@ -877,7 +898,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
                   "conv_norm_block: expected a mean and a variance, or neither");
   const bool given = given_mean.has_value(), pooled = !pool.empty();
-  const int64_t image = b.oh * b.ow * b.co, places = b.n * b.oh * b.ow;
+  const int64_t image = b.oh * b.ow * b.co, places = b.n * b.oh * b.ow, size = x.element_size();
   STD_TORCH_CHECK(given || places > 1, "conv_norm_block: expected more than 1 value per channel");
   const Parameter added(bias, b.co, 0), g(gamma, b.co, 1), shift_by(beta, b.co, 0);
   const Parameter known_mean(given_mean, b.co, 0), known_var(given_var, b.co, 1);
@@ -889,7 +910,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   const bool stored = !given || (keep && !pooled);
   const Tensor map = new_output(x, stored ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
   char* map_data = stored ? static_cast<char*>(map.data_ptr()) : nullptr;
-  const int64_t size = map.element_size(), chunk = images_per_chunk(b);
 
   // Rows: mean without the bias, biased variance, scale, shift.
   const Tensor stats = new_doubles(x, Ints{4, b.co});
@@ -904,6 +924,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     stat[2 * b.co + c] = scale[c];
     stat[3 * b.co + c] = shift[c];
   };
+  if (given)
+    for (int64_t c = 0; c < b.co; ++c) set_statistics(c, known_mean[c] - added[c], known_var[c]);
+  if (b.n == 0) return {out, codes, kept, map, stats};
   const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
   const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
   const Outputs outputs{out.data_ptr(), codes_pointer(codes), kept.numel() ? kept.data_ptr() : nullptr};
@@ -915,10 +938,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     });
   };
 
-  if (given)
-    for (int64_t c = 0; c < b.co; ++c) set_statistics(c, known_mean[c] - added[c], known_var[c]);
   std::vector<double> total(2 * b.co), part;
   const Maps maps(conv, plan, weight, std::nullopt);
+  const int64_t chunk = images_per_chunk(b);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor found = maps.of(torch::stable::narrow(x, 0, n0, count));
@@ -1020,8 +1042,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   norm.constant = constant.data();
   norm.slope = slope.data();
 
-  if (!need_x && !need_weight)
-    return {torch::stable::new_empty(x, Ints{0}), torch::stable::new_empty(x, Ints{0}), grads};
+  if (b.n == 0 || (!need_x && !need_weight)) {
+    const Tensor dx = need_x ? new_like_input(x) : torch::stable::new_empty(x, Ints{0});
+    return {dx, torch::stable::new_zeros(weight, need_weight ? sizes(weight) : Ints{0}), grads};
+  }
   const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co, size = x.element_size();
   auto gradients = [&](int64_t by) {
     const Maps maps(conv, by, weight, std::nullopt);

@@ -94,7 +94,9 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
                              int64_t width, int64_t step) {
   const RecurrentTable& k = recurrent_kernels();
   STD_TORCH_CHECK(mode == kLSTM || mode == kGRU, "recurrent_stream: unknown mode ", mode);
-  STD_TORCH_CHECK(x.dim() == 2 && h.dim() == 4 && hidden >= 1 && width >= 1 && width <= hidden,
+  constexpr int64_t kMostUnits = int64_t{1} << 24;
+  STD_TORCH_CHECK(x.dim() == 2 && h.dim() == 4 && h.size(0) >= 1 && width >= 1 && hidden <= kMostUnits &&
+                      (mode == kLSTM ? width <= hidden : width == hidden),
                   "recurrent_stream: sizes do not fit");
   const int64_t layers = h.size(0), batch = x.size(0), inputs = x.size(1), gates = gates_of(mode);
   check_float(x, {batch, inputs}, "x");
@@ -107,10 +109,13 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
   }
   const Parts first(gates, inputs, hidden, width), other(gates, width, hidden, width);
   check_float(packed, {first.end + (layers - 1) * other.end}, "packed");
+  for (const Tensor* t : {&h, &c, &packed})  // as memory of PyTorch's is; their vectors are read whole
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t->data_ptr()) % 64 == 0,
+                    "recurrent_stream: h, c and packed must begin at a multiple of 64 bytes: clone them");
   const Tensor out = torch::stable::new_empty(x, Ints{batch, width});
   const AlignedFloats unprojected(width < hidden ? batch * padded(hidden) : 0);
   const float* weights = rows_of(packed);
-  const int64_t parity = batch * padded(width), done = step % 2;
+  const int64_t parity = batch * padded(width), done = step & 1;
 
   RecurrentLayer l{};
   l.mode = static_cast<int32_t>(mode);

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -167,8 +168,10 @@ def launches(case: Case | LayerCase, dtype: str) -> list[Launch]:
         return torch.empty(shape, dtype=getattr(torch, dtype.replace("tf32", "float32")), device="meta")
 
     with _float32_products("tf32" if dtype == "tf32" else "ieee"):
-        run = _run_block if isinstance(case, Case) else _run_layer
-        run(case, data, record)
+        if isinstance(case, Case):
+            _run_block(case, data, record)
+        else:
+            _run_layer(case, data, record)
     return found
 
 
@@ -209,7 +212,8 @@ def _run_layer(case: LayerCase, data, record) -> None:
 
 @contextlib.contextmanager
 def _float32_products(precision: str):
-    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    cudnn: Any = torch.backends.cudnn
+    kinds = cudnn.conv, cudnn.rnn
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
         kind.fp32_precision = precision
@@ -247,14 +251,16 @@ def compile_launch(launch: Launch, arch: int) -> tuple[str, int, int, int]:
         target = GPUTarget("cuda", arch, 32)
         compiled = triton.compile(source(launch), target=target, options=launch.options)
     return (
-        re.search(r"for '(sm_\w+)'", log.getvalue())[1],
-        int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+        re.findall(r"for '(sm_\w+)'", log.getvalue())[0],
+        int(re.findall(r"Used (\d+) registers", log.getvalue())[0]),
         compiled.metadata.shared,
         sum(int(n) for n in re.findall(r"(\d+) bytes spill", log.getvalue())),
     )
 
 
-def compile_all(cases: Iterable[Case] = CASES, archs: Iterable[int] = ARCHITECTURES) -> list[Record]:
+def compile_all(
+    cases: Iterable[Case | LayerCase] = CASES, archs: Iterable[int] = ARCHITECTURES
+) -> list[Record]:
     """Compile every kernel in all its representative variants, each variant once.
 
     Raises:

@@ -22,6 +22,7 @@ Strides are in elements and named after their axis, ``x_n, x_c, x_h, x_w`` for (
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -681,7 +682,10 @@ def backward(
     needs = [need_x, need_weight, need_bias]
     shapes = [list(x.shape), list(weight.shape), [weight.shape[0]]]
     if grad.numel() == 0:
-        return tuple(x.new_zeros(shape if need else [0]) for shape, need in zip(shapes, needs, strict=True))
+        dx, dweight, dbias = (
+            x.new_zeros(shape if need else [0]) for shape, need in zip(shapes, needs, strict=True)
+        )
+        return dx, dweight, dbias
     if not activation and not pool:
         dconv = grad.permute([order.index(axis) for axis in range(4)])
         return _library_backward(dconv, x, weight, conv, needs)
@@ -871,5 +875,6 @@ def _code_constants(pool, channels: int) -> dict:
 
 def _product_constants(x: Tensor) -> dict:
     """TF32 where PyTorch's own flags allow a convolution to use it."""
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    allowed = cudnn.conv.fp32_precision == "tf32"
     return dict(TF32=allowed and x.dtype == torch.float32, FLOAT32_PRODUCT=INTERPRETED)

@@ -24,6 +24,7 @@ A sequence's results do not depend on the others', and every sum has a fixed ord
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -749,6 +750,7 @@ class _Layer:
         self.width = max(16, triton.next_power_of_2(self.units))
         self.float32 = x.dtype == torch.float32
         self.precision = _precision()
+        bytes_of_weight: float
         if not self.float32:
             bytes_of_weight = 2
         else:
@@ -830,4 +832,5 @@ def _precision() -> str:
     """
     if torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+    cudnn: Any = torch.backends.cudnn
+    return "tf32" if cudnn.rnn.fp32_precision == "tf32" else "tf32x3"

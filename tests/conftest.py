@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 import zlib
@@ -18,6 +19,7 @@ SEED = int(os.environ.setdefault("CNNLSTM_FAST_SEED", str(random.SystemRandom().
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "no_cover: coverage is not measured")
     config.addinivalue_line("markers", "long: takes minutes; runs with CNNLSTM_FAST_LONG=1")
     config.addinivalue_line(
         "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
@@ -43,6 +45,24 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes: set CNNLSTM_FAST_LONG=1"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    _measure_few(items)
+
+
+#: Of how many cases of every parametrized test coverage is measured.
+MEASURED_CASES = 2
+
+
+def _measure_few(items):
+    """Turn coverage off for most cases: under it Python takes up to twice as long, and they add nothing."""
+    tests = collections.defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("skip"):
+            tests[item.path, item.originalname].append(item)
+    for cases in tests.values():
+        every = -(-len(cases) // MEASURED_CASES)
+        for at, item in enumerate(cases):
+            if at % every:
+                item.add_marker("no_cover")
 
 
 @pytest.fixture(autouse=True)

@@ -878,9 +878,9 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
     layouts = []
     run_block = patterns.run_block
 
-    def noted(*args):
-        layouts.append(args[-1])
-        return run_block(*args)
+    def noted(*args, **kwargs):
+        layouts.append(kwargs.get("layout"))
+        return run_block(*args, **kwargs)
 
     def forward(self, x):
         y = F.hardtanh(self.bn(self.conv(x)), 0.0, 6.0)  # whose result may change in place

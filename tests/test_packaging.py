@@ -175,7 +175,8 @@ def test_wheel_from_the_source_archive(archive, tmp_path):
     assert "-cp310-abi3-" in wheel.name
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-    assert "cnnlstm_fast/_C.abi3.so" in names and "cnnlstm_fast/kernels/conv_block.py" in names
+    whole = {"_C.abi3.so", "kernels/conv_block.py", "py.typed"}
+    assert {f"cnnlstm_fast/{name}" for name in whole} <= {*names}
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "csrc"))]
 
     home = tmp_path / "clean"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 
 import pytest
 import torch
-from helpers import needs_extension
+from helpers import SEED, needs_extension, run_python
+from torch import nn
 
 import cnnlstm_fast as cf
+from cnnlstm_fast.functional import conv_block
 
 pytestmark = needs_extension
 
@@ -120,3 +123,130 @@ def test_windows_meet_is_what_it_was():
                                 assert "meets no element" in str(error) and not meets, f"{error} {pool}"
                                 refused += 1
     assert refused > 5 and taken > 100
+
+
+@pytest.mark.parametrize("plan", ["direct", "chunked"])
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2)], ids=["map", "pooled"])
+def test_an_empty_batch_under_a_given_norm(plan, pool):
+    """Divided by the number of images, and read gradients that nobody had made."""
+    norm = nn.BatchNorm2d(4).eval()
+    x, weight = torch.randn(0, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    out = conv_block(x, weight, norm=norm, pool=pool, plan=plan)
+    assert out.shape == (0, 4, 6, 6) if pool is None else (0, 4, 3, 3)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any() and not norm.weight.grad.any() and not norm.bias.grad.any()
+
+
+_COLUMNS = """
+import torch
+from cnnlstm_fast.functional import conv_block
+for dtype in (torch.float32, torch.bfloat16):
+    for n, c, co, groups, size, kernel, stride, padding, dilation in (
+        (3, 5, 17, 1, (4, 1), (5, 1), (1, 2), (1, 1), (1, 3)),
+        (2, 8, 33, 1, (12, 1), (3, 2), (3, 7), (1, 5), (1, 3)),
+        (2, 4, 16, 4, (4, 1), (3, 1), (3, 2), (1, 1), (1, 2)),
+        (2, 1, 16, 1, (12, 4), (1, 5), (1, 3), (0, 1), (1, 1)),
+        (2, 1, 16, 1, (12, 2), (1, 3), (1, 2), (0, 1), (1, 1)),
+        (1, 4, 16, 4, (7, 1), (2, 3), (3, 2), (0, 1), (1, 1)),
+        (2, 8, 17, 1, (12, 1), (1, 5), (1, 3), (0, 2), (2, 1)),
+    ):
+        options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, activation=None)
+        x = torch.randn(n, c, *size).to(dtype)
+        weight = torch.randn(co, c // groups, *kernel).to(dtype)
+        for channels_last in (False, True):
+            if channels_last:
+                x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+            leaves = [t.detach().requires_grad_() for t in (x, weight)]
+            doubles = [t.detach().double().contiguous().requires_grad_() for t in (x, weight)]
+            out = conv_block(*leaves, plan="chunked", **options)
+            true = conv_block(*doubles, plan="reference", **options)
+            grad = torch.randn(out.shape).to(dtype)
+            found = torch.autograd.grad(out, leaves, grad)
+            wanted = torch.autograd.grad(true, doubles, grad.double())
+            for mine, exact in zip((out, *found), (true, *wanted)):
+                error, norm = (mine.double() - exact).norm(), exact.norm()
+                assert error <= 8 * torch.finfo(dtype).eps * (norm + 1), (size, kernel, dtype, error, norm)
+print("the end")
+"""
+
+
+def test_maps_of_one_column():
+    """The library's channels-last convolution of a map one column wide crashed, or read what nobody wrote."""
+    ran = run_python(_COLUMNS, MALLOC_PERTURB_="128")
+    assert ran.stdout.endswith("the end\n"), f"exit status {ran.returncode}: {ran.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_weight_whose_single_row_has_a_stride_of_its_own(groups):
+    """The library took it for channels-last: wrong sums over groups, and no gradient."""
+    x = torch.randn(2, 16 * groups, 12, 19)
+    dense = torch.randn(4, 16, 1, 5).to(memory_format=torch.channels_last)
+    weight = dense.as_strided(dense.shape, (80, 1, 320, 16))
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    doubles = [t.detach().double().contiguous().requires_grad_() for t in (x, dense)]
+    out = conv_block(*leaves, groups=groups, plan="chunked")
+    true = conv_block(*doubles, groups=groups, plan="reference")
+    grad = torch.randn(out.shape)
+    found = torch.autograd.grad(out, leaves, grad)
+    wanted = torch.autograd.grad(true, doubles, grad.double())
+    for mine, exact in zip((out, *found), (true, *wanted), strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+step = torch.ops.cnnlstm_fast.recurrent_stream_step
+
+
+def _stream_call() -> dict:
+    """One step of an LSTM of 5 inputs, 5 units, 2 sequences."""
+    packed = torch.ops.cnnlstm_fast.recurrent_stream_pack(
+        torch.randn(20, 5), torch.randn(20, 5), None, None, None, 0
+    )
+    return dict(
+        x=torch.randn(2, 5), h=torch.randn(1, 2, 2, 16), c=torch.randn(1, 2, 16), packed=packed, reset=None,
+        mode=0, hidden=5, width=5, step=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["h", "c", "packed"])
+def test_a_stream_refuses_memory_off_a_vector(name):
+    """Whole vectors are read and written there: at another address that was a crash."""
+    call = _stream_call()
+    step(**call)
+    given = call[name]
+    call[name] = torch.zeros(given.numel() + 1)[1:].view(given.shape)
+    with pytest.raises(RuntimeError, match="multiple of 64 bytes"):
+        step(**call)
+
+
+def test_a_stream_refuses_no_layers():
+    """The result was memory that nobody had written."""
+    nothing = dict(h=torch.zeros(0, 2, 2, 16), c=torch.zeros(0, 2, 16), packed=torch.zeros(0))
+    with pytest.raises(RuntimeError, match="recurrent_stream"):
+        step(**_stream_call() | nothing)
+
+
+def test_a_stream_counts_from_any_number():
+    """A negative step read and wrote before and behind the states."""
+    call = _stream_call()
+    copies = [{n: t.clone() if n in ("h", "c") else t for n, t in call.items()} for _ in range(2)]
+    assert torch.equal(step(**copies[0] | {"step": -1}), step(**copies[1] | {"step": 1}))
+    assert torch.equal(copies[0]["h"], copies[1]["h"])
+
+
+_FUZZ = """
+import json, sys
+sys.path.insert(0, "tests/native")
+import fuzz
+print(json.dumps(fuzz.fuzz(60, 1500, {seed}, None)["of"]))
+"""
+
+
+def test_the_fuzzer_reaches_every_op():
+    """It had gone on with arguments of an older schema: every call was refused, and none looked at."""
+    of = json.loads(run_python(_FUZZ.format(seed=SEED)).stdout)
+    ops = {
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "cnnlstm_fast::" in name
+    }
+    assert of.keys() == ops - {"isa", "fma_peak"}
+    assert all(counts["accepted"] > 5 and counts["refused"] > 5 for counts in of.values()), of

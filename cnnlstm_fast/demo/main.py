@@ -16,7 +16,7 @@ from cnnlstm_fast import measure, models, reference
 from cnnlstm_fast.demo import data
 from cnnlstm_fast.demo.plot import draw
 from cnnlstm_fast.demo.report import Report, SystemReport, table
-from cnnlstm_fast.demo.training import Learner, accuracy, initialise, nudge, scores
+from cnnlstm_fast.demo.training import Learner, Model, accuracy, initialise, nudge, scores
 
 HIDDEN, LAYERS = 128, 2
 
@@ -29,7 +29,7 @@ class System:
     inputs: Callable[[Tensor, torch.Generator], Tensor]
     lstm_steps: int
 
-    def build(self, family) -> nn.Module:
+    def build(self, family) -> Model:
         return getattr(family, self.name)(data.CHANNELS, HIDDEN, LAYERS, data.CLASSES)
 
 
@@ -118,9 +118,9 @@ def compare(
     nudged = copy_to(system.build(reference), plain)
     nudge(nudged)
 
-    learners = {"reference": plain, "fast": fast, "nudged": nudged}
-    learners = {name: Learner(model, settings.steps) for name, model in learners.items()}
-    curves = {name: [] for name in learners}
+    sides = {"reference": plain, "fast": fast, "nudged": nudged}
+    learners = {name: Learner(model, settings.steps) for name, model in sides.items()}
+    curves: dict[str, list[float]] = {name: [] for name in learners}
     batches = _batches(system, train, settings.train_batch, generator, device)
     for _ in range(settings.steps):
         x, y = next(batches)
@@ -140,8 +140,9 @@ def compare(
             yield next(batches)
             tell(f"measuring {doing}")
 
-    def inference(*sides: Callable[[Tensor], Tensor]) -> measure.Comparison:
-        return measure.compare_ms(*map(torch.inference_mode(), sides), ((x,) for x, _ in rounds("inference")))
+    def inference(before: Callable[..., Tensor], after: Callable[..., Tensor]) -> measure.Comparison:
+        plain_run, fast_run = map(torch.inference_mode(), (before, after))
+        return measure.compare_ms(plain_run, fast_run, ((x,) for x, _ in rounds("inference")))
 
     x, _ = next(batches)
     parameters = [*plain.parameters(), *fast.parameters()]
@@ -158,7 +159,7 @@ def compare(
     )
 
 
-def copy_to(model: nn.Module, source: nn.Module) -> nn.Module:
+def copy_to(model: Model, source: nn.Module) -> Model:
     """``model`` with the weights of ``source``, on its device."""
     model.load_state_dict(source.state_dict())
     return model.to(next(source.parameters()).device)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cnnlstm_fast import reference
+
+#: What is trained; the fast models are subclasses.
+Model = reference.CNN_LSTM_Simple | reference.CNN_LSTM_1DConv | reference.CNN_LSTM_TimeDistributed
 
 LEARNING_RATE = 8e-3
 WARM_UP = 20
 MAX_GRAD_NORM = 1.0
 
 
-def initialise(model: nn.Module, lstm_steps: int) -> None:
+def initialise(model: Model, lstm_steps: int) -> None:
     """Weights from which a stacked LSTM over ``lstm_steps`` steps learns quickly.
 
     Only the last step is read, so what the first ones saw must survive. The biases of the forget gates
@@ -42,11 +48,11 @@ class Learner:
     their number.
     """
 
-    def __init__(self, model: nn.Module, steps: int):
+    def __init__(self, model: Model, steps: int):
         self.model = model
-        wide = model.lstm.weight_ih_l0
+        wide = model.lstm.get_parameter("weight_ih_l0")
         narrower = min(1.0, math.sqrt(64 / wide.shape[1]))
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in model.parameters() if p is not wide]},
             {"params": [wide], "lr": LEARNING_RATE * narrower},
         ]

@@ -104,8 +104,9 @@ class LSTM(_Recurrent):
     twin = nn.LSTM
     _cell = functional.LSTM
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    # Their state is a pair; nn.LSTM overrides nn.RNNBase in the same way.
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args, **kwargs):
         super().__init__("LSTM", *args, **kwargs)

@@ -79,7 +79,7 @@ class TimeDistributed(nn.Module):
         first = chain[0] if chain else None
         conv = first.conv if isinstance(first, patterns.Block) else first
         part = patterns.PARTS.get(type(conv))
-        if part is not None and part.kind == "conv":
+        if part is not None and part.rank is not None and part.kind == "conv":
             step = "C, H, W" if part.rank == 4 else "C, L"
             if x.dim() != part.rank + 1:
                 hint = f": add the missing dimension, e.g. x.unsqueeze({int(self.batch_first)}) for one step"

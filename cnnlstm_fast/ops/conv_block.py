@@ -19,6 +19,8 @@ The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -141,7 +143,7 @@ class ConvBlockFunction(torch.autograd.Function):
             if curved:
                 grads = _recomputed_backward(grad, x, weight, curved[1], ctx.args, needs)
             else:
-                grads = _differentiable_backward(grad, x, weight, codes, *ctx.args, needs)
+                grads = _differentiable_backward(grad, x, weight, codes, ctx.args, needs)
         else:
             conv, activation, act, pool, order = ctx.args
             if curved:
@@ -154,13 +156,14 @@ class ConvBlockFunction(torch.autograd.Function):
 def _recomputed_backward(grad, x, weight, bias, args, needs):
     """Gradients through a second forward in plain PyTorch."""
     # views: where an argument depends on another, that path is not this block's
-    inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
+    inputs: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(conv_block_by_args(*inputs, *args), wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
-def _differentiable_backward(grad, x, weight, codes, conv, activation, act, pool, order, needs):
+def _differentiable_backward(grad, x, weight, codes, args, needs):
+    conv, _, _, pool, order = args
     spread_map = spread(
         grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
     )

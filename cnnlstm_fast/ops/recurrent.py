@@ -24,6 +24,7 @@ The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 MODES = {"LSTM": 0, "GRU": 1}
 UNIT_GROUP = 16
@@ -89,7 +90,7 @@ class RecurrentLayerFunction(torch.autograd.Function):
     def forward(ctx, x, h0, c0, *args):
         # args: the ten weights, reset, lengths, mode, batch_first. One method instead of setup_context,
         # which costs 15 us: under torch.func, which needs that, the reference plan runs.
-        weights, reset, lengths, mode, batch_first = args[:10], *args[10:]
+        weights, (reset, lengths, mode, batch_first) = args[:10], args[10:]
         out, h_n, c_n, saved = forward_op(x, h0, c0, *weights, reset, lengths, mode, batch_first, True)
         ctx.mode, ctx.batch_first = mode, batch_first
         ctx.set_materialize_grads(False)
@@ -140,6 +141,7 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
     def zeros(size):
         return x.new_zeros([directions, x.shape[0 if batch_first else 1], size])
 
+    results: tuple[Tensor, ...]
     width = weights[1].shape[1]
     h0 = zeros(width) if h0 is None else h0
     if mode == MODES["LSTM"]:
@@ -159,7 +161,7 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
         create_graph=True,
         allow_unused=True,
     )
-    grads = [None] * 13
+    grads: list[Tensor | None] = [None] * 13
     for i, g in zip(wanted, found, strict=True):
         grads[i] = g
     return grads

@@ -22,11 +22,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-import cnnlstm_fast  # noqa: F401  (the ops)
+from cnnlstm_fast import reference
+from cnnlstm_fast.ops.recurrent import UNIT_GROUP, saved_shape
+from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.spec import map_size, pool_size, raw_shape
 
 HUGE = (2**31 - 1, 2**31, 2**32 + 1, 2**62, -(2**62), -1)
 DTYPES = {
@@ -57,7 +60,7 @@ def make(spec):
             return (torch.rand(shape, generator=generator) < 0.2).to(dtype)
         if spec["fill"] == "steps":
             return torch.randint(0, spec["most"] + 1, shape, generator=generator).to(dtype)
-        t = torch.randn(shape, generator=generator)
+        t = torch.randn(shape, generator=generator) / (4 if spec["fill"] == "small" else 1)
         if spec["fill"] == "specials":
             special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 3e38])
             pick = torch.randint(0, 40, shape, generator=generator)
@@ -103,6 +106,8 @@ def break_something(rng: random.Random, arguments: dict) -> None:
             value["how"] = rng.choice(("plain", "sliced", "permuted", "expanded", "offset", "flipped_dims"))
     elif isinstance(value, bool):
         arguments[name] = not value
+    elif isinstance(value, float):
+        arguments[name] = rng.choice((0.0, -1.0, 1e300, math.inf, math.nan))
     elif isinstance(value, int):
         arguments[name] = rng.choice((value + 1, value - 1, 0, 1, 2, 3, *HUGE))
     elif isinstance(value, list):
@@ -130,10 +135,13 @@ class Op:
         return made, getattr(torch.ops.cnnlstm_fast, self.name).default(**made)
 
 
-# ---------------------------------------------------------------- conv_block
+# ---------------------------------------------------------------- blocks
+
+#: How many numbers an activation has.
+NUMBERS = {2: 2, 3: 1, 4: 1}
 
 
-def _block(rng: random.Random) -> dict:
+def _block(rng: random.Random, activations: int = 10) -> dict:
     groups = rng.choice((1, 1, 1, 1, 2, 3, 4, 16))
     c, co = groups * rng.choice((1, 2, 3, 5, 8, 16)), groups * rng.choice((1, 2, 5, 8, 16, 17, 33))
     kernel = [rng.choice((1, 2, 3, 3, 5)) for _ in range(2)]
@@ -148,23 +156,47 @@ def _block(rng: random.Random) -> dict:
     if rng.random() < 0.6:
         rng.shuffle(order)
     dtype = rng.choice(("float32", "float32", "bfloat16"))
+    activation = rng.choice((0, 1, 1, rng.randrange(activations)))
     return {
         "x": tensor(rng, [rng.choice((0, 1, 1, 2, 3, 9)), c, *rng.choices((1, 4, 7, 12, 19), k=2)], dtype),
         "weight": tensor(rng, [co, c // groups, *kernel], dtype),
         "conv": [
             *(rng.choice((1, 1, 2, 3)) for _ in range(2)), *(rng.choice((0, 1, k // 2, k)) for k in kernel),
-            *(rng.choice((1, 1, 1, 2, 3)) for _ in range(2)), groups,
+            *(rng.choice((1, 1, 1, 2, 3)) for _ in range(2)), groups, *([1, 0] if rng.random() < 0.1 else []),
         ],
-        "activation": rng.randint(0, 1),
+        "activation": activation,
+        "act": sorted(rng.uniform(-1, 1) for _ in range(NUMBERS.get(activation, 0))),
         "pool": pool,
         "order": order,
         "plan": rng.randint(1, 2),
     }  # fmt: skip
 
 
+def _channels(rng: random.Random, block: dict, dtype: str, share: float = 0.8) -> dict | None:
+    """A value for every output channel, or none."""
+    return tensor(rng, block["weight"]["size"][:1], dtype) if rng.random() < share else None
+
+
+def _sizes(block: dict) -> tuple[list[int], list[int]]:
+    """(H, W) of the map and of the result; at least 1, so that wrong sizes also make a call."""
+    size = map_size(block["x"]["size"][2:], block["weight"]["size"][2:], block["conv"])
+    return [max(s, 1) for s in size], [max(s, 1) for s in pool_size(size, block["pool"])]
+
+
+def _kept(rng: random.Random, block: dict) -> tuple[dict, dict]:
+    """A gradient, and codes of the right size that no forward wrote: random bytes."""
+    n, co = block["x"]["size"][0], block["weight"]["size"][0]
+    _, size = _sizes(block)
+    pool = block["pool"]
+    window = pool[0] * pool[1] if pool else 1
+    codes = [n, *size, -(-co // 16), 8 if window <= 14 else 16] if block["activation"] or pool else [0]
+    grad = tensor(rng, raw_shape(block["order"], n, co, size), block["x"]["dtype"])
+    return grad, {**tensor(rng, codes, "uint8", "bytes"), "how": "plain"}
+
+
 def _forward(rng: random.Random) -> dict:
     block = _block(rng)
-    bias = tensor(rng, block["weight"]["size"][:1], block["x"]["dtype"]) if rng.random() < 0.8 else None
+    bias = _channels(rng, block, block["x"]["dtype"])
     return {
         "x": block.pop("x"),
         "weight": block.pop("weight"),
@@ -175,75 +207,293 @@ def _forward(rng: random.Random) -> dict:
 
 
 def _backward(rng: random.Random) -> dict:
-    """Often with codes of the right size that no forward wrote: random bytes."""
-    block = _block(rng)
-    n, co = block["x"]["size"][0], block["weight"]["size"][0]
-    size = _out_size(block)
-    nchw = [n, co, *size]
-    pool = block["pool"]
-    window = pool[0] * pool[1] if pool else 1
-    kept = [n, *size, -(-co // 16), 8 if window <= 14 else 16] if block["activation"] or pool else [0]
+    block = _block(rng, activations=3)
+    grad, codes = _kept(rng, block)
     return {
-        "grad": tensor(rng, [nchw[axis] for axis in block["order"]], block["x"]["dtype"]),
-        "x": block.pop("x"),
-        "weight": block.pop("weight"),
-        "codes": {**tensor(rng, kept, "uint8", "bytes"), "how": "plain"},
-        **block,
+        "grad": grad, "x": block.pop("x"), "weight": block.pop("weight"), "codes": codes, **block,
         **{f"need_{which}": rng.random() < 0.7 for which in ("x", "weight", "bias")},
+    }  # fmt: skip
+
+
+def _norm_forward(rng: random.Random) -> dict:
+    block = _block(rng)
+    dtype = rng.choice((block["x"]["dtype"], "float32"))
+    given = float(rng.random() < 0.5)
+    names = {"gamma": 0.8, "beta": 0.8, "mean": given, "var": given}
+    return {
+        "x": block["x"], "weight": block["weight"], "bias": _channels(rng, block, dtype),
+        **{name: _channels(rng, block, dtype, share) for name, share in names.items()}, "eps": 1e-5,
+        **{name: block[name] for name in ("conv", "activation", "act", "pool", "order", "plan")},
+        "keep": rng.random() < 0.5, "keep_map": rng.random() < 0.5,
+    }  # fmt: skip
+
+
+def _norm_backward(rng: random.Random) -> dict:
+    block = _block(rng)
+    grad, codes = _kept(rng, block)
+    dtype, co = block["x"]["dtype"], block["weight"]["size"][0]
+    size, _ = _sizes(block)
+    given, pooled = rng.random() < 0.5, bool(block["pool"])
+    has_map = not pooled or (not given and rng.random() < 0.5)
+    made = [block["x"]["size"][0], *size, co] if has_map else [0]
+    return {
+        "grad": grad, "x": block["x"], "weight": block["weight"], "stats": _plain(rng, [4, co], "float64"),
+        "codes": codes if pooled else _plain(rng, [0], "uint8"),
+        "kept": _plain(rng, grad["size"] if pooled else [0], dtype),
+        "map": _plain(rng, made, dtype), "eps": 1e-5,
+        **{name: block[name] for name in ("conv", "activation", "act", "pool", "order", "plan")},
+        "given": given, "need_x": rng.random() < 0.7, "need_weight": rng.random() < 0.7,
+    }  # fmt: skip
+
+
+def _plain(rng: random.Random, size: list[int], dtype: str = "float32", fill: str = "small") -> dict:
+    """A tensor as the ops themselves make them."""
+    return {**tensor(rng, size, dtype, fill), "how": "plain"}
+
+
+def _fold(rng: random.Random) -> dict:
+    block = _block(rng)
+    dtype = block["weight"]["dtype"]
+    return {
+        "weight": block["weight"],
+        **{name: _channels(rng, block, dtype) for name in ("bias", "gamma", "beta")},
+        **{name: _channels(rng, block, dtype, 1) for name in ("mean", "var")},
+        "eps": 1e-5,
     }
 
 
-def _out_size(block: dict) -> list[int]:
-    """(H, W) of the result; at least 1, so that wrong sizes also make a call."""
-    conv, pool, out = block["conv"], block["pool"], []
-    for axis in (0, 1):
-        size, kernel = block["x"]["size"][2 + axis], block["weight"]["size"][2 + axis]
-        size = (size + 2 * conv[2 + axis] - conv[4 + axis] * (kernel - 1) - 1) // conv[axis] + 1
-        if pool and size > 0:
-            before, span = size, size + 2 * pool[4 + axis] - pool[6 + axis] * (pool[axis] - 1) - 1
-            size = (span + (pool[2 + axis] - 1 if pool[8] else 0)) // pool[2 + axis] + 1
-            if pool[8] and (size - 1) * pool[2 + axis] >= before + pool[4 + axis]:
-                size -= 1
-        out.append(max(size, 1))
-    return out
+def _moments(rng: random.Random) -> dict:
+    block = _block(rng)
+    block["conv"][6] = 1
+    return {"x": block["x"], "weight": block["weight"], "conv": block["conv"]}
 
 
-def _check_forward(a: dict, results: tuple) -> str | None:
-    out = results[0]
-    conv, pool = a["conv"], a["pool"]
-    y = F.conv2d(
-        a["x"].double(), a["weight"].double(), None if a["bias"] is None else a["bias"].double(),
-        conv[0:2], conv[2:4], conv[4:6], conv[6],
-    )  # fmt: skip
-    y = F.relu(y) if a["activation"] else y
-    if pool and y.numel():
-        y = F.max_pool2d(y, pool[0:2], pool[2:4], pool[4:6], pool[6:8], bool(pool[8]))
-    elif pool:
-        return None
-    y = y.permute(a["order"])
-    if out.shape != y.shape or not out.is_contiguous():
-        return f"result of shape {tuple(out.shape)}, strides {out.stride()}, expected {tuple(y.shape)}"
-    if not out.isfinite().all() or not y.isfinite().all():
+def _near(result: torch.Tensor, true: torch.Tensor, slack: float) -> str | None:
+    if result.shape != true.shape or not result.is_contiguous():
+        return (
+            f"result of shape {tuple(result.shape)}, strides {result.stride()}, expected {tuple(true.shape)}"
+        )
+    if not result.isfinite().all() or not true.isfinite().all():
         return None  # NaN and infinity are the tests' business
-    error, norm = (out.double() - y).norm(), y.norm()
-    if error > 64 * torch.finfo(out.dtype).eps * (norm + y.numel() ** 0.5):
+    error, norm = (result.double() - true).norm(), true.norm()
+    if error > slack * torch.finfo(result.dtype).eps * (norm + true.numel() ** 0.5):
         return f"result is off by {error.item():.3e} of {norm.item():.3e}"
     return None
 
 
-def _check_backward(a: dict, results: tuple) -> str | None:
-    for name, result, like in zip(("x", "weight", "bias"), results, (a["x"], a["weight"], None), strict=True):
-        shape = (
-            (tuple(like.shape) if like is not None else (len(a["weight"]),)) if a[f"need_{name}"] else (0,)
-        )
-        if tuple(result.shape) != shape:
-            return f"gradient of {name} has shape {tuple(result.shape)}, expected {shape}"
+def _doubles(a: dict, *names: str) -> list[torch.Tensor | None]:
+    return [None if a[name] is None else a[name].double() for name in names]
+
+
+def _block_in_double(a: dict, norm: tuple | None = None) -> torch.Tensor:
+    block = [a[name] for name in ("conv", "activation", "act", "pool", "order")]
+    return conv_block_by_args(*_doubles(a, "x", "weight", "bias"), *block, norm=norm)
+
+
+def _is_defined(a: dict, results: tuple) -> bool:
+    """Whether PyTorch has an answer to compare with."""
+    return bool(results[0].numel()) and a.get("eps", 1) > 0 and a["act"] == sorted(a["act"])
+
+
+def _check_forward(a: dict, results: tuple) -> str | None:
+    return _near(results[0], _block_in_double(a), 64) if _is_defined(a, results) else None
+
+
+def _check_norm_forward(a: dict, results: tuple) -> str | None:
+    if not _is_defined(a, results):
+        return None
+    mean, var, gamma, beta = _doubles(a, "mean", "var", "gamma", "beta")
+    true = _block_in_double(a, (mean, var, gamma, beta, a["eps"]))
+    # A channel whose values hardly differ makes much of rounding.
+    exact = results[0].dtype == torch.float32 and mean is not None
+    return _near(results[0], true if exact else results[0].double(), 2**12)
+
+
+def _check_shapes(a: dict, results: tuple, needed: dict[str, list[int]]) -> str | None:
+    """``needed`` are the sizes of results by the flag that asks for them."""
+    for result, (flag, size) in zip(results, needed.items(), strict=False):
+        expected = tuple(size) if a.get(flag, True) else (0,)
+        if tuple(result.shape) != expected:
+            return f"{flag}: a result of shape {tuple(result.shape)}, expected {expected}"
     return None
+
+
+def _check_backward(a: dict, results: tuple) -> str | None:
+    weight = a["weight"].shape
+    return _check_shapes(a, results, {"need_x": a["x"].shape, "need_weight": weight, "need_bias": weight[:1]})
+
+
+def _check_norm_backward(a: dict, results: tuple) -> str | None:
+    weight = a["weight"].shape
+    return _check_shapes(a, results, {"need_x": a["x"].shape, "need_weight": weight, "sums": [2, weight[0]]})
+
+
+def _check_fold(a: dict, results: tuple) -> str | None:
+    return _check_shapes(a, results, {"folded": a["weight"].shape, "shift": a["weight"].shape[:1]})
+
+
+def _check_moments(a: dict, results: tuple) -> str | None:
+    taps = a["weight"][0].numel()
+    return _check_shapes(a, results, {"moments": [taps + 1, taps]})
+
+
+# ---------------------------------------------------------------- recurrent layers
+
+WEIGHTS = [f"{name}{way}" for way in ("", "_r") for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+GATES = {0: 4, 1: 3}
+
+
+def _weights(
+    rng: random.Random, dtype: str, mode: int, inputs: int, hidden: int, width: int, bias: bool
+) -> dict:
+    """Of one direction, in the op's order."""
+    rows = GATES[mode] * hidden
+    sizes = {
+        "w_ih": [rows, inputs], "w_hh": [rows, width], "b_ih": [rows] if bias else None,
+        "b_hh": [rows] if bias else None, "w_hr": [width, hidden] if width < hidden else None,
+    }  # fmt: skip
+    return {n: None if size is None else tensor(rng, size, dtype, "small") for n, size in sizes.items()}
+
+
+def _layer(rng: random.Random) -> dict:
+    mode, directions, batch_first = rng.randrange(2), rng.choice((1, 2)), rng.random() < 0.5
+    inputs, hidden = rng.choice((1, 2, 5, 16, 33)), rng.choice((1, 3, 16, 17, 33))
+    width = rng.randint(1, hidden) if mode == 0 and rng.random() < 0.3 else hidden
+    steps, batch = rng.choice((1, 2, 5, 8)), rng.choice((0, 1, 2, 3, 9))
+    dtype, bias = rng.choice(("float32", "float32", "bfloat16")), rng.random() < 0.7
+    leading = [batch, steps] if batch_first else [steps, batch]
+    ways = [_weights(rng, dtype, mode, inputs, hidden, width, bias) for _ in range(directions)]
+    weights = [w for way in ways for w in way.values()] + [None] * 5
+    states = {"h0": [directions, batch, width], "c0": [directions, batch, hidden]}
+    return {
+        "x": tensor(rng, [*leading, inputs], dtype),
+        **{
+            n: tensor(rng, size, dtype) if rng.random() < 0.6 and not (n == "c0" and mode) else None
+            for n, size in states.items()
+        },
+        **dict(zip(WEIGHTS, weights, strict=False)),
+        "reset": tensor(rng, leading, "bool", "bits") if rng.random() < 0.4 else None,
+        "lengths": {**tensor(rng, [batch], "int64", "steps"), "most": steps} if rng.random() < 0.4 else None,
+        "mode": mode,
+        "batch_first": batch_first,
+    }
+
+
+def _layer_forward(rng: random.Random) -> dict:
+    return {**_layer(rng), "keep": rng.random() < 0.5}
+
+
+def _layer_sizes(a: dict) -> tuple[list[int], list[int], list[int]]:
+    """Sizes of h_n, c_n and of what is kept; of specs."""
+    steps, batch = a["x"]["size"][:2][:: -1 if a["batch_first"] else 1]
+    rows, width = a["w_hh"]["size"]
+    hidden, directions = rows // GATES[a["mode"]], 1 if a["w_ih_r"] is None else 2
+    kept = saved_shape(a["mode"], directions, steps, batch, hidden)
+    return [directions, batch, width], [directions, batch, hidden], kept
+
+
+def _layer_backward(rng: random.Random) -> dict:
+    """With results and gates that no forward made."""
+    a = _layer(rng)
+    h, c, kept = _layer_sizes(a)
+    dtype = a["x"]["dtype"]
+    out = [*a["x"]["size"][:2], h[0] * h[2]]
+    grads = {"grad_out": out, "grad_h_n": h, "grad_c_n": c}
+    mode, batch_first = a.pop("mode"), a.pop("batch_first")
+    return {
+        **{
+            n: tensor(rng, size, dtype) if rng.random() < 0.7 and not (n == "grad_c_n" and mode) else None
+            for n, size in grads.items()
+        },
+        **a, "out": _plain(rng, out, dtype), "saved": _plain(rng, kept),
+        "mode": mode, "batch_first": batch_first,
+        **{f"need_{which}": rng.random() < 0.7 for which in ("x", "state", "weights")},
+    }  # fmt: skip
+
+
+def _check_layer(a: dict, results: tuple) -> str | None:
+    x, directions = a["x"].double(), 1 if a["w_ih_r"] is None else 2
+    floats = [t for t in a.values() if isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.numel()]
+    if not results[0].numel() or a["x"].dtype != torch.float32 or max(t.abs().max() for t in floats) > 100:
+        return None  # large weights make the recurrence chaotic
+    hidden, width = a["w_hh"].shape[0] // GATES[a["mode"]], a["w_hh"].shape[1]
+    batch = x.shape[0 if a["batch_first"] else 1]
+    state = [
+        x.new_zeros(directions, batch, size) if a[name] is None else a[name].double()
+        for name, size in (("h0", width), ("c0", hidden))
+    ]
+    options = dict(
+        bidirectional=directions == 2, batch_first=a["batch_first"], bias=a["b_ih"] is not None,
+        reset=a["reset"], lengths=a["lengths"],
+    )  # fmt: skip
+    params = [a[name].double() for name in WEIGHTS if a[name] is not None]
+    if a["mode"] == 0:
+        projected = 0 if a["w_hr"] is None else width
+        true, _ = reference.lstm(x, tuple(state), params, proj_size=projected, **options)
+    else:
+        true, _ = reference.gru(x, state[0], params, **options)
+    return _near(results[0], true.contiguous(), 2**12)
+
+
+def _check_layer_backward(a: dict, results: tuple) -> str | None:
+    expected = {"need_x": [a["x"]], "need_state": [a["h0"], a["c0"]], "need_weights": [a[n] for n in WEIGHTS]}
+    found = iter(results)
+    for flag, like in expected.items():
+        for t in like:
+            size = tuple(t.shape) if t is not None and a[flag] else (0,)
+            if tuple((result := next(found)).shape) != size:
+                return f"{flag}: a gradient of shape {tuple(result.shape)}, expected {size}"
+    return None
+
+
+def _stream_sizes(rng: random.Random) -> tuple[int, int, int, int]:
+    mode, inputs = rng.randrange(2), rng.choice((1, 2, 5, 33))
+    hidden = rng.choice((1, 3, 16, 17, 33))
+    width = rng.randint(1, hidden) if mode == 0 and rng.random() < 0.3 else hidden
+    return mode, inputs, hidden, width
+
+
+def _pack(rng: random.Random) -> dict:
+    mode, inputs, hidden, width = _stream_sizes(rng)
+    weights = _weights(rng, "float32", mode, inputs, hidden, width, rng.random() < 0.7)
+    return {**{n: w and {**w, "how": "plain"} for n, w in weights.items()}, "mode": mode}
+
+
+def _step(rng: random.Random) -> dict:
+    """Packed weights of the right number that no pack made."""
+    mode, inputs, hidden, width = _stream_sizes(rng)
+    layers, batch = rng.choice((1, 1, 2, 3)), rng.choice((0, 1, 2, 7))
+    numbers = 0
+    for layer in range(layers):
+        weights = _weights(rng, "float32", mode, width if layer else inputs, hidden, width, True)
+        made = [w and torch.zeros(w["size"]) for w in weights.values()]
+        numbers += torch.ops.cnnlstm_fast.recurrent_stream_pack.default(*made, mode).numel()
+    padded = [-(-size // UNIT_GROUP) * UNIT_GROUP for size in (width, hidden)]
+    return {
+        "x": _plain(rng, [batch, inputs]),
+        "h": _plain(rng, [layers, 2, batch, padded[0]]),
+        "c": _plain(rng, [0] if mode else [layers, batch, padded[1]]),
+        "packed": _plain(rng, [numbers]),
+        "reset": tensor(rng, [batch], "bool", "bits") if rng.random() < 0.4 else None,
+        "mode": mode, "hidden": hidden, "width": width, "step": rng.randrange(3),
+    }  # fmt: skip
+
+
+def _check_step(a: dict, results: tuple) -> str | None:
+    return _check_shapes(a, results, {"out": [len(a["x"]), a["width"]]})
 
 
 OPS = {op.name: op for op in (
     Op("conv_block", _forward, _check_forward),
     Op("conv_block_backward", _backward, _check_backward),
+    Op("conv_norm_block", _norm_forward, _check_norm_forward),
+    Op("conv_norm_block_backward", _norm_backward, _check_norm_backward),
+    Op("fold_norm", _fold, _check_fold),
+    Op("patch_moments", _moments, _check_moments),
+    Op("recurrent_layer", _layer_forward, _check_layer),
+    Op("recurrent_layer_backward", _layer_backward, _check_layer_backward),
+    Op("recurrent_stream_pack", _pack, lambda a, results: None),
+    Op("recurrent_stream_step", _step, _check_step),
 )}  # fmt: skip
 
 
@@ -291,7 +541,7 @@ def too_large(arguments: dict) -> bool:
     conv, x, weight = (arguments.get(name) for name in ("conv", "x", "weight"))
     if (
         conv
-        and len(conv) == 7
+        and len(conv) in (7, 9)
         and len(x["size"]) == len(weight["size"]) == 4
         and min(conv) >= 0 < min(conv[:2])
     ):
@@ -323,7 +573,7 @@ def fuzz(seconds: float, cases: int | None, seed: int, journal: str | None) -> d
     torch.set_num_threads(1 + seed % 2)
     coverage, rng = Coverage(), random.Random(seed)
     kept: dict[str, list[dict]] = {name: [] for name in OPS}
-    counts = {"refused": 0, "accepted": 0}
+    counts = {name: {"refused": 0, "accepted": 0} for name in OPS}
     file = None if journal is None else os.open(journal, os.O_CREAT | os.O_WRONLY)
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end and (cases is None or number < cases):
@@ -345,11 +595,12 @@ def fuzz(seconds: float, cases: int | None, seed: int, journal: str | None) -> d
             )
         if wrong:
             raise SystemExit(f"wrong: {wrong}\n{line}")
-        counts[outcome] += 1
+        counts[op.name][outcome] += 1
         if coverage.is_new():
             kept[op.name].append(arguments)
     return {
-        "seed": seed, "calls": number, **counts, "edges": coverage.edges,
+        "seed": seed, "instruction set": torch.ops.cnnlstm_fast.isa(), "torch": torch.__version__,
+        "seconds": seconds, "calls": number, "of": counts, "edges": coverage.edges,
         "kept": sum(map(len, kept.values())), "guided": coverage.map is not None,
     }  # fmt: skip
 
@@ -362,6 +613,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int)
     parser.add_argument("--seed", type=int, default=int(os.environ.get("CNNLSTM_FAST_SEED", "0")))
     parser.add_argument("--journal", help="file that always holds the call that runs")
+    parser.add_argument("--output", type=Path, help="JSON file to which what ran is added")
     parser.add_argument("--repeat", help="file with one call, as --journal leaves it")
     asked = parser.parse_args()
     if asked.repeat:
@@ -369,7 +621,11 @@ def main() -> None:
             found = json.load(file)
         print(*run(OPS[found["op"]], found["arguments"]))
         return
-    print(json.dumps(fuzz(asked.seconds, asked.cases, asked.seed, asked.journal)))
+    found = fuzz(asked.seconds, asked.cases, asked.seed, asked.journal)
+    print(json.dumps(found))
+    if asked.output:
+        runs = json.loads(asked.output.read_text()) if asked.output.exists() else []
+        asked.output.write_text(json.dumps([*runs, found], indent=1) + "\n")
 
 
 if __name__ == "__main__":
