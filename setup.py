@@ -17,6 +17,7 @@ sources = [
     "csrc/memory.cpp",
     "csrc/recurrent.cpp",
     "csrc/recurrent_stream.cpp",
+    "csrc/transform.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_baseline.cpp",
     "csrc/cpu/kernels_avx2.cpp",

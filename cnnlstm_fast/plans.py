@@ -3,11 +3,14 @@
 - ``direct``: our own convolution; the whole block stays in registers and cache.
 - ``chunked``: the library's convolution over as many frames as stay in cache, then one pass for
   bias, activation, pool and layout.
+- ``fft``: the convolution by Fourier transforms along one axis, the rest by PyTorch's operators; fewer
+  multiplications for large kernels (:mod:`cnnlstm_fast.ops.conv_fft`).
 - ``reference``: PyTorch's own operators. Always right.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from cnnlstm_fast import _ext
 from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
 
-PLANS = ("auto", "direct", "chunked", "reference")
+PLANS = ("auto", "direct", "chunked", "fft", "reference")
 
 #: Set by `explain` while it watches a model run: told of every block and of every module that is
 #: not fused (:class:`cnnlstm_fast.explain.Recorder`).
@@ -163,6 +166,28 @@ def check_sizes(spec: BlockSpec, size: tuple[int, int], kernel: tuple[int, int])
         )
 
 
+def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.dtype) -> bool:
+    """Whether ``fft`` computes the convolution faster than the library, forward and backward, on the CPU.
+
+    Read off races of both: a kernel must be long along one axis, with enough products per transform
+    (channels, and taps along the other axis), and its spectra must serve enough places.
+    """
+    if dtype != torch.float32 or spec.groups > 1 or max(spec.dilation) > 1:
+        return False
+    taps = [-(-k // s) for k, s in zip(weight_shape[2:], spec.stride, strict=True)]
+    short, long = min(*taps), max(*taps)
+    channels, weights = min(*weight_shape[:2]), math.prod(weight_shape)
+    conv = spec.conv_size(shape[2:], weight_shape[2:])
+    places = shape[0] * conv[0] * conv[1]
+    if channels < 16 or weights > min(2**22, 2**9 * places):
+        return False
+    if short < 3:
+        return long >= 24 and weights * places >= 2**25
+    if long < (7 if max(spec.stride) == 1 else 9) or long**2 * channels < 1500 or max(*conv) < 24:
+        return False
+    return weights * places >= 2**29
+
+
 def _by_sizes(
     spec: BlockSpec,
     shape: tuple,
@@ -197,6 +222,8 @@ def _by_sizes(
     direct, chunked = ("direct", "direct"), ("chunked", "chunked")
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
+    if _fft_pays(spec, shape, weight_shape, dtype):
+        return None, "fft", "fft", "a large kernel: products of spectra take fewer multiplications"
     if norm == "batch" or (norm == "given" and training):
         by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32
         by_patches = by_patches and taps <= _MOST_TAPS_BY_PATCHES
@@ -268,6 +295,15 @@ def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def why_not_fft(spec: BlockSpec, x: Tensor) -> str | None:
+    """Why ``fft`` cannot run a call that the fused plans can, as a sentence; None if it can."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"FFT convolutions are float32 on the CPU, not {str(x.dtype)[6:]} on {x.device}"
+    if spec.groups > 1 or max(spec.dilation) > 1:
+        return "FFT convolutions take neither groups nor dilation"
+    return None
+
+
 def choose(
     plan: str, spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm=None
 ) -> tuple[str, str, str]:
@@ -296,6 +332,8 @@ def choose(
         )
     if why_not is None and x.device.type == "cpu" and "direct" == (forward if plan == "auto" else plan):
         why_not = why_not_direct(spec, x, weight)
+    if why_not is None and plan == "fft":
+        why_not = why_not_fft(spec, x)
     if plan != "auto":
         if why_not:
             raise ValueError(

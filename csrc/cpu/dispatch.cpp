@@ -46,4 +46,9 @@ const RecurrentTable& recurrent_kernels() {
   return *chosen;
 }
 
+const TransformTable& transform_kernels() {
+  static const TransformTable* chosen = choose(baseline_transform(), avx2_transform(), avx512_transform());
+  return *chosen;
+}
+
 }  // namespace cnnlstm_fast

@@ -2,8 +2,10 @@
 #pragma once
 #include "block.h"
 #include "recurrent.h"
+#include "transform.h"
 
 namespace cnnlstm_fast {
 const KernelTable& kernels();
 const RecurrentTable& recurrent_kernels();
+const TransformTable& transform_kernels();
 }  // namespace cnnlstm_fast

@@ -1,5 +1,6 @@
 #include "block.h"
 #include "recurrent.h"
+#include "transform.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -11,6 +12,7 @@
 #define CNNLSTM_FAST_NAME "avx2"
 #include "kernels.inc"
 #include "recurrent.inc"
+#include "transform.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
@@ -22,6 +24,9 @@ const KernelTable* avx2_kernels() {
 const RecurrentTable* avx2_recurrent() {
   return &kRecurrentTable;
 }
+const TransformTable* avx2_transform() {
+  return &kTransformTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
@@ -29,6 +34,9 @@ const KernelTable* avx2_kernels() {
   return nullptr;
 }
 const RecurrentTable* avx2_recurrent() {
+  return nullptr;
+}
+const TransformTable* avx2_transform() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast

@@ -1,5 +1,6 @@
 #include "block.h"
 #include "recurrent.h"
+#include "transform.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -12,6 +13,7 @@
 #define CNNLSTM_FAST_NAME "avx512"
 #include "kernels.inc"
 #include "recurrent.inc"
+#include "transform.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
@@ -23,6 +25,9 @@ const KernelTable* avx512_kernels() {
 const RecurrentTable* avx512_recurrent() {
   return &kRecurrentTable;
 }
+const TransformTable* avx512_transform() {
+  return &kTransformTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
@@ -30,6 +35,9 @@ const KernelTable* avx512_kernels() {
   return nullptr;
 }
 const RecurrentTable* avx512_recurrent() {
+  return nullptr;
+}
+const TransformTable* avx512_transform() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast

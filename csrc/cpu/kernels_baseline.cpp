@@ -3,6 +3,7 @@
 #define CNNLSTM_FAST_NAME "baseline"
 #include "kernels.inc"
 #include "recurrent.inc"
+#include "transform.inc"
 
 namespace cnnlstm_fast {
 const KernelTable* baseline_kernels() {
@@ -10,5 +11,8 @@ const KernelTable* baseline_kernels() {
 }
 const RecurrentTable* baseline_recurrent() {
   return &kRecurrentTable;
+}
+const TransformTable* baseline_transform() {
+  return &kTransformTable;
 }
 }  // namespace cnnlstm_fast
