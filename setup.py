@@ -17,6 +17,7 @@ sources = [
     "csrc/memory.cpp",
     "csrc/recurrent.cpp",
     "csrc/recurrent_stream.cpp",
+    "csrc/transform.cpp",
     "csrc/winograd_conv.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_baseline.cpp",

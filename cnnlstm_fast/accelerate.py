@@ -146,7 +146,7 @@ class Recipe:
         if hands_on:
             layout = "channels_last"
         try:
-            plan, why = patterns.plan_of(x, *conv, module, self.activation, self.pool, layout)
+            plan, why = patterns.plan_of(x, conv, module, self.activation, self.pool, layout)
             runs = handed or plan != "reference"  # PyTorch's operators too are faster channels-last
         except ValueError as error:  # PyTorch says it in its own words
             plan, why, runs = "reference", str(error), False
@@ -406,14 +406,8 @@ class Chain:
     def run(self) -> Tensor:
         norm, conv, recipe = self.norm, self.conv, self.recipe
         module = None if norm is None else norm.module(conv.weight.shape[0], self.x.dim())
-        result = patterns.run_block(
-            self.x,
-            *conv,
-            norm=module,
-            activation=recipe.activation,
-            pool=recipe.pool,
-            layout=self.sized.layout,
-        )
+        parts = module, recipe.activation, recipe.pool
+        result = patterns.run_block(self.x, conv, *parts, layout=self.sized.layout)
         if self.sized.hands_on and not result.is_contiguous():
             return Handed.of(result, recipe)
         return result

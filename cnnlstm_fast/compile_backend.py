@@ -36,7 +36,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, conv: tuple, norm: tuple | None) -> Tensor:
         conv = Conv(*conv)
         module = Norm(*norm).module(conv.weight.shape[0], x.dim()) if norm is not None else None
-        return patterns.run_block(x, *conv, module, self.activation, self.pool)
+        return patterns.run_block(x, conv, module, self.activation, self.pool)
 
 
 def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict | None = None) -> Callable:

@@ -276,10 +276,8 @@ def run(block: Block, x: Any, layout: str | None = None) -> Tensor:
         flatten = None
     else:
         finish = None
-    y = run_block(
-        x, weight, _parameter(conv, "bias"), conv.stride, padding, conv.dilation, conv.groups,
-        norm, activation, pool, layout,
-    )  # fmt: skip
+    arguments = Conv(weight, _parameter(conv, "bias"), conv.stride, padding, conv.dilation, conv.groups)
+    y = run_block(x, arguments, norm, activation, pool, layout)
     if finish is not None:
         y = finish(y)
     return y if flatten is None else flatten(y)
@@ -329,14 +327,19 @@ def _hands_on(step: Block, following: Block | nn.Module, x: Any) -> bool:
 
 
 def run_block(
-    x, weight, bias, stride, padding, dilation, groups, norm=None, activation=None, pool=None, layout=None
+    x: Tensor,
+    conv: Conv,
+    norm: nn.Module | None = None,
+    activation: Any = None,
+    pool: nn.Module | None = None,
+    layout: str | None = None,
 ) -> Tensor:
     """:func:`cnnlstm_fast.functional.conv_block`, in PyTorch's own layout unless one is named."""
     if layout is None:
-        layout = eager_layout(x, weight, pool is not None)
+        layout = eager_layout(x, conv.weight, pool is not None)
     return functional.conv_block(
-        x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
-        norm=norm, activation=activation, pool=pool, layout=layout,
+        x, conv.weight, conv.bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
+        groups=conv.groups, norm=norm, activation=activation, pool=pool, layout=layout,
     )  # fmt: skip
 
 

@@ -5,11 +5,14 @@
   bias, activation, pool and layout.
 - ``winograd``: as ``chunked``, with our own convolution of 3x3 taps, which takes 16 products where others
   take 36.
+- ``fft``: the convolution by Fourier transforms along one axis, the rest by PyTorch's operators; fewer
+  multiplications for large kernels (:mod:`cnnlstm_fast.ops.conv_fft`).
 - ``reference``: PyTorch's own operators. Always right.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from cnnlstm_fast import _ext
 from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
 
-PLANS = ("auto", "direct", "chunked", "winograd", "reference")
+PLANS = ("auto", "direct", "chunked", "winograd", "fft", "reference")
 
 
 class Observer(Protocol):
@@ -210,6 +213,28 @@ def _winograd_pays(c: int, co: int, window: int, training: bool, needs_x: bool, 
     return co >= 48 and c >= (48 if window == 1 else 32 if window == 2 else 48 if co >= 96 else 64)
 
 
+def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.dtype) -> bool:
+    """Whether ``fft`` computes the convolution faster than the library, forward and backward, on the CPU.
+
+    Read off races of both: a kernel must be long along one axis, with enough products per transform
+    (channels, and taps along the other axis), and its spectra must serve enough places.
+    """
+    if dtype != torch.float32 or spec.groups > 1 or max(spec.dilation) > 1:
+        return False
+    taps = [-(-k // s) for k, s in zip(weight_shape[2:], spec.stride, strict=True)]
+    short, long = min(*taps), max(*taps)
+    channels, weights = min(*weight_shape[:2]), math.prod(weight_shape)
+    conv = spec.conv_size(shape[2:], weight_shape[2:])
+    places = shape[0] * conv[0] * conv[1]
+    if channels < 16 or weights > min(2**22, 2**9 * places):
+        return False
+    if short < 3:
+        return long >= 24 and weights * places >= 2**25
+    if long < (7 if max(spec.stride) == 1 else 9) or long**2 * channels < 1500 or max(*conv) < 24:
+        return False
+    return weights * places >= 2**29
+
+
 def _by_sizes(
     spec: BlockSpec,
     shape: tuple,
@@ -244,6 +269,8 @@ def _by_sizes(
     direct, chunked, winograd = ("direct", "direct"), ("chunked", "chunked"), ("winograd", "winograd")
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
+    if _fft_pays(spec, shape, weight_shape, dtype):
+        return None, "fft", "fft", "a large kernel: products of spectra take fewer multiplications"
     if _has_winograd(spec, weight_shape, dtype):
         normed = norm == "batch" or (norm == "given" and training)
         pays = _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed)
@@ -329,7 +356,16 @@ def why_not_winograd(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     return "the plan winograd takes float32 on the CPU, 3x3 kernels with stride 1, no dilation and no groups"
 
 
-_WHY_NOT = {"direct": why_not_direct, "winograd": why_not_winograd}
+def why_not_fft(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
+    """Why ``fft`` cannot run a call that the fused plans can, as a sentence; None if it can."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"FFT convolutions are float32 on the CPU, not {str(x.dtype)[6:]} on {x.device}"
+    if spec.groups > 1 or max(spec.dilation) > 1:
+        return "FFT convolutions take neither groups nor dilation"
+    return None
+
+
+_WHY_NOT = {"direct": why_not_direct, "winograd": why_not_winograd, "fft": why_not_fft}
 
 
 def choose(

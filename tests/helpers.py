@@ -152,12 +152,16 @@ def our_block(block: Block, x, weight, bias=None, *, plan: str, layout: str = "c
     )  # fmt: skip
 
 
-def refusal(block: Block, plan: str) -> str | None:
+def refusal(block: Block, plan: str, dtype: torch.dtype = torch.float32) -> str | None:
     """A word of the sentence by which a plan refuses this block; None where it has to run."""
-    if plan not in (*FUSED, "winograd"):
+    if plan not in (*FUSED, "winograd", "fft"):
         return None
     if has_empty_window(block) or (block.pool is not None and math.prod(block.pool.kernel) > 254):
         return "window"
+    if plan == "fft" and dtype != torch.float32:
+        return str(dtype)[6:]
+    if plan == "fft" and (block.groups > 1 or max(block.dilation) > 1):
+        return "groups"
     if plan == "winograd" and any(getattr(block, name) != value for name, value in WINOGRAD.items()):
         return "winograd"
     return None
@@ -611,7 +615,7 @@ def assert_block(
     equality with float64 instead of the numbers rule. A plan asked for what it does not take must
     say so, and returns nothing.
     """
-    if reason := refusal(block, plan):
+    if reason := refusal(block, plan, tensors["x"].dtype):
         with pytest.raises(ValueError, match=f"cannot run here.*{reason}"):
             our_block(block, **tensors, plan=plan, layout=layout)
         return {}

@@ -84,7 +84,7 @@ WRONG = {
     "a norm of other channels": (images(norm=nn.BatchNorm2d(5)), ValueError, ["5", "6"]),
     "an unknown layout": (images(layout="nhwc"), ValueError, ["'nhwc'", "channels_last", "rows_time_major"]),
     "no layout": (images(layout=None), (TypeError, ValueError), ["None", "channels_last"]),
-    "an unknown plan": (images(plan="fast"), ValueError, ["'fast'", "auto", "direct", "chunked"]),
+    "an unknown plan": (images(plan="fast"), ValueError, ["'fast'", "auto", "direct", "chunked", "fft"]),
     "no plan": (images(plan=None), (TypeError, ValueError), ["None", "auto"]),
 }  # fmt: skip
 
@@ -117,7 +117,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("plan", ["direct", "chunked"])
+@pytest.mark.parametrize("plan", ["direct", "chunked", "fft"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_plan_that_cannot_run_says_why(name, plan):
     """And how to go on; automatically chosen, the same call runs."""

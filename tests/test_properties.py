@@ -106,7 +106,7 @@ def steady(block: Block, tensors: dict[str, torch.Tensor], grad: torch.Tensor | 
 
 
 @cases(
-    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=st.sampled_from((*PLANS, "winograd")),
+    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=st.sampled_from((*PLANS, "winograd", "fft")),
     layout=st.sampled_from(LAYOUTS), x_memory=memory, weight_memory=memory, grad_memory=memory,
     needs=st.sampled_from((("x", "weight", "bias"), ("weight", "bias"), ("x",), ("weight",), ("bias",), ())),
 )  # fmt: skip

@@ -77,14 +77,18 @@ def _(grad, x, weight, codes, conv, activation, act, pool, order, plan, need_x, 
     )
 
 
+def inverse(order) -> list[int]:
+    """The permutation that undoes ``order``."""
+    return sorted(range(4), key=lambda axis: order[axis])
+
+
 def spread(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int], order) -> Tensor:
     """The gradient of the convolution's map (N, C_out, OH, OW) from that of the op's result.
 
     Every gradient goes to the place that its winner code names. Plain PyTorch, differentiable in
     ``grad``; ``codes`` may be empty where the block keeps none.
     """
-    inverse = sorted(range(4), key=lambda axis: order[axis])
-    grad = grad.permute(inverse)
+    grad = grad.permute(inverse(order))
     if codes.numel() == 0:
         return grad
     n, c, out_h, out_w = grad.shape
@@ -167,9 +171,17 @@ def _differentiable_backward(grad, x, weight, codes, args, needs):
     spread_map = spread(
         grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
     )
+    return library_backward(spread_map, x, weight, conv, needs)
+
+
+def library_backward(grad, x, weight, conv, needs):
+    """Gradients of a convolution's input, weight and bias, as ``needs`` asks, from that of its map.
+
+    Plain PyTorch, differentiable in ``grad``, ``x`` and ``weight``.
+    """
     after_h, after_w = conv[7:] or (0, 0)
     grad_x, *grads = torch.ops.aten.convolution_backward(
-        spread_map,
+        grad,
         torch.nn.functional.pad(x, (0, after_w, 0, after_h)) if conv[7:] else x,
         weight,
         [weight.shape[0]],

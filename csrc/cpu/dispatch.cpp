@@ -51,4 +51,9 @@ const WinogradTable& winograd_kernels() {
   return *chosen;
 }
 
+const TransformTable& transform_kernels() {
+  static const TransformTable* chosen = choose(baseline_transform(), avx2_transform(), avx512_transform());
+  return *chosen;
+}
+
 }  // namespace cnnlstm_fast

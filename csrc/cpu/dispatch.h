@@ -2,10 +2,12 @@
 #pragma once
 #include "block.h"
 #include "recurrent.h"
+#include "transform.h"
 #include "winograd.h"
 
 namespace cnnlstm_fast {
 const KernelTable& kernels();
 const RecurrentTable& recurrent_kernels();
+const TransformTable& transform_kernels();
 const WinogradTable& winograd_kernels();
 }  // namespace cnnlstm_fast

@@ -1,5 +1,6 @@
 #include "block.h"
 #include "recurrent.h"
+#include "transform.h"
 #include "winograd.h"
 
 #if defined(__x86_64__)
@@ -12,6 +13,7 @@
 #define CNNLSTM_FAST_NAME "avx2"
 #include "kernels.inc"
 #include "recurrent.inc"
+#include "transform.inc"
 #include "winograd.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -27,6 +29,9 @@ const RecurrentTable* avx2_recurrent() {
 const WinogradTable* avx2_winograd() {
   return &kWinogradTable;
 }
+const TransformTable* avx2_transform() {
+  return &kTransformTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
@@ -37,6 +42,9 @@ const RecurrentTable* avx2_recurrent() {
   return nullptr;
 }
 const WinogradTable* avx2_winograd() {
+  return nullptr;
+}
+const TransformTable* avx2_transform() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast

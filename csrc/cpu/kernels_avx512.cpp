@@ -1,5 +1,6 @@
 #include "block.h"
 #include "recurrent.h"
+#include "transform.h"
 #include "winograd.h"
 
 #if defined(__x86_64__)
@@ -13,6 +14,7 @@
 #define CNNLSTM_FAST_NAME "avx512"
 #include "kernels.inc"
 #include "recurrent.inc"
+#include "transform.inc"
 #include "winograd.inc"
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -28,6 +30,9 @@ const RecurrentTable* avx512_recurrent() {
 const WinogradTable* avx512_winograd() {
   return &kWinogradTable;
 }
+const TransformTable* avx512_transform() {
+  return &kTransformTable;
+}
 }  // namespace cnnlstm_fast
 #else
 namespace cnnlstm_fast {
@@ -38,6 +43,9 @@ const RecurrentTable* avx512_recurrent() {
   return nullptr;
 }
 const WinogradTable* avx512_winograd() {
+  return nullptr;
+}
+const TransformTable* avx512_transform() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast

@@ -3,6 +3,7 @@
 #define CNNLSTM_FAST_NAME "baseline"
 #include "kernels.inc"
 #include "recurrent.inc"
+#include "transform.inc"
 #include "winograd.inc"
 
 namespace cnnlstm_fast {
@@ -14,5 +15,8 @@ const RecurrentTable* baseline_recurrent() {
 }
 const WinogradTable* baseline_winograd() {
   return &kWinogradTable;
+}
+const TransformTable* baseline_transform() {
+  return &kTransformTable;
 }
 }  // namespace cnnlstm_fast

@@ -1,0 +1,441 @@
+"""A convolution with a large kernel by Fourier transforms along one axis of the image. CPU, float32.
+
+Overlap-save: the axis is cut into overlapping windows, and what a product of spectra gives of each but
+its ends is the convolution. Along the other axis the kernel slides as ever, so that each frequency is a
+convolution of its own, whose kernel is one row or column: one grouped convolution of the library, all of
+whose arithmetic runs at full speed (see M. Mathieu, M. Henaff, Y. LeCun, "Fast training of convolutional
+networks through FFTs", 2014, for products of spectra summed over channels).
+
+- The windows are short, mostly 20 to 100 places, so the transforms are products with their matrix
+  (:func:`transforms`). A complex product takes three multiplications (Gauss); the sums that this needs
+  are in the matrices, and nothing complex is left: a window of N places has about 3N/2 "rows", each an
+  independent real convolution.
+- A stride is split into phases, which are channels more.
+- A long kernel may be cut into ``parts`` that lie one hop of the windows apart: the product becomes a
+  convolution along the windows.
+- The backward is the forward's adjoint, step by step: windows are added up where they overlap.
+
+Work is done for as many windows, and as many rows at a time, as stay in cache.
+
+Schema terms are those of :mod:`cnnlstm_fast.ops.conv_block`; groups and dilation are 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnnlstm_fast.ops.conv_block import inverse, library_backward, new_like_input
+from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.spec import map_size, raw_shape
+
+_lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
+_lib.define("conv_fft(Tensor x, Tensor weight, Tensor? bias, int[] conv, int[] order) -> Tensor")
+_lib.define(
+    "conv_fft_backward(Tensor grad, Tensor x, Tensor weight, int[] conv, bool need_x, bool need_weight) "
+    "-> (Tensor, Tensor)"
+)
+_lib.define("transform_windows(Tensor x, Tensor matrix, Tensor(a!) out, bool add) -> ()")
+
+forward_op = torch.ops.cnnlstm_fast.conv_fft.default
+backward_op = torch.ops.cnnlstm_fast.conv_fft_backward.default
+transform_op = torch.ops.cnnlstm_fast.transform_windows.default
+
+
+def _raw_shape(x: Tensor, weight: Tensor, conv, order) -> list[int]:
+    return raw_shape(order, x.shape[0], weight.shape[0], map_size(x.shape[2:], weight.shape[2:], conv))
+
+
+@torch.library.register_fake("cnnlstm_fast::conv_fft", lib=_lib)
+def _(x, weight, bias, conv, order):
+    return x.new_empty(_raw_shape(x, weight, conv, order))
+
+
+@torch.library.register_fake("cnnlstm_fast::conv_fft_backward", lib=_lib)
+def _(grad, x, weight, conv, need_x, need_weight):
+    return (
+        new_like_input(x) if need_x else x.new_empty(0),
+        weight.new_empty(weight.shape if need_weight else [0]),
+    )
+
+
+# ---- Sizes
+
+
+class Tiling(NamedTuple):
+    """How a convolution is cut. Axes are (other, transformed); a phase is a place modulo the stride."""
+
+    turned: bool  # H is transformed, otherwise W
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    out: tuple[int, int]  # of the convolution's map
+    other_taps: int  # of the other axis, per phase
+    parts: int  # of the kernel along the transformed axis
+    taps: int  # of a part, per phase
+    hop: int  # outputs of a window
+
+    @property
+    def length(self) -> int:
+        """Places of a window, per phase."""
+        return self.hop + self.taps - 1
+
+    @property
+    def rows(self) -> int:
+        """Products of a window: 3 for each complex frequency, 1 for each real one."""
+        return 3 * ((self.length - 1) // 2) + 2 - self.length % 2
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.out[1] // self.hop)
+
+    @property
+    def height(self) -> int:
+        """Places of the other axis that the kernel meets, per phase."""
+        return self.out[0] + self.other_taps - 1
+
+
+#: Multiply-adds per nanosecond of a core: the library's convolutions, and our transforms.
+_CONVOLUTION_RATE, _MATRIX_RATE = 100.0, 80.0
+#: Nanoseconds to copy an element of a window.
+_MOVE = 1.0
+#: Outputs of a window at least, and its places at most where the kernel does not need more.
+_LEAST_HOP, _MOST_PLACES = 8, 256
+
+
+def cost(t: Tiling, n: int, channels: int, c_out: int) -> float:
+    """What a forward costs a core, in nanoseconds, about."""
+    channels *= t.stride[0] * t.stride[1]
+    windows = n * (t.tiles + t.parts - 1) * t.height * channels
+    results = n * t.tiles * t.out[0] * c_out
+    weights = t.parts * t.other_taps * channels * c_out
+    mixed = (windows * t.length + results * t.hop + weights * t.taps) * t.rows
+    moved = windows * (t.length + t.hop) + 2 * results * t.hop + (windows + results + 2 * weights) * t.rows
+    products = n * t.tiles * t.out[0] * weights * t.rows
+    return products / _CONVOLUTION_RATE + mixed / _MATRIX_RATE + _MOVE * moved / 4
+
+
+def tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
+    """The cheapest way to cut a convolution of ``n`` images of ``size`` (H, W)."""
+    return _tiling(tuple(size), tuple(kernel), n, channels, c_out, tuple(conv))
+
+
+@lru_cache(maxsize=1024)
+def _tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
+    found = []
+    for turned in (False, True):
+        turn: Callable[..., Any] = (lambda pair: pair[::-1]) if turned else tuple
+        stride, padding, out = turn(conv[0:2]), turn(conv[2:4]), turn(map_size(size, kernel, conv))
+        other_taps, phase_taps = (-(-k // s) for k, s in zip(turn(kernel), stride, strict=True))
+        least, most = min(_LEAST_HOP, out[1]), min(_MOST_PLACES, out[1])
+        even_hops = {-(-out[1] // -(-out[1] // hop)) for hop in range(least, most + 1)}
+        for parts in range(1, phase_taps + 1):
+            taps = -(-phase_taps // parts)
+            for hop in even_hops if parts == 1 else {taps}:
+                if hop == least or (hop > least and hop + taps <= _MOST_PLACES):
+                    t = Tiling(turned, stride, padding, out, other_taps, parts, taps, hop)
+                    found.append((cost(t, n, channels, c_out), t))
+    return min(found)[1]
+
+
+class Transforms(NamedTuple):
+    """Matrices such that ``y[o] = sum_k w[k] x[o + k]`` is ``of_y @ ((of_w @ w) * (of_x @ x))``.
+
+    ``x`` has ``length`` places, ``w`` has ``taps`` and ``y`` has ``hop``. All are contiguous,
+    those transposed too.
+    """
+
+    of_x: Tensor
+    of_w: Tensor
+    of_y: Tensor
+    of_x_t: Tensor
+    of_w_t: Tensor
+    of_y_t: Tensor
+
+
+@lru_cache(maxsize=64)
+def transforms(hop: int, taps: int) -> Transforms:
+    """The transforms of windows with so many outputs and taps.
+
+    A complex frequency's product (a + ib)(c + id) is k1 - k3 + i(k1 + k2) with k1 = c(a + b), k2 = a(d - c),
+    k3 = b(c + d).
+    """
+    length = hop + taps - 1
+    places = torch.arange(length, dtype=torch.float64, device="cpu")
+    of_x, of_w, of_y = [], [], []
+    for frequency in range(length // 2 + 1):
+        angle = places * (2 * math.pi * frequency / length)
+        cos, sin = angle.cos(), angle.sin()
+        if 2 * frequency % length == 0:
+            of_x += [cos]
+            of_w += [cos]
+            of_y += [cos / length]
+        else:
+            of_x += [cos - sin, cos, -sin]
+            of_w += [cos, sin - cos, sin + cos]
+            of_y += [row * (2 / length) for row in (cos - sin, -sin, -cos)]
+    x, w, y = (torch.stack(rows).float() for rows in (of_x, of_w, of_y))
+    w, y = w[:, :taps].contiguous(), y[:, :hop].contiguous()
+    return Transforms(x, w, y.T.contiguous(), x.T.contiguous(), w.T.contiguous(), y)
+
+
+# ---- The steps, each with its adjoint. Axes of an image are turned: (N, C, other, transformed).
+
+#: Bytes of the windows and of the spectra that are worked on at a time.
+_WINDOW_BYTES, _SPECTRUM_BYTES = 2**22, 2**21
+
+
+class _Chunk(NamedTuple):
+    """Tiles [first, last) of samples [begin, end)."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+
+
+def _chunks(t: Tiling, n: int, channels: int) -> list[_Chunk]:
+    window = 4 * t.height * t.length * channels * t.stride[0] * t.stride[1]
+    tiles = max(1, _WINDOW_BYTES // window - t.parts + 1)
+    samples = max(1, tiles // t.tiles)
+    return [
+        _Chunk(begin, min(begin + samples, n), first, min(first + tiles, t.tiles))
+        for begin in range(0, n, samples)
+        for first in range(0, t.tiles, tiles)
+    ]
+
+
+def _windows(x: Tensor, t: Tiling, chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """What the windows of a chunk see of images ``x``, as zeros.
+
+    Returns:
+        the windows, which overlap: (N, height, windows, length, phases, phases * C); the part of them that
+        lies over the images, and that part of the images, both (N, other, transformed, C).
+    """
+    channels, first = x.shape[1], chunk.first * t.hop * t.stride[1] - t.padding[1]
+    places = (chunk.last - chunk.first + t.parts - 2) * t.hop + t.length
+    buffer = x.new_zeros(chunk.end - chunk.begin, t.height * t.stride[0], places * t.stride[1], channels)
+    inside, over = [], []
+    for start, length, size in (
+        (-t.padding[0], buffer.shape[1], x.shape[2]),
+        (first, buffer.shape[2], x.shape[3]),
+    ):
+        begin = max(start, 0)
+        end = max(begin, min(start + length, size))
+        inside.append(slice(begin, end))
+        over.append(slice(begin - start, end - start))
+    by_phase = buffer.view(len(buffer), t.height, t.stride[0], places, t.stride[1], channels)
+    windows = by_phase.unfold(3, t.length, t.hop).permute(0, 1, 3, 6, 2, 4, 5).flatten(5)
+    images = x[chunk.begin : chunk.end, :, inside[0], inside[1]].permute(0, 2, 3, 1)
+    return windows, buffer[:, over[0], over[1]], images
+
+
+def _row_slices(t: Tiling, windows: Tensor) -> list[slice]:
+    """Rows of the transforms of ``windows`` to work on at a time."""
+    count = max(1, _SPECTRUM_BYTES * t.length // (4 * windows.numel()))
+    return [slice(at, min(at + count, t.rows)) for at in range(0, t.rows, count)]
+
+
+def _tiles(y: Tensor, t: Tiling) -> Tensor:
+    """A buffer (N, other, places, C) in tiles: (N, other, tiles, hop, 1, C)."""
+    return y.unflatten(2, (-1, t.hop)).unsqueeze(4)
+
+
+def _map_part(y: Tensor, t: Tiling, chunk: _Chunk) -> Tensor:
+    """What a chunk computes of a map: (N, other, places, C_out), of the last tile what is inside."""
+    return y[chunk.begin : chunk.end, :, :, chunk.first * t.hop : chunk.last * t.hop].permute(0, 2, 3, 1)
+
+
+def _gradient_tiles(grad: Tensor, t: Tiling, chunk: _Chunk) -> Tensor:
+    """The gradient of a map in tiles, zero beyond the map."""
+    part = _map_part(grad, t, chunk)
+    n, other, places, c_out = part.shape
+    buffer = grad.new_zeros(n, other, (chunk.last - chunk.first) * t.hop, c_out)
+    buffer[:, :, :places].copy_(part)
+    return _tiles(buffer, t)
+
+
+def _weight_spectra(weight: Tensor, t: Tiling) -> Tensor:
+    """(rows, C_out, parts, taps of the other axis, phases * C)."""
+    c_out, channels, *kernel = weight.shape
+    weight = F.pad(
+        weight,
+        (0, t.parts * t.taps * t.stride[1] - kernel[1], 0, t.other_taps * t.stride[0] - kernel[0]),
+    ).view(c_out, channels, t.other_taps, t.stride[0], t.parts, t.taps, t.stride[1])
+    by_tap = weight.permute(5, 0, 4, 2, 3, 6, 1).contiguous().view(t.taps, c_out, -1)
+    spectra = weight.new_empty(t.rows, *by_tap.shape[1:])
+    transform_op(_columns(by_tap), transforms(t.hop, t.taps).of_w_t, _columns(spectra), False)
+    return spectra.view(t.rows, c_out, t.parts, t.other_taps, -1)
+
+
+def _weight_gradient(spectra: Tensor, t: Tiling, shape) -> Tensor:
+    """The adjoint of :func:`_weight_spectra`; ``shape`` is the turned weight's."""
+    spectra = spectra.flatten(2)
+    by_tap = spectra.new_empty(t.taps, *spectra.shape[1:])
+    transform_op(_columns(spectra), transforms(t.hop, t.taps).of_w, _columns(by_tap), False)
+    grad = by_tap.view(t.taps, shape[0], t.parts, t.other_taps, t.stride[0], t.stride[1], shape[1])
+    grad = grad.permute(1, 6, 3, 4, 2, 0, 5).reshape(*shape[:2], t.other_taps * t.stride[0], -1)
+    return grad[:, :, : shape[2], : shape[3]]
+
+
+def _columns(t: Tensor) -> Tensor:
+    """A tensor (K, n, C) as n images of one window each."""
+    return t.transpose(0, 1)[:, None, None, :, None]
+
+
+def _spectra(windows: Tensor, matrix: Tensor) -> Tensor:
+    """Transforms of windows: (N, windows, height, rows, phases * C)."""
+    n, height, count, _, phases, channels = windows.shape
+    spectra = windows.new_empty(n, count, height, matrix.shape[1], phases * channels)
+    transform_op(windows, matrix, _as_windows(spectra, phases), False)
+    return spectra
+
+
+def _as_maps(spectra: Tensor, t: Tiling) -> Tensor:
+    """Spectra (N, windows, height, rows, C) as maps (N, rows * C, windows, height) for the library.
+
+    Where the kernel meets one place of the other axis the windows are the width, along which the library's
+    kernels are fast.
+    """
+    maps = spectra.flatten(3)
+    return (maps.transpose(1, 2) if t.height == 1 else maps).permute(0, 3, 1, 2)
+
+
+def _from_maps(maps: Tensor, t: Tiling, rows: int) -> Tensor:
+    """The inverse of :func:`_as_maps`."""
+    spectra = maps.permute(0, 2, 3, 1).contiguous().unflatten(3, (rows, -1))
+    return spectra.transpose(1, 2) if t.height == 1 else spectra
+
+
+def _as_windows(spectra: Tensor, phases: int) -> Tensor:
+    """Spectra as windows (N, height, windows, rows, phases, C / phases)."""
+    return spectra.transpose(1, 2).unflatten(4, (phases, -1))
+
+
+def _as_kernels(spectra: Tensor, t: Tiling) -> Tensor:
+    """Spectra of weights (rows, C_out, parts, taps, C) as kernels for such maps."""
+    kernels = spectra.flatten(0, 1)
+    return (kernels.transpose(1, 2) if t.height == 1 else kernels).permute(0, 3, 1, 2)
+
+
+# ---- The ops
+
+
+def _turned(t: Tiling, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.transpose(2, 3) for tensor in tensors] if t.turned else list(tensors)
+
+
+def _tiling_of(x: Tensor, weight: Tensor, conv) -> Tiling:
+    return tiling(x.shape[2:], weight.shape[2:], x.shape[0], x.shape[1], weight.shape[0], conv)
+
+
+def _finite(t: Tensor) -> bool:
+    return math.isfinite(t.sum())
+
+
+@torch.no_grad()
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, order) -> Tensor:
+    t = _tiling_of(x, weight, conv)
+    matrices = transforms(t.hop, t.taps)
+    raw = x.new_empty(_raw_shape(x, weight, conv, order))
+    images, kernels, out = _turned(t, x, weight, raw.permute(inverse(order)))
+    kernels = _weight_spectra(kernels, t)
+    for chunk in _chunks(t, *images.shape[:2]):
+        windows, over, inside = _windows(images, t, chunk)
+        over.copy_(inside)
+        y = x.new_empty(len(windows), t.out[0], (chunk.last - chunk.first) * t.hop, weight.shape[0])
+        for rows in _row_slices(t, windows):
+            groups = rows.stop - rows.start
+            maps = _as_maps(_spectra(windows, matrices.of_x_t[:, rows]), t)
+            products = _from_maps(F.conv2d(maps, _as_kernels(kernels[rows], t), groups=groups), t, groups)
+            transform_op(_as_windows(products, 1), matrices.of_y_t[rows], _tiles(y, t), rows.start > 0)
+        part = _map_part(out, t, chunk)
+        y = y[:, :, : part.shape[2]]
+        part.copy_(y) if bias is None else torch.add(y, bias, out=part)
+    if not _finite(raw):  # a transform spreads a NaN over its window
+        return conv_block_by_args(x, weight, bias, conv, 0, [], [], order)
+    return raw
+
+
+@torch.no_grad()
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv, need_x: bool, need_weight: bool):
+    t = _tiling_of(x, weight, conv)
+    matrices = transforms(t.hop, t.taps)
+    grad_x = new_like_input(x).zero_() if need_x else x.new_empty(0)
+    grads, images, kernels = _turned(t, grad, x, weight)
+    grad_images = _turned(t, grad_x)[0] if need_x else None
+    shape, channels = kernels.shape, x.shape[1] * t.stride[0] * t.stride[1]
+    grad_spectra = x.new_zeros(t.rows, weight.shape[0], t.parts, t.other_taps, channels)
+    spectra = _weight_spectra(kernels, t) if need_x else grad_spectra  # of which only the shape is read
+    for chunk in _chunks(t, *images.shape[:2]):
+        tiles = _gradient_tiles(grads, t, chunk)
+        windows, over, inside = _windows(images if grad_images is None else grad_images, t, chunk)
+        if need_weight:
+            seen, over_x, inside_x = _windows(images, t, chunk)
+            over_x.copy_(inside_x)
+        for rows in _row_slices(t, windows):
+            groups = rows.stop - rows.start
+            if need_weight:
+                maps = _spectra(seen, matrices.of_x_t[:, rows])
+            else:  # of which only the shape is read
+                maps = x.new_empty(len(windows), windows.shape[2], t.height, groups, channels)
+            of_maps, of_kernels, _ = torch.ops.aten.convolution_backward(
+                _as_maps(_spectra(tiles, matrices.of_y[:, rows]), t),
+                _as_maps(maps, t),
+                _as_kernels(spectra[rows], t),
+                None, (1, 1), (0, 0), (1, 1), False, (0, 0), groups, (need_x, need_weight, False),
+            )  # fmt: skip
+            if need_x:
+                products = _as_windows(_from_maps(of_maps, t, groups), t.stride[0])
+                transform_op(products, matrices.of_x[rows], windows, True)
+            if need_weight:
+                _as_kernels(grad_spectra[rows], t).add_(of_kernels)
+        if need_x:
+            inside.add_(over)
+    grad_weight = weight.new_empty(0)
+    if need_weight:
+        grad_weight = _weight_gradient(grad_spectra, t, shape)
+        grad_weight = (grad_weight.transpose(2, 3) if t.turned else grad_weight).contiguous()
+    if not (_finite(grad_x) and _finite(grad_weight)):
+        found = library_backward(grad, x, weight, conv, [need_x, need_weight, False])
+        grad_x = new_like_input(x).copy_(found[0]) if need_x else grad_x
+        grad_weight = found[1].contiguous() if need_weight else grad_weight
+    return grad_x, grad_weight
+
+
+_lib.impl("conv_fft", _forward, "CPU")
+_lib.impl("conv_fft_backward", _backward, "CPU")
+
+
+class ConvFFTFunction(torch.autograd.Function):
+    """Autograd around the op; entered only when a gradient is needed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, conv, order):
+        ctx.args = conv, order
+        ctx.shapes = x.shape, weight.shape
+        need_x, need_weight, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        return forward_op(x, weight, bias, conv, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        conv, order = ctx.args
+        x, weight = ctx.saved_tensors
+        if x is None:
+            x = grad.new_empty(()).expand(ctx.shapes[0])
+        if weight is None:
+            weight = grad.new_empty(()).expand(ctx.shapes[1])
+        grad = grad.permute(inverse(order))
+        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+        if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+            grads = library_backward(grad, x, weight, conv, needs)
+        else:
+            grads = backward_op(grad, x, weight, conv, *needs[:2]) if any(needs[:2]) else (None, None)
+            grads = *grads, grad.sum((0, 2, 3)) if needs[2] else None
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
