@@ -142,9 +142,11 @@ NUMBERS = {2: 2, 3: 1, 4: 1}
 
 
 def _block(rng: random.Random, activations: int = 10) -> dict:
-    groups = rng.choice((1, 1, 1, 1, 2, 3, 4, 16))
+    winograd = rng.random() < 0.25
+    groups = 1 if winograd else rng.choice((1, 1, 1, 1, 2, 3, 4, 16))
     c, co = groups * rng.choice((1, 2, 3, 5, 8, 16)), groups * rng.choice((1, 2, 5, 8, 16, 17, 33))
-    kernel = [rng.choice((1, 2, 3, 3, 5)) for _ in range(2)]
+    kernel = [3, 3] if winograd else [rng.choice((1, 2, 3, 3, 5)) for _ in range(2)]
+    strides, dilations = ((1, 1), (1, 1)) if winograd else ((1, 1, 2, 3), (1, 1, 1, 2, 3))
     pool = []
     if rng.random() < 0.7:
         window = [rng.choice((1, 2, 2, 3, 4, 5, 16)) for _ in range(2)]
@@ -155,20 +157,20 @@ def _block(rng: random.Random, activations: int = 10) -> dict:
     order = [0, 1, 2, 3]
     if rng.random() < 0.6:
         rng.shuffle(order)
-    dtype = rng.choice(("float32", "float32", "bfloat16"))
+    dtype = "float32" if winograd else rng.choice(("float32", "float32", "bfloat16"))
     activation = rng.choice((0, 1, 1, rng.randrange(activations)))
     return {
         "x": tensor(rng, [rng.choice((0, 1, 1, 2, 3, 9)), c, *rng.choices((1, 4, 7, 12, 19), k=2)], dtype),
         "weight": tensor(rng, [co, c // groups, *kernel], dtype),
         "conv": [
-            *(rng.choice((1, 1, 2, 3)) for _ in range(2)), *(rng.choice((0, 1, k // 2, k)) for k in kernel),
-            *(rng.choice((1, 1, 1, 2, 3)) for _ in range(2)), groups, *([1, 0] if rng.random() < 0.1 else []),
+            *rng.choices(strides, k=2), *(rng.choice((0, 1, k // 2, k)) for k in kernel),
+            *rng.choices(dilations, k=2), groups, *([1, 0] if rng.random() < 0.1 else []),
         ],
         "activation": activation,
         "act": sorted(rng.uniform(-1, 1) for _ in range(NUMBERS.get(activation, 0))),
         "pool": pool,
         "order": order,
-        "plan": rng.randint(1, 2),
+        "plan": 3 if winograd else rng.randint(1, 2),
     }  # fmt: skip
 
 
@@ -266,6 +268,22 @@ def _moments(rng: random.Random) -> dict:
     block = _block(rng)
     block["conv"][6] = 1
     return {"x": block["x"], "weight": block["weight"], "conv": block["conv"]}
+
+
+def _windows(rng: random.Random) -> dict:
+    images, rows, windows, k, m, count, columns = (rng.choice((1, 2, 3, 5, 16, 17)) for _ in range(7))
+    return {
+        "x": tensor(rng, [images, rows, windows, k, count, columns]),
+        "matrix": tensor(rng, [k, m]),
+        "out": _plain(rng, [images, rows, windows, m, count, columns]),
+        "add": rng.random() < 0.3,
+    }
+
+
+def _check_windows(a: dict, results: tuple) -> str | None:
+    if a["add"] or not a["out"].is_contiguous() or not a["out"].numel():
+        return None
+    return _near(a["out"], torch.einsum("irwkcj,km->irwmcj", *_doubles(a, "x", "matrix")), 64)
 
 
 def _near(result: torch.Tensor, true: torch.Tensor, slack: float) -> str | None:
@@ -490,6 +508,7 @@ OPS = {op.name: op for op in (
     Op("conv_norm_block_backward", _norm_backward, _check_norm_backward),
     Op("fold_norm", _fold, _check_fold),
     Op("patch_moments", _moments, _check_moments),
+    Op("transform_windows", _windows, _check_windows),
     Op("recurrent_layer", _layer_forward, _check_layer),
     Op("recurrent_layer_backward", _layer_backward, _check_layer_backward),
     Op("recurrent_stream_pack", _pack, lambda a, results: None),
