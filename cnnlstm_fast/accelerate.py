@@ -140,8 +140,8 @@ class Recipe:
         if len(self.sizes) > MEMORY:
             self.sizes.clear()
         module = self.norm.module(conv.weight.shape[0], x.dim()) if self.norm is not None else None
-        pooled = self.pool is not None
-        layout = "channels_first" if handed else patterns.eager_layout(x, conv.weight, pooled)
+        given = x.new_empty(()).expand(x.shape) if handed else x  # not like channels-last
+        layout = patterns.eager_layout(given, conv.weight, self.pool is not None, self.activation)
         hands_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
         if hands_on:
             layout = "channels_last"

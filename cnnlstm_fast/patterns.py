@@ -302,10 +302,12 @@ def run_chain(chain: Sequence[Block | nn.Module], x: Any) -> Any:
         layout = None
         if eager is not None and step.flatten is None:
             weight = _parameter(step.conv, "weight")
-            layout = "channels_last" if eager == "channels_last" or _like_channels_last(weight) else eager
+            last = eager == "channels_last" or _like_channels_last(weight)
+            layout = _activated_layout(last, weight, step.activation)
         eager = None
         if i + 1 < len(chain) and _hands_on(step, chain[i + 1], x):
-            eager = layout or eager_layout(x, _parameter(step.conv, "weight"), step.pool is not None)
+            weight = _parameter(step.conv, "weight")
+            eager = layout or eager_layout(x, weight, step.pool is not None, step.activation)
             layout = "channels_last"
         x = run(step, x, layout)
     return x
@@ -336,7 +338,7 @@ def run_block(
 ) -> Tensor:
     """:func:`cnnlstm_fast.functional.conv_block`, in PyTorch's own layout unless one is named."""
     if layout is None:
-        layout = eager_layout(x, conv.weight, pool is not None)
+        layout = eager_layout(x, conv.weight, pool is not None, activation)
     return functional.conv_block(
         x, conv.weight, conv.bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
         groups=conv.groups, norm=norm, activation=activation, pool=pool, layout=layout,
@@ -387,8 +389,8 @@ def _parameter(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def eager_layout(x: Tensor, weight: Tensor, pooled: bool) -> str:
-    """``channels_last`` where PyTorch's convolution and pool would give that, else ``channels_first``."""
+def eager_layout(x: Tensor, weight: Tensor, pooled: bool, activation: nn.Module | None = None) -> str:
+    """``channels_last`` where PyTorch's operators would give that, else ``channels_first``."""
     signal, unbatched = weight.dim() == 3, x.dim() == weight.dim() - 1
     if (pooled and (signal or unbatched)) or not (x.is_cpu or x.is_cuda):
         return "channels_first"
@@ -396,7 +398,16 @@ def eager_layout(x: Tensor, weight: Tensor, pooled: bool) -> str:
         last = _like_channels_last(weight.unsqueeze(2))
     else:
         last = _like_channels_last(x.unsqueeze(0) if unbatched else x) or _like_channels_last(weight)
-    return "channels_last" if last else "channels_first"
+    return _activated_layout(last, weight, activation)
+
+
+def _activated_layout(last: bool, weight: Tensor, activation: nn.Module | None) -> str:
+    """The layout behind the activation: what it makes of a single channel is contiguous."""
+    if not last:
+        return "channels_first"
+    if weight.shape[0] > 1 or activation is None or type(activation) is nn.Identity:
+        return "channels_last"
+    return "channels_last" if getattr(activation, "inplace", False) else "channels_first"
 
 
 def _like_channels_last(x: Tensor) -> bool:

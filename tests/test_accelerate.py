@@ -910,6 +910,20 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
             torch.testing.assert_close(fast(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
+def test_handed_to_weights_that_lie_channels_last():
+    """Whose result is channels-last in PyTorch, whatever the input."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3).to(memory_format=torch.channels_last), nn.ReLU(),
+        nn.Identity(),
+    ).eval()  # fmt: skip
+    fast, x = cf.accelerate(model), torch.randn(2, 3, 9, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            got, expected = fast(x), model(x)
+            torch.testing.assert_close(got, expected)
+            assert real_strides(got) == real_strides(expected)
+
+
 #: What a forward does once it has been observed as conv, norm, activation, pool.
 FLIPS = {
     "look": lambda self, y, stage: (y.mean(), y)[1],

@@ -115,6 +115,21 @@ def test_kernels_compile_without_any_x86(tmp_path):
             assert "_mm256_" not in seen and "_mm512_" not in seen, source
 
 
+@needs_checkout
+def test_kernels_of_aarch64_under_emulation(tmp_path):
+    """The NEON kernels of blocks and of recurrent layers, run by an emulator, against plain loops."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    sources = [ROOT / "tests" / "native" / "emulated.cpp", *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+    program = tmp_path / "emulated"
+    run(compiler, "-O2", "-static", "-std=c++17", "-ffp-contract=fast", "-Wno-psabi", *map(str, sources),
+        "-o", str(program))  # fmt: skip
+    said = run(emulator, str(program)).splitlines()
+    assert said[0] == "baseline" and len(said) == 27
+
+
 # ------------------------------------------------------------- archives
 
 

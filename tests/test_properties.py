@@ -326,8 +326,8 @@ def test_bridges(rng, seed, threads, kind, batch_first):
     )  # fmt: skip
     for mine, expected, theirs in pairs:
         assert mine.shape == expected.shape
-        slack = (
-            4 * (theirs.double() - expected).norm() + 64 * torch.finfo(torch.float32).eps * expected.norm()
-        )
-        assert (mine.double() - expected).norm() <= slack
+        eps = torch.finfo(torch.float32).eps
+        # A state is what is left of terms of about 1: one that happens to be small has their rounding errors.
+        size = expected.norm() + expected.numel() ** 0.5 / 16
+        assert (mine.double() - expected).norm() <= 4 * (theirs.double() - expected).norm() + 64 * eps * size
     counts[f"bridge {kind}"] += 1

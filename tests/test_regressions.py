@@ -194,6 +194,29 @@ def test_a_weight_whose_single_row_has_a_stride_of_its_own(groups):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+ONE_CHANNEL = {
+    "activation": (nn.ReLU(),),
+    "in place": (nn.ReLU(inplace=True),),
+    "activation, pool": (nn.ReLU(), nn.MaxPool2d(2)),
+    "pool": (nn.MaxPool2d(2),),
+    "norm, activation": (nn.BatchNorm2d(1), nn.Tanh()),
+    "nothing": (),
+}
+
+
+@pytest.mark.parametrize("behind", ONE_CHANNEL)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_one_channel_between_channels_last_blocks(behind, gradients):
+    """A map of one channel lies both ways at once; what an activation makes of it is contiguous."""
+    modules = [nn.Conv2d(2, 1, 1), *ONE_CHANNEL[behind], nn.Conv2d(1, 3, 1), nn.ReLU()]
+    plain = nn.Sequential(*modules).to(memory_format=torch.channels_last).eval()
+    ours = cf.Sequential(*plain)
+    x = torch.randn(2, 2, 6, 8)
+    with torch.set_grad_enabled(gradients):
+        for given in (x, x.to(memory_format=torch.channels_last)):
+            assert ours(given).stride() == plain(given).stride()
+
+
 step = torch.ops.cnnlstm_fast.recurrent_stream_step
 
 

@@ -53,7 +53,7 @@ def build(kind: str) -> Path:
     for name in ("tests", "benchmarks", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     for source in (ROOT / "cnnlstm_fast").iterdir():
-        if source.suffix != ".so" and source.name != "__pycache__":
+        if source.suffix != ".so" and source.name not in ("__pycache__", "kernels"):
             (package / source.name).symlink_to(source)
     (package / "kernels").symlink_to(ROOT / "kernels")
 

@@ -17,16 +17,20 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("layouts", "models", "modules", "properties", "memory")
+TESTS = ("layouts", "models", "modules", "properties", "memory", "ecosystem")
 # What belongs to the compilers and exporters of one version of torch, not to the library.
 LEFT_OUT = (
-    "compile or inductor or onnx or export or script or opcheck or every_instruction_set or graph_break"
+    "compile or reduce_overhead or inductor or onnx or export or script or opcheck or every_instruction_set "
+    "or graph_break"
 )
 ASK = "import platform, torch; print(platform.python_version(), torch.__version__)"
 
 
-def check(python: str) -> dict:
-    """Load the library and run the tests under one interpreter."""
+def check(python: str, checkpoints: str) -> dict:
+    """Load the library and run the tests under one interpreter.
+
+    ``checkpoints`` is a folder for those that one version saves and the next one loads.
+    """
     asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True)
     if asked.returncode:
         return {"python": python, "passed": False, "said": asked.stderr[-500:]}
@@ -36,10 +40,12 @@ def check(python: str) -> dict:
         ignore = shutil.ignore_patterns("__pycache__")
         for name in ("cnnlstm_fast", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, site / name, ignore=ignore)
-        shutil.copytree(ROOT / "kernels", site / "cnnlstm_fast" / "kernels", ignore=ignore)
+        shutil.copytree(
+            ROOT / "kernels", site / "cnnlstm_fast" / "kernels", ignore=ignore, dirs_exist_ok=True
+        )
         shutil.copy(ROOT / "pyproject.toml", site)
         loads = "import torch, cnnlstm_fast._ext as e; print(e.error or torch.ops.cnnlstm_fast.isa())"
-        env = os.environ | {"PYTHONPATH": folder}
+        env = os.environ | {"PYTHONPATH": folder, "CNNLSTM_FAST_CHECKPOINTS": checkpoints}
         loaded = subprocess.run([python, "-c", loads], cwd=site, env=env, capture_output=True, text=True)
         ran = subprocess.run(
             [python, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})",
@@ -62,9 +68,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     found = []
-    for python in asked.pythons:
-        found.append(check(python))
-        print(json.dumps(found[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        for python in asked.pythons:
+            found.append(check(python, checkpoints))
+            print(json.dumps(found[-1]), flush=True)
     if asked.output:
         asked.output.write_text(json.dumps(found, indent=1) + "\n")
     return not all(f["passed"] for f in found)
