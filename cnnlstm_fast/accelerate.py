@@ -141,7 +141,8 @@ class Recipe:
             self.sizes.clear()
         module = self.norm.module(conv.weight.shape[0], x.dim()) if self.norm is not None else None
         given = x.new_empty(()).expand(x.shape) if handed else x  # not like channels-last
-        layout = patterns.eager_layout(given, conv.weight, self.pool is not None, self.activation)
+        pooled = self.pool is not None
+        layout = patterns.eager_layout(given, conv.weight, pooled, module, self.activation)
         hands_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
         if hands_on:
             layout = "channels_last"

@@ -303,11 +303,11 @@ def run_chain(chain: Sequence[Block | nn.Module], x: Any) -> Any:
         if eager is not None and step.flatten is None:
             weight = _parameter(step.conv, "weight")
             last = eager == "channels_last" or _like_channels_last(weight)
-            layout = _activated_layout(last, weight, step.activation)
+            layout = _layout_behind(last, weight, step.norm, step.activation)
         eager = None
         if i + 1 < len(chain) and _hands_on(step, chain[i + 1], x):
             weight = _parameter(step.conv, "weight")
-            eager = layout or eager_layout(x, weight, step.pool is not None, step.activation)
+            eager = layout or eager_layout(x, weight, step.pool is not None, step.norm, step.activation)
             layout = "channels_last"
         x = run(step, x, layout)
     return x
@@ -338,7 +338,7 @@ def run_block(
 ) -> Tensor:
     """:func:`cnnlstm_fast.functional.conv_block`, in PyTorch's own layout unless one is named."""
     if layout is None:
-        layout = eager_layout(x, conv.weight, pool is not None, activation)
+        layout = eager_layout(x, conv.weight, pool is not None, norm, activation)
     return functional.conv_block(
         x, conv.weight, conv.bias, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
         groups=conv.groups, norm=norm, activation=activation, pool=pool, layout=layout,
@@ -389,7 +389,9 @@ def _parameter(module: nn.Module, name: str) -> Any:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def eager_layout(x: Tensor, weight: Tensor, pooled: bool, activation: nn.Module | None = None) -> str:
+def eager_layout(
+    x: Tensor, weight: Tensor, pooled: bool, norm: nn.Module | None, activation: nn.Module | None
+) -> str:
     """``channels_last`` where PyTorch's operators would give that, else ``channels_first``."""
     signal, unbatched = weight.dim() == 3, x.dim() == weight.dim() - 1
     if (pooled and (signal or unbatched)) or not (x.is_cpu or x.is_cuda):
@@ -398,16 +400,23 @@ def eager_layout(x: Tensor, weight: Tensor, pooled: bool, activation: nn.Module 
         last = _like_channels_last(weight.unsqueeze(2))
     else:
         last = _like_channels_last(x.unsqueeze(0) if unbatched else x) or _like_channels_last(weight)
-    return _activated_layout(last, weight, activation)
+    return _layout_behind(last, weight, norm, activation)
 
 
-def _activated_layout(last: bool, weight: Tensor, activation: nn.Module | None) -> str:
-    """The layout behind the activation: what it makes of a single channel is contiguous."""
+#: Activations whose result lies as their argument does even where that may count for contiguous.
+_KEEP_STRIDES = (nn.Identity, nn.Hardtanh)
+
+
+def _layout_behind(last: bool, weight: Tensor, norm: nn.Module | None, activation: nn.Module | None) -> str:
+    """The layout behind norm and activation: of a single channel they make a contiguous map."""
     if not last:
         return "channels_first"
-    if weight.shape[0] > 1 or activation is None or type(activation) is nn.Identity:
+    if weight.shape[0] > 1:
         return "channels_last"
-    return "channels_last" if getattr(activation, "inplace", False) else "channels_first"
+    kept = (
+        activation is None or isinstance(activation, _KEEP_STRIDES) or getattr(activation, "inplace", False)
+    )
+    return "channels_last" if norm is None and kept else "channels_first"
 
 
 def _like_channels_last(x: Tensor) -> bool:

@@ -101,7 +101,7 @@ def assert_like_eager(fast: nn.Module, model: nn.Module, inputs, grad) -> None:
     Small models amplify a rounding error or two by luck, so PyTorch's ways include inputs one rounding off.
     """
     ways = []
-    for _ in range(3):
+    for _ in range(8):
         nudged = inputs[0] * (1 + 6e-8 * torch.randn_like(inputs[0], dtype=torch.float64))
         twin = copy.deepcopy(model)
         ways.append(
@@ -127,7 +127,8 @@ def assert_like_eager(fast: nn.Module, model: nn.Module, inputs, grad) -> None:
             assert torch.equal(got, true[name]), name
         elif name.endswith("bias") and grad is not None and true[name].norm() < 1e-12 < grad.norm():
             # The gradient of a bias before a norm: zero, and what is found is the rounding of sums.
-            assert got.norm() <= 1e-5 * grad.norm(), name
+            rounding = max(way[name].norm() for way in ways)
+            assert got.norm() <= 1e-5 * grad.norm() + 2 * rounding, name
         else:
             assert_close_as_torch(got, [way[name] for way in ways], true[name], name)
 

@@ -197,6 +197,8 @@ def test_a_weight_whose_single_row_has_a_stride_of_its_own(groups):
 ONE_CHANNEL = {
     "activation": (nn.ReLU(),),
     "in place": (nn.ReLU(inplace=True),),
+    "clamped": (nn.ReLU6(),),
+    "norm": (nn.BatchNorm2d(1),),
     "activation, pool": (nn.ReLU(), nn.MaxPool2d(2)),
     "pool": (nn.MaxPool2d(2),),
     "norm, activation": (nn.BatchNorm2d(1), nn.Tanh()),
