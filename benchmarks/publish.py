@@ -21,6 +21,7 @@ from benchmarks.cases import SYSTEMS
 from benchmarks.race import OURS, Result
 from benchmarks.results import FOLDER, Report, from_json, read
 from benchmarks.tables import GROWTH_COLUMNS, MIB, growth_rows, peak
+from cnnlstm_fast import plans
 from cnnlstm_fast.demo import plot as demo_plot
 from cnnlstm_fast.demo.report import Report as DemoReport
 
@@ -180,17 +181,15 @@ def _memory(committed: Committed) -> str:
     return f"{table}\n\n{_source([(path, report)])}"
 
 
-_PLANS = {"direct": "direct", "chunked": "chunked", "reference": "PyTorch's own operators"}
-
-
 def _blocks(committed: Committed) -> str:
     path, report = committed.with_any("blocks")
     rows = []
     for mode in ("inference", "training"):
-        for plan, words in _PLANS.items():
+        for plan in plans.PLANS[1:]:
             ratios = [b.ratio.p50 for b in report.blocks if (b.mode, b.plan) == (mode, plan)]
             if ratios:
                 figures = (_figure(f(ratios)) for f in (min, median, max))
+                words = "PyTorch's own operators" if plan == "reference" else plan
                 rows.append([mode, words, str(len(ratios)), *figures])
     table = _table(["", "plan of the forward", "blocks", "least", "median", "most"], rows, words=2)
     return f"{table}\n\n{_source([(path, report)])}"

@@ -656,8 +656,8 @@ class Capture:
         known = self.known.get(key)
         if known is None:
             self.runs_plain(module, "is being observed: the first call in this mode")
-            if x in _pooled:
-                _pooled[x].hands_on = True
+            if before := _pooled.get(x):
+                before.hands_on = True
             y = function(x, *conv)
             if type(y) is Tensor:
                 trace = self.known[key] = Trace(x, CONVS[function])

@@ -46,8 +46,7 @@ def conv_block(
         activation: a name in ``torch.nn.functional``, an ``nn`` module, or None.
         pool: an ``nn`` pooling module, or None.
         layout: how the result lies in memory, see :func:`cnnlstm_fast.reference.to_layout`.
-        plan: ``"auto"``, ``"direct"``, ``"chunked"``, ``"winograd"``, ``"fft"``
-            or ``"reference"``
+        plan: ``"auto"``, ``"direct"``, ``"chunked"``, ``"winograd"``, ``"fft"`` or ``"reference"``
             (:mod:`cnnlstm_fast.plans`).
 
     Returns:

@@ -226,13 +226,15 @@ def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.d
     channels, weights = min(*weight_shape[:2]), math.prod(weight_shape)
     conv = spec.conv_size(shape[2:], weight_shape[2:])
     places = shape[0] * conv[0] * conv[1]
-    if channels < 16 or weights > min(2**22, 2**9 * places):
+    if channels < 16 or weights > 2**22:
         return False
     if short < 3:
-        return long >= 24 and weights * places >= 2**25
-    if long < (7 if max(spec.stride) == 1 else 9) or long**2 * channels < 1500 or max(*conv) < 24:
-        return False
-    return weights * places >= 2**29
+        pays, least = long >= 24, 2**25
+    else:
+        pays, least = long >= (7 if max(spec.stride) == 1 else 9) and long**2 * channels >= 1500, 2**29
+        pays = pays and max(*conv) >= 24
+    # The batch's size last: under the compiler, asking for it is a guard.
+    return pays and weights <= 2**9 * places and weights * places >= least
 
 
 def _by_sizes(
@@ -274,9 +276,8 @@ def _by_sizes(
     if _has_winograd(spec, weight_shape, dtype):
         normed = norm == "batch" or (norm == "given" and training)
         pays = _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed)
-        if pays and (
-            torch.compiler.is_compiling() or outputs >= 256 * weight_shape[0]
-        ):  # no guard on a batch
+        any_batch = torch.compiler.is_compiling()  # where asking for its size is a guard
+        if pays and (any_batch or outputs >= 256 * weight_shape[0]):
             return None, *winograd, "3x3 taps over many channels: 16 products in place of 36"
     if norm == "batch" or (norm == "given" and training):
         by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32

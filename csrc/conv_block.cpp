@@ -51,6 +51,11 @@ Tensor channels_last(const Tensor& t) {
   return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
+// (n, h, w, c) seen as (n, c, h, w).
+Tensor seen_channels_first(const Tensor& raw) {
+  return torch::stable::transpose(torch::stable::transpose(const_cast<Tensor&>(raw), 2, 3), 1, 2);
+}
+
 // Whether x is dense with its channels fastest, and not contiguous as well.
 bool lies_channels_last(const Tensor& x) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
@@ -325,15 +330,11 @@ Tensor new_like_input(const Tensor& x) {
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   if (!lies_channels_last(x)) return new_output(x, Ints{n, c, h, w}, x.scalar_type());
   const Tensor raw = new_output(x, Ints{n, h, w, c}, x.scalar_type());
-  return torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
+  return seen_channels_first(raw);
 }
 
 // Scratch of one item: what a second-level cache holds beside the weights.
 constexpr int64_t kItemFloats = 96 * 1024;
-
-int64_t wanted_items() {
-  return 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-}
 
 // Pooled rows per item: enough items for every thread, scratch that stays in cache.
 int64_t rows_per_item(const Block& b, int64_t scratch_of_row, int64_t scratch_of_two) {
@@ -394,7 +395,7 @@ class Maps {
  public:
   Maps(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias)
       : conv_(conv), plan_(plan), weight_(weight), bias_(bias) {
-    if (plan == kWinograd) winograd_.emplace(torch::stable::contiguous(weight), false);
+    if (plan == kWinograd) winograd_.emplace(weight, false);
   }
 
   Tensor of(const Tensor& x) const {
@@ -523,7 +524,7 @@ class ChunkGrads {
              bool need_bias)
       : conv_(conv), plan_(plan), x_(x), weight_(weight), need_{need_x, need_weight, need_bias} {
     if (plan != kWinograd) return;
-    if (need_x) winograd_x_.emplace(torch::stable::contiguous(weight), true);
+    if (need_x) winograd_x_.emplace(weight, true);
     if (need_weight) winograd_weight_.emplace(weight);
   }
 
@@ -545,8 +546,7 @@ class ChunkGrads {
       if (need_[2]) bias_sum_.add(*to_bias);
       return;
     }
-    // (n, oh, ow, co) seen as (n, co, oh, ow)
-    Tensor map = torch::stable::transpose(torch::stable::transpose(raw, 2, 3), 1, 2);
+    Tensor map = seen_channels_first(raw);
     // The library's channels-last bfloat16 gradient of a weight that is pointwise, dilated or grouped
     // is wrong for odd numbers of channels and may write past its memory.
     const bool wrong = x_.scalar_type() == ScalarType::BFloat16 &&
@@ -586,12 +586,11 @@ class ChunkGrads {
       const bool in_place = lies_channels_last(*grad_x_);
       const Tensor to = in_place ? *grad_x_ : torch::stable::new_empty(x_, Ints{n, h, w, c});
       float* data = static_cast<float*>(to.data_ptr()) + (in_place ? n0 * h * w * c : 0);
-      if (!winograd_x_->run(torch::stable::transpose(torch::stable::transpose(const_cast<Tensor&>(raw), 2, 3), 1, 2),
-                            2 - conv_[2], 2 - conv_[3], h, w, std::nullopt, data))
+      if (!winograd_x_->run(seen_channels_first(raw), 2 - conv_[2], 2 - conv_[3], h, w, std::nullopt, data))
         finite_ = false;
       if (!in_place) {
         Tensor rows = torch::stable::narrow(*grad_x_, 0, n0, n);
-        torch::stable::copy_(rows, torch::stable::transpose(torch::stable::transpose(to, 2, 3), 1, 2));
+        torch::stable::copy_(rows, seen_channels_first(to));
       }
     }
     if (need_[1]) winograd_weight_->add(part, raw, conv_[2], conv_[3]);

@@ -12,6 +12,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Items of about equal length that keep every thread busy to the end.
+inline int64_t wanted_items() {
+  return 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
 // Items are handed out one after another, so that a slow core does less.
 template <class F>
 void for_each_item(int64_t items, const F& run) {

@@ -55,10 +55,6 @@ void for_each_part(int64_t count, int64_t most, const F& run) {
   for_each_item(parts, [&](int64_t part) { run(part * count / parts, (part + 1) * count / parts); });
 }
 
-int64_t wanted_items() {
-  return 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-}
-
 }  // namespace
 
 WinogradConvolution::WinogradConvolution(const Tensor& weight, bool of_map)
@@ -67,7 +63,8 @@ WinogradConvolution::WinogradConvolution(const Tensor& weight, bool of_map)
       transformed_(new_floats(weight, kWinogradPlaces * group_up(co_) * c_)) {
   const WinogradTable& k = winograd_kernels();
   const int64_t outer = weight.size(1) * 9, o_stride = of_map ? 9 : outer, i_stride = of_map ? outer : 9;
-  const float* from = static_cast<const float*>(weight.data_ptr());
+  const Tensor flat = torch::stable::contiguous(weight);
+  const float* from = static_cast<const float*>(flat.data_ptr());
   float* to = static_cast<float*>(transformed_.data_ptr());
   for_each_item(ceil_div(co_, k.width),
                 [&](int64_t panel) { k.transform_weight(from, co_, c_, o_stride, i_stride, of_map, panel, to); });
@@ -110,11 +107,10 @@ void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, in
   const int64_t parts = ceil_div(tiles, most);
   const float* from = static_cast<const float*>(input.data_ptr());
   const float* grads = static_cast<const float*>(grad.data_ptr());
-  auto plane = [](int64_t floats) { return kWinogradPlaces * (floats + kMaxVector); };
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t start = part * tiles / parts, count = (part + 1) * tiles / parts - start;
-    const Tensor inputs = new_floats(x, plane(count * group_up(c_)));
-    const Tensor map = new_floats(x, plane(count * group_up(co_)));
+    const Tensor inputs = new_floats(x, k.tile_floats(count, c_));
+    const Tensor map = new_floats(x, k.tile_floats(count, co_));
     float *to_inputs = static_cast<float*>(inputs.data_ptr()), *to_map = static_cast<float*>(map.data_ptr());
     for_each_part(count, std::max<int64_t>(1, ceil_div(count, wanted_items())), [&](int64_t first, int64_t last) {
       k.transform_input(g, from, start, count, start + first, start + last, to_inputs, thread_scratch(group_up(c_)));

@@ -2,7 +2,6 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
 #include <optional>
 
 #include "cpu/dispatch.h"
@@ -13,7 +12,7 @@ namespace cnnlstm_fast {
 // A float32 convolution with stride 1 by one weight, for input after input.
 class WinogradConvolution {
  public:
-  // `weight` is (co, c, 3, 3), contiguous. `of_map` gives the convolution that turns a gradient of the map into one of
+  // `weight` is (co, c, 3, 3). `of_map` gives the convolution that turns a gradient of the map into one of
   // the input.
   WinogradConvolution(const torch::stable::Tensor& weight, bool of_map);
 

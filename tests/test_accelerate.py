@@ -844,6 +844,14 @@ def gradients(out, x, module, grad):
     return [t.grad for t in (x, *module.parameters())]
 
 
+def assert_same_gradients(got, expected, x, fast, twin):
+    grad = torch.randn_like(expected)
+    for mine, true in zip(gradients(got, x, fast, grad), gradients(expected, x, twin, grad), strict=True):
+        assert (mine is None) == (true is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+
+
 #: What a forward does with a block's result that used to go to the next convolution alone.
 LOOKS = {
     "strides": lambda self, y: y * float(y.stride(1) == y.shape[2] * y.shape[3]),
@@ -901,11 +909,7 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
         assert call != 2 or layouts == ["channels_last", "channels_first"]
         assert type(got) is Tensor and got.stride() == expected.stride()
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        grad = torch.randn_like(expected)
-        for mine, true in zip(gradients(got, x, fast, grad), gradients(expected, x, twin, grad), strict=True):
-            assert (mine is None) == (true is None)
-            if mine is not None:
-                torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+        assert_same_gradients(got, expected, x, fast, twin)
         del got
         with torch.inference_mode():
             torch.testing.assert_close(fast(x), twin(x), rtol=1e-4, atol=1e-4)
@@ -968,11 +972,7 @@ def test_a_flow_that_changes_later(flip, mode, stage):
         got, expected = fast(x), twin(x)
         assert type(got) is Tensor
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        grad = torch.randn_like(expected)
-        for mine, true in zip(gradients(got, x, fast, grad), gradients(expected, x, twin, grad), strict=True):
-            assert (mine is None) == (true is None)
-            if mine is not None:
-                torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
+        assert_same_gradients(got, expected, x, fast, twin)
         for name, buffer in twin.named_buffers():
             torch.testing.assert_close(fast.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
         del got

@@ -275,3 +275,13 @@ def test_the_fuzzer_reaches_every_op():
     }
     assert of.keys() == ops - {"isa", "fma_peak"} - {"conv_fft", "conv_fft_backward"}  # those are Python
     assert all(counts["accepted"] > 5 and counts["refused"] > 5 for counts in of.values()), of
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_rule_asks_for_the_batch_of_an_exported_block(stride):
+    """The rule of the plan fft did, for kernels that it does not take: the batch was no longer free."""
+    conv = nn.Conv2d(64, 64, 3, stride=stride, padding=1)
+    model, batch = cf.Sequential(conv, nn.ReLU()).eval(), torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (torch.randn(4, 64, 8, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(37, 64, 8, 8)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)

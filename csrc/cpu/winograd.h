@@ -31,6 +31,8 @@ struct WinogradTable {
   bool (*forward)(const Winograd&, const float* x, const float* weight, const float* bias, float* map, int64_t first,
                   int64_t last, float* scratch);
 
+  // Floats of so many transformed tiles of `channels`, for the gradient of the weight.
+  int64_t (*tile_floats)(int64_t tiles, int64_t channels);
   // The gradient of the weight from transformed inputs [place][c / 16][tile][16] and gradients of the map
   // [place][panel of co][tile][channel], of `tiles` tiles from `start` on.
   void (*transform_input)(const Winograd&, const float* x, int64_t start, int64_t tiles, int64_t first, int64_t last,
