@@ -421,11 +421,32 @@ class Maps {
   std::optional<WinogradConvolution> winograd_;
 };
 
-void forward_chunked(const Call& call, int64_t plan, const Tensor& x, const Tensor& weight,
-                     const std::optional<Tensor>& bias, const Outputs& out) {
+// Where the results of the images from n0 on go.
+Outputs from_image(const Block& b, const Outputs& out, int64_t n0) {
+  const int64_t floats = n0 * b.out_stride[0], codes = n0 * b.out_h * b.out_w * b.code_groups * b.code_bytes;
+  return {static_cast<float*>(out.data) + floats, out.codes ? out.codes + codes : nullptr,
+          out.kept ? static_cast<float*>(out.kept) + floats : nullptr};
+}
+
+// Whether all of it is finite; otherwise it is not what the block gives.
+bool forward_winograd(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const Outputs& out) {
+  const Block& b = call.block;
+  const WinogradConvolution convolution(weight, false);
+  // An input that lies otherwise is laid out in chunks that stay in cache.
+  const int64_t chunk = x.stride(1) == 1 ? b.n : images_per_chunk(b);
+  for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
+    const Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, std::min(chunk, b.n - n0));
+    if (!convolution.run(b, part, bias, from_image(b, out, n0))) return false;
+  }
+  return true;
+}
+
+void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Outputs& out) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  const Maps maps(call.conv, plan, weight, bias);
+  const Maps maps(call.conv, kChunked, weight, bias);
   const int64_t chunk = images_per_chunk(b);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
@@ -466,8 +487,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
     const Outputs outputs{out.data_ptr(), codes_pointer(codes), slopes.numel() ? slopes.data_ptr() : nullptr};
     if (plan == kDirect)
       forward_direct(call, x, weight, bias, outputs);
-    else
-      forward_chunked(call, plan, x, weight, bias, outputs);
+    else if (plan == kChunked || !forward_winograd(call, x, weight, bias, outputs))
+      forward_chunked(call, x, weight, bias, outputs);
   }
   return {out, codes, slopes};
 }

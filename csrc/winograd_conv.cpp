@@ -17,6 +17,10 @@ using torch::stable::Tensor;
 constexpr int64_t kItemFloats = 160 * 1024;
 // Every item reads all weights, which are larger than any item's inputs where there are many channels.
 constexpr int64_t kLeastTiles = 48;
+// Weights that come from memory or nearly: for each item twice the tiles.
+constexpr int64_t kLargeWeightFloats = 3 * 1024 * 1024;
+// Pooled rows of an item where windows overlap: what the next item computes again is little of it.
+constexpr int64_t kOverlappingRows = 8;
 // Transformed inputs and gradients of one part of a weight's gradient.
 constexpr int64_t kPartFloats = 512 * 1024;
 
@@ -70,27 +74,59 @@ WinogradConvolution::WinogradConvolution(const Tensor& weight, bool of_map)
                 [&](int64_t panel) { k.transform_weight(from, co_, c_, o_stride, i_stride, of_map, panel, to); });
 }
 
-bool WinogradConvolution::run(const Tensor& x, int64_t ph, int64_t pw, int64_t oh, int64_t ow,
-                              const std::optional<Tensor>& bias, float* map) const {
+bool WinogradConvolution::run(const Block& b, const Tensor& x, const std::optional<Tensor>& bias,
+                              const Outputs& out) const {
   const WinogradTable& k = winograd_kernels();
   const Tensor input = with_channels_inside(x);
-  const Winograd g = describe(input, co_, oh, ow, ph, pw);
+  const Winograd g = describe(input, co_, b.oh, b.ow, b.ph, b.pw);
   AlignedFloats added(group_up(co_));
   if (bias) {
     const Tensor flat = torch::stable::contiguous(*bias);
     std::copy_n(static_cast<const float*>(flat.data_ptr()), co_, added.data());
   }
-  const int64_t tiles = g.n * g.tiles_h * g.tiles_w;
-  const int64_t per_tile = k.forward_scratch(g, 2) - k.forward_scratch(g, 1);
-  const int64_t most = std::max(kLeastTiles, std::min(kItemFloats / per_tile, ceil_div(tiles, wanted_items())));
+  const int64_t of_image = g.tiles_h * g.tiles_w, tiles = g.n * of_image;
+  const int64_t per_tile = kWinogradPlaces * (group_up(c_) + k.width);
+  const int64_t least = transformed_.numel() > kLargeWeightFloats ? 2 * kLeastTiles : kLeastTiles;
+  const int64_t most = std::max(least, std::min(kItemFloats / per_tile, ceil_div(tiles, wanted_items())));
+  int64_t images = 1, rows = b.out_h;
+  if (of_image <= most) {
+    images = ceil_div(g.n, ceil_div(g.n, std::max<int64_t>(1, (most + of_image / 2) / of_image)));
+  } else {
+    rows = ceil_div(b.out_h, ceil_div(of_image, most));
+    // Tiles are two rows of the map; those that windows share are computed twice.
+    rows = std::min(b.out_h, std::max(rows + rows % 2, b.pool_kh > b.pool_sh ? kOverlappingRows : 1));
+  }
+  const int64_t bands = ceil_div(b.out_h, rows), items = ceil_div(g.n, images) * bands;
+  const int64_t panels = ceil_div(co_, k.width);
+  const int64_t parts = std::min(panels, ceil_div(wanted_items(), items));
+  const int64_t part_channels = ceil_div(panels, parts) * k.width;
+  const int64_t scratch = k.forward_scratch(g, b, images, rows);
   const float* from = static_cast<const float*>(input.data_ptr());
   const float* weight = static_cast<const float*>(transformed_.data_ptr());
   std::atomic<bool> finite{true};
-  for_each_part(tiles, most, [&](int64_t first, int64_t last) {
-    if (!k.forward(g, from, weight, added.data(), map, first, last, thread_scratch(k.forward_scratch(g, last - first))))
+  for_each_item(items * parts, [&](int64_t item) {
+    const int64_t part = item % parts, band = item / parts % bands, image = item / parts / bands * images;
+    const WinogradItem what = {image,
+                               std::min(images, g.n - image),
+                               band * rows,
+                               std::min(b.out_h, (band + 1) * rows),
+                               part * part_channels,
+                               std::min(co_, (part + 1) * part_channels)};
+    if (what.channel0 < co_ && !k.forward(g, b, from, weight, added.data(), out, what, thread_scratch(scratch)))
       finite = false;
   });
   return finite;
+}
+
+bool WinogradConvolution::run(const Tensor& x, int64_t ph, int64_t pw, int64_t oh, int64_t ow,
+                              const std::optional<Tensor>& bias, float* map) const {
+  Block b{};
+  b.n = x.size(0), b.co = co_, b.ph = ph, b.pw = pw;
+  b.oh = b.out_h = oh, b.ow = b.out_w = ow;
+  b.pool_kh = b.pool_kw = b.pool_sh = b.pool_sw = b.pool_dh = b.pool_dw = 1;
+  const int64_t strides[4] = {oh * ow * co_, 1, ow * co_, co_};
+  std::copy_n(strides, 4, b.out_stride);
+  return run(b, x, bias, {map, nullptr, nullptr});
 }
 
 WinogradWeightGrad::WinogradWeightGrad(const Tensor& weight)

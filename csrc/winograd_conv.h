@@ -16,8 +16,11 @@ class WinogradConvolution {
   // the input.
   WinogradConvolution(const torch::stable::Tensor& weight, bool of_map);
 
-  // Writes the map (n, oh, ow, co) of x (n, c, h, w) behind `ph`, `pw` zeros. Returns whether it is finite; otherwise
-  // NaN and infinity are not where they belong.
+  // Writes the block of x (n, c, h, w). Returns whether its map is finite; otherwise NaN and infinity are not where
+  // they belong.
+  bool run(const Block& block, const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& bias,
+           const Outputs& out) const;
+  // The same of the map (n, oh, ow, co), contiguous, of x behind `ph`, `pw` zeros.
   bool run(const torch::stable::Tensor& x, int64_t ph, int64_t pw, int64_t oh, int64_t ow,
            const std::optional<torch::stable::Tensor>& bias, float* map) const;
 

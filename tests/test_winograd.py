@@ -96,6 +96,34 @@ def test_blocks_of_real_size(block):
     assert_block(block, tensors, a_gradient(block, tensors), plan=PLAN)
 
 
+#: Pools whose windows end where tiles do, cross them, share rows of them, and leave rows out.
+POOLS = {
+    "none": None,
+    "2x2": POOL_2X2,
+    "2x1": PoolCase((2, 1), (2, 1), (0, 0), (1, 1)),
+    "2x2 by 1": PoolCase((2, 2), (2, 1), (0, 1), (1, 1)),
+    "3x3 by 2": PoolCase((3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3 by 1": PoolCase((3, 3), (1, 1), (1, 1), (1, 1)),
+    "4x5": PoolCase((4, 5), (4, 5), (0, 0), (1, 1)),
+    "gaps": PoolCase((1, 1), (3, 2), (0, 0), (1, 1)),
+    "dilated": PoolCase((2, 2), (1, 2), (0, 1), (3, 2)),
+}
+
+
+@pytest.mark.instruction_sets
+@pytest.mark.parametrize("activation", ["relu", None, "size", "silu"])
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_maps_in_bands(pool, activation):
+    """An image of many more tiles than are computed at a time."""
+    size = (random.randint(30, 45), random.randint(19, 30))
+    block = Block(2, 18, size, 70, (3, 3), padding=(1, 1), pool=pool, activation=activation)
+    tensors = normal_tensors(block, torch.float32)
+    assert_block(block, tensors, a_gradient(block, tensors), plan=PLAN, layout=random.choice(LAYOUTS))
+    if activation != "silu":
+        tensors, grad = integer_tensors(block, torch.float32)
+        assert_block(block, tensors, grad, plan=PLAN, exact=True, layout=random.choice(LAYOUTS))
+
+
 def test_means_far_from_zero():
     """A constant offset is the worst that the transforms meet."""
     tensors = normal_tensors(BLOCK, torch.float32)

@@ -4,16 +4,23 @@
 #pragma once
 #include <cstdint>
 
+#include "block.h"
+
 namespace cnnlstm_fast {
 
 constexpr int64_t kWinogradPlaces = 16;  // of a transformed tile; each is one matrix product over all channels
 
 // A convolution with 3x3 taps and stride 1 of floats whose channels are contiguous. Strides are in floats.
-// The map is (n, oh, ow, co), contiguous.
 struct Winograd {
   int64_t n, c, h, w, co, oh, ow, ph, pw;
   int64_t x_stride[3];       // of (n, h, w)
   int64_t tiles_h, tiles_w;  // of an image
+};
+
+// A part of a block: pooled rows [row0, row1) of `images` images from `image` on, output channels [channel0, channel1),
+// which begin with a panel of weights.
+struct WinogradItem {
+  int64_t image, images, row0, row1, channel0, channel1;
 };
 
 struct WinogradTable {
@@ -25,11 +32,11 @@ struct WinogradTable {
   void (*transform_weight)(const float* weight, int64_t co, int64_t c, int64_t o_stride, int64_t i_stride, bool flipped,
                            int64_t panel, float* to);
 
-  // The map's places of tiles [first, last), counted through (n, tiles_h, tiles_w); `bias` has co rounded up to 16
-  // floats. Returns whether every sum is finite: otherwise NaN and infinity have spread over whole tiles.
-  int64_t (*forward_scratch)(const Winograd&, int64_t tiles);
-  bool (*forward)(const Winograd&, const float* x, const float* weight, const float* bias, float* map, int64_t first,
-                  int64_t last, float* scratch);
+  // The block of an item; `bias` has co rounded up to 16 floats. Returns whether every sum is finite: otherwise NaN and
+  // infinity have spread over whole tiles.
+  int64_t (*forward_scratch)(const Winograd&, const Block&, int64_t images, int64_t rows);
+  bool (*forward)(const Winograd&, const Block&, const float* x, const float* weight, const float* bias, const Outputs&,
+                  const WinogradItem&, float* scratch);
 
   // Floats of so many transformed tiles of `channels`, for the gradient of the weight.
   int64_t (*tile_floats)(int64_t tiles, int64_t channels);
