@@ -209,8 +209,10 @@ def _winograd_pays(c: int, co: int, window: int, training: bool, needs_x: bool, 
     if normed:
         return c >= (16 if needs_x else 32) and co >= 16
     if training:
-        return co >= 16 and c >= (96 if window > 2 else 48 if co < 48 else 16 if window == 1 else 32)
-    return co >= 48 and c >= (48 if window == 1 else 32 if window == 2 else 48 if co >= 96 else 64)
+        if co < 32:
+            return co >= 16 and 48 <= c <= 128
+        return c >= (32 if window > 2 else 24 if co < 48 else 16)
+    return c >= (8 if co >= 64 else 12)
 
 
 def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.dtype) -> bool:
@@ -273,11 +275,11 @@ def _by_sizes(
         return "an empty batch has no statistics", *reference, ""
     if _fft_pays(spec, shape, weight_shape, dtype):
         return None, "fft", "fft", "a large kernel: products of spectra take fewer multiplications"
+    any_batch = torch.compiler.is_compiling()  # where asking for its size is a guard
     if _has_winograd(spec, weight_shape, dtype):
         normed = norm == "batch" or (norm == "given" and training)
         pays = _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed)
-        any_batch = torch.compiler.is_compiling()  # where asking for its size is a guard
-        if pays and (any_batch or outputs >= 256 * weight_shape[0]):
+        if pays and (any_batch or outputs >= (256 if normed else 16) * weight_shape[0]):
             return None, *winograd, "3x3 taps over many channels: 16 products in place of 36"
     if norm == "batch" or (norm == "given" and training):
         by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32
@@ -309,7 +311,7 @@ def _by_sizes(
         image = spec.layout == "channels_first" and spec.stride == (1, 1) and shape[1] > 1 and not signal
         if window == 1 and image and taps <= 32 and outputs < 2**23 and dtype == torch.float32:
             return None, *reference, "nothing to save: the map is the result, in the library's own layout"
-        if weight_shape[0] <= 16 and taps >= 1024:
+        if weight_shape[0] <= 16 and taps >= 800:
             return None, *reference, "few channels and many taps: the library is as fast"
         if taps <= 32 or (window > 1 and weights <= 2**20):
             return None, *direct, "bound by memory: the map before the pool never exists"
@@ -317,8 +319,10 @@ def _by_sizes(
             return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
         if weights <= 2**14 and (signal or taps < 128 or (map_size > 2**14 and taps < 400)):
             return None, *direct, "bound by memory: bias and activation while in registers"
-        if 2**14 < weights <= 2**16 and outputs >= 2**19 and taps <= 512:
-            return None, *direct, "a large map: bias and activation while in registers"
+        pointwise = weight_shape[2] == weight_shape[3] == 1
+        if window == 1 and weights <= 2**19 and conv[1] > 3 and weight_shape[0] >= (64 if pointwise else 17):
+            if weights * conv[0] * conv[1] * (1 if any_batch else shape[0]) >= 2**22:
+                return None, *direct, "bias and activation while in registers"
     elif window == 1:
         bridge = spec.layout not in ("channels_first", "channels_last")
         if not needs_x:

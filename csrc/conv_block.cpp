@@ -879,6 +879,8 @@ Tensor new_doubles(const Tensor& like, const Ints& size) {
   return torch::stable::new_empty(like, size, ScalarType::Double);
 }
 
+constexpr int64_t kWeightsPerItem = 32 * 1024;
+
 std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma,
                                      std::optional<Tensor> beta, Tensor mean, Tensor var, double eps) {
   const ScalarType dtype = weight.scalar_type();
@@ -893,8 +895,8 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, 
   const Tensor to_bias = torch::stable::new_empty(weight, Ints{co});
   const KernelTable& k = kernels();
   const void* source = from.data_ptr();
-  void* target = to.data_ptr();
-  for (int64_t c = 0; c < co; ++c) {
+  void *target = to.data_ptr(), *target_bias = to_bias.data_ptr();
+  auto fold = [&](int64_t c) {
     const double scale = g[c] / std::sqrt(v[c] + eps);
     if (type == kFloat32)
       for (int64_t i = c * taps; i < (c + 1) * taps; ++i)
@@ -902,8 +904,12 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, 
     else
       for (int64_t i = c * taps; i < (c + 1) * taps; ++i)
         k.from_float(static_cast<float>(k.to_float(source, i, type) * scale), target, i, type);
-    k.from_float(static_cast<float>(shift[c] + (b[c] - m[c]) * scale), to_bias.data_ptr(), c, type);
-  }
+    k.from_float(static_cast<float>(shift[c] + (b[c] - m[c]) * scale), target_bias, c, type);
+  };
+  const int64_t part = std::max<int64_t>(1, kWeightsPerItem / std::max<int64_t>(1, taps));
+  for_each_item(ceil_div(co, part), [&](int64_t item) {
+    for (int64_t c = item * part; c < std::min(co, (item + 1) * part); ++c) fold(c);
+  });
   return {to, to_bias};
 }
 

@@ -304,11 +304,14 @@ def test_what_it_does_not_take(change):
         conv_block(*half, plan=PLAN)
 
 
-@pytest.mark.parametrize(("size", "chosen"), [(4, False), (32, True)])
-def test_it_is_chosen_where_it_pays(size, chosen):
-    weight = torch.randn(64, 64, 3, 3)
+@pytest.mark.parametrize(
+    ("channels", "size", "chosen"), [(64, 3, False), (64, 4, True), (64, 32, True), (4, 32, False)]
+)
+def test_it_is_chosen_where_it_pays(channels, size, chosen):
+    weight = torch.randn(64, channels, 3, 3)
     spec, _ = make_spec(weight.shape, False, 1, 1, 1, 1, None, "relu", None, "channels_first")
-    assert (plans.choose("auto", spec, torch.randn(1, 64, size, size), weight, None)[0] == PLAN) == chosen
+    plan, *_ = plans.choose("auto", spec, torch.randn(1, channels, size, size), weight, None)
+    assert (plan == PLAN) == chosen
 
 
 def test_the_op_refuses_other_convolutions():
