@@ -18,7 +18,7 @@ from twins import grid, on_grid, real_strides
 
 import cnnlstm_fast as cf
 from cnnlstm_fast import functional, patterns
-from cnnlstm_fast.accelerate import HOOK, Capture, Deferred, Observed
+from cnnlstm_fast.capture import HOOK, Capture, Deferred, Observed
 
 functional_conv_block = functional.conv_block
 
@@ -33,7 +33,7 @@ def _always_worth_it(monkeypatch):
         return ("direct" if chosen == "reference" else chosen), why
 
     monkeypatch.setattr(patterns, "plan_of", plan)
-    monkeypatch.setattr(sys.modules["cnnlstm_fast.accelerate"], "OVERHEAD_US", 0)
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.capture"], "OVERHEAD_US", 0)
 
 
 @pytest.fixture
@@ -1131,7 +1131,7 @@ def test_what_cannot_be_copied_is_shared():
 
 
 def test_small_blocks_run_as_they_are(monkeypatch):
-    monkeypatch.setattr(sys.modules["cnnlstm_fast.accelerate"], "OVERHEAD_US", 40.0)
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.capture"], "OVERHEAD_US", 40.0)
     fast, x = cf.accelerate(net().eval()), images()
     for _ in range(3):
         fast(x)

@@ -272,7 +272,7 @@ class Plain(nn.Module):
 
 
 def test_accelerated_models(monkeypatch):
-    monkeypatch.setattr(sys.modules["cnnlstm_fast.accelerate"], "OVERHEAD_US", 0)
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.capture"], "OVERHEAD_US", 0)
     plan_of = patterns.plan_of
     monkeypatch.setattr(patterns, "plan_of", lambda *args: ("chunked", plan_of(*args)[1]))
     model = Plain().eval()
