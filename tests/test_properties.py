@@ -146,7 +146,8 @@ def test_blocks(rng, seed, threads, dtype, plan, layout, x_memory, weight_memory
 @cases(
     rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=block_plans, layout=st.sampled_from(LAYOUTS),
     x_memory=memory, weight_memory=memory, grad_memory=memory, needs=wanted, training=st.booleans(),
-    trained=st.booleans(), affine=st.booleans(), kept=st.sampled_from(("kept", "never kept", "kept no more")),
+    trained=st.booleans(), affine=st.booleans(),
+    kept=st.sampled_from(("kept", "kept", "never kept", "kept no more")),
     momentum=st.sampled_from((None, 0.0, 0.1, 1.0)), eps=st.sampled_from((1e-5, 1e-3, 0.1)),
 )  # fmt: skip
 def test_normed_blocks(
