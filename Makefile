@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test bench gpu lint sanitize fuzz package properties soak versions clean
+.PHONY: demo test bench gpu lint sanitize sanitize-subset fuzz package properties soak versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -12,7 +12,7 @@ demo: $(VENV)/built
 
 # Coverage is that of two cases of every test (tests/conftest.py), in this process alone: what runs in processes
 # of its own (the demo, the examples) is not counted. Its tracer would otherwise add minutes.
-test: $(VENV)/built lint
+test: $(VENV)/built lint sanitize-subset
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
 	$(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
@@ -29,12 +29,18 @@ gpu:
 	$(PYTHON) -m benchmarks gpu --folder $(if $(OUT),$(OUT)/)benchmarks/results && exit $$tests
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer, with every
-# instruction set of this machine. Building takes minutes, so `test` does not.
+# instruction set of this machine. Building takes minutes, so `test` runs a subset.
 SANITIZED := -m pytest -q -x -p no:cacheprovider
 sanitize: $(VENV)/installed
 	CNNLSTM_FAST_CASES=100 $(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_ops.py -k "test_properties or wrong_calls"
 	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds 20
 	$(BIN)/python tests/native/sanitized.py thread $(SANITIZED) tests/test_properties.py tests/test_memory.py tests/test_concurrency.py -k "test_properties or get_memory or many_threads or trained_on"
+
+# The baseline kernels and all that is around them under AddressSanitizer and UndefinedBehaviorSanitizer: a
+# quarter of what there is to compile.
+sanitize-subset: $(VENV)/installed
+	CNNLSTM_FAST_ISA=baseline CNNLSTM_FAST_CASES=10 $(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_ops.py -k "test_properties or wrong_calls"
+	CNNLSTM_FAST_ISA=baseline $(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds 5
 
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/installed

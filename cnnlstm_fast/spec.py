@@ -107,18 +107,8 @@ class BlockSpec:
 
     def windows_meet(self, size: Sequence[int], kernel: Sequence[int]) -> bool:
         """Whether every pool window holds an element of the map; a dilated one may fall between."""
-        pool = self.pool
-        if pool is None or max(pool.dilation) == 1 or max(pool.padding) == 0:
-            return True
         conv, out = self.conv_size(size, kernel), self.out_size(size, kernel)
-        return all(
-            any(
-                0 <= i * pool.stride[axis] - pool.padding[axis] + j * pool.dilation[axis] < conv[axis]
-                for j in range(pool.kernel[axis])
-            )
-            for axis in (0, 1)
-            for i in range(out[axis])
-        )
+        return windows_meet(conv, out, self.pool_args)
 
 
 def conv_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
@@ -146,6 +136,21 @@ def pool_size(size, pool_args) -> tuple[int, int]:
             n -= 1
         out.append(n)
     return tuple(out)
+
+
+def windows_meet(size, out_size, pool_args) -> bool:
+    """Whether every window of a max pool given as ``BlockSpec.pool_args`` holds an element of the map."""
+    if not pool_args or max(pool_args[6:8]) == 1 or max(pool_args[4:6]) == 0:
+        return True
+    kernel, stride, padding, dilation = (pool_args[i : i + 2] for i in (0, 2, 4, 6))
+    return all(
+        any(
+            0 <= i * stride[axis] - padding[axis] + j * dilation[axis] < size[axis]
+            for j in range(kernel[axis])
+        )
+        for axis in (0, 1)
+        for i in range(out_size[axis])
+    )
 
 
 def raw_shape(order, n: int, c: int, size) -> list[int]:

@@ -29,8 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cnnlstm_fast.kernels.checks import check_bias, check_block, check_block_backward
 from cnnlstm_fast.kernels.launching import launch
-from cnnlstm_fast.spec import CODE_GROUP, CURVED, NIBBLE_WINDOW, codes_shape, map_size, pool_size, raw_shape
+from cnnlstm_fast.ops.conv_block import keeps_codes
+from cnnlstm_fast.spec import CODE_GROUP, CURVED, NIBBLE_WINDOW, codes_shape, raw_shape
 
 #: The values of ``plan``; CHUNKED leaves the convolution to the library.
 DIRECT, CHUNKED = 1, 2
@@ -584,11 +586,11 @@ def forward(
 
     ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
-    conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
-    size = pool_size(conv_hw, pool)
+    conv_hw, size = check_block(x, weight, conv, activation, act, pool, order, plan)
+    check_bias(x, weight, bias)
     batch, channels = x.shape[0], weight.shape[0]
     out = x.new_empty(raw_shape(order, batch, channels, size))
-    keep_codes = keep and (bool(pool) or 0 < activation < CURVED)
+    keep_codes = keep and keeps_codes(activation, pool)
     kept = codes_shape(_window(pool), batch, channels, size) if keep_codes else [0]
     codes = x.new_empty(kept, dtype=torch.uint8)
     slopes = x.new_empty(out.shape if keep and activation >= CURVED else [0])
@@ -679,6 +681,8 @@ def backward(
 
     ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
+    conv_hw, size = check_block(x, weight, conv, activation, act, pool, order, plan)
+    check_block_backward(grad, x, weight, codes, activation, pool, order, size)
     needs = [need_x, need_weight, need_bias]
     shapes = [list(x.shape), list(weight.shape), [weight.shape[0]]]
     if grad.numel() == 0:
@@ -686,12 +690,10 @@ def backward(
             x.new_zeros(shape if need else [0]) for shape, need in zip(shapes, needs, strict=True)
         )
         return dx, dweight, dbias
-    if not activation and not pool:
+    if not keeps_codes(activation, pool):
         dconv = grad.permute([order.index(axis) for axis in range(4)])
         return _library_backward(dconv, x, weight, conv, needs)
 
-    conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
-    size = pool_size(conv_hw, pool)
     channels = weight.shape[0]
     args = dict(
         grad_ptr=grad,

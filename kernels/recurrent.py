@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cnnlstm_fast.kernels.checks import check_layer, check_layer_backward
 from cnnlstm_fast.kernels.launching import launch
 from cnnlstm_fast.ops.recurrent import saved_shape
 
@@ -99,6 +100,13 @@ def _load_gates(rows, u, row_ok, H: tl.constexpr, APART: tl.constexpr, GATES: tl
     if GATES == 4:
         g3 = _load_tile(rows + 3 * APART, u, row_ok, H)
     return g0, g1, g2, g3
+
+
+@triton.jit
+def _load_lengths(lengths_ptr, b, b_ok, T):
+    """Lengths of sequences ``b``, none of them negative or beyond the last step whatever is given."""
+    length = tl.load(lengths_ptr + b, mask=b_ok, other=0)
+    return tl.minimum(tl.maximum(length, 0), T).to(tl.int32)
 
 
 @triton.jit
@@ -209,7 +217,7 @@ def forward_kernel(
     length = tl.where(b_ok, T, 0)
     steps = T
     if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b, mask=b_ok, other=0).to(tl.int32)
+        length = _load_lengths(lengths_ptr, b, b_ok, T)
         steps = tl.reduce(length, 0, _maximum)
 
     gx_rows = gx_ptr + direction * (GATES * H) + b * x_b
@@ -236,7 +244,7 @@ def forward_kernel(
             if GATES == 4:
                 c = _load_tile(c0_ptr + state_rows, u, b_ok, H).to(tl.float32)
         t = tl.where(reverse, steps - 1, 0).to(tl.int64)
-        active = t < length
+        active = (t >= 0) & (t < length)  # sequences of no length have no last step
         restart = _load_reset(reset_ptr, b, t, r_t, r_b, active, HAS_RESET)
         g0, g1, g2, g3 = _load_gates(gx_rows + t * x_t, u, active, H, H, GATES)
         for s in range(steps):
@@ -429,7 +437,7 @@ def backward_kernel(
     length = tl.where(b_ok, T, 0)
     steps = T
     if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + b, mask=b_ok, other=0).to(tl.int32)
+        length = _load_lengths(lengths_ptr, b, b_ok, T)
         steps = tl.reduce(length, 0, _maximum)
 
     grad_rows = grad_ptr + direction * H * g_u + b * g_b
@@ -452,6 +460,7 @@ def backward_kernel(
         if GATES == 4:
             w3 = _load_weight(w_ptr, 3, 0, 0, H, KEPT_H, BN, BN, FLOAT32_PRODUCT)
         t = tl.where(reverse, 0, steps - 1).to(tl.int64)
+        active = (t >= 0) & (t < length)  # sequences of no length have no last step
         dh = tl.full((BM, BN), 0.0, tl.float32)
         dc = dh
         c = dh
@@ -460,8 +469,8 @@ def backward_kernel(
         if HAS_GRAD_C:
             dc = _load_tile(grad_cn_ptr + state_rows, u, b_ok, H).to(tl.float32)
         if GATES == 4:
-            c = _load_tile(saved_rows + t * saved_step + 4 * KEPT_H, u, t < length, H)
-        restart = _load_reset(reset_ptr, b, t, r_t, r_b, t < length, HAS_RESET)
+            c = _load_tile(saved_rows + t * saved_step + 4 * KEPT_H, u, active, H)
+        restart = _load_reset(reset_ptr, b, t, r_t, r_b, active, HAS_RESET)
         s0, s1, s2, s3, before_h, before_c, grad = _load_step_back(
             saved_rows, out_rows, grad_rows, h0_rows, c0_rows, saved_step, o_t, g_t, g_u, t, reverse,
             length, b_ok, u, H, KEPT_H, GATES, HAS_GRAD, HAS_STATE, NEED_BEFORE, BM, BN,
@@ -613,6 +622,8 @@ def forward(
 
     ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
+    weights = w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r
+    check_layer(x, h0, c0, weights, reset, lengths, mode, batch_first)
     layer = _Layer(x, w_hh, w_hh_r, mode, batch_first)
     out = x.new_empty([*x.shape[:2], layer.directions * layer.units])
     kept = saved_shape(mode, layer.directions, layer.steps, layer.batch, layer.units) if keep else [0]
@@ -672,6 +683,10 @@ def backward(
     Returns:
         The gradients of x, h0, c0 and the ten weights; no element where one is not needed or not given.
     """
+    weights = w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r
+    check_layer(x, h0, c0, weights, reset, lengths, mode, batch_first)
+    grads_in = grad_out, grad_hn, grad_cn
+    check_layer_backward(grads_in, x, w_hh, w_hh_r, out, saved, mode, batch_first)
     layer = _Layer(x, w_hh, w_hh_r, mode, batch_first)
     rows, by_time, by_batch = layer.rows(x)
     dgates = x.new_empty([*rows.shape[:2], layer.directions, 4, layer.units])

@@ -6,6 +6,7 @@ in the process sees the switch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from torch import Tensor
 
 interpreter_and_cuda = pytest.fixture(
     scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -43,3 +46,40 @@ def _interpreted(name: str):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def in_bounds(*tensors: Tensor) -> Iterator[None]:
+    """Interpreted kernels may read and write these tensors' memory only."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    ranges = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors)]
+
+    def checked(access, mask_at: int):
+        def run(pointers, *args):
+            at = pointers.data[args[mask_at].data.astype(bool)].astype(np.uint64)
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            inside = [(at >= begin) & (at + size <= end) for begin, end in ranges]
+            assert np.logical_or.reduce(inside).all(), "a kernel leaves the memory of its arguments"
+            return access(pointers, *args)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, mask_at in (("create_masked_load", 0), ("create_masked_store", 1)):
+            patch.setattr(builder, name, checked(getattr(builder, name), mask_at))
+        yield
+
+
+def launch_in_bounds(kernel, programs: int, args: dict, options: dict) -> None:
+    """As ``cnnlstm_fast.kernels.launching.launch``; in the interpreter each access is checked."""
+    from cnnlstm_fast.kernels.launching import launch
+
+    tensors = [t for t in args.values() if isinstance(t, Tensor)]
+    with in_bounds(*tensors) if not tensors[0].is_cuda else contextlib.nullcontext():
+        launch(kernel, programs, args, options)
+
+
+def no_launch(*_) -> None:
+    """In place of a launch, where none may be."""
+    raise AssertionError("a kernel was started")

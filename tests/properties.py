@@ -24,7 +24,7 @@ import cnnlstm_fast  # noqa: F401  (the ops)
 
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = ("baseline", "avx2", "avx512")
-PROPERTIES = 5
+PROPERTIES = 6
 
 
 def run(isa: str, cases: int, seed: int) -> dict:

@@ -28,7 +28,7 @@ from helpers import (
     torch_block,
     torch_ways,
 )
-from test_conv_norm import assert_normed, random_norm
+from norms import assert_normed, random_norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -35,6 +35,8 @@ from helpers import (
     strided,
     torch_block,
 )
+from norms import assert_normed, random_grad, random_norm
+from norms import steady as steady_normed
 from sequences import PLANS as RECURRENT_PLANS
 from sequences import assert_case, random_case, result_gradients
 from torch import nn
@@ -79,6 +81,15 @@ seeds = st.integers(0, 2**31)
 threads = st.sampled_from((1, 2))
 dtypes = st.sampled_from((torch.float32, torch.bfloat16))
 memory = st.sampled_from((None, *STRIDED))
+block_plans = st.sampled_from((*PLANS, "winograd", "fft"))
+wanted = st.sampled_from((("x", "weight", "bias"), ("weight", "bias"), ("x",), ("weight",), ("bias",), ()))
+
+
+def block_for(plan: str, rng, dtype: torch.dtype) -> tuple[Block, torch.dtype]:
+    """A block and a dtype of those that a plan takes."""
+    if plan == "winograd":
+        return random_block(rng, **WINOGRAD), torch.float32
+    return random_block(rng), dtype
 
 
 def relaid(t: torch.Tensor, how: str | None) -> torch.Tensor:
@@ -106,14 +117,12 @@ def steady(block: Block, tensors: dict[str, torch.Tensor], grad: torch.Tensor | 
 
 
 @cases(
-    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=st.sampled_from((*PLANS, "winograd", "fft")),
-    layout=st.sampled_from(LAYOUTS), x_memory=memory, weight_memory=memory, grad_memory=memory,
-    needs=st.sampled_from((("x", "weight", "bias"), ("weight", "bias"), ("x",), ("weight",), ("bias",), ())),
+    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=block_plans, layout=st.sampled_from(LAYOUTS),
+    x_memory=memory, weight_memory=memory, grad_memory=memory, needs=wanted,
 )  # fmt: skip
 def test_blocks(rng, seed, threads, dtype, plan, layout, x_memory, weight_memory, grad_memory, needs):
     """Any block, in any memory, under any plan: results and the gradients that are asked for."""
-    block = random_block(rng, **WINOGRAD) if plan == "winograd" else random_block(rng)
-    dtype = torch.float32 if plan == "winograd" else dtype
+    block, dtype = block_for(plan, rng, dtype)
     if plan in ("chunked", "winograd") and "expanded" in (x_memory, weight_memory):
         x_memory = weight_memory = None  # the library's own gradients of overlapping memory differ
     start(seed, threads)
@@ -132,6 +141,45 @@ def test_blocks(rng, seed, threads, dtype, plan, layout, x_memory, weight_memory
         our_grad=partial(relaid, how=grad_memory),
     )  # fmt: skip
     counts[f"block {plan}"] += 1
+
+
+@cases(
+    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=block_plans, layout=st.sampled_from(LAYOUTS),
+    x_memory=memory, weight_memory=memory, grad_memory=memory, needs=wanted, training=st.booleans(),
+    trained=st.booleans(), affine=st.booleans(),
+    kept=st.sampled_from(("kept", "kept", "never kept", "kept no more")),
+    momentum=st.sampled_from((None, 0.0, 0.1, 1.0)), eps=st.sampled_from((1e-5, 1e-3, 0.1)),
+)  # fmt: skip
+def test_normed_blocks(
+    rng, seed, threads, dtype, plan, layout, x_memory, weight_memory, grad_memory, needs, training, trained,
+    affine, kept, momentum, eps,
+):  # fmt: skip
+    """Any block with a batch norm: results, the gradients asked for, and what the norm remembers."""
+    block, dtype = block_for(plan, rng, dtype)
+    if plan in ("chunked", "winograd") and "expanded" in (x_memory, weight_memory):
+        x_memory = weight_memory = None  # the library's own gradients of overlapping memory differ
+    # Over few images statistics, and over few channels sums of gradients, err by luck.
+    least = 64 if dtype == torch.bfloat16 else 4
+    block = replace(block, n=block.n + 8, c_out=block.c_out * -(-least // block.c_out))
+    start(seed, threads)
+    tensors = normal_tensors(block, dtype)
+    tensors["x"], tensors["weight"] = relaid(tensors["x"], x_memory), relaid(tensors["weight"], weight_memory)
+    norm = random_norm(
+        block, training, affine=affine, momentum=momentum, eps=eps, track_running_stats=kept != "never kept"
+    ).requires_grad_(trained)
+    norm.track_running_stats = kept == "kept"
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.fill_(rng.choice((0, 1, 7)))
+    # The batch's statistics take every constant away: the bias has no gradient but noise.
+    of_batch = training or kept == "never kept"
+    needs = tuple(n for n in needs if n in tensors and not (n == "bias" and of_batch))
+    grad = random_grad(block, tensors, norm)
+    hypothesis.assume(steady_normed(block, tensors, norm, grad))
+    assert_normed(
+        block, tensors, norm, plan=plan, layout=layout, needs=needs, grad=grad,
+        our_grad=partial(relaid, how=None if grad_memory == "expanded" else grad_memory),
+    )  # fmt: skip
+    counts[f"normed {plan}"] += 1
 
 
 # ---------------------------------------------------------------- chains of modules
@@ -280,19 +328,23 @@ def test_clips(rng, seed, threads, batch_first, flatten):
 # ---------------------------------------------------------------- recurrent layers
 
 
-@cases(rng=rngs, seed=seeds, threads=threads, plan=st.sampled_from(RECURRENT_PLANS), training=st.booleans())
-def test_recurrent(rng, seed, threads, plan, training):
+@cases(
+    rng=rngs, seed=seeds, threads=threads, dtype=dtypes, plan=st.sampled_from(RECURRENT_PLANS),
+    training=st.booleans(),
+)  # fmt: skip
+def test_recurrent(rng, seed, threads, dtype, plan, training):
     """Any stack of layers with any state, resets and lengths, against cells step by step."""
     case = random_case(rng)
     if plan == "library":
         case = replace(case, reset=False, lengths=False)
     start(seed, threads)
-    drawn = case.draw()
+    drawn = case.draw(dtype)
     for p in drawn.params.values():  # larger weights make the recurrence chaotic, and its error luck
         p.mul_(2 / max(case.hidden, 4) ** 0.5)
     functions = cf.reference if plan == "reference" else cf.functional
     run = partial(drawn.ours, functions=functions, plan=plan)
-    assert_case(drawn, run, result_gradients(drawn) if training else None)
+    grads = {n: g.to(dtype) for n, g in result_gradients(drawn).items()} if training else None
+    assert_case(drawn, run, grads)
     counts[f"recurrent {plan}"] += 1
 
 

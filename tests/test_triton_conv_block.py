@@ -38,7 +38,7 @@ from helpers import (
     torch_ways,
     winners,
 )
-from interpreted import interpreter_and_cuda, kernels_of
+from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
 from torch import Tensor
 
 from cnnlstm_fast import plans as plans_module
@@ -62,7 +62,7 @@ class Kernels:
     def forward(self, block, x, weight, bias=None, *, plan, order=(0, 1, 2, 3), keep=True):
         """(the map in (N, C, H, W), its winner codes) of a 2-d block."""
         args = (*_op_args(block), list(order), PLANS[plan], keep)
-        raw, codes, self.slopes = self.module.forward(x, weight, bias, *args)
+        raw, codes, self.slopes = self.module.forward(x, weight, bias, *args, run=launch_in_bounds)
         assert raw.is_contiguous()
         assert self.slopes.shape == (raw.shape if keep and block.activation in CURVED else (0,))
         return raw.permute([order.index(axis) for axis in range(4)]), codes
@@ -77,7 +77,7 @@ class Kernels:
         if block.activation in CURVED:
             block, grad = replace(block, activation=None), grad * self.slopes
         args = (*_op_args(block), list(order), PLANS[plan])
-        found = self.module.backward(grad, x, weight, codes, *args, *wanted)
+        found = self.module.backward(grad, x, weight, codes, *args, *wanted, run=launch_in_bounds)
         grads = dict(zip(("x", "weight", "bias"), found, strict=True))
         assert all(grads[name].numel() == 0 for name in grads if name not in needs)
         return {name: grads[name] for name in needs}
@@ -408,6 +408,168 @@ def test_runs_twice_to_the_same_bits(kernels, plan):
         grads = kernels.backward(TUTORIAL, out, tensors["x"], tensors["weight"], codes, plan=plan)
         runs.append([out, codes, *grads.values()])
     assert all(map(torch.equal, *runs))
+
+
+# ---------------------------------------------------------------- wrong calls, and what only the device knows
+
+
+def _arguments(device: str, *, backward: bool, block: Block = TUTORIAL) -> dict:
+    """What the host functions take, under their names."""
+    there = {name: torch.zeros(shape, device=device) for name, shape in block.shapes().items()}
+    names = ("conv", "activation", "act", "pool")
+    args = {**there, **dict(zip(names, _op_args(block), strict=True)), "order": [0, 1, 2, 3], "plan": 1}
+    if not backward:
+        return args | {"keep": True}
+    del args["bias"]
+    grad = torch.zeros(block.out_shape(), device=device)
+    codes = torch.zeros(2, 2, 3, 2, 8, dtype=torch.uint8, device=device)
+    return {"grad": grad, **args, "codes": codes, "need_x": True, "need_weight": True, "need_bias": True}
+
+
+CONV, POOLED = [1, 1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 0, 0, 1, 1, 0]
+
+
+def _with(values: list[int], at: int, value: int) -> list[int]:
+    return [*values[:at], value, *values[at + 1 :]]
+
+
+WRONG_BLOCKS = {
+    "a 3-d input": (dict(x=torch.zeros(3, 5, 6)), "expected a 4-d input and weight, got 3-d"),
+    "a 2-d weight": (dict(weight=torch.zeros(20, 27)), "expected a 4-d input and weight, got 4-d and 2-d"),
+    "float64": (dict(x=torch.zeros(2, 3, 5, 6).double()), "got torch.float64, .*float16 only"),
+    "whole numbers": (dict(x=torch.zeros(2, 3, 5, 6).long()), "got torch.int64, .*float16 only"),
+    "mixed dtypes": (dict(weight=torch.zeros(20, 3, 3, 3).bfloat16()), "differ in dtype"),
+    "another device": (dict(weight=torch.zeros(20, 3, 3, 3, device="meta")), "different devices"),
+    "no conv": (dict(conv=[]), "conv must be .*, got 0 values"),
+    "a short conv": (dict(conv=CONV[:6]), "conv must be .*, got 6 values"),
+    "half the padding after": (dict(conv=[*CONV, 1]), "conv must be .*, got 8 values"),
+    "a stride of 0": (dict(conv=_with(CONV, 0, 0)), r"conv\[0\] = 0 is out of range"),
+    "negative padding": (dict(conv=_with(CONV, 3, -1)), r"conv\[3\] = -1 is out of range"),
+    "a huge dilation": (dict(conv=_with(CONV, 5, 2**31)), r"conv\[5\] = 2147483648 is out of range"),
+    "no groups": (dict(conv=_with(CONV, 6, 0)), r"conv\[6\] = 0 is out of range"),
+    "huge padding": (dict(conv=_with(CONV, 2, 2**30)), "too large"),
+    "a short pool": (dict(pool=[2, 2]), "pool must be empty or have 9 values, got 2"),
+    "an empty window": (dict(pool=_with(POOLED, 0, 0)), r"pool\[0\] = 0 is out of range"),
+    "a huge window": (dict(pool=_with(POOLED, 1, 2**32)), r"pool\[1\] = 4294967296 is out of range"),
+    "255 elements": (dict(pool=[1, 255, 1, 1, 0, 0, 1, 1, 0]), "more than 254 elements"),
+    "a pool padded by its kernel": (dict(pool=_with(POOLED, 4, 2)), "padding is more than half the kernel"),
+    "a pool wider than the map": (dict(pool=[2, 7, 1, 1, 0, 0, 1, 1, 0]), "map of 5x6 is too small"),
+    "a window beside the map": (
+        dict(x=torch.zeros(2, 3, 5, 1), pool=[2, 2, 1, 1, 0, 1, 1, 2, 0]),
+        "a pool window meets no element",
+    ),
+    "an image too small": (dict(conv=[1, 1, 0, 0, 3, 1, 1]), "an input of 5x6 is too small for the kernel"),
+    "an empty image": (dict(x=torch.zeros(2, 3, 0, 6)), "an input of 0x6 is too small"),
+    "too many channels": (dict(x=torch.zeros(2, 4, 5, 6)), "4 channels does not fit a weight"),
+    "no channels": (
+        dict(x=torch.zeros(2, 0, 5, 6), weight=torch.zeros(20, 0, 3, 3)),
+        "0 channels does not fit",
+    ),
+    "groups that divide nothing": (dict(conv=_with(CONV, 6, 7)), "with groups=7"),
+    "an unknown activation": (dict(activation=10), "unknown activation 10"),
+    "a negative activation": (dict(activation=-1), "unknown activation -1"),
+    "a ReLU with a number": (dict(act=[1.0]), "activation 1 has 0 numbers, got 1"),
+    "half a Hardtanh": (dict(activation=2, act=[1.0]), "activation 2 has 2 numbers, got 1"),
+    "an order with an axis twice": (dict(order=[0, 1, 2, 2]), "order must be a permutation of 0, 1, 2, 3"),
+    "an order of axes that are not": (dict(order=[0, 1, 2, 4]), "order must be a permutation of 0, 1, 2, 3"),
+    "a plan of the CPU": (dict(plan=3), "unknown plan 3"),
+    "no plan": (dict(plan=0), "unknown plan 0"),
+}
+WRONG_FORWARDS = {
+    "a short bias": (dict(bias=torch.zeros(19)), r"expected a bias of shape \(20,\)"),
+    "one bias for all": (dict(bias=torch.zeros(1)), r"got \(1,\)"),
+    "a bias of rank 0": (dict(bias=torch.zeros(())), r"expected a bias of shape \(20,\)"),
+    "a bias of another dtype": (
+        dict(bias=torch.zeros(20).double()),
+        "input and bias differ in dtype: .*float64",
+    ),
+}
+WRONG_BACKWARDS = {
+    "a gradient of another size": (
+        dict(grad=torch.zeros(2, 20, 2, 4)),
+        r"gradient has .*expected \(2, 20, 2, 3\)",
+    ),
+    "a gradient in another order": (dict(order=[0, 2, 3, 1]), r"expected \(2, 2, 3, 20\)"),
+    "a 3-d gradient": (dict(grad=torch.zeros(20, 2, 3)), r"gradient has shape \(20, 2, 3\)"),
+    "a gradient of another dtype": (
+        dict(grad=torch.zeros(2, 20, 2, 3).half()),
+        "input and gradient differ in dtype",
+    ),
+    "codes of half the batch": (
+        dict(codes=torch.zeros(1, 2, 3, 2, 8, dtype=torch.uint8)),
+        r"expected \(2, 2, 3, 2, 8\)",
+    ),
+    "codes of a large window": (
+        dict(codes=torch.zeros(2, 2, 3, 2, 16, dtype=torch.uint8)),
+        r"expected \(2, 2, 3, 2, 8\)",
+    ),
+    "no codes": (dict(codes=torch.zeros(0, dtype=torch.uint8)), r"codes have shape \(0,\)"),
+    "codes that nothing kept": (dict(activation=0, pool=[], grad=torch.zeros(2, 20, 5, 6)), "has no codes"),
+    "codes of another dtype": (
+        dict(codes=torch.zeros(2, 2, 3, 2, 8)),
+        "codes must be contiguous torch.uint8",
+    ),
+    "codes with gaps": (
+        dict(codes=torch.zeros(2, 2, 3, 2, 16, dtype=torch.uint8)[..., ::2]),
+        "codes must be contiguous torch.uint8",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("backward", "wrong"),
+    [
+        pytest.param(way == "backward", wrong, id=f"{way}: {name}")
+        for way, more in (("forward", WRONG_FORWARDS), ("backward", WRONG_BACKWARDS))
+        for name, wrong in (WRONG_BLOCKS | more).items()
+    ],
+)
+def test_wrong_calls_start_no_kernel(kernels, backward, wrong):
+    changes, message = wrong
+    on_device = {
+        name: value.to(kernels.device) if isinstance(value, Tensor) and not value.is_meta else value
+        for name, value in changes.items()
+    }
+    function = kernels.module.backward if backward else kernels.module.forward
+    with pytest.raises(RuntimeError, match=message):
+        function(**_arguments(kernels.device, backward=backward) | on_device, run=no_launch)
+
+
+def test_checks_leave_the_batch_of_a_trace_open():
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    from cnnlstm_fast.kernels import checks
+
+    env = ShapeEnv()
+    args = _arguments("cpu", backward=True)
+    with FakeTensorMode(shape_env=env) as mode:
+        for name in ("x", "grad", "codes"):
+            dims = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (args[name].dim() - 1)
+            args[name] = mode.from_tensor(args[name], symbolic_context=StatelessSymbolicContext(dims))
+    x, weight, block = args["x"], torch.zeros(20, 3, 3, 3), _op_args(TUTORIAL)
+    assert type(x.shape[0]) is torch.SymInt
+    weight = mode.from_tensor(weight, static_shapes=True)
+    _, size = checks.check_block(x, weight, *block, args["order"], 1)
+    checks.check_bias(x, weight, weight[:, 0, 0, 0])
+    checks.check_block_backward(args["grad"], x, weight, args["codes"], 1, block[-1], args["order"], size)
+    assert not env.guards
+
+
+@pytest.mark.parametrize("name", ["tutorial", "no pool", "15 elements", "gaps", "dilated pool"])
+@plans
+def test_any_codes_are_safe(kernels, name, plan):
+    """Codes that name no element of their window, or one outside the map, lead nowhere."""
+    block = SPECIAL_BLOCKS.get(name, TUTORIAL)
+    tensors, grad = integer_tensors(block, torch.float32)
+    there = _on(kernels.device, tensors | {"grad": grad})
+    grad, x, weight = there.pop("grad"), there["x"], there["weight"]
+    _, codes = kernels.forward(block, **there, plan=plan)
+    codes = torch.randint(0, 256, codes.shape, dtype=torch.uint8).to(kernels.device)
+    args = (*_op_args(block), [0, 1, 2, 3], PLANS[plan])
+    for needs in ((True, True, True), (False, False, True)):
+        found = kernels.module.backward(grad, x, weight, codes, *args, *needs, run=launch_in_bounds)
+        assert all(g.isfinite().all() for g in found)
 
 
 # ---------------------------------------------------------------- ahead of time, and registration

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import SEED, STRIDED, assert_close_as_torch, strided
-from interpreted import interpreter_and_cuda, kernels_of
+from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -148,7 +148,8 @@ class Kernels:
 
     def forward(self, layer: Layer, tensors: dict[str, Tensor], keep: bool = True) -> tuple[Tensor, ...]:
         """(out, h_n, c_n, saved)"""
-        return self.module.forward(*self._inputs(layer, tensors), MODES[layer.mode], layer.batch_first, keep)
+        inputs = self._inputs(layer, tensors)
+        return self.module.forward(*inputs, MODES[layer.mode], layer.batch_first, keep, run=launch_in_bounds)
 
     def __call__(self, layer: Layer, tensors, grads, needs=(True, True, True)) -> dict[str, Tensor]:
         """Results and gradients under the names of :func:`by_loop`."""
@@ -157,7 +158,7 @@ class Kernels:
         assert out.is_contiguous() and out.dtype == tensors["x"].dtype
         grads = [None if g is None else _moved(g, self.device) for g in grads]
         found = self.module.backward(
-            *grads, *inputs, out, saved, MODES[layer.mode], layer.batch_first, *needs
+            *grads, *inputs, out, saved, MODES[layer.mode], layer.batch_first, *needs, run=launch_in_bounds
         )
         named = {"out": out, "h_n": h_n} | ({"c_n": c_n} if layer.mode == "LSTM" else {})
         if layer.mode == "GRU":
@@ -391,6 +392,168 @@ def test_empty_batch(kernels, weights, mode):
     layer = replace(PLAIN, mode=mode, batch=0)
     found = kernels(layer, layer.tensors(torch.float32), layer.grads(torch.float32))
     assert found["out"].shape == (3, 0, 40) and not found["dw_ih"].any() and not found["db_hh"].any()
+
+
+# ---------------------------------------------------------------- wrong calls, and what only the device knows
+
+
+def _arguments(device: str, *, backward: bool) -> dict:
+    """What the host functions take for one LSTM of 8 units over 3 steps of 2 sequences, under their names."""
+    layer = Layer("LSTM", batch=2, steps=3, width=5, hidden=8, reset=True, lengths=True)
+    tensors = layer.tensors(torch.float32)
+    args = {name: tensors.get(name) for name in (*INPUTS, "reset", "lengths")}
+    args |= {"mode": 0, "batch_first": False}
+    if not backward:
+        given = args | {"keep": True}
+    else:
+        grads = dict(zip(("grad_out", "grad_hn", "grad_cn"), layer.grads(torch.float32), strict=True))
+        given = grads | args | {"out": torch.zeros(3, 2, 8), "saved": torch.zeros(1, 3, 2, 5, 16)}
+        given |= {"need_x": True, "need_state": True, "need_weights": True}
+    return {name: _there(name, value, device) for name, value in given.items()}
+
+
+def _there(name: str, value, device: str):
+    moves = isinstance(value, Tensor) and name != "lengths" and not value.is_meta
+    return value.to(device) if moves else value
+
+
+WRONG_LAYERS = {
+    "an unknown mode": (dict(mode=2), "unknown mode 2"),
+    "a 2-d input": (dict(x=torch.zeros(3, 5)), "expected a 3-d input, got 2-d"),
+    "float64": (dict(x=torch.zeros(3, 2, 5).double()), "got torch.float64, .*float16 only"),
+    "gates of another mode": (dict(mode=1), "w_hh has no whole gates"),
+    "not square": (dict(w_hh=torch.zeros(32, 7)), "square per gate"),
+    "no units": (dict(w_hh=torch.zeros(0, 0)), "sizes must be positive"),
+    "no inputs": (dict(x=torch.zeros(3, 2, 0), w_ih=torch.zeros(32, 0)), "sizes must be positive"),
+    "a projection": (dict(w_hr=torch.zeros(4, 8)), "compute no projection"),
+    "input size": (dict(x=torch.zeros(3, 2, 6)), r"w_ih does not fit .*expected \(32, 6\)"),
+    "a short bias": (dict(b_hh=torch.zeros(31)), r"b_hh does not fit .*expected \(32,\)"),
+    "one bias": (dict(b_hh=None), "given alike"),
+    "mixed dtypes": (dict(w_hh=torch.zeros(32, 8).bfloat16()), "input and w_hh differ in dtype"),
+    "another device": (
+        dict(w_ih=torch.zeros(32, 5, device="meta")),
+        "input and w_ih are on different devices",
+    ),
+    "half a direction": (dict(w_ih_r=torch.zeros(32, 5)), "reverse direction lacks a weight"),
+    "a direction without biases": (
+        dict(w_ih_r=torch.zeros(32, 5), w_hh_r=torch.zeros(32, 8)),
+        "given alike",
+    ),
+    "another size in reverse": (
+        dict(
+            w_ih_r=torch.zeros(32, 4),
+            w_hh_r=torch.zeros(32, 8),
+            b_ih_r=torch.zeros(32),
+            b_hh_r=torch.zeros(32),
+        ),
+        "w_ih_r does not fit",
+    ),
+    "a state of another batch": (dict(h0=torch.zeros(1, 3, 8)), r"h0 does not fit .*expected \(1, 2, 8\)"),
+    "a state without directions": (dict(c0=torch.zeros(2, 8)), "c0 does not fit"),
+    "a state of another dtype": (dict(c0=torch.zeros(1, 2, 8).half()), "input and c0 differ in dtype"),
+    "reset the other way": (dict(reset=torch.zeros(2, 3).bool()), r"reset does not fit .*expected \(3, 2\)"),
+    "reset of floats": (dict(reset=torch.zeros(3, 2)), "reset must be bool"),
+    "lengths of another batch": (
+        dict(lengths=torch.ones(3).long()),
+        r"lengths does not fit .*expected \(2,\)",
+    ),
+    "32-bit lengths": (dict(lengths=torch.ones(2).int()), "lengths must be int64"),
+    "lengths past the end": (dict(lengths=torch.tensor([1, 4])), "lengths must lie in 0 to 3, got 1 to 4"),
+    "negative lengths": (dict(lengths=torch.tensor([-1, 3])), "lengths must lie in 0 to 3, got -1 to 3"),
+}
+WRONG_BACKWARDS = {
+    "a gradient of another size": (dict(grad_out=torch.zeros(3, 2, 9)), "grad_out does not fit"),
+    "a gradient of another dtype": (
+        dict(grad_out=torch.zeros(3, 2, 8).double()),
+        "input and grad_out differ in dtype",
+    ),
+    "a short gradient of a state": (dict(grad_hn=torch.zeros(1, 1, 8)), "grad_h_n does not fit"),
+    "a flat gradient of a state": (dict(grad_cn=torch.zeros(16)), "grad_c_n does not fit"),
+    "another out": (dict(out=torch.zeros(2, 2, 8)), "out does not fit"),
+    "out with gaps": (dict(out=torch.zeros(3, 2, 16)[..., ::2]), "out must be contiguous"),
+    "nothing saved": (dict(saved=torch.zeros(0)), r"saved does not fit .*expected \(1, 3, 2, 5, 16\)"),
+    "saved of a GRU": (
+        dict(saved=torch.zeros(1, 3, 2, 4, 16)),
+        r"saved does not fit .*expected \(1, 3, 2, 5, 16\)",
+    ),
+    "saved without its padding": (
+        dict(saved=torch.zeros(1, 3, 2, 5, 8)),
+        r"saved does not fit .*expected \(1, 3, 2, 5, 16\)",
+    ),
+    "saved of another dtype": (
+        dict(saved=torch.zeros(1, 3, 2, 5, 16).bfloat16()),
+        "saved must be contiguous torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("backward", "wrong"),
+    [
+        pytest.param(way == "backward", wrong, id=f"{way}: {name}")
+        for way, more in (("forward", {}), ("backward", WRONG_BACKWARDS))
+        for name, wrong in (WRONG_LAYERS | more).items()
+    ],
+)
+def test_wrong_calls_start_no_kernel(kernels, backward, wrong):
+    changes, message = wrong
+    changes = {name: _there(name, value, kernels.device) for name, value in changes.items()}
+    function = kernels.module.backward if backward else kernels.module.forward
+    with pytest.raises(RuntimeError, match=message):
+        function(**_arguments(kernels.device, backward=backward) | changes, run=no_launch)
+
+
+def test_checks_leave_the_sizes_of_a_trace_open():
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    from cnnlstm_fast.kernels import checks
+
+    env = ShapeEnv()
+    args = _arguments("cpu", backward=True)
+    open_dims = {"x": (0, 1), "h0": (1,), "c0": (1,), "reset": (0, 1), "lengths": (0,), "out": (0, 1)}
+    open_dims |= {"grad_out": (0, 1), "grad_hn": (1,), "grad_cn": (1,), "saved": (1, 2)}
+    mode = FakeTensorMode(shape_env=env)
+    for name, value in args.items():
+        if isinstance(value, Tensor):
+            dims = [
+                DimDynamic.DYNAMIC if d in open_dims.get(name, ()) else DimDynamic.STATIC
+                for d in range(value.dim())
+            ]
+            args[name] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dims))
+    x, h0, c0, *weights = (args[name] for name in INPUTS)
+    assert type(x.shape[1]) is torch.SymInt
+    checks.check_layer(x, h0, c0, weights, args["reset"], args["lengths"], 0, False)
+    grads = [args[name] for name in ("grad_out", "grad_hn", "grad_cn")]
+    checks.check_layer_backward(grads, x, weights[1], None, args["out"], args["saved"], 0, False)
+    assert not env.guards
+
+
+@modes
+@pytest.mark.parametrize(
+    "lengths",
+    [[0, 0, 0], [9, 1, 4], [-1, -7, -2], [2**32 + 2, 2**31, -(2**31)], [2**63 - 1, -(2**63), 0]],
+    ids=str,
+)
+def test_any_lengths_are_safe(kernels, weights, mode, lengths):
+    """Lengths that a device holds are not looked at: below none is none, past the last step is the last."""
+    layer = Layer(mode, batch=3, steps=4, width=3, hidden=5, directions=2, lengths=True, reset=True)
+    tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
+    wrong = torch.tensor(lengths)
+    tensors["lengths"] = wrong.clamp(0, layer.steps)
+    expected = kernels(layer, tensors, grads)
+
+    def run(kernel, programs, args, options):
+        args = args | {"lengths_ptr": wrong.to(kernels.device)}
+        launch_in_bounds(kernel, programs, args, options)
+
+    inputs, mode = kernels._inputs(layer, tensors), MODES[mode]
+    out, h_n, _, saved = kernels.module.forward(*inputs, mode, False, True, run=run)
+    moved = [None if g is None else _moved(g, kernels.device) for g in grads]
+    found = kernels.module.backward(*moved, *inputs, out, saved, mode, False, True, True, True, run=run)
+    assert torch.equal(out.cpu(), expected["out"]) and torch.equal(h_n.cpu(), expected["h_n"])
+    for name, g in zip(INPUTS, found, strict=True):
+        assert name not in tensors or torch.equal(g.cpu(), expected[f"d{name}"]), name
 
 
 # ---------------------------------------------------------------- the op

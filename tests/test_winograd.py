@@ -31,7 +31,7 @@ from helpers import (
     strided,
     torch_block,
 )
-from test_conv_norm import assert_normed, random_norm
+from norms import assert_normed, random_norm
 from test_numbers import SPECIAL_BLOCKS, assert_same_with_specials, with_specials
 from torch import nn
 

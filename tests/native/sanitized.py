@@ -4,7 +4,7 @@ KIND is ``address`` (AddressSanitizer, UndefinedBehaviorSanitizer and edge cover
 ``thread`` (ThreadSanitizer). The extension is built as setup.py describes it, with other flags, into a
 copy of the package under build/; COMMAND (arguments of Python, as ``-m pytest tests/...``) then runs
 with that package and with the sanitizer's runtime loaded first, once for every instruction set of this
-machine or only for the one that CNNLSTM_FAST_ISA names.
+machine or only for the one that CNNLSTM_FAST_ISA names; under ``baseline`` the others are not built.
 
 PyTorch and Python themselves are not instrumented. AddressSanitizer still sees their memory, since it
 replaces malloc. ThreadSanitizer would not see how PyTorch's threads wait for each other, so there
@@ -44,7 +44,8 @@ OPTIONS = {
 def build(kind: str) -> Path:
     """Build the kernels for ``kind``; returns a folder like a checkout, to run in."""
     flags, _, helper = KINDS[kind]
-    folder = ROOT / "build" / f"sanitize-{kind}"
+    baseline_only = os.environ.get("CNNLSTM_FAST_ISA") == "baseline"
+    folder = ROOT / "build" / (f"sanitize-{kind}-baseline" if baseline_only else f"sanitize-{kind}")
     package = folder / "cnnlstm_fast"
     package.mkdir(parents=True, exist_ok=True)
     for link in (*folder.iterdir(), *package.iterdir()):
@@ -71,6 +72,10 @@ def build(kind: str) -> Path:
     os.chdir(ROOT)
     distribution = run_setup("setup.py", ["-q", "build_ext"], stop_after="commandline")
     for module in distribution.ext_modules:
+        if baseline_only:
+            others = ("csrc/cpu/kernels_avx2.cpp", "csrc/cpu/kernels_avx512.cpp")
+            module.sources = [s for s in module.sources if s not in others]
+            module.sources.append("tests/native/baseline_only.cpp")
         module.extra_compile_args += [
             "-O1",
             "-g1",

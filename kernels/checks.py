@@ -1,0 +1,321 @@
+"""What the host functions ask of their arguments, so that no kernel reads or writes beyond a tensor.
+
+The questions and words are those of csrc/. Sizes that a trace leaves open are not compared, which would tie
+the traced program to them. What lies on the device, winner codes and lengths, is not looked at, which would
+wait for it: the kernels are safe for any such values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnnlstm_fast.ops.conv_block import PLANS, keeps_codes
+from cnnlstm_fast.ops.recurrent import MODES, saved_shape
+from cnnlstm_fast.spec import (
+    ACTIVATIONS,
+    BYTE_WINDOW,
+    codes_shape,
+    map_size,
+    pool_size,
+    raw_shape,
+    windows_meet,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: The largest size or parameter, so that places fit 32 bits; and the elements of a tensor that a machine
+#: may have.
+_MOST = 2**31 - 1
+_MOST_ELEMENTS = 2**46
+
+#: How many numbers an activation has, by its number.
+_NUMBERS = {ACTIVATIONS["hardtanh"]: 2, ACTIVATIONS["leaky_relu"]: 1, ACTIVATIONS["elu"]: 1}
+
+
+def _fixed(*sizes) -> bool:
+    """Whether all sizes are numbers, none of them left open by a trace."""
+    return all(type(size) is int for size in sizes)
+
+
+def _is_shape(found: Sequence[int], expected: Sequence[int]) -> bool:
+    return len(found) == len(expected) and all(
+        a == b for a, b in zip(found, expected, strict=True) if _fixed(a, b)
+    )
+
+
+def _once(check: Callable[..., Any]) -> Callable[..., Any]:
+    """``check`` of hashable arguments, run once for each; those that a trace leaves open have no hash."""
+    known = functools.lru_cache(maxsize=1024)(check)
+
+    def run(*args):
+        try:
+            return known(*args)
+        except TypeError:
+            return check(*args)
+
+    return run
+
+
+def _check_like(op: str, x: Tensor, name: str, t: Tensor | None) -> None:
+    """Check that an argument, where it is given, has the input's dtype and device."""
+    if t is None:
+        return
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"{op}: input and {name} differ in dtype: got {x.dtype} and {t.dtype}")
+    if t.device != x.device:
+        raise RuntimeError(f"{op}: input and {name} are on different devices: got {x.device} and {t.device}")
+
+
+def _check_kept(op: str, x: Tensor, name: str, t: Tensor, dtype: torch.dtype) -> None:
+    """Check the type and memory of what a forward kept."""
+    traced = not _fixed(*t.shape)
+    if t.dtype != dtype or t.device != x.device or not (traced or t.is_contiguous()):
+        raise RuntimeError(
+            f"{op}: {name} must be contiguous {dtype} on {x.device}, got {t.dtype} of strides {t.stride()} "
+            f"on {t.device}"
+        )
+
+
+def _check_dtype(op: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise RuntimeError(
+            f"{op}: got {x.dtype}, the CUDA kernels compute float32, bfloat16 and float16 only"
+        )
+
+
+# ---------------------------------------------------------------- the block
+
+
+def check_block(
+    x: Tensor,
+    weight: Tensor,
+    conv: list[int],
+    activation: int,
+    act: list[float],
+    pool: list[int],
+    order: list[int],
+    plan: int,
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Check what both ops of the block take; the sizes of the convolution's map and of the result."""
+    _check_dtype("conv_block", x)
+    _check_like("conv_block", x, "weight", weight)
+    numbers = activation, tuple(act), tuple(order), plan
+    return _block_sizes(x.shape, weight.shape, tuple(conv), tuple(pool), *numbers)
+
+
+@_once
+def _block_sizes(x_shape, weight_shape, conv, pool, activation, act, order, plan):
+    if len(x_shape) != 4 or len(weight_shape) != 4:
+        raise RuntimeError(
+            f"conv_block: expected a 4-d input and weight, got {len(x_shape)}-d and {len(weight_shape)}-d"
+        )
+    if len(conv) not in (7, 9):
+        raise RuntimeError(
+            "conv_block: conv must be [stride, padding, dilation (h, w each), groups, more padding after "
+            f"(h, w)], got {len(conv)} values"
+        )
+    if len(pool) not in (0, 9):
+        raise RuntimeError(f"conv_block: pool must be empty or have 9 values, got {len(pool)}")
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise RuntimeError(f"conv_block: unknown activation {activation}")
+    numbers = _NUMBERS.get(activation, 0)
+    if len(act) != numbers:
+        raise RuntimeError(f"conv_block: activation {activation} has {numbers} numbers, got {len(act)}")
+    if sorted(order) != [0, 1, 2, 3]:
+        raise RuntimeError(f"conv_block: order must be a permutation of 0, 1, 2, 3, got {list(order)}")
+    if plan not in (PLANS["direct"], PLANS["chunked"]):
+        raise RuntimeError(f"conv_block: unknown plan {plan}")
+    for name, values, from_zero in (("conv", conv, (2, 3, 7, 8)), ("pool", pool, (4, 5, 8))):
+        for i, value in enumerate(values):
+            if _fixed(value) and not (i not in from_zero) <= value <= _MOST:
+                raise RuntimeError(f"conv_block: {name}[{i}] = {value} is out of range")
+
+    n, c, h, w = x_shape
+    co, c_group, kh, kw = weight_shape
+    groups = conv[6]
+    if _fixed(c, co, c_group, kh, kw, groups) and (
+        min(c, co, kh, kw) < 1 or co % groups or c != c_group * groups
+    ):
+        raise RuntimeError(
+            f"conv_block: an input of {c} channels does not fit a weight {tuple(weight_shape)} with "
+            f"groups={groups}"
+        )
+    conv_hw = map_size((h, w), (kh, kw), conv)
+    if _fixed(h, w, *conv_hw):
+        if min(h, w, *conv_hw) < 1:
+            raise RuntimeError(f"conv_block: an input of {h}x{w} is too small for the kernel")
+        after_h, after_w = conv[7:] or (0, 0)
+        padded = h + 2 * conv[2] + after_h, w + 2 * conv[3] + after_w
+        if max(padded) > _MOST or (_fixed(n, co) and n * co * conv_hw[0] * conv_hw[1] > _MOST_ELEMENTS):
+            raise RuntimeError(f"conv_block: a map of {conv_hw[0]}x{conv_hw[1]} is too large")
+    if not pool:
+        return conv_hw, conv_hw
+    if pool[0] * pool[1] > BYTE_WINDOW:
+        raise RuntimeError(
+            f"conv_block: a pool window of {pool[0]}x{pool[1]} has more than {BYTE_WINDOW} elements"
+        )
+    if pool[4] > pool[0] // 2 or pool[5] > pool[1] // 2:
+        raise RuntimeError("conv_block: pool padding is more than half the kernel")
+    size = pool_size(conv_hw, pool)
+    if _fixed(*size):
+        if min(size) < 1:
+            raise RuntimeError(f"conv_block: a map of {conv_hw[0]}x{conv_hw[1]} is too small for the pool")
+        if not windows_meet(conv_hw, size, pool):
+            raise RuntimeError("conv_block: a pool window meets no element of the map")
+    return conv_hw, size
+
+
+def check_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    _check_like("conv_block", x, "bias", bias)
+    if not _is_shape(bias.shape, weight.shape[:1]):
+        raise RuntimeError(
+            f"conv_block: expected a bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+
+
+def check_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    activation: int,
+    pool: list[int],
+    order: list[int],
+    size: tuple[int, int],
+) -> None:
+    """Check what the backward takes besides; ``size`` is the result's."""
+    op = "conv_block_backward"
+    _check_like(op, x, "gradient", grad)
+    _check_kept(op, x, "codes", codes, torch.uint8)
+    n, co = x.shape[0], weight.shape[0]
+    expected = raw_shape(order, n, co, size)
+    if not _is_shape(grad.shape, expected):
+        raise RuntimeError(f"{op}: the gradient has shape {tuple(grad.shape)}, expected {tuple(expected)}")
+    if keeps_codes(activation, pool):
+        expected = codes_shape(pool[0] * pool[1] if pool else 1, n, co, size)
+        if not _is_shape(codes.shape, expected):
+            raise RuntimeError(f"{op}: codes have shape {tuple(codes.shape)}, expected {tuple(expected)}")
+    elif codes.shape != (0,):
+        raise RuntimeError(f"{op}: this block has no codes, got some of shape {tuple(codes.shape)}")
+
+
+# ---------------------------------------------------------------- recurrent layers
+
+
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+_LIKE_INPUT = (*_WEIGHTS, *(f"{name}_r" for name in _WEIGHTS), "h0", "c0")
+
+
+def check_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    reset: Tensor | None,
+    lengths: Tensor | None,
+    mode: int,
+    batch_first: bool,
+) -> None:
+    """Check what both ops of a recurrent layer take; ``weights`` are all ten."""
+    op = "recurrent_layer"
+    _check_dtype(op, x)
+    given = *weights, h0, c0
+    for name, t in zip(_LIKE_INPUT, given, strict=True):
+        _check_like(op, x, name, t)
+    shapes = (None if t is None else t.shape for t in (*given, reset, lengths))
+    _check_layer_shapes(x.shape, mode, bool(batch_first), *shapes)
+    if reset is not None and (reset.dtype != torch.bool or reset.device != x.device):
+        raise RuntimeError(f"{op}: reset must be bool on {x.device}, got {reset.dtype} on {reset.device}")
+    if lengths is not None:
+        _check_lengths(lengths, x.shape[int(batch_first)], x.device)
+
+
+@_once
+def _check_layer_shapes(x, mode, batch_first, *given):
+    weights = given[:10]
+    op = "recurrent_layer"
+    if mode not in MODES.values():
+        raise RuntimeError(f"{op}: unknown mode {mode}")
+    if len(x) != 3:
+        raise RuntimeError(f"{op}: expected a 3-d input, got {len(x)}-d")
+    gates, w_hh, reverse = 4 if mode == MODES["LSTM"] else 3, weights[1], weights[5:]
+    if len(w_hh) != 2 or w_hh[0] % gates:
+        raise RuntimeError(f"{op}: w_hh has no whole gates, got {tuple(w_hh)} for {gates} of them")
+    (rows, units), inputs = w_hh, x[2]
+    if _fixed(rows, inputs) and min(rows, inputs) < 1:
+        raise RuntimeError(f"{op}: sizes must be positive, got w_hh of {tuple(w_hh)} and {inputs} inputs")
+    if weights[4] is not None or reverse[4] is not None:
+        raise RuntimeError(f"{op}: the CUDA kernels compute no projection, got a w_hr")
+    if rows != gates * units:
+        raise RuntimeError(f"{op}: w_hh must be square per gate, got {tuple(w_hh)} for {gates} gates")
+    if (reverse[0] is None) != (reverse[1] is None):
+        raise RuntimeError(f"{op}: the reverse direction lacks a weight")
+    directions = 1 if reverse[0] is None else 2
+    biases = (*weights[2:4], *(reverse[2:4] if directions == 2 else ()))
+    if any((b is None) != (biases[0] is None) for b in biases):
+        raise RuntimeError(f"{op}: both directions and both biases must be given alike")
+    batch = x[1 - batch_first]
+    state = directions, batch, units
+    of_direction = ((rows, inputs), (rows, units), (rows,), (rows,), ())
+    expected = (*of_direction, *of_direction, state, state, x[:2], (batch,))
+    for name, found, shape in zip((*_LIKE_INPUT, "reset", "lengths"), given, expected, strict=True):
+        _check_fits(op, name, found, shape)
+
+
+def _check_fits(op: str, name: str, found: Sequence[int] | None, expected: Sequence[int]) -> None:
+    if found is not None and not _is_shape(found, expected):
+        raise RuntimeError(
+            f"{op}: {name} does not fit the other arguments: got shape {tuple(found)}, expected "
+            f"{tuple(expected)}"
+        )
+
+
+def _check_lengths(lengths: Tensor, steps: int, device: torch.device) -> None:
+    here = lengths.device.type == "cpu"
+    if lengths.dtype != torch.int64 or not (here or lengths.device == device):
+        raise RuntimeError(
+            f"recurrent_layer: lengths must be int64 on the CPU, got {lengths.dtype} on {lengths.device}"
+        )
+    # A traced tensor is of another type and has no values.
+    if here and type(lengths) is Tensor and lengths.numel():
+        least, most = (t.item() for t in torch.aminmax(lengths))
+        if least < 0 or most > steps:
+            raise RuntimeError(f"recurrent_layer: lengths must lie in 0 to {steps}, got {least} to {most}")
+
+
+def check_layer_backward(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    w_hh: Tensor,
+    w_hh_r: Tensor | None,
+    out: Tensor,
+    saved: Tensor,
+    mode: int,
+    batch_first: bool,
+) -> None:
+    """Check what the backward takes besides; ``grads`` are those of out, h_n and c_n."""
+    op = "recurrent_layer_backward"
+    for name, t in zip(("grad_out", "grad_h_n", "grad_c_n"), grads, strict=True):
+        _check_like(op, x, name, t)
+    _check_kept(op, x, "out", out, x.dtype)
+    _check_kept(op, x, "saved", saved, torch.float32)
+    shapes = (None if t is None else t.shape for t in (*grads, out, saved))
+    directions = 1 if w_hh_r is None else 2
+    _check_layer_backward_shapes(x.shape, directions, w_hh.shape[1], mode, bool(batch_first), *shapes)
+
+
+@_once
+def _check_layer_backward_shapes(x, directions, units, mode, batch_first, *found):
+    batch, steps = x[1 - batch_first], x[batch_first]
+    result, state = (*x[:2], directions * units), (directions, batch, units)
+    expected = result, state, state, result, saved_shape(mode, directions, steps, batch, units)
+    names = "grad_out", "grad_h_n", "grad_c_n", "out", "saved"
+    for name, shape, fits in zip(names, found, expected, strict=True):
+        _check_fits("recurrent_layer_backward", name, shape, fits)
