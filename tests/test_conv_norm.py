@@ -135,8 +135,9 @@ def assert_normed(
     layout="channels_first",
     needs=("x", "weight", "bias"),
     our_x=None,
+    our=ours,
 ) -> dict[str, Tensor]:
-    """Our block against PyTorch's by the numbers rule; returns ours."""
+    """Our block, by a function like :func:`ours`, against PyTorch's by the numbers rule; returns ours."""
     x, dtype = tensors["x"], tensors["x"].dtype
     with torch.no_grad():
         shape = eager(block, tensors["x"], tensors["weight"], tensors.get("bias"), copy.deepcopy(norm)).shape
@@ -152,7 +153,7 @@ def assert_normed(
     ways = [way(Tensor.contiguous, norm), way(last, norm)]
     true = way(Tensor.double, copy.deepcopy(norm).double())
     mine = run(
-        lambda *a: ours(block, *a, plan=plan, layout=layout),
+        lambda *a: our(block, *a, plan=plan, layout=layout),
         tensors | {"x": x if our_x is None else our_x}, norm, in_layout(grad, layout), needs,
     )  # fmt: skip
     assert mine.keys() == true.keys()
