@@ -689,7 +689,9 @@ def convolve_and_finish(x: Tensor, weight: Tensor, conv, args: dict, run) -> Non
     group_channels = channels // groups
     whole_code_groups = groups == 1 or group_channels % CODE_GROUP == 0
     product = _product_args(x, weight, conv)
-    bm, bn = 64, _product_width(x, group_channels, product) if whole_code_groups else CODE_GROUP
+    # What a norm's training keeps of the winners takes registers: half the height.
+    bm = 32 if args["NORMED"] and args["KEEP_WINNERS"] else 64
+    bn = _product_width(x, group_channels, product) if whole_code_groups else CODE_GROUP
     tiles = groups * triton.cdiv(group_channels, bn) if whole_code_groups else triton.cdiv(channels, bn)
     wide = _wide(places, x, weight, args["out_ptr"], args["codes_ptr"])
     args = args | product | dict(WIDE=wide, BM=bm, BN=bn)

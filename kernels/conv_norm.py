@@ -398,7 +398,7 @@ def grad_map_kernel(
 
 
 #: Launch options of passes that reduce their tiles: more of them in flight behind each barrier.
-REDUCTION = dict(num_warps=8, num_stages=1)
+REDUCTION = dict(num_warps=8, num_stages=1, maxnreg=255)
 
 
 def fold(
@@ -667,7 +667,7 @@ def _map_args(x, weight, conv, y, rows, places, *others) -> tuple[dict, dict]:
         product = _product_args(x, weight, conv)
         bn = _product_width(x, channels // conv[6], product)
         wide = _wide(places, x, weight, *others)
-        args = product | dict(COUT=channels, M=places, CONVOLVES=True, WIDE=wide, BM=64, BN=bn)
+        args = product | dict(COUT=channels, M=places, CONVOLVES=True, WIDE=wide, BM=32, BN=bn)
         return args, WIDE_PRODUCT if wide else PRODUCT
     args = dict(
         x_ptr=y,
