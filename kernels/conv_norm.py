@@ -45,7 +45,6 @@ from cnnlstm_fast.kernels.conv_block import (
     _add,
     _as_stored,
     _code_constants,
-    _conv_constants,
     _conv_grad,
     _convolve,
     _library_backward,
@@ -397,6 +396,11 @@ def grad_map_kernel(
     )
 
 
+#: What says how a kernel convolves, to one that does not.
+_OF_CONVOLUTION = (
+    "CIN_G", "KH", "KW", "CONV_SH", "CONV_SW", "CONV_PH", "CONV_PW", "CONV_DH", "CONV_DW", "GROUPS",
+)  # fmt: skip
+
 #: Launch options of passes that reduce their tiles: more of them in flight behind each barrier.
 REDUCTION = dict(num_warps=8, num_stages=1, maxnreg=255)
 
@@ -566,7 +570,7 @@ def backward(
     size = pool_size(conv_hw, pool)
     dconv = x.new_empty([x.shape[0], channels, *conv_hw])
     places = x.shape[0] * conv_hw[0] * conv_hw[1]
-    args, options = _map_args(x, weight, conv, y, 64, places, grad, codes, dconv)
+    args, options = _map_args(x, weight, conv, y, 32, places, grad, codes, dconv)
     args |= dict(
         grad_ptr=grad,
         codes_ptr=codes,
@@ -677,7 +681,7 @@ def _map_args(x, weight, conv, y, rows, places, *others) -> tuple[dict, dict]:
         W=0,
         **_strides("x", y.stride()),
         **_strides("w", (0, 0, 0, 0), "ochw"),
-        **_conv_constants(y[:1, :1, :1, :1], (1, 1, 0, 0, 1, 1, 1)),
+        **dict.fromkeys(_OF_CONVOLUTION, 1),
         TF32=False,
         FLOAT32_PRODUCT=False,
         BK=16,

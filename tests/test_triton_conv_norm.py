@@ -20,6 +20,7 @@ from helpers import (
     activate,
     as_2d,
     assert_close_as_torch,
+    evaluate,
     integer_tensors,
     normal_tensors,
     strided,
@@ -27,7 +28,7 @@ from helpers import (
     winners,
 )
 from interpreted import interpreter_and_cuda, kernels_of
-from test_conv_norm import BLOCKS, assert_normed, random_norm, run
+from test_conv_norm import BLOCKS, assert_normed, ours, random_norm, run
 from test_triton_conv_block import (  # where there is no Triton, it skips this file too
     ORDERS,
     PLANS,
@@ -44,9 +45,11 @@ from torch import Tensor
 
 from cnnlstm_fast import plans as plans_module
 from cnnlstm_fast.ops import conv_norm as op
+from cnnlstm_fast.spec import BlockSpec, Pool
 
 plans = pytest.mark.parametrize("plan", PLANS)
 modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+FORWARD_OP, BACKWARD_OP = op.forward_op, op.backward_op
 compiled = pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 
 
@@ -551,3 +554,170 @@ def test_folding(kernels, has, dtype):
     for mine, true in zip(found, expected, strict=True):
         assert mine.dtype == dtype and mine.is_contiguous()
         assert ((mine.double() - true).abs() <= 0.51 * torch.finfo(dtype).eps * true.abs() + 1e-7).all()
+
+
+# ---------------------------------------------------------------- tracing
+
+
+def _args_of_tracing(given: bool, plan: str):
+    args = (1e-5, *_op_args(SMALL), [0, 2, 3, 1], PLANS[plan])
+
+    def step(x, weight, bias, gamma, beta, mean, var, grad):
+        statistics = (mean, var) if given else (None, None)
+        out, *kept, stats = torch.ops.cnnlstm_fast.conv_norm_block.default(
+            x, weight, bias, gamma, beta, *statistics, *args, True, False
+        )
+        grads = torch.ops.cnnlstm_fast.conv_norm_block_backward.default(
+            grad, x, weight, stats, *kept, *args, given, True, True
+        )
+        folded = torch.ops.cnnlstm_fast.fold_norm.default(weight, bias, gamma, beta, mean, var, 1e-5)
+        return out, stats, *grads, *folded
+
+    return step
+
+
+@plans
+@modes
+def test_tracing_shows_the_kernels(plan, training):
+    """Under AOTAutograd the ops on CUDA tensors become their kernels, so that inductor can see them."""
+    from functorch.compile import aot_function
+    from torch._subclasses import FakeTensorMode
+
+    class Captured(Exception):
+        pass
+
+    def capture(graph, inputs):
+        raise Captured([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+
+    with FakeTensorMode(), pytest.raises(Captured) as captured:
+        channel = torch.empty(18, device="cuda")
+        inputs = [torch.empty(shape, device="cuda") for shape in SMALL.shapes().values()]
+        inputs += [channel, channel, channel, channel, torch.empty(3, 3, 3, 18, device="cuda")]
+        aot_function(_args_of_tracing(not training, plan), fw_compiler=capture)(*inputs)
+    targets = captured.value.args[0]
+    assert not [target for target in targets if "cnnlstm_fast" in target]
+    # statistics, forward and its sums, the map's gradient or the block's own two, and the fold
+    launches = 7 if training else {"direct": 7, "chunked": 6}[plan]
+    assert targets.count("triton_kernel_wrapper_functional") == launches
+    assert targets.count("aten.convolution.default") == (plan == "chunked") * (1 + training)
+    assert targets.count("aten.convolution_backward.default") == (training or plan == "chunked")
+
+
+# ---------------------------------------------------------------- the rule between the plans
+
+
+def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=True, norm="batch", **spec):
+    spec = BlockSpec(**{"padding": (1, 1), "pool": Pool((2, 2), (2, 2))} | spec)
+    return plans_module._by_bytes(spec, shape, weight_shape, dtype, tf32, training, shape[1] > 4, norm)
+
+
+TUTORIAL_SIZES = (1280, 3, 28, 28), (64, 3, 3, 3)
+CRNN_SIZES = (64, 64, 16, 50), (128, 64, 3, 3)
+
+
+@modes
+def test_few_taps_convolve_twice_and_many_leave_it_to_the_library(training):
+    for dtype, tf32 in ((torch.float32, True), (torch.bfloat16, False)):
+        assert _planned(*TUTORIAL_SIZES, dtype, tf32, training)[:2] == ("direct", "direct")
+        assert _planned(*CRNN_SIZES, dtype, tf32, training)[:2] == ("chunked", "chunked")
+    assert _planned(*TUTORIAL_SIZES, torch.float32, False, training)[0] == "chunked"  # without tensor cores
+
+
+def test_a_folded_norm_is_a_block_without_one():
+    for sizes in (TUTORIAL_SIZES, CRNN_SIZES):
+        assert _planned(*sizes, torch.bfloat16, norm="folded") == _planned(*sizes, torch.bfloat16, norm=None)
+    bare = dict(pool=None, activation=None)
+    assert _planned(*TUTORIAL_SIZES, norm=None, **bare)[0] == "reference"
+    assert _planned(*TUTORIAL_SIZES, norm="folded", **bare)[0] != "reference"
+
+
+def test_costs_counted_by_hand():
+    """The tutorial's block in bfloat16, bound by bytes all over, but for what it convolves."""
+    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
+    costs = plans_module.cuda_costs(
+        spec, *TUTORIAL_SIZES, torch.bfloat16, False, training=True, needs_x=False, norm="batch"
+    )
+    x, out, codes = 2 * 1280 * 3 * 28**2, 2 * 1280 * 64 * 14**2, 1280 * 64 * 14**2
+    the_map = 4 * out
+    convolved = 2 * 1280 * 64 * 28**2 * 27 / (180 * 0.2)
+    library = x + the_map
+    assert costs["direct"] == (
+        pytest.approx(2 * convolved),
+        pytest.approx(max(x + out + codes + the_map, convolved) + 2 * out + library),
+    )
+    assert costs["chunked"] == (
+        pytest.approx(library + the_map + the_map + 2 * out + codes),
+        pytest.approx(library + 2 * the_map + out + codes + 2 * out + library),
+    )
+
+
+def test_the_plans_of_calls(monkeypatch):
+    """On CUDA tensors without data: what decides knows the norm's mode and whether its weight trains."""
+    from torch._subclasses import FakeTensorMode
+
+    seen = []
+    decide = plans_module._by_bytes
+
+    def recorded(*args):
+        seen.append(args[-1])
+        return decide(*args)
+
+    monkeypatch.setattr(plans_module, "_by_bytes_cached", recorded)
+    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
+    with FakeTensorMode():
+        x, weight = (torch.empty(shape, device="cuda") for shape in TUTORIAL_SIZES)
+        norm = torch.nn.BatchNorm2d(64, device="cuda")
+        for train, frozen in ((True, False), (False, False), (False, True)):
+            norm.train(train).requires_grad_(not frozen)
+            plans_module.choose("auto", spec, x, weight, None, norm)
+        assert seen == ["batch", "given", "folded"]
+        with torch.no_grad():
+            plans_module.choose("auto", spec, x, weight, None, norm.requires_grad_())
+        assert seen[3:] == ["folded"]
+        assert plans_module.why_not_by_patches(spec, x, weight) is not None
+
+
+# ---------------------------------------------------------------- on a device
+
+
+@compiled
+@plans
+@modes
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_public_function(kernels, name, plan, training):
+    block = BLOCKS[name]
+
+    def call(block, x, weight, bias, norm, *, plan, layout):
+        parameters = [None if t is None else t.to("cuda") for t in (x, weight, bias)]
+        return ours(block, *parameters, norm.to("cuda"), plan=plan, layout=layout).cpu()
+
+    with mock.patch.multiple(op, forward_op=FORWARD_OP, backward_op=BACKWARD_OP):
+        tensors = normal_tensors(block, torch.float32)
+        layout = random.choice(["channels_first", "channels_last", "locations_time_major", "features"])
+        norm = random_norm(block, training).requires_grad_(False)
+        assert_normed(block, tensors, norm, plan=plan, layout=layout, our=call)
+
+
+@compiled
+@plans
+@modes
+def test_compiled_and_captured_calls_give_the_same_bits(kernels, plan, training):
+    tensors = _on("cuda", normal_tensors(SMALL, torch.float32))
+    norm = random_norm(SMALL, training, track_running_stats=not training).to("cuda")
+
+    def call(x, weight, bias):
+        return ours(SMALL, x, weight, bias, norm, plan=plan, layout="locations")
+
+    with mock.patch.multiple(op, forward_op=FORWARD_OP, backward_op=BACKWARD_OP):
+        grad = torch.ones(3, 9, 18, device="cuda")
+        eager = evaluate(call, tensors, grad)
+        fast = evaluate(torch.compile(call, fullgraph=True), tensors, grad)
+        assert all(torch.equal(fast[name], eager[name]) for name in eager)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            captured = call(**tensors)
+        for t in tensors.values():
+            t.neg_()
+        graph.replay()
+        with torch.no_grad():
+            assert torch.equal(captured, call(**tensors))
