@@ -493,7 +493,7 @@ def cuda_costs(
             pooled_again = kernel(x_bytes + out_bytes + code_bytes + kept, out_size * spec.window, _OWN_SHARE)
             spread_again = kernel(x_bytes + out_bytes + code_bytes + map_bytes, map_size, _OWN_SHARE)
             direct = sums + pooled_again, spread_again + gradients
-        chunked = library + map_bytes + finish, (0 if stored else library) + spread + gradients
+        chunked = library + (1 + stored) * map_bytes + finish, (0 if stored else library) + spread + gradients
     return {"direct": direct, "chunked": chunked}
 
 

@@ -20,7 +20,8 @@ of the map, and z of the winners and codes come to it in training:
   operators move 6 forward: z written, read twice, the normed map written, read, its activation in place.
 - CHUNKED: the library writes z, `statistics_kernel` reads it, `finish_kernel` reads it: 3, and no tile is
   convolved by us. So DIRECT is for few taps, whose products cost less than 3 maps take to move.
-- Where the map is kept (``keep_map``, or no pool), `statistics_kernel` writes it as it sums: 2.
+- Where the map is kept (``keep_map``, or no pool), channels last, `statistics_kernel` writes it as it sums:
+  2 in DIRECT, and 4 in CHUNKED unless the library's map lies so already.
 
 Statistics are those of z as a map of x's type holds it, so that they, the winners and the backward speak of
 the same numbers. Sums are about a pivot near the mean, merged as Chan et al. do it, in float32 within a
@@ -480,16 +481,15 @@ def forward(
     z_map = x.new_empty([batch, *conv_hw, channels] if stored else [0])
     y = None
     # Under given statistics there are no sums to take along: the library's map is as good as ours.
+    write = stored and of_batch  # in the pass of sums
     if plan == CHUNKED or (stored and not of_batch):
         y = library_map(x, weight, conv)
-        if stored:
-            z_map = y.permute(0, 2, 3, 1).contiguous()
-            y = z_map.permute(0, 3, 1, 2)
-    partial = None
-    if of_batch:
-        partial = _statistics(x, weight, conv, conv_hw, y, z_map, run)
-        if stored:
-            y = z_map.permute(0, 3, 1, 2)
+        channels_last = y.permute(0, 2, 3, 1)
+        if stored and (not of_batch or channels_last.is_contiguous()):
+            z_map, write = channels_last.contiguous(), False
+    partial = _statistics(x, weight, conv, conv_hw, y, z_map if write else None, run) if of_batch else None
+    if stored:
+        y = z_map.permute(0, 3, 1, 2)
     stats = x.new_empty([4, channels], dtype=float64)
     args = dict(
         partial_ptr=stats if partial is None else partial,
@@ -595,20 +595,20 @@ def backward(
 
 
 def _statistics(x, weight, conv, conv_hw, y, z_map, run) -> Tensor:
-    """Partial sums of z, read from ``y`` or convolved and then written to ``z_map`` if that has elements."""
+    """Partial sums of z, read from ``y`` or convolved, which is then written to ``z_map`` if there is one."""
     places = x.shape[0] * conv_hw[0] * conv_hw[1]
-    args, options = _map_args(x, weight, conv, y, 128, places, z_map)
+    args, options = _map_args(x, weight, conv, y, 128, places, x if z_map is None else z_map)
     tiles = _channel_tiles(args)
     splits, tiles_per_split = _splits(triton.cdiv(places, args["BM"]), tiles)
     partial = x.new_empty([4, splits, weight.shape[0]], dtype=float32)
     args |= dict(
-        map_ptr=x if y is not None else z_map if z_map.numel() else x,
+        map_ptr=x if z_map is None else z_map,
         partial_ptr=partial,
         OH=conv_hw[0],
         OW=conv_hw[1],
         SPLITS=splits,
         TILES_PER_SPLIT=tiles_per_split,
-        STORE=y is None and z_map.numel() > 0,
+        STORE=z_map is not None,
     )
     run(statistics_kernel, splits * tiles, args, options)
     return partial
