@@ -276,7 +276,7 @@ def test_statistics_are_exact_where_the_map_is(kernels, constants_of_the_kernels
     weight[3], weight[5] = -2, 0
     args = (*_op_args(block), [0, 1, 2, 3], PLANS[plan])
     there = [t.to(kernels.device) for t in (x, weight)]
-    *_, stats = kernels.module.forward(*there, None, None, None, None, None, 1e-5, *args, False, False)
+    out, *kept, stats = kernels.module.forward(*there, None, None, None, None, None, 1e-5, *args, True, False)
     z = F.conv2d(x.double(), weight.double())
     var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
     found = stats.cpu()
@@ -284,6 +284,41 @@ def test_statistics_are_exact_where_the_map_is(kernels, constants_of_the_kernels
     assert ((found[1] - var).abs() <= 1e-5 * var).all()
     scale = (var + 1e-5).rsqrt()
     torch.testing.assert_close(found[2:], torch.stack([scale, -mean * scale]), rtol=1e-5, atol=1e-7)
+    *_, sums = kernels.module.backward(
+        torch.ones_like(out), *there, stats, *kept, 1e-5, *args, False, False, False
+    )
+    # what deviates from the mean cancels, though the mean is no float32
+    assert (sums[0].abs() <= 1e-3).all() and (sums[1] == 480).all()
+
+
+@plans
+def test_an_infinite_place_makes_the_mean_infinite(kernels, plan):
+    """As the sum of a map is, whatever it is summed about."""
+    block = Block(3, 1, (12, 10), 17, (1, 1), bias=False, activation=None)
+    args = (*_op_args(block), [0, 1, 2, 3], PLANS[plan])
+    for at in (0, 359):
+        x = torch.randn(3, 1, 12, 10)
+        x.view(-1)[at] = math.inf
+        there = [t.to(kernels.device) for t in (x, torch.ones(17, 1, 1, 1))]
+        *_, stats = kernels.module.forward(*there, None, None, None, None, None, 1e-5, *args, False, False)
+        assert (stats[0] == math.inf).all() and stats[1].isnan().all()
+
+
+@plans
+@pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
+def test_everything_speaks_of_the_map_as_it_is_stored(kernels, keep_map, plan):
+    """In bfloat16: statistics, winners and results are those of the rounded z, whether it is kept or not."""
+    tensors = normal_tensors(SMALL, torch.bfloat16)
+    _, _, _, (out, _, kept, _, stats) = _forward(kernels, SMALL, tensors, plan=plan, keep_map=keep_map)
+    z = torch_block(
+        replace(SMALL, activation=None, pool=None), tensors["x"].float(), tensors["weight"].float()
+    )
+    z = z.bfloat16().double()
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    torch.testing.assert_close(stats[:2].cpu(), torch.stack([mean, var]), rtol=1e-5, atol=1e-5)
+    normed = F.relu(kept.float() * stats[2].float() + stats[3].float()).bfloat16()
+    torch.testing.assert_close(out, normed, rtol=2**-8, atol=0)
+    assert (out != normed).float().mean() < 0.02
 
 
 @plans
