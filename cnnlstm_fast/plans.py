@@ -516,7 +516,8 @@ def _by_bytes(
         return "chunked", "chunked", "a grouped convolution: the library's, then one pass"
     if norm in ("batch", "given"):  # one plan for both ways, which share what is kept
         both = {plan: forward + training * backward for plan, (forward, backward) in costs.items()}
-        if both["direct"] <= both["chunked"]:
+        # given statistics without a pool: the map is kept, and the library computes it for both plans
+        if both["direct"] <= both["chunked"] and (spec.pool or norm == "batch"):
             return (
                 "direct",
                 "direct",

@@ -14,10 +14,11 @@ where the statistics are the batch's; where they are given, dz ends with its fir
 What moves under the batch's statistics, in units of the map, the input aside; a pool of 2x2 leaves a quarter
 of the map, and z of the winners and codes come to it in training:
 
-- DIRECT: `statistics_kernel` convolves and keeps three numbers per channel and program: nothing of the map
+- DIRECT: `statistics_kernel` convolves and keeps four numbers per channel and program: nothing of the map
   moves. Then `forward_kernel` convolves again, a quarter written (half with what training keeps). The
   backward's `grad_map_kernel` convolves a third time to write dz: 1, and the library reads it. PyTorch's own
-  operators move 6 forward: z written, read twice, the normed map written, read, its activation in place.
+  operators move 7 forward: z written and read twice, the normed map written, read and written again by its
+  activation, and read by the pool.
 - CHUNKED: the library writes z, `statistics_kernel` reads it, `finish_kernel` reads it: 3, and no tile is
   convolved by us. So DIRECT is for few taps, whose products cost less than 3 maps take to move.
 - Where the map is kept (``keep_map``, or no pool), channels last, `statistics_kernel` writes it as it sums:

@@ -658,6 +658,11 @@ def test_few_taps_convolve_twice_and_many_leave_it_to_the_library(training):
     assert _planned(*TUTORIAL_SIZES, torch.float32, False, training)[0] == "chunked"  # without tensor cores
 
 
+def test_given_statistics_of_a_norm_that_trains():
+    assert _planned(*TUTORIAL_SIZES, torch.bfloat16, norm="given")[0] == "direct"
+    assert _planned(*TUTORIAL_SIZES, torch.bfloat16, norm="given", pool=None)[0] == "chunked"
+
+
 def test_a_folded_norm_is_a_block_without_one():
     for sizes in (TUTORIAL_SIZES, CRNN_SIZES):
         assert _planned(*sizes, torch.bfloat16, norm="folded") == _planned(*sizes, torch.bfloat16, norm=None)
