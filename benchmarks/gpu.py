@@ -79,21 +79,26 @@ class Work:
 class _Block(nn.Module):
     """A conv block by either of the two functions of one signature."""
 
-    def __init__(self, function, conv: nn.Module, pool: nn.Module | None, layout: str):
+    def __init__(
+        self, function, conv: nn.Module, norm: nn.Module | None, pool: nn.Module | None, layout: str
+    ):
         super().__init__()
-        self.function, self.conv, self.pool, self.layout = function, conv, pool, layout
+        self.function, self.conv, self.norm, self.pool, self.layout = function, conv, norm, pool, layout
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.conv
         return self.function(
-            x, c.weight, c.bias, stride=c.stride, padding=c.padding, pool=self.pool, layout=self.layout
-        )
+            x, c.weight, c.bias, stride=c.stride, padding=c.padding, norm=self.norm, pool=self.pool,
+            layout=self.layout,
+        )  # fmt: skip
 
 
-def _pair_of_blocks(conv: Callable[[], nn.Module], pool: nn.Module | None, layout: str):
-    reference = _Block(cf.reference.conv_block, conv(), pool, layout)
+def _pair_of_blocks(conv: Callable[[], nn.Module], pool: nn.Module | None, layout: str, normed: bool = False):
+    module = conv()
+    norm = nn.BatchNorm2d(module.out_channels) if normed else None
+    reference = _Block(cf.reference.conv_block, module, norm, pool, layout)
     with torch.no_grad():
-        for p in reference.parameters():
+        for p in module.parameters():
             p.copy_(on_grid(p, WEIGHT_STEP))
     fast = copy.deepcopy(reference)
     fast.function = cf.functional.conv_block
@@ -101,7 +106,11 @@ def _pair_of_blocks(conv: Callable[[], nn.Module], pool: nn.Module | None, layou
 
 
 def _blocks(dtype: str, training: bool) -> list[Work]:
-    """The tutorial's blocks, and first layers of an OCR, a video and an Atari model with one inner layer."""
+    """The tutorial's blocks, and first layers of an OCR, a video and an Atari model with one inner layer.
+
+    Those named BN have a batch norm, whose statistics are the batch's in training: the input is read once
+    more before the first result, since all of it decides them.
+    """
     max2 = nn.MaxPool2d(2)
     found = []
     for name, shape, conv, pool, layout in (
@@ -114,17 +123,27 @@ def _blocks(dtype: str, training: bool) -> list[Work]:
             nn.MaxPool2d(3, 2, 1), "channels_first",
         ),
         ("Atari", (512, 4, 84, 84), partial(nn.Conv2d, 4, 32, 8, stride=4), None, "channels_first"),
+        (
+            "video BN", (240, 3, 112, 112), partial(nn.Conv2d, 3, 64, 7, stride=2, padding=3, bias=False),
+            nn.MaxPool2d(3, 2, 1), "channels_first",
+        ),
+        (
+            "CRNN BN", (64, 256, 8, 25), partial(nn.Conv2d, 256, 512, 3, padding=1, bias=False),
+            nn.MaxPool2d(2, (2, 1), (0, 1)), "channels_first",
+        ),
     ):  # fmt: skip
+        normed = name.endswith(" BN")
         module = conv(device="meta")
         map_shape = module(torch.empty(shape, device="meta")).shape
         out = pool(torch.empty(map_shape, device="meta")).numel() if pool else prod(map_shape)
         needs_x = training and shape[1] > 4
         ways = 1 + training * (1 + needs_x)
-        moved = (prod(shape) * ways + out * (2 if training else 1)) * DTYPES[dtype].itemsize
+        read = ways + (normed and training)
+        moved = (prod(shape) * read + out * (2 if training else 1)) * DTYPES[dtype].itemsize
         found.append(
             Work(
                 f"block/{name}/{'training' if training else 'inference'}/{dtype}",
-                partial(_pair_of_blocks, conv, pool, layout),
+                partial(_pair_of_blocks, conv, pool, layout, normed),
                 shape,
                 dtype,
                 training,

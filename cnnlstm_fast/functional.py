@@ -174,7 +174,7 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
     gamma, beta = norm.weight, norm.bias
     trained = torch.is_grad_enabled() and plans.needs_gradient(weight, bias, gamma, beta)
     of_batch = plans.of_batch(norm)
-    if _folds(norm):
+    if plans.folds(norm):
         return _fused(spec, x, *conv_norm.fold(weight, bias, norm, trained), None, plan, backward_plan)
     if of_batch and plan == op.PLANS["direct"] and plans.why_not_by_patches(spec, x, weight) is None:
         weight, shift, mean, var = conv_norm.fold_batch(
@@ -186,7 +186,7 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
         args = (x, weight, bias, gamma, beta, *statistics, norm.eps, spec.conv_args,
                 ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)  # fmt: skip
         if trained or (torch.is_grad_enabled() and x.requires_grad):
-            raw, stats = conv_norm.ConvNormFunction.apply(*args, plans.keeps_map(weight))
+            raw, stats = conv_norm.ConvNormFunction.apply(*args, plans.keeps_map(weight.shape))
         else:
             raw, *_, stats = conv_norm.forward_op(*args, False, False)
         mean, var = stats[0], stats[1]
@@ -196,14 +196,9 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
     return raw
 
 
-def _folds(norm) -> bool:
-    """Whether a norm is folded into the convolution; its weight's gradient would be a difference of sums."""
-    return not plans.of_batch(norm) and not (torch.is_grad_enabled() and plans.needs_gradient(norm.weight))
-
-
 def _by_fft(spec, x, weight, bias, norm, rank: int) -> Tensor:
     """The raw result of a block whose convolution is computed by FFT; ``rank`` is the input's."""
-    if norm is not None and _folds(norm):
+    if norm is not None and plans.folds(norm):
         trained = torch.is_grad_enabled() and plans.needs_gradient(weight, bias, norm.bias)
         weight, bias = conv_norm.fold(weight, bias, norm, trained)
         norm = None

@@ -70,10 +70,13 @@ def of_batch(norm) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
+def folds(norm) -> bool:
+    """Whether a norm is folded into the convolution; its weight's gradient would be a difference of sums."""
+    return not of_batch(norm) and not (torch.is_grad_enabled() and needs_gradient(norm.weight))
+
+
 def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
     """Why a block with this batch norm is not fused, as a sentence; None if it is."""
-    if x.device.type != "cpu":
-        return "a batch norm is fused on the CPU only"
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if (norm.running_mean is None) != (norm.running_var is None):
         return "the norm has one running statistic without the other"
@@ -93,9 +96,9 @@ def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | No
     return None
 
 
-def keeps_map(weight: Tensor) -> bool:
+def keeps_map(weight_shape: Sequence[int]) -> bool:
     """Whether a pooled block under batch statistics keeps the map, because it costs much to compute again."""
-    return weight.shape[1] * weight.shape[2] * weight.shape[3] > 384
+    return weight_shape[1] * weight_shape[2] * weight_shape[3] > 384
 
 
 #: Taps up to which batch statistics come from their products.
@@ -104,6 +107,8 @@ _MOST_TAPS_BY_PATCHES = 64
 
 def why_not_by_patches(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     """Why batch statistics come from the convolution's map and not from its patches."""
+    if x.device.type != "cpu":
+        return "products of patches are summed on the CPU only"
     if torch.is_grad_enabled() and x.requires_grad:
         return "the input wants a gradient"
     if spec.groups > 1:
@@ -415,7 +420,9 @@ def choose(
         cudnn: Any = torch.backends.cudnn
         tf32 = x.dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32"
         by_bytes = _by_bytes if torch.compiler.is_compiling() else _by_bytes_cached
-        return by_bytes(spec, x.shape, weight.shape, x.dtype, tf32, training, needs_x)
+        if norm is not None and folds(norm):
+            mode = "folded"
+        return by_bytes(spec, x.shape, weight.shape, x.dtype, tf32, training, needs_x, mode)
     return forward, backward, reason
 
 
@@ -436,11 +443,15 @@ def cuda_costs(
     tf32: bool,
     training: bool,
     needs_x: bool,
+    norm: str | None = None,
 ) -> dict[str, tuple[float, float]]:
     """What each plan costs on CUDA: {plan: (forward, backward)}, in bytes moved or the arithmetic of as many.
 
     A kernel takes the longer of its two; ``chunked`` runs the convolution's kernels and then the pass that
-    finishes, or the pass that spreads the gradient and then the convolution's.
+    finishes, or the pass that spreads the gradient and then the convolution's. Under a ``norm`` by the
+    batch's statistics ("batch") ``direct`` convolves once for the sums, once for the result and once for
+    the gradient, whose convolution is the library's; ``chunked`` reads its map once more for the sums. A
+    norm by given ones that trains ("given") adds a pass over the gradient; one that is "folded" nothing.
     """
     size = dtype.itemsize
     conv = spec.conv_size(shape[2:], weight_shape[2:])
@@ -467,18 +478,60 @@ def cuda_costs(
         kernel(x_bytes + map_bytes, map_size, _LIBRARY_SHARE) + map_bytes + out_bytes + code_bytes,
         kernel(read + map_bytes * ways, map_size * ways, _LIBRARY_SHARE) + map_bytes + out_bytes + code_bytes,
     )
+    kept = out_bytes if training and spec.pool else 0  # z of the winners
+    passed = 2 * out_bytes  # the gradient and z of the winners, for the norm's own gradients
+    if norm == "given":
+        direct = direct[0] + kept, direct[1] + passed + out_bytes
+        chunked = chunked[0] + kept, chunked[1] + passed + out_bytes
+    if norm == "batch":
+        stored = training and (not spec.pool or keeps_map(weight_shape))
+        finish = map_bytes + out_bytes + code_bytes + kept
+        spread = 2 * map_bytes + out_bytes + code_bytes
+        gradients = passed + kernel(read + map_bytes * ways, map_size * ways, _LIBRARY_SHARE)
+        library = kernel(x_bytes + map_bytes, map_size, _LIBRARY_SHARE)
+        if stored:
+            sums = kernel(x_bytes + map_bytes, map_size, _OWN_SHARE)
+            direct = sums + finish, spread + gradients
+        else:
+            sums = kernel(x_bytes, map_size, _OWN_SHARE)
+            pooled_again = kernel(x_bytes + out_bytes + code_bytes + kept, out_size * spec.window, _OWN_SHARE)
+            spread_again = kernel(x_bytes + out_bytes + code_bytes + map_bytes, map_size, _OWN_SHARE)
+            direct = sums + pooled_again, spread_again + gradients
+        chunked = library + (1 + stored) * map_bytes + finish, (0 if stored else library) + spread + gradients
     return {"direct": direct, "chunked": chunked}
 
 
 def _by_bytes(
-    spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype, tf32: bool, training: bool, needs_x: bool
+    spec: BlockSpec,
+    shape: tuple,
+    weight_shape: tuple,
+    dtype,
+    tf32: bool,
+    training: bool,
+    needs_x: bool,
+    norm: str | None = None,
 ) -> tuple[str, str, str]:
-    """The plan on CUDA by sizes: (forward, backward, reason)."""
-    if spec.activation is None and not spec.pool and spec.layout in ("channels_first", "channels_last"):
+    """The plan on CUDA by sizes: (forward, backward, reason); ``norm`` as :func:`cuda_costs` takes it."""
+    alone = norm is None and spec.activation is None and not spec.pool
+    if alone and spec.layout in ("channels_first", "channels_last"):
         return "reference", "reference", "a convolution alone: there is nothing to fuse"
-    costs = cuda_costs(spec, shape, weight_shape, dtype, tf32, training, needs_x)
+    costs = cuda_costs(spec, shape, weight_shape, dtype, tf32, training, needs_x, norm)
     if spec.groups > 1:  # tiles of tensor cores would be mostly empty
         return "chunked", "chunked", "a grouped convolution: the library's, then one pass"
+    if norm in ("batch", "given"):  # one plan for both ways, which share what is kept
+        both = {plan: forward + training * backward for plan, (forward, backward) in costs.items()}
+        # given statistics without a pool: the map is kept, and the library computes it for both plans
+        if both["direct"] <= both["chunked"] and (spec.pool or norm == "batch"):
+            return (
+                "direct",
+                "direct",
+                "by bytes and arithmetic: statistics as it convolves, the map never moves",
+            )
+        return (
+            "chunked",
+            "chunked",
+            "by bytes and arithmetic: the library's convolution, then passes over its map",
+        )
     forward, backward = (
         "direct" if costs["direct"][way] <= costs["chunked"][way] else "chunked" for way in range(2)
     )

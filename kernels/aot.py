@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -21,12 +21,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cnnlstm_fast.kernels import conv_block, recurrent
+from cnnlstm_fast.kernels import conv_block, conv_norm, recurrent
 from cnnlstm_fast.kernels.conv_block import CHUNKED, DIRECT
 from cnnlstm_fast.kernels.recurrent import GRU, LSTM
 from cnnlstm_fast.spec import CURVED
 
 ARCHITECTURES = (80, 90, 100)
+
+#: PyTorch's own for a batch norm.
+EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Case:
     bias: bool = True
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     plans: tuple[int, ...] = (DIRECT,)
+    #: a batch norm by the batch's statistics, by those and the map kept, or by given ones; or none
+    norm: Literal["batch", "batch, map kept", "given"] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,62 @@ CASES = (
     Case("SiLU", (64, 32, 1, 128), 64, (1, 3), activation=7, dtypes=("bfloat16",), plans=(DIRECT, CHUNKED)),
     Case("ReLU6", (64, 24, 1, 128), 64, (1, 3), activation=2, act=(0.0, 6.0), dtypes=("float32",)),
     Case("bare", (32, 3, 32, 32), 64, (3, 3), activation=0, bias=False, dtypes=("bfloat16",)),
+    Case(
+        "video norm",
+        (240, 3, 112, 112),
+        64,
+        (7, 7),
+        (2, 2, 3, 3, 1, 1, 1),
+        pool=(3, 3, 2, 2, 1, 1, 1, 1, 0),
+        bias=False,
+        dtypes=("float32", "tf32", "bfloat16"),
+        plans=(DIRECT, CHUNKED),
+        norm="batch",
+    ),
+    Case(
+        "CRNN norm",
+        (64, 256, 8, 25),
+        512,
+        (3, 3),
+        pool=(2, 2, 2, 1, 0, 1, 1, 1, 0),
+        order=(3, 0, 1, 2),
+        dtypes=("tf32", "bfloat16"),
+        plans=(DIRECT, CHUNKED),
+        norm="batch, map kept",
+    ),
+    Case(
+        "norm of a signal",
+        (128, 64, 1, 196),
+        64,
+        (1, 3),
+        (1, 1, 0, 1, 1, 1, 1),
+        activation=7,
+        order=(0, 2, 3, 1),
+        dtypes=("float32", "float16"),
+        plans=(DIRECT, CHUNKED),
+        norm="batch",
+    ),
+    Case(
+        "frozen norm",
+        (64, 64, 16, 50),
+        128,
+        (3, 3),
+        activation=8,
+        pool=_POOL2,
+        dtypes=("float32", "tf32", "bfloat16"),
+        plans=(DIRECT, CHUNKED),
+        norm="given",
+    ),
+    Case(
+        "64-bit offsets norm",
+        (60000, 3, 128, 128),
+        64,
+        (3, 3),
+        pool=_POOL2,
+        dtypes=("bfloat16",),
+        plans=(DIRECT, CHUNKED),
+        norm="batch",
+    ),
     LayerCase("tutorial LSTM", LSTM, (196, 128, 64), 64),
     LayerCase("policy LSTM", LSTM, (128, 2, 512), 128, batch_first=True, dtypes=("bfloat16",)),
     LayerCase("everything", LSTM, (100, 32, 128), 128, 2, lengths=True, dtypes=("float16",)),
@@ -149,6 +210,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int64: "*i64",
 }
@@ -169,7 +231,7 @@ def launches(case: Case | LayerCase, dtype: str) -> list[Launch]:
 
     with _float32_products("tf32" if dtype == "tf32" else "ieee"):
         if isinstance(case, Case):
-            _run_block(case, data, record)
+            (_run_block if case.norm is None else _run_normed_block)(case, data, record)
         else:
             _run_layer(case, data, record)
     return found
@@ -186,6 +248,34 @@ def _run_block(case: Case, data, record) -> None:
         if case.activation >= CURVED:  # its gradient comes multiplied by the slopes
             block = (block[0], 0, [], *block[3:])
         conv_block.backward(grad, x, weight, codes, *block, plan, True, True, True, run=record)
+
+
+def _run_normed_block(case: Case, data, record) -> None:
+    x = data(*case.x)
+    weight = data(case.c_out, case.x[1] // case.conv[6], *case.kernel)
+    bias = data(case.c_out) if case.bias else None
+    gamma = beta = mean = var = data(case.c_out)
+    conv_norm.fold(weight, bias, gamma, beta, mean, var, EPS, run=record)
+    given, keep_map = case.norm == "given", case.norm == "batch, map kept"
+    statistics = (mean, var) if given else (None, None)
+    block = (list(case.conv), case.activation, list(case.act), list(case.pool), list(case.order))
+    for plan in case.plans:
+        out, codes, kept, kept_map, stats = conv_norm.forward(
+            x,
+            weight,
+            bias,
+            gamma,
+            beta,
+            *statistics,
+            EPS,
+            *block,
+            plan,
+            True,
+            keep_map,
+            run=record,
+        )
+        of_forward = torch.empty_like(out), x, weight, stats, codes, kept, kept_map
+        conv_norm.backward(*of_forward, EPS, *block, plan, given, True, True, run=record)
 
 
 def _run_layer(case: LayerCase, data, record) -> None:

@@ -59,6 +59,12 @@ def _load_float32(pointers, ok):
 
 
 @triton.jit
+def _as_stored(z, map_ptr):
+    """``z`` as a map of ``map_ptr``'s type holds it: statistics, winners and gradients agree on it."""
+    return z.to(map_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _split_place(m, SIZE_H, SIZE_W):
     """(n, h, w) of place ``m`` in a map of SIZE_H x SIZE_W."""
     return m // (SIZE_W * SIZE_H), m // SIZE_W % SIZE_H, m % SIZE_W
@@ -143,29 +149,48 @@ def _activate(y, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _keep_max(best, code, slope, y, valid, e, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """Let element ``e`` of the windows, with values ``y`` where ``valid``, compete for the maximum."""
-    y, slope_here = _activate(y, ACTIVATION, A, B)
+def _argument(z, b_ptr, b_o, c, c_ok, COUT: tl.constexpr, HAS_BIAS: tl.constexpr, NORMED: tl.constexpr):
+    """What enters the activation: ``z`` and its bias or, NORMED, scaled and shifted by the stats there."""
+    if NORMED:
+        scale = _load_float32(b_ptr + 2 * COUT + c, c_ok)
+        z = z * scale[None, :] + _load_float32(b_ptr + 3 * COUT + c, c_ok)[None, :]
+    elif HAS_BIAS:
+        z += _load_float32(b_ptr + c * b_o, c_ok)[None, :]
+    return z
+
+
+@triton.jit
+def _keep_max(
+    best, code, kept, z, y, valid, e, NORMED: tl.constexpr,
+    ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Let element ``e`` of the windows compete for the maximum, by the activation of ``y`` where ``valid``.
+
+    ``kept`` is of the winner: NORMED its ``z``, else the slope of a curved activation.
+    """
+    y, slope = _activate(y, ACTIVATION, A, B)
     wins = valid & ((y > best) | (y != y) | (code < 0))
-    if ACTIVATION >= 3:
-        slope = tl.where(wins, slope_here, slope)
-    return tl.where(wins, y, best), tl.where(wins, e, code), slope
+    if NORMED:
+        kept = tl.where(wins, z, kept)
+    elif ACTIVATION >= 3:
+        kept = tl.where(wins, slope, kept)
+    return tl.where(wins, y, best), tl.where(wins, e, code), kept
 
 
 @triton.jit
 def _store_pooled(
-    out_ptr, codes_ptr, slopes_ptr, best, code, slope, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
+    out_ptr, codes_ptr, kept_ptr, best, code, kept, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
     ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
-    KEEP: tl.constexpr, KEEP_SLOPES: tl.constexpr, NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
+    KEEP: tl.constexpr, KEEP_WINNERS: tl.constexpr, NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of pooled values, slopes and packed winner codes; ``c0`` is a multiple of 16 with KEEP."""
+    """Write a tile of pooled values, ``kept`` and packed codes; ``c0`` is a multiple of 16 with KEEP."""
     c = c0 + tl.arange(0, BN)
     place = (n * o_n + ph * o_h + pw * o_w)[:, None] + (c * o_c)[None, :]
     ok = m_ok[:, None] & (c < c_end)[None, :]
     tl.store(out_ptr + place, best.to(out_ptr.dtype.element_ty), mask=ok)
-    if KEEP_SLOPES:
-        tl.store(slopes_ptr + place, slope.to(slopes_ptr.dtype.element_ty), mask=ok)
+    if KEEP_WINNERS:
+        tl.store(kept_ptr + place, kept.to(kept_ptr.dtype.element_ty), mask=ok)
     if KEEP:
         nothing = code < 0
         if ACTIVATION == 1:
@@ -266,15 +291,16 @@ def _convolve(
 
 @triton.jit(do_not_specialize=["M", "INNER"])
 def forward_kernel(
-    x_ptr, w_ptr, b_ptr, out_ptr, codes_ptr, slopes_ptr, M, INNER, H, W, OH, OW, PH, PW,
+    x_ptr, w_ptr, b_ptr, out_ptr, codes_ptr, kept_ptr, M, INNER, H, W, OH, OW, PH, PW,
     x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w, b_o, o_n, o_c, o_h, o_w,
     COUT: tl.constexpr, CIN_G: tl.constexpr, GROUPS: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, CONV_SH: tl.constexpr, CONV_SW: tl.constexpr,
     CONV_PH: tl.constexpr, CONV_PW: tl.constexpr, CONV_DH: tl.constexpr, CONV_DW: tl.constexpr,
     POOL_KH: tl.constexpr, POOL_KW: tl.constexpr, POOL_SH: tl.constexpr, POOL_SW: tl.constexpr,
     POOL_PH: tl.constexpr, POOL_PW: tl.constexpr, POOL_DH: tl.constexpr, POOL_DW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
-    KEEP: tl.constexpr, KEEP_SLOPES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORMED: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    KEEP: tl.constexpr, KEEP_WINNERS: tl.constexpr,
     NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
     TF32: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -307,46 +333,50 @@ def forward_kernel(
 
     best = tl.full((BM, BN), float("-inf"), tl.float32)
     code = tl.full((BM, BN), -1, tl.int32)
-    slope = tl.full((BM, BN), 0.0, tl.float32)
+    kept = tl.full((BM, BN), 0.0, tl.float32)
     for e in range(POOL_KH * POOL_KW):
         oh = ph * POOL_SH - POOL_PH + e // POOL_KW * POOL_DH
         ow = pw * POOL_SW - POOL_PW + e % POOL_KW * POOL_DW
         valid = m_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
         if ALIGNED:
-            y = _convolve(
+            z = _convolve(
                 x_ptr, w_ptr, n, oh, ow, valid, first, c, c_ok, INNER, H, W,
                 x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
                 CIN_G, KH, KW, CONV_SH, CONV_SW, CONV_PH, CONV_PW, CONV_DH, CONV_DW,
                 TF32, FLOAT32_PRODUCT, OFFSET, BM, BN, BK,
             )  # fmt: skip
         else:
-            y = tl.full((BM, BN), 0.0, tl.float32)
+            z = tl.full((BM, BN), 0.0, tl.float32)
             for group in range(first, last + 1):
-                y_group = _convolve(
+                z_group = _convolve(
                     x_ptr, w_ptr, n, oh, ow, valid, group, c, c_ok, INNER, H, W,
                     x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
                     CIN_G, KH, KW, CONV_SH, CONV_SW, CONV_PH, CONV_PW, CONV_DH, CONV_DW,
                     TF32, FLOAT32_PRODUCT, OFFSET, BM, BN, BK,
                 )  # fmt: skip
-                y = tl.where((c // COUT_G == group)[None, :], y_group, y)
-        if HAS_BIAS:
-            y += _load_float32(b_ptr + c * b_o, c_ok)[None, :]
-        best, code, slope = _keep_max(best, code, slope, y, valid[:, None], e, ACTIVATION, ACT_A, ACT_B)
+                z = tl.where((c // COUT_G == group)[None, :], z_group, z)
+        if NORMED:
+            z = _as_stored(z, out_ptr)
+        y = _argument(z, b_ptr, b_o, c, c_ok, COUT, HAS_BIAS, NORMED)
+        best, code, kept = _keep_max(
+            best, code, kept, z, y, valid[:, None], e, NORMED, ACTIVATION, ACT_A, ACT_B
+        )
     _store_pooled(
-        out_ptr, codes_ptr, slopes_ptr, best, code, slope, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
-        ACTIVATION, ACT_A, ACT_B, KEEP, KEEP_SLOPES, NIBBLES, CODE_GROUPS, BM, BN,
+        out_ptr, codes_ptr, kept_ptr, best, code, kept, m, m_ok, n, ph, pw, c0, c_end, o_n, o_c, o_h, o_w,
+        ACTIVATION, ACT_A, ACT_B, KEEP, KEEP_WINNERS, NIBBLES, CODE_GROUPS, BM, BN,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def finish_kernel(
-    y_ptr, b_ptr, out_ptr, codes_ptr, slopes_ptr, M, OH, OW, PH, PW,
+    y_ptr, b_ptr, out_ptr, codes_ptr, kept_ptr, M, OH, OW, PH, PW,
     y_n, y_c, y_h, y_w, b_o, o_n, o_c, o_h, o_w,
     COUT: tl.constexpr,
     POOL_KH: tl.constexpr, POOL_KW: tl.constexpr, POOL_SH: tl.constexpr, POOL_SW: tl.constexpr,
     POOL_PH: tl.constexpr, POOL_PW: tl.constexpr, POOL_DH: tl.constexpr, POOL_DW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
-    KEEP: tl.constexpr, KEEP_SLOPES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NORMED: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACT_A: tl.constexpr, ACT_B: tl.constexpr,
+    KEEP: tl.constexpr, KEEP_WINNERS: tl.constexpr,
     NIBBLES: tl.constexpr, CODE_GROUPS: tl.constexpr,
     WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -363,19 +393,18 @@ def finish_kernel(
 
     best = tl.full((BM, BN), float("-inf"), tl.float32)
     code = tl.full((BM, BN), -1, tl.int32)
-    slope = tl.full((BM, BN), 0.0, tl.float32)
+    kept = tl.full((BM, BN), 0.0, tl.float32)
     for e in range(POOL_KH * POOL_KW):
         oh = ph * POOL_SH - POOL_PH + e // POOL_KW * POOL_DH
         ow = pw * POOL_SW - POOL_PW + e % POOL_KW * POOL_DW
         valid = (m_ok & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
         place = n * y_n + oh * y_h + ow * y_w
-        y = _load_float32(y_ptr + place[:, None] + (c * y_c)[None, :], valid & c_ok[None, :])
-        if HAS_BIAS:
-            y += _load_float32(b_ptr + c * b_o, c_ok)[None, :]
-        best, code, slope = _keep_max(best, code, slope, y, valid, e, ACTIVATION, ACT_A, ACT_B)
+        z = _load_float32(y_ptr + place[:, None] + (c * y_c)[None, :], valid & c_ok[None, :])
+        y = _argument(z, b_ptr, b_o, c, c_ok, COUT, HAS_BIAS, NORMED)
+        best, code, kept = _keep_max(best, code, kept, z, y, valid, e, NORMED, ACTIVATION, ACT_A, ACT_B)
     _store_pooled(
-        out_ptr, codes_ptr, slopes_ptr, best, code, slope, m, m_ok, n, ph, pw, c0, COUT, o_n, o_c, o_h, o_w,
-        ACTIVATION, ACT_A, ACT_B, KEEP, KEEP_SLOPES, NIBBLES, CODE_GROUPS, BM, BN,
+        out_ptr, codes_ptr, kept_ptr, best, code, kept, m, m_ok, n, ph, pw, c0, COUT, o_n, o_c, o_h, o_w,
+        ACTIVATION, ACT_A, ACT_B, KEEP, KEEP_WINNERS, NIBBLES, CODE_GROUPS, BM, BN,
     )  # fmt: skip
 
 
@@ -597,65 +626,79 @@ def forward(
     if out.numel() == 0:
         return out, codes, slopes
 
-    places = batch * size[0] * size[1]
-    args = dict(
+    args = finish_args(out, codes, slopes, order, conv_hw, size, activation, act, pool) | dict(
         b_ptr=weight if bias is None else bias,
+        b_o=0 if bias is None else bias.stride(0),
+        HAS_BIAS=bias is not None,
+        NORMED=False,
+    )
+    if plan == CHUNKED:
+        finish(library_map(x, weight, conv), args, run)
+    else:
+        convolve_and_finish(x, weight, conv, args, run)
+    return out, codes, slopes
+
+
+def finish_args(out, codes, kept, order, conv_hw, size, activation, act, pool) -> dict:
+    """The arguments of a kernel that ends in a block's result, but for those that say what it starts from.
+
+    ``kept`` is what is kept of the winners; it and ``codes`` have no element where they are not kept.
+    """
+    channels = out.shape[list(order).index(1)]
+    return dict(
         out_ptr=out,
         codes_ptr=codes,
-        slopes_ptr=slopes,
-        M=places,
+        kept_ptr=kept,
+        M=out.numel() // channels,
         OH=conv_hw[0],
         OW=conv_hw[1],
         PH=size[0],
         PW=size[1],
-        b_o=0 if bias is None else bias.stride(0),
         **_strides("o", _nchw_strides(out, order)),
         COUT=channels,
         **_pool_constants(pool),
         **_code_constants(pool, channels),
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation,
-        ACT_A=act[0] if act else 0.0,
-        ACT_B=act[1] if len(act) > 1 else 0.0,
-        KEEP=keep_codes,
-        KEEP_SLOPES=slopes.numel() > 0,
+        **_activation_constants(activation, act),
+        KEEP=codes.numel() > 0,
+        KEEP_WINNERS=kept.numel() > 0,
     )
-    if plan == CHUNKED:
-        y = torch.ops.aten.convolution.default(
-            _padded_after(x, conv), weight, None, conv[0:2], conv[2:4], conv[4:6], False, [0, 0], conv[6]
-        )
-        args |= dict(y_ptr=y, **_strides("y", y.stride()), WIDE=_wide(places, y, out, codes), BM=32, BN=32)
-        run(finish_kernel, triton.cdiv(places, 32) * triton.cdiv(channels, 32), args, PASS)
-        return out, codes, slopes
 
+
+def library_map(x: Tensor, weight: Tensor, conv) -> Tensor:
+    """The convolution's map (N, C, OH, OW) as PyTorch's library computes it, without a bias."""
+    return torch.ops.aten.convolution.default(
+        _padded_after(x, conv), weight, None, conv[0:2], conv[2:4], conv[4:6], False, [0, 0], conv[6]
+    )
+
+
+def finish(y: Tensor, args: dict, run) -> None:
+    """From a convolution's map (N, C, OH, OW) of any strides to what ``args`` (:func:`finish_args`) name."""
+    places, channels = args["M"], args["COUT"]
+    args = args | dict(
+        y_ptr=y,
+        **_strides("y", y.stride()),
+        WIDE=_wide(places, y, args["out_ptr"], args["codes_ptr"]),
+        BM=32,
+        BN=32,
+    )
+    run(finish_kernel, triton.cdiv(places, 32) * triton.cdiv(channels, 32), args, PASS)
+
+
+def convolve_and_finish(x: Tensor, weight: Tensor, conv, args: dict, run) -> None:
+    """The whole block by one kernel; ``args`` are those of :func:`finish_args`."""
+    places, channels = args["M"], args["COUT"]
     groups = conv[6]
     group_channels = channels // groups
     whole_code_groups = groups == 1 or group_channels % CODE_GROUP == 0
-    taps = math.prod(weight.shape[1:])
-    product = _product_constants(x)
-    wide = _wide(places, x, weight, out, codes)
-    # A float32 product without tensor cores needs registers for its operands: half the width.
-    widest = 32 if x.dtype == torch.float32 and not product["TF32"] else 64
-    bm, bn = 64, _tile(group_channels, widest) if whole_code_groups else CODE_GROUP
-    bk = _tile(taps, 64 // x.element_size())
+    product = _product_args(x, weight, conv)
+    # What a norm's training keeps of the winners takes registers: half the height.
+    bm = 32 if args["NORMED"] and args["KEEP_WINNERS"] else 64
+    bn = _product_width(x, group_channels, product) if whole_code_groups else CODE_GROUP
     tiles = groups * triton.cdiv(group_channels, bn) if whole_code_groups else triton.cdiv(channels, bn)
-    args |= dict(
-        x_ptr=x,
-        w_ptr=weight,
-        INNER=taps,
-        H=x.shape[2],
-        W=x.shape[3],
-        **_strides("x", x.stride()),
-        **_strides("w", weight.stride(), "ochw"),
-        **_conv_constants(weight, conv),
-        **product,
-        WIDE=wide,
-        BM=bm,
-        BN=bn,
-        BK=bk,
-    )
-    run(forward_kernel, triton.cdiv(places, bm) * tiles, args, WIDE_PRODUCT if wide else PRODUCT)
-    return out, codes, slopes
+    wide = _wide(places, x, weight, args["out_ptr"], args["codes_ptr"])
+    args = args | product | dict(WIDE=wide, BM=bm, BN=bn)
+    curved = args["KEEP_WINNERS"] and args["ACTIVATION"] >= CURVED
+    run(forward_kernel, triton.cdiv(places, bm) * tiles, args, WIDE_PRODUCT if wide or curved else PRODUCT)
 
 
 def backward(
@@ -873,6 +916,34 @@ def _pool_constants(pool) -> dict:
 
 def _code_constants(pool, channels: int) -> dict:
     return dict(NIBBLES=_window(pool) <= NIBBLE_WINDOW, CODE_GROUPS=triton.cdiv(channels, CODE_GROUP))
+
+
+def _activation_constants(activation: int, act) -> dict:
+    return dict(ACTIVATION=activation, ACT_A=act[0] if act else 0.0, ACT_B=act[1] if len(act) > 1 else 0.0)
+
+
+def _product_args(x: Tensor, weight: Tensor, conv) -> dict:
+    """What `_convolve` needs of its caller, but for the tile."""
+    taps = math.prod(weight.shape[1:])
+    return dict(
+        x_ptr=x,
+        w_ptr=weight,
+        INNER=taps,
+        H=x.shape[2],
+        W=x.shape[3],
+        **_strides("x", x.stride()),
+        **_strides("w", weight.stride(), "ochw"),
+        **_conv_constants(weight, conv),
+        **_product_constants(x),
+        BK=_tile(taps, 64 // x.element_size()),
+    )
+
+
+def _product_width(x: Tensor, group_channels: int, product: dict) -> int:
+    """Channels of a tile of products that `_convolve` computes."""
+    # A float32 product without tensor cores needs registers for its operands: half the width.
+    widest = 32 if x.dtype == torch.float32 and not product["TF32"] else 64
+    return _tile(group_channels, widest)
 
 
 def _product_constants(x: Tensor) -> dict:

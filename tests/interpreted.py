@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 interpreter_and_cuda = pytest.fixture(
@@ -28,23 +30,56 @@ def kernels_of(name: str, device: str, make: Callable[[Any, str], Any]) -> Itera
     if device == "cuda":
         yield make(importlib.import_module(f"cnnlstm_fast.kernels.{name}"), "cuda")
         return
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime import interpreter
 
-    options = interpreter_builder.options
-    interpreter_builder.options = replace(options, sanitize_overflow=False)  # triples every operation
-    yield make(_interpreted(name), "cpu")
-    interpreter_builder.options = options
+    builder = interpreter.interpreter_builder
+    patches = (
+        # sanitizing triples the time of every operation
+        mock.patch.object(builder, "options", replace(builder.options, sanitize_overflow=False)),
+        mock.patch.object(interpreter, "_convert_float", partial(_convert_float, interpreter._convert_float)),
+        mock.patch.object(interpreter.ReduceOps, "generic_reduce", _reduce_by_halves),
+    )
+    with patches[0], patches[1], patches[2]:
+        yield make(_interpreted(name), "cpu")
+
+
+def _convert_float(convert, values, source, target, rounding):
+    """The interpreter's conversion of types; to the nearest bfloat16, as devices do it, where it cuts off."""
+    import triton.language as tl
+
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return convert(values, source, target, rounding)
+    rounded = torch.from_numpy(values.view("int32")).view(torch.float32).bfloat16()
+    return rounded.view(torch.int16).numpy().view("uint16")
+
+
+def _reduce_by_halves(operation, inputs):
+    """A reduction of one tensor, whose axis is a power of two, where the interpreter goes by elements."""
+    (tensor,) = inputs
+    data = tensor.handle.data
+    while data.shape[operation.axis] > 1:
+        halves = np.split(data, 2, operation.axis)
+        data = operation.combine_fn.fn(*[operation.to_tensor(h, tensor.dtype) for h in halves]).handle.data
+    return [operation.to_tensor(data.squeeze(operation.axis), tensor.dtype)]
 
 
 def _interpreted(name: str):
+    """``cnnlstm_fast.kernels.name`` and the modules whose kernels it shares, imported anew."""
     import triton
 
-    path = Path(__file__).parents[1] / "kernels" / f"{name}.py"
+    import cnnlstm_fast.kernels as package
+
+    prefix = f"{package.__name__}."
+    before = {key: sys.modules.pop(key) for key in [*sys.modules] if key.startswith(prefix)}
+    attributes = dict(vars(package))
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
-        spec = importlib.util.spec_from_file_location(f"interpreted_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = importlib.import_module(prefix + name)
+    for key in [key for key in sys.modules if key.startswith(prefix)]:
+        del sys.modules[key]
+    sys.modules.update(before)
+    vars(package).clear()
+    vars(package).update(attributes)
     return module
 
 

@@ -155,8 +155,9 @@ def assert_normed(
     needs=("x", "weight", "bias"),
     grad: Tensor | None = None,
     our_grad=lambda g: g,
+    our=ours,
 ) -> dict[str, Tensor]:
-    """Our block against PyTorch's by the numbers rule; returns ours.
+    """Our block, by a function like :func:`ours`, against PyTorch's by the numbers rule; returns ours.
 
     ``grad`` is in channels-first shape; ``our_grad`` may give ours other strides. A plan asked for what it
     does not take must say so, and returns nothing.
@@ -178,7 +179,7 @@ def assert_normed(
     ways = [way(Tensor.contiguous, norm), way(last, norm)]
     true = way(Tensor.double, copy.deepcopy(norm).double())
     given = tensors, norm, our_grad(in_layout(grad, layout)), needs
-    mine = run(lambda *a: ours(block, *a, plan=plan, layout=layout), *given)
+    mine = run(lambda *a: our(block, *a, plan=plan, layout=layout), *given)
     same = None
     if plan in ("reference", "auto") and grad.dtype == torch.bfloat16:
         # PyTorch's own sums of a bfloat16 gradient are poor where it lies with gaps, as a layout leaves it.

@@ -17,8 +17,11 @@ from benchmarks import gpu
 from benchmarks.race import OURS, Spread, WrongResult
 
 
-def block(training: bool = False, dtype: str = "float32", needs_x: bool = False) -> gpu.Work:
-    pair = partial(gpu._pair_of_blocks, partial(nn.Conv2d, 3, 8, 3, padding=1), nn.MaxPool2d(2), "locations")
+def block(
+    training: bool = False, dtype: str = "float32", needs_x: bool = False, normed: bool = False
+) -> gpu.Work:
+    conv = partial(nn.Conv2d, 3, 8, 3, padding=1, bias=not normed)
+    pair = partial(gpu._pair_of_blocks, conv, nn.MaxPool2d(2), "locations", normed)
     mode = "training" if training else "inference"
     return gpu.Work(f"block/small/{mode}/{dtype}", pair, (2, 3, 8, 10), dtype, training, needs_x, 1000, 2000)
 
@@ -35,8 +38,9 @@ def quickly(work: gpu.Work, **options) -> gpu.Result:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", gpu.DTYPES)
-def test_a_block_races(dtype, training):
-    result = quickly(block(training, dtype, needs_x=training))
+@pytest.mark.parametrize("normed", [False, True], ids=["no norm", "norm"])
+def test_a_block_races(dtype, training, normed):
+    result = quickly(block(training, dtype, needs_x=training, normed=normed))
     assert [s.name for s in result.standings] == [OURS, "eager", "channels_last"]
     assert set(result.left_out) == {"max-autotune", gpu.OURS_COMPILED}
     assert result.standing(OURS).ratio == Spread(1.0, 1.0, 1.0)
@@ -124,11 +128,16 @@ def test_bytes_and_operations_of_the_tutorials_block():
     x, out = 64 * 64 * 16 * 50, 64 * 128 * 8 * 25
     assert inner.needs_x and inner.bytes == 2 * (3 * x + 2 * out)
     assert inner.flops == 3 * 2 * 64 * 128 * 16 * 50 * 64 * 9
+    normed = gpu.works()["block/CRNN BN/training/bfloat16"]
+    x, out = 64 * 256 * 8 * 25, 64 * 512 * 4 * 26
+    assert normed.needs_x and normed.bytes == 2 * (4 * x + 2 * out)
+    assert normed.flops == 3 * 2 * 64 * 512 * 8 * 25 * 256 * 9
+    assert gpu.works()["block/CRNN BN/inference/bfloat16"].bytes == 2 * (x + out)
 
 
 def test_every_work_can_be_built():
     every = gpu.works()
-    assert len(every) == 4 * (6 + 6 + 3)
+    assert len(every) == 4 * (8 + 6 + 3)
     for name, work in every.items():
         if name.endswith("inference/float32"):
             reference, fast = work.build()

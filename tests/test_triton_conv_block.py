@@ -576,12 +576,13 @@ def test_any_codes_are_safe(kernels, name, plan):
 
 
 def test_every_kernel_is_compiled_ahead_of_time():
-    from cnnlstm_fast.kernels import aot, conv_block, recurrent
+    from cnnlstm_fast.kernels import aot, conv_block, conv_norm, recurrent
 
     launched = {
         launch.kernel for case in aot.CASES for dtype in case.dtypes for launch in aot.launches(case, dtype)
     }
-    everything = [*vars(conv_block).items(), *vars(recurrent).items()]
+    modules = conv_block, conv_norm, recurrent
+    everything = [item for module in modules for item in vars(module).items()]
     assert launched == {kernel for name, kernel in everything if name.endswith("_kernel")}
 
 

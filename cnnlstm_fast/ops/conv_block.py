@@ -61,9 +61,9 @@ def _(x, weight, bias, conv, activation, act, pool, order, plan, keep):
 
 
 def new_like_input(x: Tensor) -> Tensor:
-    """A gradient of ``x`` as the ops give it: channels-last where ``x`` is just that, else contiguous."""
+    """A gradient of ``x`` as the ops give it: on the CPU channels-last where ``x`` is, else contiguous."""
     n, c, h, w = x.shape
-    if not x.is_contiguous() and x.stride() == (h * w * c, 1, w * c, c):
+    if x.device.type == "cpu" and not x.is_contiguous() and x.stride() == (h * w * c, 1, w * c, c):
         return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
     return x.new_empty(x.shape)
 
@@ -71,7 +71,7 @@ def new_like_input(x: Tensor) -> Tensor:
 @torch.library.register_fake("cnnlstm_fast::conv_block_backward", lib=_lib)
 def _(grad, x, weight, codes, conv, activation, act, pool, order, plan, need_x, need_weight, need_bias):
     return (
-        new_like_input(x) if need_x and x.device.type == "cpu" else x.new_empty(x.shape if need_x else [0]),
+        new_like_input(x) if need_x else x.new_empty(0),
         weight.new_empty(weight.shape if need_weight else [0]),
         weight.new_empty(weight.shape[:1] if need_bias else [0]),
     )

@@ -216,3 +216,6 @@ def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: 
         mean = mean if bias is None else mean + bias
         for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
             running.copy_(running * (1 - momentum) + found * momentum)
+
+
+from cnnlstm_fast.ops import conv_norm_cuda  # noqa: E402, F401  (registers the kernels of the ops above)

@@ -1,0 +1,767 @@
+"""The Triton kernels of the block op with a batch norm: in the interpreter, and compiled on a CUDA device."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    ACTIVATIONS,
+    STRIDED,
+    Block,
+    PoolCase,
+    activate,
+    as_2d,
+    assert_close_as_torch,
+    evaluate,
+    integer_tensors,
+    normal_tensors,
+    strided,
+    torch_block,
+    winners,
+)
+from interpreted import interpreter_and_cuda, kernels_of
+from norms import assert_normed, ours, random_norm, run
+from test_conv_norm import BLOCKS
+from test_triton_conv_block import (  # where there is no Triton, it skips this file too
+    ORDERS,
+    PLANS,
+    SPECIAL_BLOCKS,
+    TUTORIAL,
+    _decode,
+    _on,
+    _op_args,
+    _small_blocks,
+    _window,
+    _without_cudnn,
+)
+from torch import Tensor
+
+from cnnlstm_fast import plans as plans_module
+from cnnlstm_fast.ops import conv_norm as op
+from cnnlstm_fast.spec import BlockSpec, Pool
+
+plans = pytest.mark.parametrize("plan", PLANS)
+modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+FORWARD_OP, BACKWARD_OP = op.forward_op, op.backward_op
+compiled = pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+class Kernels:
+    """The host functions of the kernels, and where their tensors have to be."""
+
+    def __init__(self, module, device: str):
+        self.module, self.device = module, device
+
+    def block(self, *, order=(0, 1, 2, 3), keep_map=False):
+        """A function like :func:`norms.ours` whose ops are these host functions."""
+
+        def call(block: Block, x, weight, bias, norm, *, plan: str, layout="channels_first") -> Tensor:
+            signal = block.rank == 3
+            flat, tensors = as_2d(block, {"x": x, "weight": weight})
+            affine = [tensors["x"], tensors["weight"], bias, norm.weight, norm.bias]
+            of_batch = plans_module.of_batch(norm)
+            statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+            given = [None if t is None else t.to(self.device) for t in (*affine, *statistics)]
+            args = (*_op_args(flat), list(order), PLANS[plan])
+            raw, stats = op.ConvNormFunction.apply(*given, norm.eps, *args, keep_map)
+            if of_batch:
+                count = raw.shape[order.index(0)] * math.prod(_map_size(flat))
+                op.update_running(norm, bias, stats[0].cpu(), stats[1].cpu(), count)
+            out = raw.permute([order.index(axis) for axis in range(4)]).cpu()
+            return out.squeeze(2) if signal else out
+
+        return call
+
+    def assert_normed(self, block, tensors, norm, *, plan, order=None, keep_map=None, **options):
+        """As :func:`norms.assert_normed`."""
+        order = random.choice(ORDERS) if order is None else order
+        keep_map = random.random() < 0.5 if keep_map is None else keep_map
+        our = self.block(order=order, keep_map=keep_map)
+        return assert_normed(block, tensors, norm, plan=plan, our=our, **options)
+
+
+@interpreter_and_cuda
+def kernels(request):
+    for found in kernels_of("conv_norm", request.param, Kernels):
+        module = found.module
+        with mock.patch.multiple(op, forward_op=module.forward, backward_op=module.backward):
+            yield found
+
+
+@pytest.fixture(autouse=True)
+def _float32_means_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def constants_of_the_kernels(kernels, monkeypatch):
+    """Sets a constant of the module that the host functions share."""
+    shared = kernels.module.finish.__globals__
+    return lambda name, value: monkeypatch.setitem(shared, name, value)
+
+
+def _map_size(block: Block) -> tuple[int, ...]:
+    return replace(block, activation=None, pool=None).out_shape()[2:]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@plans
+@modes
+@_small_blocks(10)
+def test_random_blocks(kernels, block, plan, training):
+    if block.c_out < 4 * block.groups:  # the gradient of one channel is one sum, whose error is luck
+        block = replace(block, c_out=4 * block.c_out)
+    block = replace(block, n=max(block.n, -(-8 // math.prod(_map_size(block)))))
+    norm = random_norm(block, training, affine=random.random() < 0.8, eps=random.choice((1e-5, 1e-3, 0.1)))
+    kernels.assert_normed(block, normal_tensors(block, torch.float32), norm, plan=plan)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_the_field(kernels, name, plan, training):
+    block = BLOCKS[name]
+    if kernels.device == "cpu":
+        block = replace(block, n=2, size=tuple([(s + 1) // 2 for s in block.size]))
+    tensors = normal_tensors(block, torch.float32)
+    kernels.assert_normed(block, tensors, random_norm(block, training), plan=plan)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = Block(3, 2, (6, 7), 18, (2, 3), padding=(1, 1), pool=PoolCase((2, 2), (2, 2), (0, 0), (1, 1)))
+
+
+@plans
+@modes
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pool", [None, SMALL.pool], ids=["no pool", "pool"])
+def test_every_dtype(kernels, pool, dtype, plan, training):
+    # gradients of the float32 norm over few channels are a matter of luck
+    block = replace(SMALL, pool=pool, c_out=82)
+    kernels.assert_normed(block, normal_tensors(block, dtype), random_norm(block, training), plan=plan)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "relu"], ids=str)
+def test_activations(kernels, activation, plan, training):
+    block = replace(SMALL, activation=activation, pool=random.choice([SMALL.pool, None]))
+    kernels.assert_normed(
+        block, normal_tensors(block, torch.float32), random_norm(block, training), plan=plan
+    )
+
+
+@plans
+@modes
+@pytest.mark.parametrize("how", STRIDED)
+def test_strided_inputs(kernels, how, plan, training):
+    tensors = normal_tensors(SMALL, torch.float32)
+    tensors["x"] = strided(tensors["x"], how)
+    tensors["weight"] = strided(tensors["weight"], random.choice(["transposed", "channels_last"]))
+    kernels.assert_normed(SMALL, tensors, random_norm(SMALL, training), plan=plan)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("order", ORDERS[1::3], ids=lambda order: "".join("NCHW"[axis] for axis in order))
+def test_memory_orders(kernels, order, plan, training):
+    block = replace(SMALL, pool=random.choice([SMALL.pool, None]))
+    tensors = normal_tensors(block, torch.float32)
+    kernels.assert_normed(block, tensors, random_norm(block, training), plan=plan, order=order)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("needs", [(), ("x",), ("weight",), ("bias",), ("x", "weight")], ids="+".join)
+def test_only_the_gradients_asked_for(kernels, needs, plan, training):
+    norm = random_norm(SMALL, training).requires_grad_(not needs or random.random() < 0.5)
+    tensors = normal_tensors(SMALL, torch.float32)
+    found = kernels.assert_normed(SMALL, tensors, norm, plan=plan, needs=needs)
+    trained = {"norm.weight", "norm.bias"} if norm.weight.requires_grad else set()
+    assert {name for name in found if name in (*needs, "norm.weight", "norm.bias")} == {*needs, *trained}
+
+
+@plans
+@modes
+@pytest.mark.parametrize("gone", ["weight", "bias"])
+def test_an_affine_norm_with_half_its_parameters(kernels, gone, plan, training):
+    norm = random_norm(SMALL, training)
+    setattr(norm, gone, None)
+    tensors = normal_tensors(SMALL, torch.float32)
+    ours = kernels.block()
+    found = run(lambda *a: ours(SMALL, *a, plan=plan), tensors, norm, torch.ones(SMALL.out_shape()))
+    bare = replace(SMALL, activation=None, pool=None)
+    expected = run(
+        lambda *a: SMALL.pool_module()(F.relu(a[3](torch_block(bare, *a[:3])))),
+        tensors, norm, torch.ones(SMALL.out_shape()),
+    )  # fmt: skip
+    assert found.keys() == expected.keys()
+    for name, mine in found.items():
+        torch.testing.assert_close(mine, expected[name], rtol=1e-4, atol=2e-4)
+
+
+@plans
+def test_zeros_after_the_last_row_and_column(kernels, plan):
+    """As padding="same" wants for an even kernel, against a whole input that holds these zeros."""
+    block = replace(SMALL, kernel=(2, 4), padding=(0, 1))
+    x, weight, bias = normal_tensors(block, torch.float32).values()
+    whole = F.pad(x, (0, 1, 0, 1))
+    conv, *rest = _op_args(block)
+    eps, rest = 1e-5, (*rest, [0, 1, 2, 3], PLANS[plan])
+    results = []
+    for given, at in ((x, [*conv, 1, 1]), (whole, conv)):
+        given, w, b = (t.to(kernels.device) for t in (given, weight, bias))
+        out, *kept, stats = kernels.module.forward(
+            given, w, b, b, None, None, None, eps, at, *rest, True, False
+        )
+        grads = kernels.module.backward(
+            torch.ones_like(out), given, w, stats, *kept, eps, at, *rest, False, True, True
+        )
+        results.append([out, stats, *kept, grads[0][:, :, :6, :7], *grads[1:]])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@plans
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None], ids=str)
+def test_running_statistics(kernels, momentum, plan):
+    theirs = random_norm(SMALL, True, momentum=momentum)
+    mine, true = copy.deepcopy(theirs), copy.deepcopy(theirs).double()
+    bare = replace(SMALL, activation=None, pool=None)
+    for _ in range(2):
+        tensors = normal_tensors(SMALL, torch.float32)
+        kernels.block()(SMALL, *tensors.values(), mine, plan=plan)
+        theirs(torch_block(bare, **tensors))
+        true(torch_block(bare, **{name: t.double() for name, t in tensors.items()}))
+    assert mine.num_batches_tracked == 2
+    for name in ("running_mean", "running_var"):
+        assert_close_as_torch(getattr(mine, name), getattr(theirs, name), getattr(true, name), name)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@plans
+@pytest.mark.parametrize("programs", [1, 18, 512])
+@pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
+def test_means_far_from_zero(kernels, constants_of_the_kernels, keep_map, programs, plan):
+    """An image of bytes, its sums in few or many parts: the map's mean is far larger than its deviation."""
+    constants_of_the_kernels("REDUCTION_PROGRAMS", programs)
+    block = replace(SMALL, n=5, size=(13, 9))
+    tensors = normal_tensors(block, torch.float32)
+    tensors["x"] = torch.randint(0, 256, tensors["x"].shape).float() + 1000
+    tensors["weight"] = tensors["weight"].abs()
+    norm = random_norm(block, True)
+    kernels.assert_normed(block, tensors, norm, plan=plan, keep_map=keep_map)
+
+
+@plans
+@pytest.mark.parametrize("programs", [1, 9, 512])
+def test_statistics_are_exact_where_the_map_is(kernels, constants_of_the_kernels, programs, plan):
+    """Small whole numbers far from zero: mean and variance to float32's last bits of the deviation."""
+    constants_of_the_kernels("REDUCTION_PROGRAMS", programs)
+    block = Block(4, 1, (12, 10), 17, (1, 1), bias=False, activation=None)
+    x = torch.randint(-8, 9, (4, 1, 12, 10)).float() + 2**16
+    weight = torch.ones(17, 1, 1, 1)
+    weight[3], weight[5] = -2, 0
+    args = (*_op_args(block), [0, 1, 2, 3], PLANS[plan])
+    there = [t.to(kernels.device) for t in (x, weight)]
+    out, *kept, stats = kernels.module.forward(*there, None, None, None, None, None, 1e-5, *args, True, False)
+    z = F.conv2d(x.double(), weight.double())
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    found = stats.cpu()
+    assert ((found[0] - mean).abs() <= 1e-6).all()
+    assert ((found[1] - var).abs() <= 1e-5 * var).all()
+    scale = (var + 1e-5).rsqrt()
+    torch.testing.assert_close(found[2:], torch.stack([scale, -mean * scale]), rtol=1e-5, atol=1e-7)
+    *_, sums = kernels.module.backward(
+        torch.ones_like(out), *there, stats, *kept, 1e-5, *args, False, False, False
+    )
+    # what deviates from the mean cancels, though the mean is no float32
+    assert (sums[0].abs() <= 1e-3).all() and (sums[1] == 480).all()
+
+
+@plans
+def test_an_infinite_place_makes_the_mean_infinite(kernels, plan):
+    """As the sum of a map is, whatever it is summed about."""
+    block = Block(3, 1, (12, 10), 17, (1, 1), bias=False, activation=None)
+    args = (*_op_args(block), [0, 1, 2, 3], PLANS[plan])
+    for at in (0, 359):
+        x = torch.randn(3, 1, 12, 10)
+        x.view(-1)[at] = math.inf
+        there = [t.to(kernels.device) for t in (x, torch.ones(17, 1, 1, 1))]
+        *_, stats = kernels.module.forward(*there, None, None, None, None, None, 1e-5, *args, False, False)
+        assert (stats[0] == math.inf).all() and stats[1].isnan().all()
+
+
+@plans
+@pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
+def test_everything_speaks_of_the_map_as_it_is_stored(kernels, keep_map, plan):
+    """In bfloat16: statistics, winners and results are those of the rounded z, whether it is kept or not."""
+    tensors = normal_tensors(SMALL, torch.bfloat16)
+    _, _, _, (out, _, kept, _, stats) = _forward(kernels, SMALL, tensors, plan=plan, keep_map=keep_map)
+    z = torch_block(
+        replace(SMALL, activation=None, pool=None), tensors["x"].float(), tensors["weight"].float()
+    )
+    z = z.bfloat16().double()
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    torch.testing.assert_close(stats[:2].cpu(), torch.stack([mean, var]), rtol=1e-5, atol=1e-5)
+    normed = F.relu(kept.float() * stats[2].float() + stats[3].float()).bfloat16()
+    torch.testing.assert_close(out, normed, rtol=2**-8, atol=0)
+    assert (out != normed).float().mean() < 0.02
+
+
+@plans
+def test_a_channel_without_variance(kernels, plan):
+    tensors = normal_tensors(SMALL, torch.float32)
+    tensors["weight"][3] = 0
+    norm, ours = random_norm(SMALL, True), kernels.block()
+    found = run(lambda *a: ours(SMALL, *a, plan=plan), tensors, norm, torch.ones(SMALL.out_shape()))
+    assert all(t.isfinite().all() for t in found.values())
+    constant = F.relu(norm.bias[3]).expand(found["out"][:, 3].shape)
+    torch.testing.assert_close(found["out"][:, 3], constant, rtol=1e-6, atol=1e-7)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_specials_stay_in_their_channels(kernels, value, plan, training):
+    tensors = normal_tensors(SMALL, torch.float32)
+    tensors["weight"][3, 0, 0, 0] = value
+    norm = random_norm(SMALL, training)  # the input's gradient gathers from all channels
+    found = kernels.assert_normed(SMALL, tensors, norm, plan=plan, needs=("weight",))
+    others = [c for c in range(SMALL.c_out) if c != 3]
+    assert found["out"][:, others].isfinite().all() and found["norm.weight"][others].isfinite().all()
+
+
+# ---------------------------------------------------------------- whole numbers
+
+
+@_without_cudnn()
+def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
+    """Under given statistics whose scale is 1 or -1: everything equal to float64's, winners too."""
+    block, tensors = as_2d(block, tensors)
+    grad = grad if grad.dim() == 4 else grad.unsqueeze(2)
+    tensors.pop("bias", None)
+    mean = torch.randint(-3, 4, (block.c_out,)).float()
+    gamma = torch.randint(0, 2, (block.c_out,)).float() * 2 - 1
+    bare = replace(block, activation=None, pool=None)
+
+    def normed(x, weight):
+        z = torch_block(bare, x, weight)
+        return z, F.batch_norm(
+            z, mean.to(z.dtype), torch.ones_like(mean).to(z.dtype), gamma.to(z.dtype), eps=0
+        )
+
+    x, weight = (tensors[name].double().requires_grad_() for name in ("x", "weight"))
+    z, u = normed(x, weight)
+    out = activate(block, u)
+    out = block.pool_module()(out) if block.pool else out
+    dx, dweight, dz = torch.autograd.grad(out, [x, weight, z], grad.double())
+    there = _on(kernels.device, tensors | {"grad": grad})
+    args = (*_op_args(block), list(order), PLANS[plan])
+    parameters = [t.to(kernels.device) for t in (gamma, mean)]
+    found, codes, kept, kept_map, stats = kernels.module.forward(
+        there["x"], there["weight"], None, parameters[0], None, parameters[1],
+        torch.ones_like(parameters[1]), 0.0, *args, True, False,
+    )  # fmt: skip
+    grads = kernels.module.backward(
+        there["grad"].permute(order), there["x"], there["weight"], stats, codes, kept, kept_map, 0.0, *args,
+        True, True, True,
+    )  # fmt: skip
+
+    def same(mine, true, what):
+        assert torch.equal(mine.cpu().double(), true), f"{what} of {block}, {order}"
+
+    back = [order.index(axis) for axis in range(4)]
+    same(found.permute(back), out.detach(), "out")
+    if block.pool:
+        places = winners(block, u.detach())
+        assert torch.equal(_decode(codes, _window(block), block.c_out), places.int())
+    else:
+        same(kept_map.permute(0, 3, 1, 2), z.detach(), "the map")
+    same(grads[0], dx, "x")
+    same(grads[1], dweight, "weight")
+    same(grads[2][1], (dz * gamma.double()[:, None, None]).sum((0, 2, 3)), "the norm's bias")
+    with_z = (dz * gamma.double()[:, None, None] * (z.detach() - mean.double()[:, None, None])).sum((0, 2, 3))
+    same(grads[2][0], with_z, "the norm's weight")
+
+
+@plans
+@pytest.mark.parametrize("name", SPECIAL_BLOCKS)
+def test_special_blocks_are_exact(kernels, name, plan):
+    block = SPECIAL_BLOCKS[name]
+    tensors, grad = integer_tensors(block, torch.float32)
+    _assert_exact(kernels, block, tensors, grad, plan=plan, order=random.choice(ORDERS))
+
+
+@plans
+@pytest.mark.parametrize("how", STRIDED)
+def test_strides_are_exact(kernels, how, plan):
+    tensors, grad = integer_tensors(TUTORIAL, torch.float32)
+    tensors["x"], grad = strided(tensors["x"], how), strided(grad, how)
+    _assert_exact(kernels, TUTORIAL, tensors, grad, plan=plan, order=random.choice(ORDERS))
+
+
+@plans
+@modes
+@pytest.mark.parametrize("pool", [None, SMALL.pool], ids=["no pool", "pool"])
+def test_nan_and_infinities_in_the_gradient(kernels, pool, plan, training):
+    """They pass where the activation does, and reach what PyTorch's reach."""
+    block = replace(SMALL, pool=pool)
+    tensors, norm = normal_tensors(block, torch.float32), random_norm(block, training)
+    ours, bare = kernels.block(), replace(block, activation=None, pool=None)
+    grad = torch.randn(block.out_shape())
+    for value in (math.nan, math.inf):
+        grad.view(-1)[random.randrange(grad.numel())] = value
+
+    def theirs(x, weight, bias, norm):
+        y = F.relu(norm(torch_block(bare, x, weight, bias)))
+        return y if pool is None else block.pool_module()(y)
+
+    found = run(lambda *a: ours(block, *a, plan=plan), tensors, norm, grad)
+    expected = run(theirs, tensors, norm, grad)
+    true = run(
+        theirs, {k: t.double() for k, t in tensors.items()}, copy.deepcopy(norm).double(), grad.double()
+    )
+    for name in ("x", "weight", "norm.weight", "norm.bias"):
+        assert_close_as_torch(found[name], expected[name], true[name], name)
+
+
+# ---------------------------------------------------------------- what is asked for, bits
+
+
+def _forward(kernels, block, tensors, *, plan, given=False, keep=True, keep_map=False, order=(0, 2, 3, 1)):
+    """(the op's arguments without the plan's, its results) of a norm with weights."""
+    x, weight, bias = (tensors[name].to(kernels.device) for name in ("x", "weight", "bias"))
+    statistics = (bias, bias.abs() + 0.5) if given else (None, None)
+    args = (1e-5, *_op_args(block), list(order), PLANS[plan])
+    results = kernels.module.forward(x, weight, bias, bias, bias, *statistics, *args, keep, keep_map)
+    return x, weight, args, results
+
+
+@plans
+@modes
+@pytest.mark.parametrize("pool", [None, SMALL.pool], ids=["no pool", "pool"])
+def test_what_is_kept_changes_nothing(kernels, pool, plan, training):
+    block = replace(SMALL, pool=pool)
+    tensors = normal_tensors(block, torch.float32)
+    found = [
+        _forward(kernels, block, tensors, plan=plan, given=not training, keep=keep, keep_map=keep_map)
+        for keep, keep_map in ((False, False), (True, False), (True, True))
+    ]
+    (*_, nothing), (_, _, _, kept), (x, weight, args, with_map) = found
+    for mine in (kept, with_map):
+        torch.testing.assert_close(mine[0], nothing[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine[4], nothing[4], rtol=1e-6, atol=1e-6)
+    assert all(t.numel() == 0 for t in nothing[1:4])
+    z = torch_block(replace(block, activation=None, pool=None), tensors["x"], tensors["weight"])
+    assert (with_map[3].numel() > 0) == (pool is None or training)
+    if with_map[3].numel():
+        torch.testing.assert_close(with_map[3].cpu().permute(0, 3, 1, 2), z, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(with_map[0].shape).to(kernels.device)
+    grads = [
+        kernels.module.backward(grad, x, weight, r[4], *r[1:4], *args, not training, True, True)
+        for r in (kept, with_map)
+    ]
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@plans
+@modes
+@pytest.mark.parametrize("pool", [None, SMALL.pool], ids=["no pool", "pool"])
+@pytest.mark.parametrize("keep", [False, True], ids=["inference", "keep"])
+@pytest.mark.parametrize("n", [0, 3])
+def test_results_are_as_the_fake_kernels_say(kernels, n, keep, pool, plan, training):
+    """Shapes, dtypes and memory order, an empty batch's too."""
+    if n == 0 and training:
+        return
+    from torch._subclasses import FakeTensorMode
+
+    block = replace(SMALL, n=n, pool=pool)
+    tensors = normal_tensors(block, torch.bfloat16)
+    tensors["x"] = strided(tensors["x"], "channels_last")
+    keep_map = random.random() < 0.5
+    x, weight, args, found = _forward(
+        kernels, block, tensors, plan=plan, given=not training, keep=keep, keep_map=keep_map
+    )
+
+    def form(t):
+        return t.shape, t.dtype, t.stride() if t.numel() else None
+
+    gpu_args = (1e-5, *args[1:])
+    with FakeTensorMode():
+        fake_x, fake_weight = (
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in (x, weight)
+        )
+        channel = torch.empty(block.c_out, dtype=x.dtype, device="cuda")
+        statistics = (None, None) if training else (channel, channel)
+        fakes = torch.ops.cnnlstm_fast.conv_norm_block.default(
+            fake_x, fake_weight, channel, channel, channel, *statistics, *gpu_args, keep, keep_map
+        )
+        assert [form(t) for t in found] == [form(t) for t in fakes]
+        if not keep:
+            return
+        needs = random.choice([(True, True), (True, False), (False, True), (False, False)])
+        fake_grads = torch.ops.cnnlstm_fast.conv_norm_block_backward.default(
+            fakes[0], fake_x, fake_weight, fakes[4], *fakes[1:4], *gpu_args, not training, *needs
+        )
+    grads = kernels.module.backward(found[0], x, weight, found[4], *found[1:4], *args, not training, *needs)
+    assert [form(t) for t in grads] == [form(t) for t in fake_grads]
+    assert n or all(not t.any() for t in grads)
+
+
+@plans
+def test_one_value_per_channel(kernels, plan):
+    block = Block(1, 2, (1, 1), 4, (1, 1))
+    with pytest.raises(RuntimeError, match="more than 1 value per channel"):
+        _forward(kernels, block, normal_tensors(block, torch.float32), plan=plan)
+
+
+@plans
+@modes
+def test_64_bit_offsets_change_nothing(kernels, constants_of_the_kernels, plan, training):
+    block = replace(SMALL, activation=random.choice(["relu", "silu"]))
+    tensors = normal_tensors(block, torch.float32)
+    grad = torch.randn(3, 3, 3, 18).to(kernels.device)
+    results = []
+    for reach in (2**31 - 2**20, 0):
+        constants_of_the_kernels("NARROW_REACH", reach)
+        x, weight, args, found = _forward(kernels, block, tensors, plan=plan, given=not training)
+        grads = kernels.module.backward(
+            grad, x, weight, found[4], *found[1:4], *args, not training, True, True
+        )
+        results.append([*found, *grads])
+    assert all(map(torch.equal, *results))
+
+
+@plans
+@modes
+@pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
+def test_runs_twice_to_the_same_bits(kernels, keep_map, plan, training):
+    tensors = normal_tensors(SMALL, torch.float32)
+    grad = torch.randn(3, 3, 3, 18).to(kernels.device)
+    results = []
+    for _ in range(2):
+        x, weight, args, found = _forward(
+            kernels, SMALL, tensors, plan=plan, given=not training, keep_map=keep_map
+        )
+        grads = kernels.module.backward(
+            grad, x, weight, found[4], *found[1:4], *args, not training, True, True
+        )
+        results.append([*found, *grads])
+    assert all(map(torch.equal, *results))
+
+
+# ---------------------------------------------------------------- the fold
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "has", [*list(itertools.product([False, True], repeat=3))[::2], (True,) * 3], ids=str
+)
+def test_folding(kernels, has, dtype):
+    """Weight and bias to one rounding of float64's."""
+    weight = strided(torch.randn(33, 5, 3, 7), random.choice(["transposed", "channels_last", "offset"])).to(
+        dtype
+    )
+    bias, gamma, beta = (torch.randn(33).to(dtype) if h else None for h in has)
+    mean, var = torch.randn(33), torch.rand(33) + 0.2
+    given = [None if t is None else t.to(kernels.device) for t in (weight, bias, gamma, beta, mean, var)]
+    found = [t.cpu() for t in kernels.module.fold(*given, 1e-3)]
+    zero, one = torch.zeros(33), torch.ones(33)
+    b, g, s = (
+        (other if t is None else t).double() for t, other in ((bias, zero), (gamma, one), (beta, zero))
+    )
+    scale = g / (var.double() + 1e-3).sqrt()
+    expected = weight.double() * scale[:, None, None, None], s + (b - mean.double()) * scale
+    for mine, true in zip(found, expected, strict=True):
+        assert mine.dtype == dtype and mine.is_contiguous()
+        assert ((mine.double() - true).abs() <= 0.51 * torch.finfo(dtype).eps * true.abs() + 1e-7).all()
+
+
+# ---------------------------------------------------------------- tracing
+
+
+def _args_of_tracing(given: bool, plan: str):
+    args = (1e-5, *_op_args(SMALL), [0, 2, 3, 1], PLANS[plan])
+
+    def step(x, weight, bias, gamma, beta, mean, var, grad):
+        statistics = (mean, var) if given else (None, None)
+        out, *kept, stats = torch.ops.cnnlstm_fast.conv_norm_block.default(
+            x, weight, bias, gamma, beta, *statistics, *args, True, False
+        )
+        grads = torch.ops.cnnlstm_fast.conv_norm_block_backward.default(
+            grad, x, weight, stats, *kept, *args, given, True, True
+        )
+        folded = torch.ops.cnnlstm_fast.fold_norm.default(weight, bias, gamma, beta, mean, var, 1e-5)
+        return out, stats, *grads, *folded
+
+    return step
+
+
+@plans
+@modes
+def test_tracing_shows_the_kernels(plan, training):
+    """Under AOTAutograd the ops on CUDA tensors become their kernels, so that inductor can see them."""
+    from functorch.compile import aot_function
+    from torch._subclasses import FakeTensorMode
+
+    class Captured(Exception):
+        pass
+
+    def capture(graph, inputs):
+        raise Captured([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+
+    with FakeTensorMode(), pytest.raises(Captured) as captured:
+        channel = torch.empty(18, device="cuda")
+        inputs = [torch.empty(shape, device="cuda") for shape in SMALL.shapes().values()]
+        inputs += [channel, channel, channel, channel, torch.empty(3, 3, 3, 18, device="cuda")]
+        aot_function(_args_of_tracing(not training, plan), fw_compiler=capture)(*inputs)
+    targets = captured.value.args[0]
+    assert not [target for target in targets if "cnnlstm_fast" in target]
+    # statistics, forward and its sums, the map's gradient or the block's own two, and the fold
+    launches = 7 if training else {"direct": 7, "chunked": 6}[plan]
+    assert targets.count("triton_kernel_wrapper_functional") == launches
+    assert targets.count("aten.convolution.default") == (plan == "chunked") * (1 + training)
+    assert targets.count("aten.convolution_backward.default") == (training or plan == "chunked")
+
+
+# ---------------------------------------------------------------- the rule between the plans
+
+
+def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=True, norm="batch", **spec):
+    spec = BlockSpec(**{"padding": (1, 1), "pool": Pool((2, 2), (2, 2))} | spec)
+    return plans_module._by_bytes(spec, shape, weight_shape, dtype, tf32, training, shape[1] > 4, norm)
+
+
+TUTORIAL_SIZES = (1280, 3, 28, 28), (64, 3, 3, 3)
+CRNN_SIZES = (64, 64, 16, 50), (128, 64, 3, 3)
+
+
+@modes
+def test_few_taps_convolve_twice_and_many_leave_it_to_the_library(training):
+    for dtype, tf32 in ((torch.float32, True), (torch.bfloat16, False)):
+        assert _planned(*TUTORIAL_SIZES, dtype, tf32, training)[:2] == ("direct", "direct")
+        assert _planned(*CRNN_SIZES, dtype, tf32, training)[:2] == ("chunked", "chunked")
+    assert _planned(*TUTORIAL_SIZES, torch.float32, False, training)[0] == "chunked"  # without tensor cores
+
+
+def test_given_statistics_of_a_norm_that_trains():
+    assert _planned(*TUTORIAL_SIZES, torch.bfloat16, norm="given")[0] == "direct"
+    assert _planned(*TUTORIAL_SIZES, torch.bfloat16, norm="given", pool=None)[0] == "chunked"
+
+
+def test_a_folded_norm_is_a_block_without_one():
+    for sizes in (TUTORIAL_SIZES, CRNN_SIZES):
+        assert _planned(*sizes, torch.bfloat16, norm="folded") == _planned(*sizes, torch.bfloat16, norm=None)
+    bare = dict(pool=None, activation=None)
+    assert _planned(*TUTORIAL_SIZES, norm=None, **bare)[0] == "reference"
+    assert _planned(*TUTORIAL_SIZES, norm="folded", **bare)[0] != "reference"
+
+
+def test_costs_counted_by_hand():
+    """The tutorial's block in bfloat16, bound by bytes all over, but for what it convolves."""
+    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
+    costs = plans_module.cuda_costs(
+        spec, *TUTORIAL_SIZES, torch.bfloat16, False, training=True, needs_x=False, norm="batch"
+    )
+    x, out, codes = 2 * 1280 * 3 * 28**2, 2 * 1280 * 64 * 14**2, 1280 * 64 * 14**2
+    the_map = 4 * out
+    convolved = 2 * 1280 * 64 * 28**2 * 27 / (180 * 0.2)
+    library = x + the_map
+    assert costs["direct"] == (
+        pytest.approx(2 * convolved),
+        pytest.approx(max(x + out + codes + the_map, convolved) + 2 * out + library),
+    )
+    assert costs["chunked"] == (
+        pytest.approx(library + the_map + the_map + 2 * out + codes),
+        pytest.approx(library + 2 * the_map + out + codes + 2 * out + library),
+    )
+
+
+def test_the_plans_of_calls(monkeypatch):
+    """On CUDA tensors without data: what decides knows the norm's mode and whether its weight trains."""
+    from torch._subclasses import FakeTensorMode
+
+    seen = []
+    decide = plans_module._by_bytes
+
+    def recorded(*args):
+        seen.append(args[-1])
+        return decide(*args)
+
+    monkeypatch.setattr(plans_module, "_by_bytes_cached", recorded)
+    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
+    with FakeTensorMode():
+        x, weight = (torch.empty(shape, device="cuda") for shape in TUTORIAL_SIZES)
+        norm = torch.nn.BatchNorm2d(64, device="cuda")
+        for train, frozen in ((True, False), (False, False), (False, True)):
+            norm.train(train).requires_grad_(not frozen)
+            plans_module.choose("auto", spec, x, weight, None, norm)
+        assert seen == ["batch", "given", "folded"]
+        with torch.no_grad():
+            plans_module.choose("auto", spec, x, weight, None, norm.requires_grad_())
+        assert seen[3:] == ["folded"]
+        assert plans_module.why_not_by_patches(spec, x, weight) is not None
+
+
+# ---------------------------------------------------------------- on a device
+
+
+@compiled
+@plans
+@modes
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_public_function(kernels, name, plan, training):
+    block = BLOCKS[name]
+
+    def call(block, x, weight, bias, norm, *, plan, layout):
+        there = copy.deepcopy(norm).to(kernels.device)
+        parameters = [None if t is None else t.to(kernels.device) for t in (x, weight, bias)]
+        out = ours(block, *parameters, there, plan=plan, layout=layout).cpu()
+        for mine, found in zip(norm.buffers(), there.buffers(), strict=True):
+            mine.copy_(found)
+        return out
+
+    with mock.patch.multiple(op, forward_op=FORWARD_OP, backward_op=BACKWARD_OP):
+        tensors = normal_tensors(block, torch.float32)
+        layout = random.choice(["channels_first", "channels_last", "locations_time_major", "features"])
+        norm = random_norm(block, training).requires_grad_(False)
+        assert_normed(block, tensors, norm, plan=plan, layout=layout, our=call)
+
+
+@compiled
+@plans
+@modes
+def test_compiled_and_captured_calls_give_the_same_bits(kernels, plan, training):
+    tensors = _on(kernels.device, normal_tensors(SMALL, torch.float32))
+    norm = random_norm(SMALL, training, track_running_stats=not training).to(kernels.device)
+
+    def call(x, weight, bias):
+        return ours(SMALL, x, weight, bias, norm, plan=plan, layout="locations")
+
+    with mock.patch.multiple(op, forward_op=FORWARD_OP, backward_op=BACKWARD_OP):
+        grad = torch.ones(3, 9, 18, device=kernels.device)
+        eager = evaluate(call, tensors, grad)
+        fast = evaluate(torch.compile(call, fullgraph=True), tensors, grad)
+        assert all(torch.equal(fast[name], eager[name]) for name in eager)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            captured = call(**tensors)
+        for t in tensors.values():
+            t.neg_()
+        graph.replay()
+        with torch.no_grad():
+            assert torch.equal(captured, call(**tensors))
