@@ -206,6 +206,69 @@ def check_block_backward(
         raise RuntimeError(f"{op}: this block has no codes, got some of shape {tuple(codes.shape)}")
 
 
+# ---------------------------------------------------------------- the block with a batch norm
+
+
+def check_norm(op: str, x: Tensor, channels: int, **given: Tensor | None) -> None:
+    """Check a norm's parameters and a bias, each (C,), in the input's dtype or float32, on its device."""
+    for name, t in given.items():
+        if t is None:
+            continue
+        if t.dtype not in (x.dtype, torch.float32) or t.device != x.device:
+            raise RuntimeError(
+                f"{op}: {name} must be {x.dtype} or float32 on {x.device}, got {t.dtype} on {t.device}"
+            )
+        _check_fits(op, name, t.shape, (channels,))
+
+
+def check_statistics(mean: Tensor | None, var: Tensor | None, places: int) -> None:
+    """Check that statistics are given, or that a batch of so many values per channel has some."""
+    if (mean is None) != (var is None):
+        raise RuntimeError("conv_norm_block: expected a mean and a variance, or neither")
+    if mean is None and _fixed(places) and places <= 1:
+        raise RuntimeError(f"conv_norm_block: expected more than 1 value per channel, got {places}")
+
+
+def check_fold(weight: Tensor) -> None:
+    _check_dtype("fold_norm", weight)
+    if weight.dim() != 4 or weight.shape[0] < 1:
+        raise RuntimeError(f"fold_norm: expected a 4-d weight of some channels, got {tuple(weight.shape)}")
+
+
+def check_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    codes: Tensor,
+    kept: Tensor,
+    map: Tensor,
+    pool: list[int],
+    order: list[int],
+    conv_hw: tuple[int, int],
+    size: tuple[int, int],
+) -> None:
+    """Check what the backward takes besides; sizes are those of the convolution's map and of the result."""
+    op = "conv_norm_block_backward"
+    _check_like(op, x, "gradient", grad)
+    n, co = x.shape[0], weight.shape[0]
+    result = raw_shape(order, n, co, size)
+    found = [("the gradient", grad, result)]
+    if pool:
+        found += [("kept", kept, result), ("codes", codes, codes_shape(pool[0] * pool[1], n, co, size))]
+    if not pool or map.shape != (0,):
+        found.append(("the map", map, (n, *conv_hw, co)))
+    for name, t, expected in (*found, ("stats", stats, (4, co))):
+        _check_fits(op, name, t.shape, expected)
+    for name, t, dtype in (
+        ("kept", kept, x.dtype),
+        ("codes", codes, torch.uint8),
+        ("the map", map, x.dtype),
+        ("stats", stats, torch.float64),
+    ):
+        _check_kept(op, x, name, t, dtype)
+
+
 # ---------------------------------------------------------------- recurrent layers
 
 

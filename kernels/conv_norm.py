@@ -37,6 +37,13 @@ import triton.language as tl
 from torch import Tensor, float32, float64, uint8
 
 from cnnlstm_fast.kernels import conv_block
+from cnnlstm_fast.kernels.checks import (
+    check_block,
+    check_fold,
+    check_norm,
+    check_norm_backward,
+    check_statistics,
+)
 from cnnlstm_fast.kernels.conv_block import (
     CHUNKED,
     PASS,
@@ -67,7 +74,7 @@ from cnnlstm_fast.kernels.conv_block import (
     library_map,
 )
 from cnnlstm_fast.kernels.launching import launch
-from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
+from cnnlstm_fast.spec import codes_shape, raw_shape
 
 
 @triton.jit
@@ -418,9 +425,11 @@ def fold(
     run=launch,
 ) -> tuple[Tensor, Tensor]:
     """The op ``cnnlstm_fast::fold_norm``: weight and bias of a convolution that norms by given statistics."""
+    check_fold(weight)
+    channels = weight.shape[0]
+    check_norm("fold_norm", weight, channels, bias=bias, gamma=gamma, beta=beta, mean=mean, var=var)
     folded, shift = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
     weight = weight.contiguous()
-    channels = weight.shape[0]
     taps = weight.numel() // channels
     args = dict(
         w_ptr=weight,
@@ -462,17 +471,13 @@ def forward(
         all places as (N, OH, OW, C), each with no element where it is not kept; and the statistics.
 
     ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
-
-    Raises:
-        RuntimeError: the statistics are the batch's, and there is one value per channel or none.
     """
-    conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
-    size = pool_size(conv_hw, pool)
+    conv_hw, size = check_block(x, weight, conv, activation, act, pool, order, plan)
     batch, channels = x.shape[0], weight.shape[0]
+    check_norm("conv_norm_block", x, channels, bias=bias, gamma=gamma, beta=beta, mean=mean, var=var)
     places = batch * conv_hw[0] * conv_hw[1]
+    check_statistics(mean, var, places)
     of_batch = mean is None
-    if of_batch and places <= 1:
-        raise RuntimeError("conv_norm_block: expected more than 1 value per channel")
     out = x.new_empty(raw_shape(order, batch, channels, size))
     codes = x.new_empty(
         codes_shape(_window(pool), batch, channels, size) if keep and pool else [0], dtype=uint8
@@ -543,6 +548,8 @@ def backward(
 
     ``run`` is what starts kernels, see :func:`cnnlstm_fast.kernels.launching.launch`.
     """
+    conv_hw, size = check_block(x, weight, conv, activation, act, pool, order, plan)
+    check_norm_backward(grad, x, weight, stats, codes, kept, map, pool, order, conv_hw, size)
     channels = weight.shape[0]
     needed = need_x or need_weight
     if grad.numel() == 0:
@@ -567,8 +574,6 @@ def backward(
         y = map.permute(0, 3, 1, 2)
     elif plan == CHUNKED:
         y = library_map(x, weight, conv)
-    conv_hw = map_size(x.shape[2:], weight.shape[2:], conv)
-    size = pool_size(conv_hw, pool)
     dconv = x.new_empty([x.shape[0], channels, *conv_hw])
     places = x.shape[0] * conv_hw[0] * conv_hw[1]
     args, options = _map_args(x, weight, conv, y, 32, places, grad, codes, dconv)

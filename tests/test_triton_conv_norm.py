@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -27,7 +28,7 @@ from helpers import (
     torch_block,
     winners,
 )
-from interpreted import interpreter_and_cuda, kernels_of
+from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
 from norms import assert_normed, ours, random_norm, run
 from test_conv_norm import BLOCKS
 from test_triton_conv_block import (  # where there is no Triton, it skips this file too
@@ -92,7 +93,8 @@ class Kernels:
 def kernels(request):
     for found in kernels_of("conv_norm", request.param, Kernels):
         module = found.module
-        with mock.patch.multiple(op, forward_op=module.forward, backward_op=module.backward):
+        forward, backward = (partial(f, run=launch_in_bounds) for f in (module.forward, module.backward))
+        with mock.patch.multiple(op, forward_op=forward, backward_op=backward):
             yield found
 
 
@@ -110,6 +112,87 @@ def constants_of_the_kernels(kernels, monkeypatch):
 
 def _map_size(block: Block) -> tuple[int, ...]:
     return replace(block, activation=None, pool=None).out_shape()[2:]
+
+
+# ---------------------------------------------------------------- wrong calls
+
+
+def _arguments(device: str, way: str) -> dict:
+    """What a host function takes for a block of 20 channels under statistics of its batch, by name."""
+    block = Block(2, 3, (5, 6), 20, (3, 3), padding=(1, 1), pool=BLOCKS["2x2"].pool)
+    tensors = {name: torch.zeros(shape) for name, shape in block.shapes().items()}
+    of_norm = dict.fromkeys(("gamma", "beta", "mean", "var"), torch.zeros(20)) | {"eps": 1e-5}
+    conv = dict(zip(("conv", "activation", "act", "pool"), _op_args(block), strict=True))
+    conv |= {"order": [0, 1, 2, 3], "plan": 1}
+    if way == "fold":
+        args = {"weight": tensors["weight"], "bias": tensors["bias"], **of_norm}
+    elif way == "forward":
+        args = {**tensors, **of_norm, "mean": None, "var": None, **conv, "keep": True, "keep_map": False}
+    else:
+        del tensors["bias"]
+        kept = torch.zeros(2, 20, 2, 3)
+        codes = torch.zeros(2, 2, 3, 2, 8, dtype=torch.uint8)
+        stats = torch.zeros(4, 20, dtype=torch.float64)
+        args = {"grad": kept, **tensors, "stats": stats, "codes": codes, "kept": kept, "map": torch.zeros(0)}
+        args |= {"eps": 1e-5, **conv, "given": False, "need_x": True, "need_weight": True}
+    return {name: _there(value, device) for name, value in args.items()}
+
+
+def _there(value, device: str):
+    return value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
+
+
+WRONG_CALLS = {
+    "fold": {
+        "a 3-d weight": (dict(weight=torch.zeros(20, 3, 3)), "expected a 4-d weight"),
+        "no channels": (dict(weight=torch.zeros(0, 3, 3, 3)), "expected a 4-d weight of some channels"),
+        "float64": (dict(weight=torch.zeros(20, 3, 3, 3).double()), "got torch.float64, .*float16 only"),
+        "a short mean": (dict(mean=torch.zeros(19)), r"mean does not fit .*expected \(20,\)"),
+        "a variance of float64": (dict(var=torch.zeros(20).double()), "var must be .*got torch.float64"),
+        "a bias elsewhere": (dict(bias=torch.zeros(20, device="meta")), "bias must be .* on meta"),
+    },
+    "forward": {
+        "a 3-d input": (dict(x=torch.zeros(3, 5, 6)), "expected a 4-d input and weight, got 3-d"),
+        "a plan of the CPU": (dict(plan=3), "unknown plan 3"),
+        "a mean alone": (dict(mean=torch.zeros(20)), "a mean and a variance, or neither"),
+        "one value": (
+            dict(x=torch.zeros(1, 3, 1, 1), pool=[]),
+            "more than 1 value per channel, got 1",
+        ),
+        "an empty batch": (dict(x=torch.zeros(0, 3, 5, 6)), "more than 1 value per channel, got 0"),
+        "a flat gamma": (dict(gamma=torch.zeros(20, 1)), r"gamma does not fit .*got shape \(20, 1\)"),
+        "a beta of whole numbers": (dict(beta=torch.zeros(20).long()), "beta must be .*got torch.int64"),
+        "a long bias": (dict(bias=torch.zeros(21)), r"bias does not fit .*expected \(20,\)"),
+    },
+    "backward": {
+        "an order with an axis twice": (dict(order=[0, 1, 1, 3]), "order must be a permutation"),
+        "a gradient of another size": (dict(grad=torch.zeros(2, 20, 3, 3)), "the gradient does not fit"),
+        "a gradient of another dtype": (dict(grad=torch.zeros(2, 20, 2, 3).half()), "differ in dtype"),
+        "nothing kept": (dict(kept=torch.zeros(0)), "kept does not fit"),
+        "kept with gaps": (dict(kept=torch.zeros(2, 20, 2, 6)[..., ::2]), "kept must be contiguous"),
+        "no codes": (dict(codes=torch.zeros(0, dtype=torch.uint8)), "codes does not fit"),
+        "codes of floats": (dict(codes=torch.zeros(2, 2, 3, 2, 8)), "codes must be contiguous torch.uint8"),
+        "a map of another size": (dict(map=torch.zeros(2, 5, 5, 20)), "the map does not fit"),
+        "no pool and no map": (dict(pool=[], grad=torch.zeros(2, 20, 5, 6)), "the map does not fit"),
+        "statistics of float32": (dict(stats=torch.zeros(4, 20)), "stats must be contiguous torch.float64"),
+        "two statistics": (dict(stats=torch.zeros(2, 20).double()), "stats does not fit"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "wrong"),
+    [
+        pytest.param(way, wrong, id=f"{way}: {name}")
+        for way, calls in WRONG_CALLS.items()
+        for name, wrong in calls.items()
+    ],
+)
+def test_wrong_calls_start_no_kernel(kernels, way, wrong):
+    changes, message = wrong
+    changes = {name: _there(value, kernels.device) for name, value in changes.items()}
+    with pytest.raises(RuntimeError, match=message):
+        getattr(kernels.module, way)(**_arguments(kernels.device, way) | changes, run=no_launch)
 
 
 # ---------------------------------------------------------------- numbers
