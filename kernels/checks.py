@@ -257,7 +257,7 @@ def check_norm_backward(
     if pool:
         found += [("kept", kept, result), ("codes", codes, codes_shape(pool[0] * pool[1], n, co, size))]
     if not pool or map.shape != (0,):
-        found.append(("the map", map, (n, *conv_hw, co)))
+        found.append(("the map", map, [n, *conv_hw, co]))
     for name, t, expected in (*found, ("stats", stats, (4, co))):
         _check_fits(op, name, t.shape, expected)
     for name, t, dtype in (
