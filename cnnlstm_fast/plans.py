@@ -293,7 +293,7 @@ def _by_sizes(
             return None, *reference, "a small map: the calls alone cost more"
         if by_patches:
             return None, "direct", "direct", "statistics from the patches: the map never exists"
-        if (not needs_x and taps > 128) or (needs_x and window == 1 and taps > 16):
+        if (not needs_x and (taps > 128 or window == 1)) or (needs_x and window == 1 and taps > 16):
             return None, *reference, "bound by arithmetic: the library is as fast"
         ours = needs_x and not depthwise and dtype == torch.float32
         plan = "direct" if ours and taps <= 384 else "chunked"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import re
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -223,8 +225,9 @@ def launches(case: Case | LayerCase, dtype: str) -> list[Launch]:
     """
     found: list[Launch] = []
 
-    def record(kernel, programs, args, options):
+    def record(kernel, programs, args, options, others=()):
         found.append(Launch(kernel, args, options))
+        found.extend(Launch(kernel, args | other.tiles, other.options) for other in others)
 
     def data(*shape):
         return torch.empty(shape, dtype=getattr(torch, dtype.replace("tf32", "float32")), device="meta")
@@ -351,22 +354,35 @@ def compile_launch(launch: Launch, arch: int) -> tuple[str, int, int, int]:
 def compile_all(
     cases: Iterable[Case | LayerCase] = CASES, archs: Iterable[int] = ARCHITECTURES
 ) -> list[Record]:
-    """Compile every kernel in all its representative variants, each variant once.
+    """Compile every kernel in all its representative variants, each variant once, on all cores.
 
     Raises:
         Exception: what Triton raises where a variant does not compile.
     """
-    records, seen = [], set()
+    jobs, seen = [], set()
     for case in cases:
         for dtype in case.dtypes:
-            for launch in launches(case, dtype):
-                variant = source(launch).hash()
-                if variant in seen:
-                    continue
-                seen.add(variant)
-                for arch in archs:
-                    start = time.perf_counter()
-                    needs = compile_launch(launch, arch)
-                    seconds = time.perf_counter() - start
-                    records.append(Record(launch.kernel.__name__, case.name, dtype, *needs, seconds))
+            new = []
+            for at, launch in enumerate(launches(case, dtype)):
+                variant = source(launch).hash(), *sorted(launch.options.items())
+                if variant not in seen:
+                    seen.add(variant)
+                    new.append(at)
+            jobs.append((case, dtype, new, tuple(archs)))
+    if len(jobs) == 1:
+        return _compile_some(*jobs[0])
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [record for found in pool.map(_compile_some, *zip(*jobs, strict=True)) for record in found]
+
+
+def _compile_some(case: Case | LayerCase, dtype: str, which: list[int], archs: Iterable[int]) -> list[Record]:
+    """Those of a case's launches whose places are ``which``."""
+    records = []
+    recorded = launches(case, dtype)
+    for launch in (recorded[at] for at in which):
+        for arch in archs:
+            start = time.perf_counter()
+            needs = compile_launch(launch, arch)
+            seconds = time.perf_counter() - start
+            records.append(Record(launch.kernel.__name__, case.name, dtype, *needs, seconds))
     return records

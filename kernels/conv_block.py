@@ -31,6 +31,7 @@ from torch import Tensor
 
 from cnnlstm_fast.kernels.checks import check_bias, check_block, check_block_backward
 from cnnlstm_fast.kernels.launching import launch
+from cnnlstm_fast.kernels.tuning import Choice
 from cnnlstm_fast.ops.conv_block import keeps_codes
 from cnnlstm_fast.spec import CODE_GROUP, CURVED, NIBBLE_WINDOW, codes_shape, raw_shape
 
@@ -592,6 +593,26 @@ def unpool_kernel(
 PRODUCT = dict(num_warps=8, num_stages=1, maxnreg=128)
 WIDE_PRODUCT = dict(num_warps=8, num_stages=1, maxnreg=255)
 PASS = dict(num_warps=4, num_stages=1)
+#: Products of other choices: of the same tile by half the warps, and of twice the height. None is lower than
+#: its default, since Hopper's wide instructions, whose last bits are their own, want 64 rows.
+FEW_WARPS = dict(num_warps=4, num_stages=1, maxnreg=255)
+
+
+def _other_passes(places: int, channels: int, bm: int, bn: int) -> list[Choice]:
+    """Choices of a pass over places by channels beside the one of ``bm`` by ``bn``."""
+    return [
+        Choice(triton.cdiv(places, m) * triton.cdiv(channels, n), dict(BM=m, BN=n), PASS)
+        for m, n in ((64, 16), (32, 32), (16, 64))
+        if (m, n) != (bm, bn) and n <= _tile(channels, 64)
+    ]
+
+
+def _other_products(places: int, tiles: int, bm: int) -> list[Choice]:
+    """Choices of a product beside the one of ``bm`` places a program, ``tiles`` programs for each of them."""
+    found = [Choice(triton.cdiv(places, bm) * tiles, dict(BM=bm), FEW_WARPS)]
+    if bm == 64:
+        found.append(Choice(triton.cdiv(places, 128) * tiles, dict(BM=128), WIDE_PRODUCT))
+    return found
 
 
 def forward(
@@ -681,7 +702,8 @@ def finish(y: Tensor, args: dict, run) -> None:
         BM=32,
         BN=32,
     )
-    run(finish_kernel, triton.cdiv(places, 32) * triton.cdiv(channels, 32), args, PASS)
+    programs = triton.cdiv(places, 32) * triton.cdiv(channels, 32)
+    run(finish_kernel, programs, args, PASS, _other_passes(places, channels, 32, 32))
 
 
 def convolve_and_finish(x: Tensor, weight: Tensor, conv, args: dict, run) -> None:
@@ -698,7 +720,9 @@ def convolve_and_finish(x: Tensor, weight: Tensor, conv, args: dict, run) -> Non
     wide = _wide(places, x, weight, args["out_ptr"], args["codes_ptr"])
     args = args | product | dict(WIDE=wide, BM=bm, BN=bn)
     curved = args["KEEP_WINNERS"] and args["ACTIVATION"] >= CURVED
-    run(forward_kernel, triton.cdiv(places, bm) * tiles, args, WIDE_PRODUCT if wide or curved else PRODUCT)
+    options = WIDE_PRODUCT if wide or curved else PRODUCT
+    others = _other_products(places, tiles, bm)
+    run(forward_kernel, triton.cdiv(places, bm) * tiles, args, options, others)
 
 
 def backward(
@@ -783,7 +807,9 @@ def _grad_input(grad, x, weight, codes, groups, args, run) -> Tensor:
         BN=bn,
         BK=bk,
     )
-    run(grad_input_kernel, triton.cdiv(places, bm) * groups * triton.cdiv(group_channels, bn), args, PRODUCT)
+    tiles = groups * triton.cdiv(group_channels, bn)
+    others = _other_products(places, tiles, bm)
+    run(grad_input_kernel, triton.cdiv(places, bm) * tiles, args, PRODUCT, others)
     return dx
 
 
@@ -806,7 +832,7 @@ def _grad_weight(grad, x, weight, codes, groups, conv_hw, args, run) -> Tensor:
         BN=bn,
         BK=bk,
     )
-    run(grad_weight_kernel, splits * tiles, args, PRODUCT)
+    run(grad_weight_kernel, splits * tiles, args, PRODUCT, [Choice(splits * tiles, {}, FEW_WARPS)])
     return partial.sum(0).to(weight.dtype)
 
 
@@ -838,7 +864,8 @@ def _unpool(grad, x, codes, channels, conv_hw, args, run) -> Tensor:
         BM=64,
         BN=16,
     )
-    run(unpool_kernel, triton.cdiv(places, 64) * triton.cdiv(channels, 16), args, PASS)
+    programs = triton.cdiv(places, 64) * triton.cdiv(channels, 16)
+    run(unpool_kernel, programs, args, PASS, _other_passes(places, channels, 64, 16))
     return dconv
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -106,10 +107,12 @@ def in_bounds(*tensors: Tensor) -> Iterator[None]:
         yield
 
 
-def launch_in_bounds(kernel, programs: int, args: dict, options: dict) -> None:
-    """As ``cnnlstm_fast.kernels.launching.launch``; in the interpreter each access is checked."""
+def launch_in_bounds(kernel, programs: int, args: dict, options: dict, others=()) -> None:
+    """Any choice of ``cnnlstm_fast.kernels.launching.launch``; in the interpreter each access is checked."""
     from cnnlstm_fast.kernels.launching import launch
 
+    programs, tiles, options = random.choice([(programs, {}, options), *others])
+    args = args | tiles
     tensors = [t for t in args.values() if isinstance(t, Tensor)]
     with in_bounds(*tensors) if not tensors[0].is_cuda else contextlib.nullcontext():
         launch(kernel, programs, args, options)

@@ -6,6 +6,7 @@ nothing else in the process sees the switch.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import random
@@ -591,9 +592,9 @@ def test_ahead_of_time_compilation_needs_no_device():
 
     case = aot.Case("small", (2, 3, 8, 8), 16, (3, 3), dtypes=("bfloat16",))
     records = aot.compile_all([case], [90])
-    assert [record.kernel for record in records] == [
-        "forward_kernel", "grad_input_kernel", "grad_weight_kernel", "grad_bias_kernel",
-    ]  # fmt: skip
+    assert collections.Counter(record.kernel for record in records) == {  # with all choices of tiles
+        "forward_kernel": 3, "grad_input_kernel": 3, "grad_weight_kernel": 2, "grad_bias_kernel": 1,
+    }  # fmt: skip
     for record in records:
         assert record.arch == "sm_90a" and 16 <= record.registers <= 255 and record.spills == 0, record
 
