@@ -367,8 +367,9 @@ def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> B
         x = torch.randn(block.shape, generator=generator)
         if not training:
             return x, None
-        # Sums on a grid are exact, so that winners agree; behind a norm, values on a grid would tie instead.
-        x = x if block.norm else on_grid(x, INPUT_STEP)
+        # Sums on a grid are exact, so that winners agree; behind a norm, values on a grid would tie instead,
+        # and Fourier transforms, for large kernels, break such ties.
+        x = x if block.norm or max(block.kernel) > 20 else on_grid(x, INPUT_STEP)
         return x, torch.randn(like.shape, generator=generator)
 
     _verify(block, weights, training, theirs, ours, draw(), f"{block.describe()}, {mode} (seed {seed})")

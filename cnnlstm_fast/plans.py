@@ -214,10 +214,8 @@ def _winograd_pays(c: int, co: int, window: int, training: bool, needs_x: bool, 
     if normed:
         return c >= (16 if needs_x else 32) and co >= 16
     if training:
-        if co < 32:
-            return co >= 16 and 48 <= c <= 128
-        return c >= (32 if window > 2 else 24 if co < 48 else 16)
-    return c >= (8 if co >= 64 else 12)
+        return co >= 32 and c >= (32 if window > 2 else 24 if co < 48 else 16)
+    return co >= 32 and c >= (8 if co >= 64 else 12)
 
 
 def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.dtype) -> bool:
@@ -284,6 +282,9 @@ def _by_sizes(
     if _has_winograd(spec, weight_shape, dtype):
         normed = norm == "batch" or (norm == "given" and training)
         pays = _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed)
+        tiled = (conv[0] + conv[0] % 2) * (conv[1] + conv[1] % 2)
+        if training and not normed and 4 * tiled > 5 * conv[0] * conv[1]:
+            pays = False  # a quarter of what is computed lies beyond an odd map
         if pays and (any_batch or outputs >= (256 if normed else 16) * weight_shape[0]):
             return None, *winograd, "3x3 taps over many channels: 16 products in place of 36"
     if norm == "batch" or (norm == "given" and training):
