@@ -326,7 +326,8 @@ def _by_sizes(
         if weights <= 2**14 and (signal or taps < 128 or (map_size > 2**14 and taps < 400)):
             return None, *direct, "bound by memory: bias and activation while in registers"
         pointwise = weight_shape[2] == weight_shape[3] == 1
-        if window == 1 and weights <= 2**19 and conv[1] > 3 and weight_shape[0] >= (64 if pointwise else 17):
+        many = weight_shape[1] >= 8 and weight_shape[0] >= (64 if pointwise else 17)
+        if window == 1 and many and weights <= 2**19 and conv[1] > 3:
             if weights * conv[0] * conv[1] * (1 if any_batch else shape[0]) >= 2**22:
                 return None, *direct, "bias and activation while in registers"
     elif window == 1:
