@@ -73,6 +73,8 @@ def _interpreted(name: str):
     prefix = f"{package.__name__}."
     before = {key: sys.modules.pop(key) for key in [*sys.modules] if key.startswith(prefix)}
     attributes = dict(vars(package))
+    for key in before:  # or else `from cnnlstm_fast.kernels import conv_block` would find the old one
+        vars(package).pop(key.removeprefix(prefix), None)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         module = importlib.import_module(prefix + name)

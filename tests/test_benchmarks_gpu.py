@@ -45,7 +45,7 @@ def test_a_block_races(dtype, training, normed):
     assert set(result.left_out) == {"max-autotune", gpu.OURS_COMPILED}
     assert result.standing(OURS).ratio == Spread(1.0, 1.0, 1.0)
     assert all(s.ms.p50 > 0 and s.peak_bytes is None for s in result.standings)
-    assert result.standing(OURS).error < 0.1  # where eager's own may be more: `race` knows
+    assert result.standing(OURS).error < max(0.1, 2 * result.standing("eager").error)
 
 
 @pytest.mark.parametrize("training", [False, True])
