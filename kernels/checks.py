@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast.ops.conv_block import PLANS, keeps_codes
+from cnnlstm_fast.ops.cuda import DTYPES
 from cnnlstm_fast.ops.recurrent import MODES, saved_shape
 from cnnlstm_fast.spec import (
     ACTIVATIONS,
@@ -25,8 +26,6 @@ from cnnlstm_fast.spec import (
     raw_shape,
     windows_meet,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: The largest size or parameter, so that places fit 32 bits; and the elements of a tensor that a machine
 #: may have.

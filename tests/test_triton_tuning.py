@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreted import interpreter_and_cuda, kernels_of
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from interpreted import interpreter_and_cuda, kernels_of  # noqa: E402
-
+# These import Triton, without which the file is skipped above.
 from cnnlstm_fast.kernels import launching, tuning  # noqa: E402
 from cnnlstm_fast.kernels.tuning import Choice  # noqa: E402
 
