@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test bench gpu lint sanitize sanitize-subset fuzz package properties soak versions clean
+.PHONY: demo test compile-kernels bench gpu lint sanitize sanitize-subset fuzz package properties soak versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -12,9 +12,13 @@ demo: $(VENV)/built
 
 # Coverage is that of two cases of every test (tests/conftest.py), in this process alone: what runs in processes
 # of its own (the demo, the examples) is not counted. Its tracer would otherwise add minutes.
-test: $(VENV)/built lint sanitize-subset
+# What malloc returns is poisoned, as fresh tensors are: the kernels' scratch memory too.
+test: $(VENV)/built
+	$(MAKE) -j 2 --output-sync lint sanitize-subset compile-kernels
+	MALLOC_PERTURB_=128 $(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+
+compile-kernels: $(VENV)/built
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
-	$(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 bench: $(VENV)/built
 	mkdir -p build

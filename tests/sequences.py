@@ -251,25 +251,31 @@ def _forward(fn, leaves: dict[str, Tensor], dtype=None) -> dict[str, Tensor]:
         return fn(**{n: t.to(dtype or t.dtype) for n, t in leaves.items()})
 
 
-#: Not smaller: the numbers rule compares norms, which one lucky element of a few decides.
 _SIZES = (3, 5, 7, 8, 15, 16, 17, 24, 31, 33, 48, 65)
+
+#: A step's elements. Not fewer: the numbers rule compares norms, which one lucky element of a few decides.
+_MIN_ELEMENTS = 15
 
 
 def random_case(rng: random.Random, **fixed) -> Case:
     """A small case of any kind, at odd sizes and at those that fill registers."""
     kind = fixed.get("kind") or rng.choice(("LSTM", "GRU"))
-    hidden = fixed.get("hidden") or rng.choice(_SIZES)
+    batch = fixed["batch"] if "batch" in fixed else rng.choice((None, 1, 2, 3, 5, 9, 17))
+    fewest = -(-_MIN_ELEMENTS // (batch or 1))
+    sizes = [size for size in _SIZES if size >= fewest]
+    hidden = fixed.get("hidden") or rng.choice(sizes)
+    projects = kind == "LSTM" and hidden > fewest and rng.random() < 0.25
     chosen = dict(
         kind=kind,
-        inputs=rng.choice(_SIZES),
+        inputs=rng.choice(sizes),
         hidden=hidden,
         time=rng.choice((1, 2, 3, 5, 8)),
-        batch=rng.choice((None, 1, 2, 3, 5, 9, 17)),
+        batch=batch,
         layers=rng.choice((1, 1, 2, 3)),
         bidirectional=rng.random() < 0.4,
         batch_first=rng.random() < 0.5,
         bias=rng.random() < 0.8,
-        proj_size=rng.randrange(1, hidden) if kind == "LSTM" and hidden > 1 and rng.random() < 0.25 else 0,
+        proj_size=rng.randrange(fewest, hidden) if projects else 0,
         state=rng.random() < 0.6,
         reset=rng.random() < 0.5,
         lengths=rng.random() < 0.5,
