@@ -571,7 +571,7 @@ class Handed(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in _QUESTIONS:
+        if function not in _QUESTIONS and not _returns_itself(function, args, kwargs):
             for value in tree_iter((args, kwargs)):
                 if type(value) is Handed:
                     value.settle()
@@ -594,6 +594,12 @@ class Handed(Tensor):
         recipe.sizes.clear()
         with torch.no_grad():
             self.data = self.detach().contiguous()
+
+
+def _returns_itself(function, args, kwargs) -> bool:
+    """Whether a call gives back its first argument, as dropout does in evaluation."""
+    found = patterns.read_call(function, args, kwargs)
+    return found is not None and found.part.kind == "identity"
 
 
 # ---------------------------------------------------------------- the hook

@@ -915,6 +915,37 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
             torch.testing.assert_close(fast(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pooled", [False, True], ids=["activation", "pool"])
+@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.Identity()], ids=repr)
+def test_handed_through_what_does_nothing(drop, pooled, monkeypatch):
+    """Dropout in evaluation gives back what it got."""
+    layouts = []
+    run_block = patterns.run_block
+
+    def noted(*args, layout=None):
+        layouts.append(layout)
+        return run_block(*args, layout=layout)
+
+    pool = [nn.MaxPool2d(2)] if pooled else []
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *pool, drop, nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
+    fast, x = cf.accelerate(model), torch.randn(8, 3, 24, 22)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x))
+        with monkeypatch.context() as patched:
+            patched.setattr(patterns, "run_block", noted)
+            for _ in range(2):
+                x = torch.randn(8, 3, 24, 22)
+                torch.testing.assert_close(fast(x), model(x))
+    assert layouts == ["channels_last", "channels_first"] * 2
+    fast.train(), model.train()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        got = fast(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(got, model(x))
+
+
 def test_handed_to_weights_that_lie_channels_last():
     """Whose result is channels-last in PyTorch, whatever the input."""
     model = nn.Sequential(
