@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from cnnlstm_fast import plans, reference
 from cnnlstm_fast.functional_recurrent import gru, lstm
 from cnnlstm_fast.ops import conv_block as op
-from cnnlstm_fast.ops import conv_fft, conv_norm
+from cnnlstm_fast.ops import conv_norm
 from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, finish_layout
 
 __all__ = ["conv_block", "gru", "lstm"]
@@ -101,11 +101,8 @@ def conv_block(
             _leave_to_pytorch(_call_key(x, weight, bias, *rest), weight.shape)
         out = _reference(x, weight, bias, *rest)
     else:
-        if forward_plan == "fft":
-            raw = _by_fft(spec, x4, weight4, bias, norm, rank)
-        else:
-            run = _fused if norm is None else _fused_with_norm
-            raw = run(spec, x4, weight4, bias, norm, op.PLANS[forward_plan], op.PLANS[backward_plan])
+        run = _fused if norm is None else _fused_with_norm
+        raw = run(spec, x4, weight4, bias, norm, op.PLANS[forward_plan], op.PLANS[backward_plan])
         out = finish_layout(raw, raw_layout, rank)
         if behind is not None:
             out = reference.to_layout(behind(out), layout)
@@ -194,24 +191,6 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
         height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
         conv_norm.update_running(norm, bias, mean, var, x.shape[0] * height * width)
     return raw
-
-
-def _by_fft(spec, x, weight, bias, norm, rank: int) -> Tensor:
-    """The raw result of a block whose convolution is computed by FFT; ``rank`` is the input's."""
-    if norm is not None and plans.folds(norm):
-        trained = torch.is_grad_enabled() and plans.needs_gradient(weight, bias, norm.bias)
-        weight, bias = conv_norm.fold(weight, bias, norm, trained)
-        norm = None
-    order = spec.order if norm is None and spec.pool is None else [0, 1, 2, 3]
-    if torch.is_grad_enabled() and plans.needs_gradient(x, weight, bias):
-        raw = conv_fft.ConvFFTFunction.apply(x, weight, bias, spec.conv_args, order)
-    else:
-        raw = conv_fft.forward_op(x, weight, bias, spec.conv_args, order)
-    y = raw.permute(op.inverse(order))
-    if norm is not None:
-        y = norm(y) if rank == 4 else norm(y.squeeze(2)).unsqueeze(2)
-    act = ACTIVATIONS[spec.activation], spec.act_args
-    return reference.after_norm_by_args(y, *act, spec.pool_args, spec.order)
 
 
 def _reference(x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout):

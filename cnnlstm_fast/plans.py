@@ -5,8 +5,8 @@
   bias, activation, pool and layout.
 - ``winograd``: as ``chunked``, with our own convolution of 3x3 taps, which takes 16 products where others
   take 36.
-- ``fft``: the convolution by Fourier transforms along one axis, the rest by PyTorch's operators; fewer
-  multiplications for large kernels (:mod:`cnnlstm_fast.ops.conv_fft`).
+- ``fft``: a convolution by Fourier transforms along one axis, which takes fewer multiplications for large
+  kernels (:mod:`cnnlstm_fast.ops.conv_fft`), then one pass as ``chunked``.
 - ``reference``: PyTorch's own operators. Always right.
 """
 

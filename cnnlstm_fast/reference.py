@@ -133,11 +133,6 @@ def conv_block_by_args(
     if norm is not None:
         mean, var, gamma, beta, eps = norm
         y = F.batch_norm(y, mean, var, gamma, beta, mean is None, 0.0, eps)
-    return after_norm_by_args(y, activation, act, pool, order)
-
-
-def after_norm_by_args(y: Tensor, activation, act, pool, order) -> Tensor:
-    """Activation, pool and order of :func:`conv_block_by_args`."""
     y = _BY_NUMBER[activation](y, *act)
     if pool:
         y = F.max_pool2d(y, pool[0:2], pool[2:4], pool[4:6], pool[6:8], bool(pool[8]))

@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 
-enum Plan : int64_t { kDirect = 1, kChunked = 2, kWinograd = 3 };
+enum Plan : int64_t { kDirect = 1, kChunked = 2, kWinograd = 3, kFFT = 4 };
 
 // Convolution maps of one chunk: what two cores' second-level caches hold beside weights and input.
 constexpr int64_t kChunkBytes = int64_t{2} << 20;
@@ -123,6 +123,22 @@ ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& input, c
   if (need_x && conv.size() > 7)
     for (int dim : {2, 3}) grad_x = torch::stable::narrow(grad_x, dim, 0, input.size(dim));
   return {grad_x, torch::stable::detail::to<Tensor>(stack[1]), torch::stable::detail::to<Tensor>(stack[2])};
+}
+
+// The map by Fourier transforms (cnnlstm_fast/ops/conv_fft.py), written into (n, oh, ow, co), contiguous.
+void convolution_fft(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv,
+                     const Tensor& map) {
+  using torch::stable::detail::from;
+  StableIValue stack[5] = {from(x), from(weight), from(bias), from(conv), from(map)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("cnnlstm_fast::conv_fft", "", stack, TORCH_ABI_VERSION));
+}
+
+// The gradients of its input and weight, written where there are tensors for them; `grad` lies as the map.
+void convolution_fft_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Ints& conv,
+                              const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_weight) {
+  using torch::stable::detail::from;
+  StableIValue stack[6] = {from(grad), from(x), from(weight), from(conv), from(grad_x), from(grad_weight)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("cnnlstm_fast::conv_fft_backward", "", stack, TORCH_ABI_VERSION));
 }
 
 // ---- Description of a call
@@ -383,8 +399,10 @@ void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, con
   });
 }
 
-// Large weights want large chunks: every chunk reads them, and its backward writes them.
-int64_t images_per_chunk(const Block& b) {
+// Large weights want large chunks: every chunk reads them, and its backward writes them. Fourier transforms cut
+// their work themselves.
+int64_t images_per_chunk(const Block& b, int64_t plan) {
+  if (plan == kFFT) return b.n;
   const int64_t size = b.dtype == kFloat32 ? 4 : 2;
   const int64_t bytes = std::max(kChunkBytes, 8 * b.co * b.taps * size);
   return std::clamp<int64_t>(bytes / (b.oh * b.ow * b.co * size), 1, b.n);
@@ -402,9 +420,13 @@ class Maps {
     const Call call = bare(x, weight_, conv_);
     const Block& b = call.block;
     if (plan_ != kChunked) {
-      const Tensor map = torch::stable::new_empty(x, in_order(b, call.order));
+      const Tensor map = new_output(x, in_order(b, call.order), x.scalar_type());
       if (plan_ == kDirect) {
         forward_direct(call, x, weight_, bias_, {map.data_ptr(), nullptr, nullptr});
+        return map;
+      }
+      if (plan_ == kFFT) {
+        convolution_fft(x, weight_, bias_, conv_, map);
         return map;
       }
       if (winograd_->run(x, b.ph, b.pw, b.oh, b.ow, bias_, static_cast<float*>(map.data_ptr()))) return map;
@@ -434,7 +456,7 @@ bool forward_winograd(const Call& call, const Tensor& x, const Tensor& weight, c
   const Block& b = call.block;
   const WinogradConvolution convolution(weight, false);
   // An input that lies otherwise is laid out in chunks that stay in cache.
-  const int64_t chunk = x.stride(1) == 1 ? b.n : images_per_chunk(b);
+  const int64_t chunk = x.stride(1) == 1 ? b.n : images_per_chunk(b, kWinograd);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const Tensor part = torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, std::min(chunk, b.n - n0));
     if (!convolution.run(b, part, bias, from_image(b, out, n0))) return false;
@@ -442,12 +464,13 @@ bool forward_winograd(const Call& call, const Tensor& x, const Tensor& weight, c
   return true;
 }
 
-void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Outputs& out) {
+// Maps by the library or by Fourier transforms, and what finishes them.
+void forward_chunked(const Call& call, int64_t plan, const Tensor& x, const Tensor& weight,
+                     const std::optional<Tensor>& bias, const Outputs& out) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  const Maps maps(call.conv, kChunked, weight, bias);
-  const int64_t chunk = images_per_chunk(b);
+  const Maps maps(call.conv, plan, weight, bias);
+  const int64_t chunk = images_per_chunk(b, plan);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor map = maps.of(torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count));
@@ -464,10 +487,12 @@ void forward_chunked(const Call& call, const Tensor& x, const Tensor& weight, co
 }
 
 void check_plan(int64_t plan, const Block& b) {
-  STD_TORCH_CHECK(plan == kDirect || plan == kChunked || plan == kWinograd, "conv_block: unknown plan ", plan);
+  STD_TORCH_CHECK(plan >= kDirect && plan <= kFFT, "conv_block: unknown plan ", plan);
   STD_TORCH_CHECK(plan != kWinograd || (b.dtype == kFloat32 && b.kh == 3 && b.kw == 3 && b.sh == 1 && b.sw == 1 &&
                                         b.dh == 1 && b.dw == 1 && b.groups == 1),
                   "conv_block: the plan winograd takes float32 and 3x3 taps with stride 1 only");
+  STD_TORCH_CHECK(plan != kFFT || (b.dtype == kFloat32 && b.dh == 1 && b.dw == 1 && b.groups == 1),
+                  "conv_block: the plan fft takes float32 without dilation and groups only");
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints conv,
@@ -487,8 +512,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
     const Outputs outputs{out.data_ptr(), codes_pointer(codes), slopes.numel() ? slopes.data_ptr() : nullptr};
     if (plan == kDirect)
       forward_direct(call, x, weight, bias, outputs);
-    else if (plan == kChunked || !forward_winograd(call, x, weight, bias, outputs))
-      forward_chunked(call, x, weight, bias, outputs);
+    else if (plan != kWinograd)
+      forward_chunked(call, plan, x, weight, bias, outputs);
+    else if (!forward_winograd(call, x, weight, bias, outputs))
+      forward_chunked(call, kChunked, x, weight, bias, outputs);
   }
   return {out, codes, slopes};
 }
@@ -556,6 +583,7 @@ class ChunkGrads {
     const Tensor part = torch::stable::narrow(const_cast<Tensor&>(x_), 0, n0, count);
     if (need_[0] && !grad_x_ && (!all || plan_ != kChunked)) grad_x_ = new_like_input(x_);
     if (plan_ == kWinograd) return add_winograd(part, raw, n0);
+    if (plan_ == kFFT) return add_fft(part, raw, n0);
     if (plan_ == kDirect) {
       std::optional<Tensor> to_x, to_weight, to_bias;
       if (need_[0]) to_x = torch::stable::narrow(*grad_x_, 0, n0, count);
@@ -602,7 +630,7 @@ class ChunkGrads {
 
  private:
   void add_winograd(const Tensor& part, const Tensor& raw, int64_t n0) {
-    const int64_t n = part.size(0), c = part.size(1), h = part.size(2), w = part.size(3), co = raw.size(3);
+    const int64_t n = part.size(0), c = part.size(1), h = part.size(2), w = part.size(3);
     if (need_[0]) {
       const bool in_place = lies_channels_last(*grad_x_);
       const Tensor to = in_place ? *grad_x_ : torch::stable::new_empty(x_, Ints{n, h, w, c});
@@ -615,25 +643,37 @@ class ChunkGrads {
       }
     }
     if (need_[1]) winograd_weight_->add(part, raw, conv_[2], conv_[3]);
-    if (need_[2]) {
-      const KernelTable& k = kernels();
-      const int64_t places = raw.size(0) * raw.size(1) * raw.size(2), items = ceil_div(places, kPlacesPerSum);
-      std::vector<double> sums(items * 2 * co);
-      std::vector<float> pivot(ceil_div(co, kMaxVector) * kMaxVector);
-      float* data = static_cast<float*>(raw.data_ptr());
-      for_each_item(items, [&](int64_t i) {
-        float* at = data + i * kPlacesPerSum * co;
-        k.copy_and_sum(at, at, std::min(kPlacesPerSum, places - i * kPlacesPerSum), co, kFloat32, pivot.data(),
-                       sums.data() + i * 2 * co);
-      });
-      const Tensor total = torch::stable::new_empty(weight_, Ints{co});
-      for (int64_t o = 0; o < co; ++o) {
-        double sum = 0;
-        for (int64_t i = 0; i < items; ++i) sum += sums[i * 2 * co + o];
-        static_cast<float*>(total.data_ptr())[o] = static_cast<float>(sum);
-      }
-      bias_sum_.add(total);
+    if (need_[2]) add_bias(raw);
+  }
+
+  void add_fft(const Tensor& part, const Tensor& raw, int64_t n0) {
+    std::optional<Tensor> to_x, to_weight;
+    if (need_[0]) to_x = torch::stable::narrow(*grad_x_, 0, n0, part.size(0));
+    if (need_[1]) to_weight = torch::stable::new_empty(weight_, sizes(weight_));
+    if (need_[0] || need_[1]) convolution_fft_backward(seen_channels_first(raw), part, weight_, conv_, to_x, to_weight);
+    if (need_[1]) weight_sum_.add(*to_weight);
+    if (need_[2]) add_bias(raw);
+  }
+
+  // The sum of a map's gradient (images, oh, ow, co) in float32.
+  void add_bias(const Tensor& raw) {
+    const KernelTable& k = kernels();
+    const int64_t co = raw.size(3), places = raw.numel() / co, items = ceil_div(places, kPlacesPerSum);
+    std::vector<double> sums(items * 2 * co);
+    std::vector<float> pivot(ceil_div(co, kMaxVector) * kMaxVector);
+    float* data = static_cast<float*>(raw.data_ptr());
+    for_each_item(items, [&](int64_t i) {
+      float* at = data + i * kPlacesPerSum * co;
+      k.copy_and_sum(at, at, std::min(kPlacesPerSum, places - i * kPlacesPerSum), co, kFloat32, pivot.data(),
+                     sums.data() + i * 2 * co);
+    });
+    const Tensor total = torch::stable::new_empty(weight_, Ints{co});
+    for (int64_t o = 0; o < co; ++o) {
+      double sum = 0;
+      for (int64_t i = 0; i < items; ++i) sum += sums[i * 2 * co + o];
+      static_cast<float*>(total.data_ptr())[o] = static_cast<float>(sum);
     }
+    bias_sum_.add(total);
   }
 
   // A sum in single precision of tensors that may be bfloat16.
@@ -693,13 +733,13 @@ ConvolutionGrads backward_chunked(const Call& call, int64_t plan, const Tensor& 
                                   bool need_weight, bool need_bias) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co;
+  const int64_t chunk = images_per_chunk(b, plan), image = b.oh * b.ow * b.co;
   ChunkGrads grads(call.conv, plan, x, weight, need_x, need_weight, need_bias);
   const void* grad_data = grad.data_ptr();
   const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
-    Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
+    const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
     char* data = static_cast<char*>(raw.data_ptr());
     const int64_t size = raw.element_size();
     for_each_item(count, [&](int64_t i) {
@@ -934,8 +974,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   const Tensor kept = new_output(x, keep && pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
   // The map, where it is read again: to normalise it, or by the backward.
   const bool stored = !given || (keep && !pooled);
-  const Tensor map = new_output(x, stored ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
-  char* map_data = stored ? static_cast<char*>(map.data_ptr()) : nullptr;
+  const int64_t chunk = images_per_chunk(b, plan);
+  const bool in_parts = chunk < b.n || b.n == 0;
+  Tensor map = new_output(x, stored && in_parts ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
 
   // Rows: mean without the bias, biased variance, scale, shift.
   const Tensor stats = new_doubles(x, Ints{4, b.co});
@@ -966,13 +1007,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
 
   std::vector<double> total(2 * b.co), part;
   const Maps maps(conv, plan, weight, std::nullopt);
-  const int64_t chunk = images_per_chunk(b);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor found = maps.of(torch::stable::narrow(x, 0, n0, count));
     const char* data = static_cast<const char*>(found.data_ptr());
     if (given) normalise(data, n0, count);
     if (!stored) continue;
+    if (!in_parts) map = plain(found);
+    char* map_data = static_cast<char*>(map.data_ptr());
     if (n0 == 0)
       for (int64_t c = 0; c < b.co; ++c) {
         pivot[c] = k.to_float(data, c, b.dtype);
@@ -992,7 +1034,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
       const double off = total[c] / places, var = total[b.co + c] / places - off * off;
       set_statistics(c, pivot[c] + off, var < 0 ? 0 : var);  // NaN stays
     }
-    normalise(map_data, 0, b.n);
+    normalise(static_cast<const char*>(map.data_ptr()), 0, b.n);
   }
   const bool returned = keep && (!pooled || (keep_map && !given));
   return {out, codes, kept, returned ? map : torch::stable::new_empty(x, Ints{0}), stats};
@@ -1072,8 +1114,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
     const Tensor dx = need_x ? new_like_input(x) : torch::stable::new_empty(x, Ints{0});
     return {dx, torch::stable::new_zeros(weight, need_weight ? sizes(weight) : Ints{0}), grads};
   }
-  const int64_t chunk = images_per_chunk(b), image = b.oh * b.ow * b.co, size = x.element_size();
+  const int64_t image = b.oh * b.ow * b.co, size = x.element_size();
   auto gradients = [&](int64_t by) {
+    const int64_t chunk = images_per_chunk(b, by);
     const Maps maps(conv, by, weight, std::nullopt);
     ChunkGrads sums(conv, by, x, weight, need_x, need_weight, false);
     for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
@@ -1086,7 +1129,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
         again = maps.of(torch::stable::narrow(x, 0, n0, count));
         from = static_cast<const char*>(again->data_ptr());
       }
-      const Tensor raw = torch::stable::new_empty(x, Ints{count, b.oh, b.ow, b.co});
+      const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
       char* to = static_cast<char*>(raw.data_ptr());
       for_each_item(count, [&](int64_t i) {
         k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),

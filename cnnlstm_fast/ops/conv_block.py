@@ -27,7 +27,7 @@ from torch import Tensor
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import CODE_GROUP, CURVED, codes_shape, map_size, pool_size, raw_shape
 
-PLANS = {"direct": 1, "chunked": 2, "winograd": 3}
+PLANS = {"direct": 1, "chunked": 2, "winograd": 3, "fft": 4}
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
 _lib.define(
@@ -198,4 +198,5 @@ def library_backward(grad, x, weight, conv, needs):
     return grad_x, *grads
 
 
-from cnnlstm_fast.ops import conv_block_cuda  # noqa: E402, F401  (registers the kernels of the ops above)
+# These register the kernels of the ops above, and the ops that those call.
+from cnnlstm_fast.ops import conv_block_cuda, conv_fft  # noqa: E402, F401

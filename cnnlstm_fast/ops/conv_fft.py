@@ -17,7 +17,9 @@ networks through FFTs", 2014, for products of spectra summed over channels).
 
 Work is done for as many windows, and as many rows at a time, as stay in cache.
 
-Schema terms are those of :mod:`cnnlstm_fast.ops.conv_block`; groups and dilation are 1.
+The block op calls these ops under the plan ``fft`` for its map (N, OH, OW, C_out), contiguous, which they
+write, and for the gradients of input and weight. Schema terms are those of
+:mod:`cnnlstm_fast.ops.conv_block`; groups and dilation are 1.
 """
 
 from __future__ import annotations
@@ -31,38 +33,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnlstm_fast.ops.conv_block import inverse, library_backward, new_like_input
+from cnnlstm_fast.ops.conv_block import library_backward
 from cnnlstm_fast.reference import conv_block_by_args
-from cnnlstm_fast.spec import map_size, raw_shape
+from cnnlstm_fast.spec import map_size
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
-_lib.define("conv_fft(Tensor x, Tensor weight, Tensor? bias, int[] conv, int[] order) -> Tensor")
+_lib.define("conv_fft(Tensor x, Tensor weight, Tensor? bias, int[] conv, Tensor(a!) map) -> ()")
 _lib.define(
-    "conv_fft_backward(Tensor grad, Tensor x, Tensor weight, int[] conv, bool need_x, bool need_weight) "
-    "-> (Tensor, Tensor)"
+    "conv_fft_backward(Tensor grad, Tensor x, Tensor weight, int[] conv, Tensor(a!)? grad_x, "
+    "Tensor(b!)? grad_weight) -> ()"
 )
 _lib.define("transform_windows(Tensor x, Tensor matrix, Tensor(a!) out, bool add) -> ()")
 
-forward_op = torch.ops.cnnlstm_fast.conv_fft.default
-backward_op = torch.ops.cnnlstm_fast.conv_fft_backward.default
 transform_op = torch.ops.cnnlstm_fast.transform_windows.default
-
-
-def _raw_shape(x: Tensor, weight: Tensor, conv, order) -> list[int]:
-    return raw_shape(order, x.shape[0], weight.shape[0], map_size(x.shape[2:], weight.shape[2:], conv))
-
-
-@torch.library.register_fake("cnnlstm_fast::conv_fft", lib=_lib)
-def _(x, weight, bias, conv, order):
-    return x.new_empty(_raw_shape(x, weight, conv, order))
-
-
-@torch.library.register_fake("cnnlstm_fast::conv_fft_backward", lib=_lib)
-def _(grad, x, weight, conv, need_x, need_weight):
-    return (
-        new_like_input(x) if need_x else x.new_empty(0),
-        weight.new_empty(weight.shape if need_weight else [0]),
-    )
 
 
 # ---- Sizes
@@ -339,11 +322,10 @@ def _finite(t: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, order) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, map: Tensor) -> None:
     t = _tiling_of(x, weight, conv)
     matrices = transforms(t.hop, t.taps)
-    raw = x.new_empty(_raw_shape(x, weight, conv, order))
-    images, kernels, out = _turned(t, x, weight, raw.permute(inverse(order)))
+    images, kernels, out = _turned(t, x, weight, map.permute(0, 3, 1, 2))
     kernels = _weight_spectra(kernels, t)
     for chunk in _chunks(t, *images.shape[:2]):
         windows, over, inside = _windows(images, t, chunk)
@@ -357,18 +339,19 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, order) -> Ten
         part = _map_part(out, t, chunk)
         y = y[:, :, : part.shape[2]]
         part.copy_(y) if bias is None else torch.add(y, bias, out=part)
-    if not _finite(raw):  # a transform spreads a NaN over its window
-        return conv_block_by_args(x, weight, bias, conv, 0, [], [], order)
-    return raw
+    if not _finite(map):  # a transform spreads a NaN over its window
+        map.copy_(conv_block_by_args(x, weight, bias, conv, 0, [], [], [0, 2, 3, 1]))
 
 
 @torch.no_grad()
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv, need_x: bool, need_weight: bool):
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, conv, grad_x: Tensor | None, grad_weight: Tensor | None
+) -> None:
     t = _tiling_of(x, weight, conv)
     matrices = transforms(t.hop, t.taps)
-    grad_x = new_like_input(x).zero_() if need_x else x.new_empty(0)
+    need_x, need_weight = grad_x is not None, grad_weight is not None
     grads, images, kernels = _turned(t, grad, x, weight)
-    grad_images = _turned(t, grad_x)[0] if need_x else None
+    grad_images = None if grad_x is None else _turned(t, grad_x.zero_())[0]
     shape, channels = kernels.shape, x.shape[1] * t.stride[0] * t.stride[1]
     grad_spectra = x.new_zeros(t.rows, weight.shape[0], t.parts, t.other_taps, channels)
     spectra = _weight_spectra(kernels, t) if need_x else grad_spectra  # of which only the shape is read
@@ -397,45 +380,15 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, conv, need_x: bool, need_
                 _as_kernels(grad_spectra[rows], t).add_(of_kernels)
         if need_x:
             inside.add_(over)
-    grad_weight = weight.new_empty(0)
-    if need_weight:
-        grad_weight = _weight_gradient(grad_spectra, t, shape)
-        grad_weight = (grad_weight.transpose(2, 3) if t.turned else grad_weight).contiguous()
-    if not (_finite(grad_x) and _finite(grad_weight)):
-        found = library_backward(grad, x, weight, conv, [need_x, need_weight, False])
-        grad_x = new_like_input(x).copy_(found[0]) if need_x else grad_x
-        grad_weight = found[1].contiguous() if need_weight else grad_weight
-    return grad_x, grad_weight
+    if grad_weight is not None:
+        _turned(t, grad_weight)[0].copy_(_weight_gradient(grad_spectra, t, shape))
+    found = [g for g in (grad_x, grad_weight) if g is not None]
+    if not all(map(_finite, found)):
+        again = library_backward(grad, x, weight, conv, [need_x, need_weight, False])
+        for ours, theirs in zip((grad_x, grad_weight), again, strict=False):
+            if ours is not None:
+                ours.copy_(theirs)
 
 
 _lib.impl("conv_fft", _forward, "CPU")
 _lib.impl("conv_fft_backward", _backward, "CPU")
-
-
-class ConvFFTFunction(torch.autograd.Function):
-    """Autograd around the op; entered only when a gradient is needed."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, conv, order):
-        ctx.args = conv, order
-        ctx.shapes = x.shape, weight.shape
-        need_x, need_weight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        return forward_op(x, weight, bias, conv, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        conv, order = ctx.args
-        x, weight = ctx.saved_tensors
-        if x is None:
-            x = grad.new_empty(()).expand(ctx.shapes[0])
-        if weight is None:
-            weight = grad.new_empty(()).expand(ctx.shapes[1])
-        grad = grad.permute(inverse(order))
-        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-        if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
-            grads = library_backward(grad, x, weight, conv, needs)
-        else:
-            grads = backward_op(grad, x, weight, conv, *needs[:2]) if any(needs[:2]) else (None, None)
-            grads = *grads, grad.sum((0, 2, 3)) if needs[2] else None
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
