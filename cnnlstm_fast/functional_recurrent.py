@@ -284,7 +284,10 @@ def _reference(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
 
 
 def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
-    """Layer by layer, one op each."""
+    """Layer by layer, one op each, in time-major memory whatever comes first: as PyTorch's result lies."""
+    if stack.batch_first:
+        x = x.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
     final = []
     directions, count = stack.directions, stack.per_direction
     recording = torch.is_grad_enabled()
@@ -294,22 +297,15 @@ def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
         h0, c0 = (None, None) if hx is None else (*(s[at : at + directions] for s in hx), None)[:2]
         tensors = (x, h0, c0, *weights)
         if recording and any(t is not None and t.requires_grad for t in tensors):
-            x, *states = op.RecurrentLayerFunction.apply(
-                *tensors, reset, lengths, cell.mode, stack.batch_first
-            )  # fmt: skip
+            x, *states = op.RecurrentLayerFunction.apply(*tensors, reset, lengths, cell.mode, False)
         else:
-            x, *states, _ = op.forward_op(*tensors, reset, lengths, cell.mode, stack.batch_first, False)
+            x, *states, _ = op.forward_op(*tensors, reset, lengths, cell.mode, False, False)
         final.append(states[: cell.states])
         if stack.dropout and stack.training and layer < stack.num_layers - 1:
-            x = _dropout(x, stack)
-    return x, final[0] if len(final) == 1 else [torch.cat(s) for s in zip(*final, strict=True)]
-
-
-def _dropout(x: Tensor, stack: Stack) -> Tensor:
-    """Dropout in time-major memory, as PyTorch draws it, so that a seed gives the same zeros."""
+            x = F.dropout(x, stack.dropout)
     if stack.batch_first:
-        return F.dropout(x.transpose(0, 1).contiguous(), stack.dropout).transpose(0, 1)
-    return F.dropout(x, stack.dropout)
+        x = x.transpose(0, 1)
+    return x, final[0] if len(final) == 1 else [torch.cat(s) for s in zip(*final, strict=True)]
 
 
 def layer_weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:

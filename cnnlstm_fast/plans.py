@@ -204,6 +204,10 @@ def check_sizes(spec: BlockSpec, size: Sequence[int], kernel: Sequence[int]) -> 
         )
 
 
+#: Places of a signal that ``direct`` adds up for its weight's gradient as exactly as the library does.
+_LONGEST_SIGNAL = 2**13
+
+
 def _has_winograd(spec: BlockSpec, weight_shape: tuple, dtype: torch.dtype) -> bool:
     plain = spec.stride == spec.dilation == (1, 1) and spec.groups == 1
     return plain and tuple(weight_shape[2:]) == (3, 3) and dtype == torch.float32
@@ -332,6 +336,8 @@ def _by_sizes(
                 return None, *direct, "bias and activation while in registers"
     elif window == 1:
         bridge = spec.layout not in ("channels_first", "channels_last")
+        if signal and conv[1] > _LONGEST_SIGNAL:
+            return None, *reference, "a long signal: its weight's gradient is one sum too long for float32"
         if not needs_x:
             if taps <= 16 or (128 <= taps and weights <= 2**13) or (signal and bridge and taps <= 128):
                 return None, *direct, "few weights"

@@ -639,7 +639,13 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
   if (grad_h_n) want.grad_h_n = as_contiguous(*grad_h_n);
   if (grad_c_n) want.grad_c_n = as_contiguous(*grad_c_n);
   if (need_x) {
-    want.grad_x = new_output(x, call.sequence(call.inputs), wide);
+    // Its memory has first what the input's has: whoever computed that wants it so.
+    if (x.stride(0) < x.stride(1)) {
+      Tensor made = new_output(x, Ints{x.size(1), x.size(0), call.inputs}, wide);
+      want.grad_x = torch::stable::transpose(made, 0, 1);
+    } else {
+      want.grad_x = new_output(x, call.sequence(call.inputs), wide);
+    }
     if (lengths || call.batch * call.steps == 0) torch::stable::zero_(*want.grad_x);
   }
   auto like = [&](const Tensor& t) {

@@ -29,7 +29,7 @@ int64_t group_up(int64_t channels) {
 }
 
 Tensor new_floats(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, std::vector<int64_t>{count}, torch::headeronly::ScalarType::Float);
+  return new_output(like, std::vector<int64_t>{count}, torch::headeronly::ScalarType::Float);
 }
 
 // x with its channels contiguous.

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import SEED, needs_extension, run_python
+from helpers import SEED, Block, assert_block, needs_extension, normal_tensors, run_python
 from torch import nn
 
 import cnnlstm_fast as cf
@@ -285,3 +285,33 @@ def test_no_rule_asks_for_the_batch_of_an_exported_block(stride):
     program = torch.export.export(model, (torch.randn(4, 64, 8, 8),), dynamic_shapes=({0: batch},))
     x = torch.randn(37, 64, 8, 8)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_first_result_lies_time_first(kind, training):
+    """As PyTorch's does: heads take views of it, and dropout behind it draws in memory's order."""
+    model = kind(16, 32, 2, batch_first=True, bidirectional=True).train(training)
+    x = torch.randn(4, 20, 16)
+    for layer in (cf.accelerate(model), getattr(cf, kind.__name__).like(model)):
+        got, expected = layer(x)[0], model(x)[0]
+        assert got.stride() == expected.stride()
+        torch.testing.assert_close(got.transpose(0, 1).view(-1, 64), expected.transpose(0, 1).view(-1, 64))
+
+
+def test_the_gradient_of_a_batch_first_input_lies_batch_first():
+    """Otherwise the convolutions before it begin their backward with a copy."""
+    x = torch.randn(4, 20, 16, requires_grad=True)
+    seen = []
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(grad.is_contiguous()))
+    cf.LSTM(16, 32, batch_first=True)(y)[0].sum().backward()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("length", [9000, 100_000])
+def test_the_weight_gradient_of_a_long_signal(length):
+    """The plan direct sums it in one chain of float32."""
+    block = Block(1, 16, (length,), 32, (1,), (1,), (0,), (1,), activation="gelu")
+    tensors = normal_tensors(block, torch.float32)
+    assert_block(block, tensors, torch.randn(block.out_shape()), plan="auto")

@@ -80,7 +80,10 @@ def _(grad_out, grad_h_n, grad_c_n, x, h0, c0, *rest):
         return x.new_empty([0]) if t is None or not needed else x.new_empty(t.shape)
 
     state = (like(h0, need_state), like(c0, need_state))
-    return like(x, need_x), *state, *(like(w, need_weights) for w in weights)
+    grad_x = like(x, need_x)
+    if need_x and x.device.type == "cpu" and x.stride(0) < x.stride(1):
+        grad_x = x.new_empty([x.shape[1], x.shape[0], x.shape[2]]).transpose(0, 1)
+    return grad_x, *state, *(like(w, need_weights) for w in weights)
 
 
 class RecurrentLayerFunction(torch.autograd.Function):
