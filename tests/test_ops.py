@@ -730,8 +730,12 @@ def tensors_and_sizes(make):
         yield make(f"activation {wrong} without numbers", activation=wrong)
         yield make(f"activation {wrong} of three numbers", activation=wrong, act=[1.0, 2.0, 3.0])
     yield make("a ReLU of one number", act=[1.0])
-    for wrong in (0, -1, 4, BIG):
+    for wrong in (0, -1, 5, BIG):
         yield make(f"plan {wrong}", plan=wrong)
+    yield make("fft with dilation", plan=4, conv=conv(4, 2))
+    yield make("fft with groups", plan=4, conv=conv(6, 2), weight=torch.randn(6, 2, 3, 3))
+    yield make("fft in bfloat16", plan=4, x=torch.randn(2, 4, 9, 8).bfloat16(),
+               weight=torch.randn(6, 4, 3, 3).bfloat16())
 
 def calls():
     r = torch.randn
