@@ -732,9 +732,9 @@ def tensors_and_sizes(make):
     yield make("a ReLU of one number", act=[1.0])
     for wrong in (0, -1, 5, BIG):
         yield make(f"plan {wrong}", plan=wrong)
-    yield make("fft with dilation", plan=4, conv=conv(4, 2))
-    yield make("fft with groups", plan=4, conv=conv(6, 2), weight=torch.randn(6, 2, 3, 3))
-    yield make("fft in bfloat16", plan=4, x=torch.randn(2, 4, 9, 8).bfloat16(),
+    yield make("plan fft with dilation", plan=4, conv=conv(4, 2))
+    yield make("plan fft with groups", plan=4, conv=conv(6, 2), weight=torch.randn(6, 2, 3, 3))
+    yield make("plan fft in bfloat16", plan=4, x=torch.randn(2, 4, 9, 8).bfloat16(),
                weight=torch.randn(6, 4, 3, 3).bfloat16())
 
 def calls():
