@@ -398,6 +398,7 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     if asked.stdout.strip() != isa:
         assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
         pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")
+    # Under `make test` malloc is poisoned and these kernels are the run's own: the same tests, run already.
     if isa == torch.ops.cnnlstm_fast.isa() and os.environ.get("MALLOC_PERTURB_"):
         pytest.skip(f"this run itself tests {isa} with poisoned memory")
     ran = subprocess.run(
