@@ -231,6 +231,31 @@ def _draw_depthwise(rng: random.Random) -> dict:
     )  # fmt: skip
 
 
+def _draw_backbone(rng: random.Random) -> dict:
+    """Mobile and residual backbones: small maps, pointwise, depthwise and strided convolutions."""
+    channels, side = rng.choice((16, 24, 48, 64, 96, 128, 240)), rng.choice((4, 7, 14, 28))
+    kind = rng.choice(("pointwise", "pointwise", "depthwise", "strided"))
+    k = {"pointwise": 1, "depthwise": rng.choice((3, 5)), "strided": rng.choice((1, 3))}[kind]
+    stride = 2 if kind == "strided" else 1
+    out_channels = {"pointwise": channels * rng.choice((1, 2, 6)) // 2, "depthwise": channels}
+    return dict(
+        channels=channels, size=(side, side), out_channels=out_channels.get(kind, 2 * channels),
+        kernel=(k, k), stride=(stride, stride), padding=(k // 2,) * 2,
+        groups=channels if kind == "depthwise" else 1,
+        activation=rng.choice(("relu", "silu", None)), norm=rng.random() < 0.7,
+    )  # fmt: skip
+
+
+def _draw_eeg(rng: random.Random) -> dict:
+    """Electrodes by time, or time by electrodes: a long kernel over one channel."""
+    k, flip = rng.choice((16, 32, 63, 64)), rng.choice((1, 1, -1))
+    return dict(
+        channels=1, size=(22, rng.choice((500, 1000)))[::flip], out_channels=rng.choice((4, 8, 16)),
+        kernel=(1, k)[::flip], stride=(1, 1), padding=(0, rng.choice((0, k // 2)))[::flip],
+        activation=rng.choice(("elu", None)), norm=rng.random() < 0.7,
+    )  # fmt: skip
+
+
 #: How often each kind of stack is drawn.
 _FAMILIES: dict[str, tuple[int, Callable[[random.Random], dict]]] = {
     "image": (6, _draw_image),
@@ -241,9 +266,12 @@ _FAMILIES: dict[str, tuple[int, Callable[[random.Random], dict]]] = {
     "video": (2, _draw_video),
     "speech": (2, _draw_speech),
     "grouped": (2, _draw_depthwise),
+    "backbone": (4, _draw_backbone),
+    "eeg": (1, _draw_eeg),
 }
 
-# What eager costs here, roughly: enough to choose batch sizes that take 5 to 30 ms.
+# What eager costs here, roughly: enough to choose batch sizes that take 5 to 30 ms, and a tenth of that where
+# layers are small.
 _FLOPS_PER_MS = 2.5e8
 _ELEMENTS_PER_MS = 5.0e5
 
@@ -259,7 +287,7 @@ def draw_blocks(count: int, seed: int) -> list[Block]:
         outputs = block.out_channels * prod(block.conv_size)
         one = conv_flops(outputs, block.channels // block.groups, block.kernel) / _FLOPS_PER_MS
         one += outputs / _ELEMENTS_PER_MS
-        batch = round(exp(rng.uniform(log(5), log(20))) / one)
+        batch = round(exp(rng.uniform(log(5), log(20))) / one / (10 if family == "backbone" else 1))
         if 1 <= batch <= 2048:
             blocks[replace(block, batch=batch)] = None
     return list(blocks)

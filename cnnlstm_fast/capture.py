@@ -616,6 +616,7 @@ class Capture:
         self.surprises = 0
         self.left_alone: str | None = None
         self.why_plain: str | None = None
+        self.plain: set[tuple] = set()  # calls like these (`_call_key`) a rule has left to PyTorch
 
     def __reduce__(self):
         return Capture, ()
@@ -623,6 +624,9 @@ class Capture:
     def __call__(self, module: nn.Module, args: tuple):
         if torch.compiler.is_compiling():
             return None
+        if self.plain and plans.observer is None and len(args) == 1 and type(args[0]) is Tensor:
+            if _call_key(module, args[0]) in self.plain:
+                return None
         why = self.left_alone or _why_plain(module, args)
         if why is not None:
             self.runs_plain(module, why)
@@ -638,7 +642,16 @@ class Capture:
         if self.surprises >= SURPRISES:
             self.leave_alone("what follows it changes from call to call")
         else:
+            self.plain.clear()
             self.known = {key: known for key, known in self.known.items() if known is not recipe}
+
+    def leave_calls(self, module: nn.Module, x: Tensor) -> None:
+        """Calls like this one need not be looked at again: at 2 us in place of 8 to 18."""
+        if len(self.plain) >= MEMORY:
+            self.plain.clear()
+        key = _call_key(module, x)
+        if key is not None:
+            self.plain.add(key)
 
     def runs_plain(self, module: nn.Module, why: str) -> None:
         self.why_plain = why
@@ -679,6 +692,8 @@ class Capture:
             if given is not None:
                 given.settle()
                 x = given
+            elif module.padding_mode == "zeros":  # else x is not what the module was called with
+                self.leave_calls(module, x)
             self.runs_plain(module, sized.why)
             return function(x, *conv)
         chain = Chain(self, known, sized, context, function, x, conv, handed)
@@ -701,6 +716,19 @@ class Input:
             return given.capture.convolve(function, given.x, given.module, args[1:], kwargs)
         # Padding of another mode than zeros comes before the convolution.
         return Input(function(given.x, *args[1:], **kwargs), given.capture, given.module)
+
+
+def _call_key(module: nn.Module, x: Tensor) -> tuple | None:
+    """What the choice of a plan depends on, for one site; None where that is not to be remembered."""
+    if _is_any_autocast_enabled():
+        return None
+    try:
+        return x.shape, x.stride(), x.dtype, x.is_cpu, module.training, torch.is_grad_enabled()
+    except RuntimeError:  # sparse and nested tensors have no strides
+        return None
+
+
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def _why_plain(module: nn.Module, args: tuple) -> str | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -204,10 +204,6 @@ def check_sizes(spec: BlockSpec, size: Sequence[int], kernel: Sequence[int]) -> 
         )
 
 
-#: Places of a signal that ``direct`` adds up for its weight's gradient as exactly as the library does.
-_LONGEST_SIGNAL = 2**13
-
-
 def _has_winograd(spec: BlockSpec, weight_shape: tuple, dtype: torch.dtype) -> bool:
     plain = spec.stride == spec.dilation == (1, 1) and spec.groups == 1
     return plain and tuple(weight_shape[2:]) == (3, 3) and dtype == torch.float32
@@ -242,8 +238,168 @@ def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.d
     else:
         pays, least = long >= (7 if max(spec.stride) == 1 else 9) and long**2 * channels >= 1500, 2**29
         pays = pays and max(*conv) >= 24
+    if 4 * max(*conv) <= max(*weight_shape[2:]):
+        return False  # most of what is transformed lies beyond the map
     # The batch's size last: under the compiler, asking for it is a guard.
     return pays and weights <= 2**9 * places and weights * places >= least
+
+
+class _Sizes(NamedTuple):
+    """What the rules for one block ask.
+
+    Attributes:
+        taps: of one output channel.
+        window: elements of the pool's window; 1 without a pool.
+        outputs: of the convolution's map, over the whole batch.
+        signal: 1-d, as an image of one row.
+        longest: side of the kernel.
+        tall: a column over one channel: its patches are single values.
+        bridge: the result lies as a recurrent layer reads it.
+        work: multiplications of one pass; of one image where the batch's size is not to be asked.
+    """
+
+    spec: BlockSpec
+    dtype: torch.dtype
+    training: bool
+    needs_x: bool
+    norm: str | None
+    channels: int
+    out_channels: int
+    taps: int
+    weights: int
+    window: int
+    conv: tuple[int, int]
+    outputs: int
+    signal: bool
+    pointwise: bool
+    longest: int
+    tall: bool
+    depthwise: bool
+    bridge: bool
+    work: int
+
+    @property
+    def strided(self) -> bool:
+        return max(self.spec.stride) > 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nothing but a convolution."""
+        return self.spec.activation is None and self.norm is None and self.window == 1 and not self.bridge
+
+
+#: What the rules answer: forward plan, backward plan, reason.
+_Choice = tuple[str, str, str]
+
+
+def _choice(plan: str, reason: str) -> _Choice:
+    return plan, plan, reason
+
+
+def _winograd_or_none(s: _Sizes, any_batch: bool) -> _Choice | None:
+    normed = s.norm == "batch" or (s.norm == "given" and s.training)
+    height, width = s.conv
+    tiled = (height + height % 2) * (width + width % 2)
+    if s.training and not normed and 4 * tiled > 5 * height * width:
+        return None  # a quarter of what is computed lies beyond an odd map
+    if not _winograd_pays(s.channels, s.out_channels, s.window, s.training, s.needs_x, normed):
+        return None
+    if not any_batch:
+        places = s.outputs // s.out_channels
+        if places < (256 if normed else 16) or s.weights > (5000 if s.training else 10000) * places:
+            return None  # weights are transformed at every call
+    return _choice("winograd", "3x3 taps over many channels: 16 products in place of 36")
+
+
+def _with_norm(s: _Sizes) -> _Choice:
+    """Under the batch's statistics, or under given ones that train."""
+    by_patches = s.norm == "batch" and not s.needs_x and s.spec.groups == 1 and s.dtype == torch.float32
+    by_patches = by_patches and s.taps <= _MOST_TAPS_BY_PATCHES
+    if s.outputs < (2**17 if by_patches and s.training else 2**14):
+        return _choice("reference", "a small map: the calls alone cost more")
+    if by_patches:
+        long_rows = s.channels == 1 and s.taps >= 48 and not s.tall
+        if s.window == 1 and s.out_channels < 2 * s.taps and not long_rows:
+            return _choice("reference", "few channels: products of patches cost more than the convolution")
+        return _choice("direct", "statistics from the patches: the map never exists")
+    few_taps = (s.taps <= 16 or s.window > 1) if s.needs_x else (s.taps <= 128 and s.window > 1)
+    if not few_taps:
+        return _choice("reference", "bound by arithmetic: the library is as fast")
+    if s.outputs < 2**18 and (s.window == 1 or s.taps > 384):
+        return _choice("reference", "a small map: the library is as fast")
+    if s.depthwise and s.window == 1:
+        return _choice("reference", "grouped convolutions: the library is as fast")
+    ours = s.needs_x and not s.depthwise and s.dtype == torch.float32 and s.taps <= 384
+    return _choice("direct" if ours else "chunked", "normalised in cache: each map passes memory once")
+
+
+def _folded(s: _Sizes) -> _Choice | None:
+    """In inference, under a norm by given statistics; None where the rules without a norm decide."""
+    least = 2**17
+    if s.window > 1 or s.bridge or s.longest >= 24:
+        least = 2**13
+    elif s.pointwise or s.strided:
+        least = 2**18
+    if s.outputs < least or (s.pointwise and s.strided and not s.bridge):
+        return _choice("reference", "a small map: folding the norm costs more than it saves")
+    if s.weights <= 2**19 and s.taps <= 2304:
+        return _choice("direct", "the norm is folded into the weights")
+    return None
+
+
+def _in_inference(s: _Sizes) -> _Choice:
+    if s.window > 1 and s.taps >= 2**10 and 2**17 <= s.weights <= 2**20:
+        return _choice("chunked", "many taps: the library's convolution, then the rest while in cache")
+    image = s.spec.layout == "channels_first" and not s.strided and s.channels > 1 and not s.signal
+    if s.window == 1 and image and s.taps <= 32 and s.outputs < 2**23 and s.dtype == torch.float32:
+        return _choice("reference", "nothing to save: the map is the result, in the library's own layout")
+    if s.out_channels <= 16 and s.taps >= 800:
+        return _choice("reference", "few channels and many taps: the library is as fast")
+    if s.pointwise and s.window == 1 and s.norm is None:
+        if s.work < (2**23 if s.alone else 2**22) or (s.alone and s.taps < 32):
+            return _choice("reference", "little arithmetic: there is nothing to save")
+    if s.window == 1 and s.taps <= 16 and s.signal and s.strided:
+        return _choice("reference", "a strided signal: the library is as fast")
+    if s.taps <= 32 or (s.window > 1 and s.weights <= 2**20):
+        return _choice("direct", "bound by memory: the map before the pool never exists")
+    if s.outputs >= (2**21 if s.taps < 400 else 2**23):
+        return _choice("direct" if s.weights <= 2**19 else "chunked", "a large map: kept in cache")
+    map_size = s.out_channels * s.conv[0] * s.conv[1]
+    if s.weights <= 2**14 and (s.signal or s.taps < 128 or (map_size > 2**14 and s.taps < 400)):
+        return _choice("direct", "bound by memory: bias and activation while in registers")
+    many = s.channels >= 8 and s.out_channels >= (64 if s.pointwise else 17)
+    if s.window == 1 and many and s.weights <= 2**19 and s.conv[1] > 3 and s.work >= 2**22:
+        return _choice("direct", "bias and activation while in registers")
+    return _by_arithmetic()
+
+
+def _in_training(s: _Sizes) -> _Choice:
+    if s.window == 1:
+        if (s.alone and s.taps > 2) or (s.pointwise and s.taps >= 4 and not s.bridge):
+            return _by_arithmetic()
+        if not (s.signal or s.bridge) and s.outputs < 2**17:
+            return _choice("reference", "a small map: the calls alone cost more")
+        few = s.weights <= 2**13
+        if s.needs_x:
+            if s.taps <= 32 or (s.signal and s.taps >= 96 and few):
+                return _choice("direct", "few weights")
+            if s.bridge and s.signal and s.weights <= 2**14:
+                return _choice("direct", "a bridge: written straight into its layout")
+        elif s.taps <= 16 or (s.taps >= 128 and few) or (s.signal and s.bridge and s.taps <= 128):
+            return _choice("direct", "few weights")
+        return _by_arithmetic()
+    most = 2**17 if s.window > 4 or s.taps <= 704 else 5 * 2**14
+    if s.weights <= most and (s.window > 2 or s.taps <= 704):
+        return _choice("direct", "gradients go to the winners only")
+    if s.window > 2 and s.weights <= 2**18:
+        return _choice("chunked", "many taps: the library's convolution and gradients, in chunks")
+    if s.window > 2 and s.weights <= 2**20 and s.outputs >= 2**19:
+        return "direct", "chunked", "large weights: the library's gradients, in chunks"
+    return _by_arithmetic()
+
+
+def _by_arithmetic() -> _Choice:
+    return _choice("reference", "bound by arithmetic over large weights: the library is as fast")
 
 
 def _by_sizes(
@@ -257,9 +413,10 @@ def _by_sizes(
 ) -> tuple[str | None, str, str, str]:
     """What follows from sizes alone: (why nothing is fused or None, forward plan, backward plan, reason).
 
-    The plans are the fastest by rules read off ``python -m benchmarks blocks``: ``direct`` wins by what
-    it need not write and read, the map before the pool and its gradient. The library's convolutions win
-    where arithmetic over large weights dominates.
+    The plans are the fastest by rules read off ``python -m benchmarks blocks`` and off the blocks of
+    published models: ``direct`` wins by what it need not write and read, the map before the pool and its
+    gradient. The library's convolutions win where arithmetic over large weights dominates, and where a
+    block is so small that there is less to save than a call costs.
     """
     reference = "reference", "reference"
     check_sizes(spec, shape[2:], weight_shape[2:])
@@ -269,89 +426,47 @@ def _by_sizes(
         return f"the pool's window of {spec.window} elements is larger than {BYTE_WINDOW}", *reference, ""
     if not spec.windows_meet(shape[2:], weight_shape[2:]):
         return "the pool has windows without an element", *reference, ""
-
-    taps = weight_shape[1] * weight_shape[2] * weight_shape[3]
-    weights, window = taps * weight_shape[0], spec.window
-    conv = spec.conv_size(shape[2:], weight_shape[2:])
-    map_size = weight_shape[0] * conv[0] * conv[1]
-    outputs = shape[0] * map_size
-    signal = shape[2] == weight_shape[2] == 1
-    depthwise = spec.groups == weight_shape[0] and weight_shape[1] == 1 and spec.groups > 1
-    direct, chunked, winograd = ("direct", "direct"), ("chunked", "chunked"), ("winograd", "winograd")
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
+    return None, *_ruled(spec, shape, weight_shape, dtype, training, needs_x, norm)
+
+
+def _ruled(spec, shape, weight_shape, dtype, training, needs_x, norm) -> _Choice:
     if _fft_pays(spec, shape, weight_shape, dtype):
-        return None, "fft", "fft", "a large kernel: products of spectra take fewer multiplications"
+        return _choice("fft", "a large kernel: products of spectra take fewer multiplications")
+    out_channels, channels_per_group, kh, kw = weight_shape
+    taps = channels_per_group * kh * kw
+    conv = spec.conv_size(shape[2:], weight_shape[2:])
     any_batch = torch.compiler.is_compiling()  # where asking for its size is a guard
-    if _has_winograd(spec, weight_shape, dtype):
-        normed = norm == "batch" or (norm == "given" and training)
-        pays = _winograd_pays(shape[1], weight_shape[0], window, training, needs_x, normed)
-        tiled = (conv[0] + conv[0] % 2) * (conv[1] + conv[1] % 2)
-        if training and not normed and 4 * tiled > 5 * conv[0] * conv[1]:
-            pays = False  # a quarter of what is computed lies beyond an odd map
-        if pays and (any_batch or outputs >= (256 if normed else 16) * weight_shape[0]):
-            return None, *winograd, "3x3 taps over many channels: 16 products in place of 36"
+    s = _Sizes(
+        spec, dtype, training, needs_x, norm,
+        channels=shape[1], out_channels=out_channels, taps=taps, weights=taps * out_channels,
+        window=spec.window, conv=conv, outputs=shape[0] * out_channels * conv[0] * conv[1],
+        signal=shape[2] == kh == 1, pointwise=kh == kw == 1, longest=max(kh, kw),
+        tall=channels_per_group * kw == 1 and kh >= 16,
+        depthwise=spec.groups == out_channels and channels_per_group == 1 and spec.groups > 1,
+        bridge=spec.layout not in ("channels_first", "channels_last"),
+        work=taps * out_channels * conv[0] * conv[1] * (1 if any_batch else shape[0]),
+    )  # fmt: skip
+    if _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s, any_batch)):
+        return choice
     if norm == "batch" or (norm == "given" and training):
-        by_patches = norm == "batch" and not needs_x and spec.groups == 1 and dtype == torch.float32
-        by_patches = by_patches and taps <= _MOST_TAPS_BY_PATCHES
-        if outputs < (2**17 if by_patches and training else 2**14):
-            return None, *reference, "a small map: the calls alone cost more"
-        if by_patches:
-            return None, "direct", "direct", "statistics from the patches: the map never exists"
-        if (not needs_x and (taps > 128 or window == 1)) or (needs_x and window == 1 and taps > 16):
-            return None, *reference, "bound by arithmetic: the library is as fast"
-        ours = needs_x and not depthwise and dtype == torch.float32
-        plan = "direct" if ours and taps <= 384 else "chunked"
-        return None, plan, plan, "normalised in cache: each map passes memory once"
+        return _with_norm(s)
     if spec.groups > 1:
-        if outputs >= 2**16 and (window > 1 or (training and not depthwise and spec.groups <= 4)):
-            return None, *(chunked if depthwise else direct), "grouped: one pass for all but the convolution"
-        return None, *reference, "grouped convolutions: the library is as fast"
-    if dtype == torch.bfloat16 and window == 1 and (training or taps > 128):
-        return None, *reference, "the library's bfloat16 arithmetic is faster over many taps"
-    if dtype == torch.bfloat16 and window > 1 and taps > 64:
-        return None, *chunked, "the library's bfloat16 arithmetic is faster over many taps"
-    if norm == "given" and outputs < 2**13:
-        return None, *reference, "a small map: the calls alone cost more"
-    if norm == "given" and not training and weights <= 2**19 and taps <= 2304:
-        return None, *direct, "the norm is folded into the weights"
-    if not training:
-        if window > 1 and weights >= 2**17 and taps >= 2**10 and weights <= 2**20:
-            return None, *chunked, "many taps: the library's convolution, then the rest while in cache"
-        image = spec.layout == "channels_first" and spec.stride == (1, 1) and shape[1] > 1 and not signal
-        if window == 1 and image and taps <= 32 and outputs < 2**23 and dtype == torch.float32:
-            return None, *reference, "nothing to save: the map is the result, in the library's own layout"
-        if weight_shape[0] <= 16 and taps >= 800:
-            return None, *reference, "few channels and many taps: the library is as fast"
-        if taps <= 32 or (window > 1 and weights <= 2**20):
-            return None, *direct, "bound by memory: the map before the pool never exists"
-        if outputs >= (2**21 if taps < 400 else 2**23):
-            return None, *(direct if weights <= 2**19 else chunked), "a large map: kept in cache"
-        if weights <= 2**14 and (signal or taps < 128 or (map_size > 2**14 and taps < 400)):
-            return None, *direct, "bound by memory: bias and activation while in registers"
-        pointwise = weight_shape[2] == weight_shape[3] == 1
-        many = weight_shape[1] >= 8 and weight_shape[0] >= (64 if pointwise else 17)
-        if window == 1 and many and weights <= 2**19 and conv[1] > 3:
-            if weights * conv[0] * conv[1] * (1 if any_batch else shape[0]) >= 2**22:
-                return None, *direct, "bias and activation while in registers"
-    elif window == 1:
-        bridge = spec.layout not in ("channels_first", "channels_last")
-        if signal and conv[1] > _LONGEST_SIGNAL:
-            return None, *reference, "a long signal: its weight's gradient is one sum too long for float32"
-        if not needs_x:
-            if taps <= 16 or (128 <= taps and weights <= 2**13) or (signal and bridge and taps <= 128):
-                return None, *direct, "few weights"
-        elif taps <= 32 or (signal and 96 <= taps and weights <= 2**13):
-            return None, *direct, "few weights"
-        elif bridge and signal and weights <= 2**14:
-            return None, *direct, "a bridge: written straight into its layout"
-    elif weights <= (2**17 if window > 4 or taps <= 704 else 5 * 2**14) and (window > 2 or taps <= 704):
-        return None, *direct, "gradients go to the winners only"
-    elif window > 2 and weights <= 2**18:
-        return None, *chunked, "many taps: the library's convolution and gradients, in chunks"
-    elif window > 2 and weights <= 2**20 and outputs >= 2**19:
-        return None, "direct", "chunked", "large weights: the library's gradients, in chunks"
-    return None, *reference, "bound by arithmetic over large weights: the library is as fast"
+        if s.outputs >= 2**16 and (s.window > 1 or (training and not s.depthwise and spec.groups <= 4)):
+            plan = "chunked" if s.depthwise else "direct"
+            return _choice(plan, "grouped: one pass for all but the convolution")
+        return _choice("reference", "grouped convolutions: the library is as fast")
+    if dtype == torch.bfloat16 and s.window == 1 and (training or taps > 128):
+        return _choice("reference", "the library's bfloat16 arithmetic is faster over many taps")
+    if dtype == torch.bfloat16 and s.window > 1 and taps > 64:
+        return _choice("chunked", "the library's bfloat16 arithmetic is faster over many taps")
+    if not training and s.window == 1 and s.channels == 1 and not s.bridge and not any(spec.padding_after):
+        if s.tall or (spec.padding == (0, 0) and taps >= 48 and out_channels <= 16):
+            return _choice("reference", "one channel and a long kernel: the library is as fast")
+    if norm == "given" and (choice := _folded(s)):
+        return choice
+    return _in_training(s) if training else _in_inference(s)
 
 
 _by_sizes_cached = lru_cache(maxsize=4096)(_by_sizes)

@@ -938,12 +938,7 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, 
   void *target = to.data_ptr(), *target_bias = to_bias.data_ptr();
   auto fold = [&](int64_t c) {
     const double scale = g[c] / std::sqrt(v[c] + eps);
-    if (type == kFloat32)
-      for (int64_t i = c * taps; i < (c + 1) * taps; ++i)
-        static_cast<float*>(target)[i] = static_cast<float>(static_cast<const float*>(source)[i] * scale);
-    else
-      for (int64_t i = c * taps; i < (c + 1) * taps; ++i)
-        k.from_float(static_cast<float>(k.to_float(source, i, type) * scale), target, i, type);
+    k.scale(source, scale, target, c * taps, (c + 1) * taps, type);
     k.from_float(static_cast<float>(shift[c] + (b[c] - m[c]) * scale), target_bias, c, type);
   };
   const int64_t part = std::max<int64_t>(1, kWeightsPerItem / std::max<int64_t>(1, taps));

@@ -1186,3 +1186,47 @@ def test_report():
     assert reasons == ["its container fuses it", "", "is not fused"]
     lines = str(fast.report()).splitlines()
     assert lines[0].split() == ["name", "block", "mode", "plan", "reason"]
+
+
+def test_what_a_rule_left_to_pytorch_is_not_looked_at_again(monkeypatch):
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.capture"], "OVERHEAD_US", 1e9)
+    looked_at = []
+    convolve = Capture.convolve
+
+    def watched(self, function, x, *rest):
+        looked_at.append(tuple(x.shape))
+        return convolve(self, function, x, *rest)
+
+    monkeypatch.setattr(Capture, "convolve", watched)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).eval()
+    fast = cf.accelerate(model)
+
+    def calls(x, times=3):
+        looked_at.clear()
+        for _ in range(times):
+            torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0)
+        return len(looked_at)
+
+    with torch.no_grad():
+        x = torch.randn(2, 3, 8, 8)
+        assert calls(x) == 2  # observed once, then left alone
+        assert calls(x) == 0
+        assert calls(torch.randn(2, 3, 9, 8)) == 1
+        assert calls(x.to(memory_format=torch.channels_last)) == 1
+        assert calls(x) == 0
+        assert cf.explain(fast, x).stages[1].plan == "PyTorch"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            looked_at.clear()
+            fast(x)
+            assert len(looked_at) == 1
+    assert calls(x) == 2  # with gradients
+    fast.train()
+    assert calls(x) == 2
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        fast(x.to_sparse())
+    fast[0].padding_mode = "circular"
+    model[0].padding_mode = "circular"
+    for module in (fast[0], model[0]):
+        module._reversed_padding_repeated_twice = (1, 1, 1, 1)
+    calls(torch.randn(2, 3, 6, 6))
+    assert calls(torch.randn(2, 3, 6, 6)) == 3  # what is convolved is not what came in

@@ -87,6 +87,8 @@ struct KernelTable {
 
   float (*to_float)(const void* data, int64_t index, int32_t dtype);
   void (*from_float)(float value, void* data, int64_t index, int32_t dtype);
+  // to[i] = from[i] * by, multiplied in double.
+  void (*scale)(const void* from, double by, void* to, int64_t begin, int64_t end, int32_t dtype);
 
   // Packed weights: per group, blocks of `block_width` channels, [tap][channel] with zero padding.
   // `width_contiguous` gives tap order (kh, c, kw), otherwise (kh, kw, c).
