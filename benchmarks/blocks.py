@@ -402,7 +402,8 @@ def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> B
 
     _verify(block, weights, training, theirs, ours, draw(), f"{block.describe()}, {mode} (seed {seed})")
     batch = draw()
-    plan, backward_plan, reason = plan_of(ours.call, batch[0].requires_grad_(ours.needs_x), ours.weights)
+    with torch.set_grad_enabled(training):
+        plan, backward_plan, reason = plan_of(ours.call, batch[0].requires_grad_(ours.needs_x), ours.weights)
     times: tuple[list[float], list[float]] = ([], [])
     wanted = ROUNDS
     while len(times[0]) < wanted:

@@ -327,8 +327,8 @@ def _with_norm(s: _Sizes) -> _Choice:
         return _choice("reference", "bound by arithmetic: the library is as fast")
     if s.outputs < 2**18 and (s.window == 1 or s.taps > 384):
         return _choice("reference", "a small map: the library is as fast")
-    if s.depthwise and s.window == 1:
-        return _choice("reference", "grouped convolutions: the library is as fast")
+    if s.window == 1 and (s.depthwise or s.out_channels < 4 * s.taps):
+        return _choice("reference", "few channels: the library is as fast")
     ours = s.needs_x and not s.depthwise and s.dtype == torch.float32 and s.taps <= 384
     return _choice("direct" if ours else "chunked", "normalised in cache: each map passes memory once")
 
@@ -340,11 +340,20 @@ def _folded(s: _Sizes) -> _Choice | None:
         least = 2**13
     elif s.pointwise or s.strided:
         least = 2**18
-    if s.outputs < least or (s.pointwise and s.strided and not s.bridge):
+    if s.outputs < least:
         return _choice("reference", "a small map: folding the norm costs more than it saves")
+    if s.window == 1 and not s.bridge and _library_is_as_fast(s):
+        return _by_arithmetic()
     if s.weights <= 2**19 and s.taps <= 2304:
         return _choice("direct", "the norm is folded into the weights")
     return None
+
+
+def _library_is_as_fast(s: _Sizes) -> bool:
+    """Whether a convolution without a pool gains nothing by ending in registers, in inference."""
+    if s.pointwise:
+        return s.strided or s.conv[1] < 12
+    return s.strided and s.taps >= 1024
 
 
 def _in_inference(s: _Sizes) -> _Choice:
@@ -358,6 +367,8 @@ def _in_inference(s: _Sizes) -> _Choice:
     if s.pointwise and s.window == 1 and s.norm is None:
         if s.work < (2**23 if s.alone else 2**22) or (s.alone and s.taps < 32):
             return _choice("reference", "little arithmetic: there is nothing to save")
+        if not s.bridge and _library_is_as_fast(s):
+            return _by_arithmetic()
     if s.window == 1 and s.taps <= 16 and s.signal and s.strided:
         return _choice("reference", "a strided signal: the library is as fast")
     if s.taps <= 32 or (s.window > 1 and s.weights <= 2**20):
@@ -367,7 +378,7 @@ def _in_inference(s: _Sizes) -> _Choice:
     map_size = s.out_channels * s.conv[0] * s.conv[1]
     if s.weights <= 2**14 and (s.signal or s.taps < 128 or (map_size > 2**14 and s.taps < 400)):
         return _choice("direct", "bound by memory: bias and activation while in registers")
-    many = s.channels >= 8 and s.out_channels >= (64 if s.pointwise else 17)
+    many = s.channels >= 8 and s.out_channels >= (64 if s.pointwise or s.taps >= 400 else 17)
     if s.window == 1 and many and s.weights <= 2**19 and s.conv[1] > 3 and s.work >= 2**22:
         return _choice("direct", "bias and activation while in registers")
     return _by_arithmetic()
@@ -453,7 +464,7 @@ def _ruled(spec, shape, weight_shape, dtype, training, needs_x, norm) -> _Choice
     if norm == "batch" or (norm == "given" and training):
         return _with_norm(s)
     if spec.groups > 1:
-        if s.outputs >= 2**16 and (s.window > 1 or (training and not s.depthwise and spec.groups <= 4)):
+        if s.outputs >= 2**16 and s.window > 1:
             plan = "chunked" if s.depthwise else "direct"
             return _choice(plan, "grouped: one pass for all but the convolution")
         return _choice("reference", "grouped convolutions: the library is as fast")
