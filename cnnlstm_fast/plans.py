@@ -342,7 +342,7 @@ def _folded(s: _Sizes) -> _Choice | None:
         least = 2**18
     if s.outputs < least:
         return _choice("reference", "a small map: folding the norm costs more than it saves")
-    if s.window == 1 and not s.bridge and _library_is_as_fast(s):
+    if s.window == 1 and _library_is_as_fast(s):
         return _by_arithmetic()
     if s.weights <= 2**19 and s.taps <= 2304:
         return _choice("direct", "the norm is folded into the weights")
@@ -352,7 +352,7 @@ def _folded(s: _Sizes) -> _Choice | None:
 def _library_is_as_fast(s: _Sizes) -> bool:
     """Whether a convolution without a pool gains nothing by ending in registers, in inference."""
     if s.pointwise:
-        return s.strided or s.conv[1] < 12
+        return not s.bridge and (s.strided or s.conv[1] < 12)
     return s.strided and s.taps >= 1024
 
 
@@ -367,7 +367,7 @@ def _in_inference(s: _Sizes) -> _Choice:
     if s.pointwise and s.window == 1 and s.norm is None:
         if s.work < (2**23 if s.alone else 2**22) or (s.alone and s.taps < 32):
             return _choice("reference", "little arithmetic: there is nothing to save")
-        if not s.bridge and _library_is_as_fast(s):
+        if _library_is_as_fast(s):
             return _by_arithmetic()
     if s.window == 1 and s.taps <= 16 and s.signal and s.strided:
         return _choice("reference", "a strided signal: the library is as fast")
@@ -379,7 +379,8 @@ def _in_inference(s: _Sizes) -> _Choice:
     if s.weights <= 2**14 and (s.signal or s.taps < 128 or (map_size > 2**14 and s.taps < 400)):
         return _choice("direct", "bound by memory: bias and activation while in registers")
     many = s.channels >= 8 and s.out_channels >= (64 if s.pointwise or s.taps >= 400 else 17)
-    if s.window == 1 and many and s.weights <= 2**19 and s.conv[1] > 3 and s.work >= 2**22:
+    least = 2**26 if s.strided and not s.signal else 2**22
+    if s.window == 1 and many and s.weights <= 2**19 and s.conv[1] > 3 and s.work >= least:
         return _choice("direct", "bias and activation while in registers")
     return _by_arithmetic()
 
