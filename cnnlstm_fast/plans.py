@@ -255,6 +255,7 @@ class _Sizes(NamedTuple):
         longest: side of the kernel.
         tall: a column over one channel: its patches are single values.
         bridge: the result lies as a recurrent layer reads it.
+        last: the input is channels-last, which the library reads slower than its own layouts.
         work: multiplications of one pass; of one image where the batch's size is not to be asked.
     """
 
@@ -276,6 +277,7 @@ class _Sizes(NamedTuple):
     tall: bool
     depthwise: bool
     bridge: bool
+    last: bool
     work: int
 
     @property
@@ -339,7 +341,7 @@ def _folded(s: _Sizes) -> _Choice | None:
     if s.window > 1 or s.bridge or s.longest >= 24:
         least = 2**13
     elif s.pointwise or s.strided:
-        least = 2**18
+        least = 2**16 if s.last and not s.pointwise else 2**18
     if s.outputs < least:
         return _choice("reference", "a small map: folding the norm costs more than it saves")
     if s.window == 1 and _library_is_as_fast(s):
@@ -353,7 +355,7 @@ def _library_is_as_fast(s: _Sizes) -> bool:
     """Whether a convolution without a pool gains nothing by ending in registers, in inference."""
     if s.pointwise:
         return not s.bridge and (s.strided or s.conv[1] < 12)
-    return s.strided and s.taps >= 1024
+    return s.strided and s.taps >= 1024 and not s.last
 
 
 def _in_inference(s: _Sizes) -> _Choice:
@@ -422,6 +424,7 @@ def _by_sizes(
     training: bool,
     needs_x: bool,
     norm: str | None,
+    last: bool,
 ) -> tuple[str | None, str, str, str]:
     """What follows from sizes alone: (why nothing is fused or None, forward plan, backward plan, reason).
 
@@ -440,10 +443,10 @@ def _by_sizes(
         return "the pool has windows without an element", *reference, ""
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
-    return None, *_ruled(spec, shape, weight_shape, dtype, training, needs_x, norm)
+    return None, *_ruled(spec, shape, weight_shape, dtype, training, needs_x, norm, last)
 
 
-def _ruled(spec, shape, weight_shape, dtype, training, needs_x, norm) -> _Choice:
+def _ruled(spec, shape, weight_shape, dtype, training, needs_x, norm, last) -> _Choice:
     if _fft_pays(spec, shape, weight_shape, dtype):
         return _choice("fft", "a large kernel: products of spectra take fewer multiplications")
     out_channels, channels_per_group, kh, kw = weight_shape
@@ -457,7 +460,7 @@ def _ruled(spec, shape, weight_shape, dtype, training, needs_x, norm) -> _Choice
         signal=shape[2] == kh == 1, pointwise=kh == kw == 1, longest=max(kh, kw),
         tall=channels_per_group * kw == 1 and kh >= 16,
         depthwise=spec.groups == out_channels and channels_per_group == 1 and spec.groups > 1,
-        bridge=spec.layout not in ("channels_first", "channels_last"),
+        bridge=spec.layout not in ("channels_first", "channels_last"), last=last,
         work=taps * out_channels * conv[0] * conv[1] * (1 if any_batch else shape[0]),
     )  # fmt: skip
     if _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s, any_batch)):
@@ -537,7 +540,7 @@ def choose(
         mode = None if norm is None else "batch" if of_batch(norm) else "given"
         by_sizes = _by_sizes if torch.compiler.is_compiling() else _by_sizes_cached
         why_not, forward, backward, reason = by_sizes(
-            spec, x.shape, weight.shape, x.dtype, training, needs_x, mode
+            spec, x.shape, weight.shape, x.dtype, training, needs_x, mode, x.shape[1] > 1 and x.stride(1) == 1
         )
     if why_not is None and (plan != "auto" or x.device.type == "cpu"):
         why_not_plan = _WHY_NOT.get(forward if plan == "auto" else plan)
