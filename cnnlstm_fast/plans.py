@@ -391,6 +391,8 @@ def _in_training(s: _Sizes) -> _Choice:
     if s.window == 1:
         if (s.alone and s.taps > 2) or (s.pointwise and s.taps >= 4 and not s.bridge):
             return _by_arithmetic()
+        if s.signal and s.strided and s.taps <= 16 and not s.bridge:
+            return _choice("reference", "a strided signal: the library is as fast")
         if not (s.signal or s.bridge) and s.outputs < 2**17:
             return _choice("reference", "a small map: the calls alone cost more")
         few = s.weights <= 2**13
