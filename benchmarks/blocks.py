@@ -1,4 +1,4 @@
-"""Random blocks like those that people put before an RNN: which plan each gets, and its ratio over eager.
+"""Random blocks like those before an RNN, and of backbones: which plan each gets, and its ratio over eager.
 
 A block is verified before it is timed, by the same rule as a case. Eager and ours then run in turn on
 the same fresh inputs. A block that looks slower than ``FLOOR`` gets more rounds, which are added to

@@ -222,9 +222,9 @@ class Trace:
             return False
         return torch.equal(x, self.before) if x.is_inference() else x._version == self.before
 
-    def ends_at(self, at: int, function) -> None:
+    def ends_at(self, at: int, hands_on: bool) -> None:
         if self.limit is None or at < self.limit:
-            self.limit, self.hands_on = at, function is torch.conv2d
+            self.limit, self.hands_on = at, hands_on
         self.x = self.before = None
 
     def recipe(self) -> Recipe | None:
@@ -265,7 +265,7 @@ class Observed(Tensor):
             if first is None or step is None:
                 for value in tree_iter((args, kwargs)):
                     if type(value) is Observed:
-                        value._trace.ends_at(value._at, function)
+                        value._trace.ends_at(value._at, _reads_channels_last(function, args, kwargs))
                         _release(value)
                 return function(*args, **kwargs)
             trace = first._trace
@@ -278,10 +278,16 @@ class Observed(Tensor):
                 trace.dtypes.append(first.dtype)
                 return result
             if trace.state == "pooled":  # nothing can follow
-                trace.ends_at(len(trace.steps), None)
+                trace.ends_at(len(trace.steps), False)
                 _pooled[result] = trace
                 return result
             return trace.note(result)
+
+
+def _reads_channels_last(function, args, kwargs) -> bool:
+    """Whether a call is a convolution that is as fast on channels-last maps; grouped ones are slower."""
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    return function is torch.conv2d and groups == 1
 
 
 #: Results of observed chains that end in a pool, while they live: convolutions that get one tell the trace.
@@ -625,8 +631,11 @@ class Capture:
         if torch.compiler.is_compiling():
             return None
         if self.plain and plans.observer is None and len(args) == 1 and type(args[0]) is Tensor:
-            if _call_key(module, args[0]) in self.plain:
-                return None
+            try:
+                if _call_key(module, args[0]) in self.plain:
+                    return None
+            except (RuntimeError, TypeError):  # sparse and nested tensors have no strides, symbols no hash
+                pass
         why = self.left_alone or _why_plain(module, args)
         if why is not None:
             self.runs_plain(module, why)
@@ -646,12 +655,10 @@ class Capture:
             self.known = {key: known for key, known in self.known.items() if known is not recipe}
 
     def leave_calls(self, module: nn.Module, x: Tensor) -> None:
-        """Calls like this one need not be looked at again: at 2 us in place of 8 to 18."""
+        """Calls like this one need not be looked at closely again: at 2 us in place of 8 to 18."""
         if len(self.plain) >= MEMORY:
             self.plain.clear()
-        key = _call_key(module, x)
-        if key is not None:
-            self.plain.add(key)
+        self.plain.add(_call_key(module, x))
 
     def runs_plain(self, module: nn.Module, why: str) -> None:
         self.why_plain = why
@@ -669,7 +676,7 @@ class Capture:
         known = self.known.get(key)
         if known is None:
             self.runs_plain(module, "is being observed: the first call in this mode")
-            if before := _pooled.get(x):
+            if (before := _pooled.get(x)) and _reads_channels_last(function, (x, *conv), {}):
                 before.hands_on = True
             y = function(x, *conv)
             if type(y) is Tensor:
@@ -692,8 +699,8 @@ class Capture:
             if given is not None:
                 given.settle()
                 x = given
-            elif module.padding_mode == "zeros":  # else x is not what the module was called with
-                self.leave_calls(module, x)
+            elif module.padding_mode == "zeros" and context[1] is None:
+                self.leave_calls(module, x)  # else x is not what the module was called with, or is to be cast
             self.runs_plain(module, sized.why)
             return function(x, *conv)
         chain = Chain(self, known, sized, context, function, x, conv, handed)
@@ -718,17 +725,12 @@ class Input:
         return Input(function(given.x, *args[1:], **kwargs), given.capture, given.module)
 
 
-def _call_key(module: nn.Module, x: Tensor) -> tuple | None:
-    """What the choice of a plan depends on, for one site; None where that is not to be remembered."""
-    if _is_any_autocast_enabled():
-        return None
-    try:
-        return x.shape, x.stride(), x.dtype, x.is_cpu, module.training, torch.is_grad_enabled()
-    except RuntimeError:  # sparse and nested tensors have no strides
-        return None
-
-
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+def _call_key(module: nn.Module, x: Tensor) -> tuple:
+    """What the choice of a plan depends on, for one site."""
+    return (
+        x.shape, x.stride(), x.dtype, x.is_cpu, module.training,
+        torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
+    )  # fmt: skip
 
 
 def _why_plain(module: nn.Module, args: tuple) -> str | None:

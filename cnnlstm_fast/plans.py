@@ -238,10 +238,14 @@ def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.d
     else:
         pays, least = long >= (7 if max(spec.stride) == 1 else 9) and long**2 * channels >= 1500, 2**29
         pays = pays and max(*conv) >= 24
-    if 4 * max(*conv) <= max(*weight_shape[2:]):
-        return False  # most of what is transformed lies beyond the map
-    # The batch's size last: under the compiler, asking for it is a guard.
-    return pays and weights <= 2**9 * places and weights * places >= least
+    # The map's size and then the batch's last: under the compiler, asking for them is a guard. In a map
+    # shorter than a quarter of the kernel, most of what is transformed is not used.
+    return (
+        pays
+        and 4 * max(*conv) > max(*weight_shape[2:])
+        and weights <= 2**9 * places
+        and weights * places >= least
+    )
 
 
 class _Sizes(NamedTuple):
@@ -252,11 +256,12 @@ class _Sizes(NamedTuple):
         window: elements of the pool's window; 1 without a pool.
         outputs: of the convolution's map, over the whole batch.
         signal: 1-d, as an image of one row.
-        longest: side of the kernel.
-        tall: a column over one channel: its patches are single values.
+        longest: the kernel's longest side.
+        tall: a column of at least 16 taps over one channel: its patches are single values.
         bridge: the result lies as a recurrent layer reads it.
         last: the input is channels-last, which the library reads slower than its own layouts.
-        work: multiplications of one pass; of one image where the batch's size is not to be asked.
+        any_batch: the batch's size is not to be asked: under the compiler that is a guard.
+        work: multiplications of one pass; of one image under ``any_batch``.
     """
 
     spec: BlockSpec
@@ -278,7 +283,12 @@ class _Sizes(NamedTuple):
     depthwise: bool
     bridge: bool
     last: bool
+    any_batch: bool
     work: int
+
+    def smaller(self, outputs: int) -> bool:
+        """Whether the map is known to have fewer elements."""
+        return not self.any_batch and self.outputs < outputs
 
     @property
     def strided(self) -> bool:
@@ -298,7 +308,7 @@ def _choice(plan: str, reason: str) -> _Choice:
     return plan, plan, reason
 
 
-def _winograd_or_none(s: _Sizes, any_batch: bool) -> _Choice | None:
+def _winograd_or_none(s: _Sizes) -> _Choice | None:
     normed = s.norm == "batch" or (s.norm == "given" and s.training)
     height, width = s.conv
     tiled = (height + height % 2) * (width + width % 2)
@@ -306,7 +316,7 @@ def _winograd_or_none(s: _Sizes, any_batch: bool) -> _Choice | None:
         return None  # a quarter of what is computed lies beyond an odd map
     if not _winograd_pays(s.channels, s.out_channels, s.window, s.training, s.needs_x, normed):
         return None
-    if not any_batch:
+    if not s.any_batch:
         places = s.outputs // s.out_channels
         if places < (256 if normed else 16) or s.weights > (5000 if s.training else 10000) * places:
             return None  # weights are transformed at every call
@@ -317,7 +327,7 @@ def _with_norm(s: _Sizes) -> _Choice:
     """Under the batch's statistics, or under given ones that train."""
     by_patches = s.norm == "batch" and not s.needs_x and s.spec.groups == 1 and s.dtype == torch.float32
     by_patches = by_patches and s.taps <= _MOST_TAPS_BY_PATCHES
-    if s.outputs < (2**17 if by_patches and s.training else 2**14):
+    if s.smaller(2**17 if by_patches and s.training else 2**14):
         return _choice("reference", "a small map: the calls alone cost more")
     if by_patches:
         long_rows = s.channels == 1 and s.taps >= 48 and not s.tall
@@ -327,7 +337,7 @@ def _with_norm(s: _Sizes) -> _Choice:
     few_taps = (s.taps <= 16 or s.window > 1) if s.needs_x else (s.taps <= 128 and s.window > 1)
     if not few_taps:
         return _choice("reference", "bound by arithmetic: the library is as fast")
-    if s.outputs < 2**18 and (s.window == 1 or s.taps > 384):
+    if (s.window == 1 or s.taps > 384) and s.smaller(2**18):
         return _choice("reference", "a small map: the library is as fast")
     if s.window == 1 and (s.depthwise or s.out_channels < 4 * s.taps):
         return _choice("reference", "few channels: the library is as fast")
@@ -342,10 +352,10 @@ def _folded(s: _Sizes) -> _Choice | None:
         least = 2**13
     elif s.pointwise or s.strided:
         least = 2**16 if s.last and not s.pointwise else 2**18
-    if s.outputs < least:
+    if s.smaller(least):
         return _choice("reference", "a small map: folding the norm costs more than it saves")
     if s.window == 1 and _library_is_as_fast(s):
-        return _by_arithmetic()
+        return _as_fast()
     if s.weights <= 2**19 and s.taps <= 2304:
         return _choice("direct", "the norm is folded into the weights")
     return None
@@ -362,20 +372,21 @@ def _in_inference(s: _Sizes) -> _Choice:
     if s.window > 1 and s.taps >= 2**10 and 2**17 <= s.weights <= 2**20:
         return _choice("chunked", "many taps: the library's convolution, then the rest while in cache")
     image = s.spec.layout == "channels_first" and not s.strided and s.channels > 1 and not s.signal
-    if s.window == 1 and image and s.taps <= 32 and s.outputs < 2**23 and s.dtype == torch.float32:
-        return _choice("reference", "nothing to save: the map is the result, in the library's own layout")
+    if s.window == 1 and image and s.taps <= 32 and s.dtype == torch.float32:
+        if s.any_batch or s.smaller(2**23):
+            return _choice("reference", "nothing to save: the map is the result, in the library's own layout")
     if s.out_channels <= 16 and s.taps >= 800:
         return _choice("reference", "few channels and many taps: the library is as fast")
     if s.pointwise and s.window == 1 and s.norm is None:
         if s.work < (2**23 if s.alone else 2**22) or (s.alone and s.taps < 32):
             return _choice("reference", "little arithmetic: there is nothing to save")
         if _library_is_as_fast(s):
-            return _by_arithmetic()
+            return _as_fast()
     if s.window == 1 and s.taps <= 16 and s.signal and s.strided:
         return _choice("reference", "a strided signal: the library is as fast")
     if s.taps <= 32 or (s.window > 1 and s.weights <= 2**20):
         return _choice("direct", "bound by memory: the map before the pool never exists")
-    if s.outputs >= (2**21 if s.taps < 400 else 2**23):
+    if not s.any_batch and s.outputs >= (2**21 if s.taps < 400 else 2**23):
         return _choice("direct" if s.weights <= 2**19 else "chunked", "a large map: kept in cache")
     map_size = s.out_channels * s.conv[0] * s.conv[1]
     if s.weights <= 2**14 and (s.signal or s.taps < 128 or (map_size > 2**14 and s.taps < 400)):
@@ -390,10 +401,10 @@ def _in_inference(s: _Sizes) -> _Choice:
 def _in_training(s: _Sizes) -> _Choice:
     if s.window == 1:
         if (s.alone and s.taps > 2) or (s.pointwise and s.taps >= 4 and not s.bridge):
-            return _by_arithmetic()
+            return _as_fast()
         if s.signal and s.strided and s.taps <= 16 and not s.bridge:
             return _choice("reference", "a strided signal: the library is as fast")
-        if not (s.signal or s.bridge) and s.outputs < 2**17:
+        if not (s.signal or s.bridge) and s.smaller(2**17):
             return _choice("reference", "a small map: the calls alone cost more")
         few = s.weights <= 2**13
         if s.needs_x:
@@ -409,9 +420,13 @@ def _in_training(s: _Sizes) -> _Choice:
         return _choice("direct", "gradients go to the winners only")
     if s.window > 2 and s.weights <= 2**18:
         return _choice("chunked", "many taps: the library's convolution and gradients, in chunks")
-    if s.window > 2 and s.weights <= 2**20 and s.outputs >= 2**19:
+    if s.window > 2 and s.weights <= 2**20 and not s.smaller(2**19):
         return "direct", "chunked", "large weights: the library's gradients, in chunks"
     return _by_arithmetic()
+
+
+def _as_fast() -> _Choice:
+    return _choice("reference", "little to fuse: the library is as fast")
 
 
 def _by_arithmetic() -> _Choice:
@@ -448,7 +463,16 @@ def _by_sizes(
     return None, *_ruled(spec, shape, weight_shape, dtype, training, needs_x, norm, last)
 
 
-def _ruled(spec, shape, weight_shape, dtype, training, needs_x, norm, last) -> _Choice:
+def _ruled(
+    spec: BlockSpec,
+    shape: tuple,
+    weight_shape: tuple,
+    dtype: torch.dtype,
+    training: bool,
+    needs_x: bool,
+    norm: str | None,
+    last: bool,
+) -> _Choice:
     if _fft_pays(spec, shape, weight_shape, dtype):
         return _choice("fft", "a large kernel: products of spectra take fewer multiplications")
     out_channels, channels_per_group, kh, kw = weight_shape
@@ -462,15 +486,15 @@ def _ruled(spec, shape, weight_shape, dtype, training, needs_x, norm, last) -> _
         signal=shape[2] == kh == 1, pointwise=kh == kw == 1, longest=max(kh, kw),
         tall=channels_per_group * kw == 1 and kh >= 16,
         depthwise=spec.groups == out_channels and channels_per_group == 1 and spec.groups > 1,
-        bridge=spec.layout not in ("channels_first", "channels_last"), last=last,
+        bridge=spec.layout not in ("channels_first", "channels_last"), last=last, any_batch=any_batch,
         work=taps * out_channels * conv[0] * conv[1] * (1 if any_batch else shape[0]),
     )  # fmt: skip
-    if _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s, any_batch)):
+    if _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s)):
         return choice
     if norm == "batch" or (norm == "given" and training):
         return _with_norm(s)
     if spec.groups > 1:
-        if s.outputs >= 2**16 and s.window > 1:
+        if s.window > 1 and not s.smaller(2**16):
             plan = "chunked" if s.depthwise else "direct"
             return _choice(plan, "grouped: one pass for all but the convolution")
         return _choice("reference", "grouped convolutions: the library is as fast")
@@ -518,6 +542,10 @@ def why_not_fft(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
 _WHY_NOT = {"direct": why_not_direct, "winograd": why_not_winograd, "fft": why_not_fft}
 
 
+def _lies_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1
+
+
 def choose(
     plan: str, spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm=None
 ) -> tuple[str, str, str]:
@@ -542,7 +570,7 @@ def choose(
         mode = None if norm is None else "batch" if of_batch(norm) else "given"
         by_sizes = _by_sizes if torch.compiler.is_compiling() else _by_sizes_cached
         why_not, forward, backward, reason = by_sizes(
-            spec, x.shape, weight.shape, x.dtype, training, needs_x, mode, x.shape[1] > 1 and x.stride(1) == 1
+            spec, x.shape, weight.shape, x.dtype, training, needs_x, mode, _lies_channels_last(x)
         )
     if why_not is None and (plan != "auto" or x.device.type == "cpu"):
         why_not_plan = _WHY_NOT.get(forward if plan == "auto" else plan)

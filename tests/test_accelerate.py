@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from field_models import FIELD, freshen, more_inputs
 from helpers import assert_close_as_torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from twins import grid, on_grid, real_strides
@@ -960,6 +961,22 @@ def test_handed_to_weights_that_lie_channels_last():
             assert real_strides(got) == real_strides(expected)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_grouped_convolutions_are_handed_nothing(groups, pooled):
+    """They are slower on channels-last maps."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2) if pooled else nn.Identity(),
+        nn.Conv2d(6, 6, 3, groups=groups), nn.ReLU(),
+    ).eval()  # fmt: skip
+    fast, x = cf.accelerate(model), torch.randn(2, 3, 12, 13)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x))
+    (recipe,) = fast[0]._forward_pre_hooks[HOOK].known.values()
+    assert recipe.hands_on == (groups == 1)
+
+
 #: What a forward does once it has been observed as conv, norm, activation, pool.
 FLIPS = {
     "look": lambda self, y, stage: (y.mean(), y)[1],
@@ -1222,11 +1239,11 @@ def test_what_a_rule_left_to_pytorch_is_not_looked_at_again(monkeypatch):
     assert calls(x) == 2  # with gradients
     fast.train()
     assert calls(x) == 2
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="Input type"):
         fast(x.to_sparse())
-    fast[0].padding_mode = "circular"
-    model[0].padding_mode = "circular"
+    symbolic = make_fx(torch.func.vmap(fast), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    torch.testing.assert_close(symbolic(x[None])(x[None])[0], model(x))
     for module in (fast[0], model[0]):
-        module._reversed_padding_repeated_twice = (1, 1, 1, 1)
-    calls(torch.randn(2, 3, 6, 6))
-    assert calls(torch.randn(2, 3, 6, 6)) == 3  # what is convolved is not what came in
+        module.padding_mode, module._reversed_padding_repeated_twice = "circular", (1, 1, 1, 1)
+    calls(torch.randn(2, 3, 7, 7))
+    assert calls(torch.randn(2, 3, 9, 9)) == 3  # what is convolved is not what came in

@@ -277,13 +277,24 @@ def test_the_fuzzer_reaches_every_op():
     assert all(counts["accepted"] > 5 and counts["refused"] > 5 for counts in of.values()), of
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_no_rule_asks_for_the_batch_of_an_exported_block(stride):
-    """The rule of the plan fft did, for kernels that it does not take: the batch was no longer free."""
-    conv = nn.Conv2d(64, 64, 3, stride=stride, padding=1)
-    model, batch = cf.Sequential(conv, nn.ReLU()).eval(), torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (torch.randn(4, 64, 8, 8),), dynamic_shapes=({0: batch},))
-    x = torch.randn(37, 64, 8, 8)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("channels, kernel, stride", [(64, 3, 1), (64, 3, 2), (4, 5, 1)])
+def test_no_rule_asks_for_the_batch_of_an_exported_block(channels, kernel, stride, training):
+    """Those of the plan fft and of small maps did, for blocks of any kind: the batch was no longer free."""
+    conv = nn.Conv2d(channels, 64, kernel, stride=stride, padding=kernel // 2)
+    model, batch = cf.Sequential(conv, nn.ReLU()), torch.export.Dim("batch", min=2, max=4096)
+    with torch.set_grad_enabled(training):
+        program = torch.export.export(model, (torch.randn(4, channels, 8, 8),), dynamic_shapes=({0: batch},))
+        x = torch.randn(37, channels, 8, 8)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_rule_asks_for_the_length_of_an_exported_signal():
+    """That of the plan fft did, for kernels that it does not take."""
+    model = cf.Sequential(nn.Conv1d(16, 16, 21, padding=10), nn.ReLU()).eval()
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(model, (torch.randn(4, 16, 40),), dynamic_shapes=({2: length},))
+    x = torch.randn(4, 16, 3)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -309,10 +320,10 @@ def test_the_gradient_of_a_batch_first_input_lies_batch_first():
     assert seen == [True]
 
 
-@pytest.mark.parametrize("length, pool", [(200_000, None), (441_000, PoolCase((2,), (2,), (0,), (1,)))])
-def test_the_weight_gradient_of_a_long_signal(length, pool):
-    """It was one chain of float32 along the signal, and three times as inexact as allowed."""
+@pytest.mark.parametrize("kernel, pool", [(1, None), (6, PoolCase((2,), (2,), (0,), (1,)))])
+def test_the_weight_gradient_of_a_long_signal(kernel, pool):
+    """It was one chain of float32 along the signal, without a pool three times as inexact as allowed."""
     activation = "gelu" if pool is None else "relu"
-    block = Block(1, 16, (length,), 32, (1,), (1,), (0,), (1,), activation=activation, pool=pool)
+    block = Block(1, 16, (200_000,), 32, (kernel,), (1,), (0,), (1,), activation=activation, pool=pool)
     tensors = normal_tensors(block, torch.float32)
     assert_block(block, tensors, torch.randn(block.out_shape()), plan="direct")
