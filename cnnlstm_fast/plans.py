@@ -460,21 +460,8 @@ def _by_sizes(
         return "the pool has windows without an element", *reference, ""
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
-    return None, *_ruled(spec, shape, weight_shape, dtype, training, needs_x, norm, last)
-
-
-def _ruled(
-    spec: BlockSpec,
-    shape: tuple,
-    weight_shape: tuple,
-    dtype: torch.dtype,
-    training: bool,
-    needs_x: bool,
-    norm: str | None,
-    last: bool,
-) -> _Choice:
     if _fft_pays(spec, shape, weight_shape, dtype):
-        return _choice("fft", "a large kernel: products of spectra take fewer multiplications")
+        return None, *_choice("fft", "a large kernel: products of spectra take fewer multiplications")
     out_channels, channels_per_group, kh, kw = weight_shape
     taps = channels_per_group * kh * kw
     conv = spec.conv_size(shape[2:], weight_shape[2:])
@@ -489,6 +476,11 @@ def _ruled(
         bridge=spec.layout not in ("channels_first", "channels_last"), last=last, any_batch=any_batch,
         work=taps * out_channels * conv[0] * conv[1] * (1 if any_batch else shape[0]),
     )  # fmt: skip
+    return None, *_ruled(s, weight_shape)
+
+
+def _ruled(s: _Sizes, weight_shape: tuple) -> _Choice:
+    spec, training, norm, dtype = s.spec, s.training, s.norm, s.dtype
     if _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s)):
         return choice
     if norm == "batch" or (norm == "given" and training):
@@ -498,12 +490,12 @@ def _ruled(
             plan = "chunked" if s.depthwise else "direct"
             return _choice(plan, "grouped: one pass for all but the convolution")
         return _choice("reference", "grouped convolutions: the library is as fast")
-    if dtype == torch.bfloat16 and s.window == 1 and (training or taps > 128):
+    if dtype == torch.bfloat16 and s.window == 1 and (training or s.taps > 128):
         return _choice("reference", "the library's bfloat16 arithmetic is faster over many taps")
-    if dtype == torch.bfloat16 and s.window > 1 and taps > 64:
+    if dtype == torch.bfloat16 and s.window > 1 and s.taps > 64:
         return _choice("chunked", "the library's bfloat16 arithmetic is faster over many taps")
     if not training and s.window == 1 and s.channels == 1 and not s.bridge and not any(spec.padding_after):
-        if s.tall or (spec.padding == (0, 0) and taps >= 48 and out_channels <= 16):
+        if s.tall or (spec.padding == (0, 0) and s.taps >= 48 and s.out_channels <= 16):
             return _choice("reference", "one channel and a long kernel: the library is as fast")
     if norm == "given" and (choice := _folded(s)):
         return choice
