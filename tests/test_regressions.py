@@ -277,8 +277,10 @@ def test_the_fuzzer_reaches_every_op():
     assert all(counts["accepted"] > 5 and counts["refused"] > 5 for counts in of.values()), of
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("channels, kernel, stride", [(64, 3, 1), (64, 3, 2), (4, 5, 1)])
+@pytest.mark.parametrize(
+    "channels, kernel, stride, training",
+    [(64, 3, 1, False), (64, 3, 2, True), (4, 5, 1, False), (4, 5, 1, True)],
+)
 def test_no_rule_asks_for_the_batch_of_an_exported_block(channels, kernel, stride, training):
     """Those of the plan fft and of small maps did, for blocks of any kind: the batch was no longer free."""
     conv = nn.Conv2d(channels, 64, kernel, stride=stride, padding=kernel // 2)
@@ -324,6 +326,6 @@ def test_the_gradient_of_a_batch_first_input_lies_batch_first():
 def test_the_weight_gradient_of_a_long_signal(kernel, pool):
     """It was one chain of float32 along the signal, without a pool three times as inexact as allowed."""
     activation = "gelu" if pool is None else "relu"
-    block = Block(1, 16, (200_000,), 32, (kernel,), (1,), (0,), (1,), activation=activation, pool=pool)
+    block = Block(1, 16, (200_000,), 8, (kernel,), (1,), (0,), (1,), activation=activation, pool=pool)
     tensors = normal_tensors(block, torch.float32)
     assert_block(block, tensors, torch.randn(block.out_shape()), plan="direct")
