@@ -285,9 +285,17 @@ class Observed(Tensor):
 
 
 def _reads_channels_last(function, args, kwargs) -> bool:
-    """Whether a call is a convolution that is as fast on channels-last maps; grouped ones are slower."""
-    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-    return function is torch.conv2d and groups == 1
+    """Whether a call is a convolution that channels-last maps are to be handed to.
+
+    Grouped ones are slower on them. Of a strided pointwise one with less than a vector of channels oneDNN
+    writes the weight's gradient beyond its memory.
+    """
+    if function is not torch.conv2d or not args:
+        return False
+    conv = patterns.Conv(*args[1:], **kwargs)
+    _, channels, *kernel = conv.weight.shape
+    strided = conv.stride not in (1, (1, 1), [1, 1])
+    return conv.groups == 1 and not (strided and channels < 16 and kernel == [1, 1])
 
 
 #: Results of observed chains that end in a pool, while they live: convolutions that get one tell the trace.

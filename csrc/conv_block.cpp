@@ -78,6 +78,13 @@ bool is_column(const Tensor& x, int64_t out_width) {
   return x.size(3) == 1 || out_width == 1;
 }
 
+// Whether the library's channels-last gradient of this weight may be wrong and write beyond its memory.
+bool writes_beyond(const Tensor& x, const Tensor& weight, const Ints& conv) {
+  const bool pointwise = weight.size(2) * weight.size(3) == 1;
+  if (x.scalar_type() == ScalarType::BFloat16) return pointwise || conv[4] * conv[5] > 1 || conv[6] > 1;
+  return pointwise && conv[0] * conv[1] > 1 && weight.size(1) < kMaxVector;
+}
+
 // The map, channels-last; most convolutions are fastest on such inputs.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv,
                    int64_t out_width) {
@@ -524,6 +531,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
 
 constexpr int64_t kPlacesPerSum = 2048;
 
+// Pooled rows [row0, row1) of each of `images` images, whose gradients go to rows of the map of their own: bands for
+// every thread where windows of two rows never meet.
+template <class Spread>
+void for_each_band(const Block& b, int64_t images, const Spread& spread) {
+  const bool apart = (b.pool_kh - 1) * b.pool_dh < b.pool_sh;
+  const int64_t bands = apart ? std::clamp<int64_t>(ceil_div(wanted_items(), images), 1, b.out_h) : 1;
+  for_each_item(images * bands, [&](int64_t item) {
+    const int64_t band = item % bands;
+    spread(item / bands, band * b.out_h / bands, (band + 1) * b.out_h / bands);
+  });
+}
+
 // Owns what a Patch points to.
 struct PatchStorage {
   std::vector<int32_t> offset, tap;
@@ -596,11 +615,7 @@ class ChunkGrads {
       return;
     }
     Tensor map = seen_channels_first(raw);
-    // The library's channels-last bfloat16 gradient of a weight that is pointwise, dilated or grouped
-    // is wrong for odd numbers of channels and may write past its memory.
-    const bool wrong = x_.scalar_type() == ScalarType::BFloat16 &&
-                       (weight_.size(2) * weight_.size(3) == 1 || conv_[4] * conv_[5] > 1 || conv_[6] > 1);
-    const bool as_is = wrong || is_column(part, raw.size(2));
+    const bool as_is = writes_beyond(part, weight_, conv_) || is_column(part, raw.size(2));
     if (as_is) map = plain(map);
     const Tensor input = as_is ? plain(part) : channels_last(part), weight = as_is ? plain(weight_) : usual(weight_);
     const ConvolutionGrads found = convolution_backward(map, input, weight, conv_, need_[0], need_[1], need_[2]);
@@ -742,8 +757,8 @@ ConvolutionGrads backward_chunked(const Call& call, int64_t plan, const Tensor& 
     const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
     char* data = static_cast<char*>(raw.data_ptr());
     const int64_t size = raw.element_size();
-    for_each_item(count, [&](int64_t i) {
-      k.spread(b, grad_data, grad_stride.data(), code_data, n0 + i, data + i * image * size,
+    for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
+      k.spread(b, grad_data, grad_stride.data(), code_data, n0 + i, row0, row1, data + i * image * size,
                thread_scratch(k.spread_scratch(b)));
     });
     grads.add(raw, n0);
@@ -1126,10 +1141,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
       }
       const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
       char* to = static_cast<char*>(raw.data_ptr());
-      for_each_item(count, [&](int64_t i) {
+      for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
         k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),
-                      winner_stride.data(), n0 + i, from ? from + i * image * size : nullptr, to + i * image * size,
-                      thread_scratch(scratch));
+                      winner_stride.data(), n0 + i, row0, row1, from ? from + i * image * size : nullptr,
+                      to + i * image * size, thread_scratch(scratch));
       });
       sums.add(raw, n0);
     }

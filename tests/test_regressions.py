@@ -329,3 +329,29 @@ def test_the_weight_gradient_of_a_long_signal(kernel, pool):
     block = Block(1, 16, (200_000,), 8, (kernel,), (1,), (0,), (1,), activation=activation, pool=pool)
     tensors = normal_tensors(block, torch.float32)
     assert_block(block, tensors, torch.randn(block.out_shape()), plan="direct")
+
+
+_STRIDED_POINTWISE = """
+import torch
+from torch import nn
+import cnnlstm_fast as cf
+
+conv, block = nn.Conv2d(2, 64, 1, stride=2, bias=False), torch.randn(8, 2, 128, 128)
+model = cf.accelerate(nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2),
+                                    nn.Conv2d(12, 8, 1, stride=2), nn.BatchNorm2d(8), nn.ReLU()))
+for _ in range(8):
+    y = cf.functional.conv_block(block, conv.weight, stride=2, activation=nn.ReLU(), plan="chunked")
+    grad = torch.randn_like(y)
+    weight = conv.weight.detach().double().requires_grad_()
+    torch.nn.functional.conv2d(block.double(), weight, stride=2).relu().backward(grad.double())
+    found, = torch.autograd.grad(y, conv.weight, grad)
+    torch.testing.assert_close(found.double(), weight.grad, rtol=1e-4, atol=1e-2)
+    model(torch.randn(4, 1, 128, 128)).sum().backward()
+    held = [torch.randn(size) for size in (1000, 100_000, 3000)]
+"""
+
+
+def test_the_weight_gradient_of_a_strided_pointwise_convolution():
+    """oneDNN's, of channels-last maps of less than a vector of channels, wrote beyond its memory."""
+    run = run_python(_STRIDED_POINTWISE)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -116,10 +116,11 @@ struct KernelTable {
   void (*norm_sums)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride, const void* kept,
                     const int64_t* kept_stride, int64_t image, int64_t row0, int64_t row1, double* sums,
                     float* scratch);
-  // From z the gradient of z, both (oh, ow, co) contiguous of one image; z is null where statistics don't depend on it.
+  // From z the gradient of z, both (oh, ow, co) contiguous of one image, for pooled rows [row0, row1); z is null where
+  // statistics don't depend on it. Less than all rows only where windows of two rows never meet: `to` is theirs.
   void (*norm_spread)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride,
-                      const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image,
-                      const void* map, void* to, float* scratch);
+                      const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image, int64_t row0,
+                      int64_t row1, const void* map, void* to, float* scratch);
 
   // Adds the products of all pairs of taps, and of a last tap of ones, over the places of rows [row0, row1) of the
   // convolution map to the upper triangle of sums [taps + 1][patch_width(taps)].
@@ -129,10 +130,10 @@ struct KernelTable {
                          float* scratch);
 
   // The gradient of one image's convolution map, (oh, ow, co) contiguous, from the gradient of the
-  // pooled map and the codes.
+  // pooled map and the codes; rows as for norm_spread.
   int64_t (*spread_scratch)(const Block&);
   void (*spread)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes, int64_t image,
-                 void* map, float* scratch);
+                 int64_t row0, int64_t row1, void* map, float* scratch);
 
   // Add one image to the gradients of weight [co][patch.vectors * vector] and bias [co] (either may
   // be null). Returns whether the image is finite: otherwise the gradient of the weight is not what
