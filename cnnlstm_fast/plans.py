@@ -257,6 +257,7 @@ class _Sizes(NamedTuple):
         outputs: of the convolution's map, over the whole batch.
         signal: 1-d, as an image of one row.
         longest: the kernel's longest side.
+        column: the kernel is one: its patches are not runs of memory.
         tall: a column of at least 16 taps over one channel: its patches are single values.
         bridge: the result lies as a recurrent layer reads it.
         last: the input is channels-last, which the library reads slower than its own layouts.
@@ -279,6 +280,7 @@ class _Sizes(NamedTuple):
     signal: bool
     pointwise: bool
     longest: int
+    column: bool
     tall: bool
     depthwise: bool
     bridge: bool
@@ -334,6 +336,15 @@ def _with_norm(s: _Sizes) -> _Choice:
         if s.window == 1 and s.out_channels < 2 * s.taps and not long_rows:
             return _choice("reference", "few channels: products of patches cost more than the convolution")
         return _choice("direct", "statistics from the patches: the map never exists")
+    if 2 * s.out_channels <= s.channels and s.longest < 25:
+        return _choice("reference", "few channels of many: the library is as fast")
+    if _direct_with_norm(s):
+        return _choice("direct", "few channels: our convolution, then normalised in cache")
+    if s.window == 1 and not s.needs_x and s.taps > 384 and s.dtype == torch.float32:
+        if s.spec.layout == "channels_last" and not s.smaller(2**19):
+            return _choice(
+                "chunked", "on its way to a convolution: normalised in the layout that this one reads"
+            )
     few_taps = (s.taps <= 16 or s.window > 1) if s.needs_x else (s.taps <= 128 and s.window > 1)
     if not few_taps:
         return _choice("reference", "bound by arithmetic: the library is as fast")
@@ -343,6 +354,21 @@ def _with_norm(s: _Sizes) -> _Choice:
         return _choice("reference", "few channels: the library is as fast")
     ours = s.needs_x and not s.depthwise and s.dtype == torch.float32 and s.taps <= 384
     return _choice("direct" if ours else "chunked", "normalised in cache: each map passes memory once")
+
+
+def _direct_with_norm(s: _Sizes) -> bool:
+    """Whether our convolution of more than a few taps, then one pass over its map, beats the library's."""
+    if s.norm != "batch" or s.spec.groups > 1 or s.dtype != torch.float32 or s.out_channels < 16:
+        return False
+    if s.window > 1:
+        narrow = s.column or s.conv[1] < 12
+        few = s.channels <= 64 and s.taps <= 1600 and s.weights <= 2**17
+        return not s.needs_x and few and not narrow and not s.smaller(2**15)
+    if s.signal and s.needs_x:
+        return s.channels <= 24 and s.out_channels <= 128 and s.conv[1] >= 96 and not s.smaller(2**16)
+    if s.signal:
+        return s.channels <= 24 and not s.smaller(2**15)
+    return s.needs_x and s.channels <= 24 and s.taps <= 400 and not s.column and not s.smaller(2**17)
 
 
 def _folded(s: _Sizes) -> _Choice | None:
@@ -470,7 +496,7 @@ def _by_sizes(
         spec, dtype, training, needs_x, norm,
         channels=shape[1], out_channels=out_channels, taps=taps, weights=taps * out_channels,
         window=spec.window, conv=conv, outputs=shape[0] * out_channels * conv[0] * conv[1],
-        signal=shape[2] == kh == 1, pointwise=kh == kw == 1, longest=max(kh, kw),
+        signal=shape[2] == kh == 1, pointwise=kh == kw == 1, longest=max(kh, kw), column=kw == 1 < kh,
         tall=channels_per_group * kw == 1 and kh >= 16,
         depthwise=spec.groups == out_channels and channels_per_group == 1 and spec.groups > 1,
         bridge=spec.layout not in ("channels_first", "channels_last"), last=last, any_batch=any_batch,

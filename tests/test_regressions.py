@@ -337,8 +337,8 @@ from torch import nn
 import cnnlstm_fast as cf
 
 conv, block = nn.Conv2d(2, 64, 1, stride=2, bias=False), torch.randn(8, 2, 128, 128)
-model = cf.accelerate(nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2),
-                                    nn.Conv2d(12, 8, 1, stride=2), nn.BatchNorm2d(8), nn.ReLU()))
+layers = nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2)
+model = cf.accelerate(nn.Sequential(*layers, nn.Conv2d(12, 8, 1, stride=2), nn.BatchNorm2d(8), nn.ReLU()))
 for _ in range(8):
     y = cf.functional.conv_block(block, conv.weight, stride=2, activation=nn.ReLU(), plan="chunked")
     grad = torch.randn_like(y)
