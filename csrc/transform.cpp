@@ -1,5 +1,5 @@
-// Products of one small matrix with windows of images, which may overlap. The schema stands in
-// cnnlstm_fast/ops/conv_fft.py.
+// Products of one small matrix with windows of images, which may overlap, and those that give a weight's gradient
+// of its spectra. The schemas stand in cnnlstm_fast/ops/conv_fft.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +7,8 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
+#include "memory.h"
+#include "threads.h"
 
 namespace cnnlstm_fast {
 namespace {
@@ -56,10 +58,50 @@ void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
                               });
 }
 
+// Floats of both factors that one thread copies side by side: what a second-level cache holds.
+constexpr int64_t kFactors = 64 * 1024;
+// Products that are summed in one chain.
+constexpr int64_t kChain = 1024;
+
+void add_products(Tensor grad, Tensor x, Tensor out) {
+  STD_TORCH_CHECK(grad.dim() == 3 && x.dim() == 3 && out.dim() == 4, "add_products: wrong dimensions");
+  for (const Tensor* t : {&grad, &x, &out})
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float &&
+                        (t->size(t->dim() - 1) == 1 || t->stride(t->dim() - 1) == 1),
+                    "add_products: tensors must be float32 on the CPU, the last dimension contiguous");
+  const int64_t rows = out.size(0), outputs = out.size(1), taps = out.size(2), channels = out.size(3);
+  const int64_t places = grad.size(0);
+  STD_TORCH_CHECK(grad.size(1) == rows && grad.size(2) == outputs && x.size(0) == places + taps - 1 &&
+                      x.size(1) == rows && x.size(2) == channels,
+                  "add_products: expected a gradient (places, ", rows, ", ", outputs, ") and windows (places + ",
+                  taps - 1, ", ", rows, ", ", channels, ")");
+  if (!rows || !outputs || !taps || !channels || !places) return;
+  const int64_t most = std::clamp<int64_t>(kFactors / (outputs + channels), 16, kChain);
+  const float* grad_data = static_cast<const float*>(grad.data_ptr());
+  const float* x_data = static_cast<const float*>(x.data_ptr());
+  float* to = static_cast<float*>(out.data_ptr());
+  auto copy = [](const float* from, int64_t step, int64_t count, int64_t width, float* side_by_side) {
+    for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * step, width, side_by_side + i * width);
+  };
+  for_each_item(rows, [&](int64_t row) {
+    float* grads = thread_scratch(most * outputs + (most + taps - 1) * channels);
+    float* windows = grads + most * outputs;
+    for (int64_t at = 0; at < places; at += most) {
+      const int64_t count = std::min(most, places - at);
+      copy(grad_data + at * grad.stride(0) + row * grad.stride(1), grad.stride(0), count, outputs, grads);
+      copy(x_data + at * x.stride(0) + row * x.stride(1), x.stride(0), count + taps - 1, channels, windows);
+      const Transform t{grads, outputs, count, outputs, 1, channels, 0, channels, 0, out.stride(1), true};
+      for (int64_t tap = 0; tap < taps; ++tap)
+        transform_kernels().run(t, windows + tap * channels, to + row * out.stride(0) + tap * out.stride(2));
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("transform_windows", TORCH_BOX(&transform_windows));
+  m.impl("add_products", TORCH_BOX(&add_products));
 }
 
 }  // namespace cnnlstm_fast

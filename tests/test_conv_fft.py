@@ -113,6 +113,15 @@ def test_random_blocks(number, work):
     assert_block(block, tensors, grad, plan="fft", layout=random.choice(LAYOUTS))
 
 
+@pytest.mark.parametrize("kernel, parts", [(16, 1), (40, 2)])
+def test_a_signal_in_many_windows(kernel, parts, work):
+    """The kernel in one part, whose sums run over all windows, and in several."""
+    block = Block(2, 64, (400,), 64, (kernel,), (1,), (kernel // 2,), (1,), activation=None, pool=None)
+    assert op.tiling((1, 400), (1, kernel), 2, 64, 64, (1, 1, 0, kernel // 2, 1, 1, 1)).parts == parts
+    tensors, grad = some(block)
+    assert_block(block, tensors, grad, plan="fft")
+
+
 @blocks
 @pytest.mark.parametrize(
     "needs",
@@ -410,6 +419,40 @@ def test_transforms_are_wrong_calls_or_right():
     ):
         with pytest.raises(RuntimeError, match="transform_windows"):
             op.transform_op(*wrong, False)
+
+
+@pytest.mark.parametrize(
+    "places, rows, c_out, taps, channels",
+    [(1, 1, 1, 1, 1), (7, 3, 5, 4, 19), (40, 5, 33, 1, 70), (2500, 2, 6, 3, 17)],
+)
+def test_products_of_spectra(places, rows, c_out, taps, channels):
+    grad = torch.randn(rows, places, c_out + 3).transpose(0, 1)[..., :c_out]
+    x = torch.randn(places + taps - 1, rows, channels + 2)[..., 2:]
+    before = torch.randn(rows, c_out, 2 * taps, channels)
+    out = before.clone()
+    op.products_op(grad, x, out[:, :, ::2])
+    windows = x.unfold(0, taps, 1)  # (places, rows, channels, taps)
+    true = before[:, :, ::2] + torch.einsum("tro,trck->rokc", grad.double(), windows.double())
+    assert_close_as_torch(
+        out[:, :, ::2], before[:, :, ::2] + torch.einsum("tro,trck->rokc", grad, windows), true
+    )
+    assert torch.equal(out[:, :, 1::2], before[:, :, 1::2])
+
+
+def test_products_of_spectra_are_wrong_calls_or_right():
+    grad, x, out = torch.randn(6, 2, 3), torch.randn(9, 2, 5), torch.zeros(2, 3, 4, 5)
+    op.products_op(grad, x, out)
+    for wrong in (
+        (grad[0], x, out),
+        (grad[:5], x, out),
+        (grad[:, :1], x, out),
+        (grad, x[..., :4], out),
+        (grad.transpose(1, 2).contiguous().transpose(1, 2), x, out),
+        (grad, x, out[..., :1].expand(2, 3, 4, 5)),
+        (grad, x.double(), out),
+    ):
+        with pytest.raises(RuntimeError, match="add_products"):
+            op.products_op(*wrong)
 
 
 def test_a_call_under_inference_mode_leaves_nothing_that_training_cannot_use():

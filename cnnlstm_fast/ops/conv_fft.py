@@ -44,8 +44,10 @@ _lib.define(
     "Tensor(b!)? grad_weight) -> ()"
 )
 _lib.define("transform_windows(Tensor x, Tensor matrix, Tensor(a!) out, bool add) -> ()")
+_lib.define("add_products(Tensor grad, Tensor x, Tensor(a!) out) -> ()")
 
 transform_op = torch.ops.cnnlstm_fast.transform_windows.default
+products_op = torch.ops.cnnlstm_fast.add_products.default
 
 
 # ---- Sizes
@@ -295,6 +297,26 @@ def _from_maps(maps: Tensor, t: Tiling, rows: int) -> Tensor:
     return spectra.transpose(1, 2) if t.height == 1 else spectra
 
 
+def _add_products(grads: Tensor, windows: Tensor, weight: Tensor) -> None:
+    """Add the gradient of a weight's spectra (rows, C_out, parts, taps of the other axis, C).
+
+    ``grads`` and ``windows`` are spectra (N, windows, height, rows, channels) of a chunk, where a window
+    meets the gradients of those ``parts`` before it. The op computes
+    ``out[r, o, k, c] += sum over i of grad[i, r, o] * x[i + k, r, c]``.
+    """
+    parts = weight.shape[2]
+    if windows.shape[2] > 1:
+        for image, grad in zip(windows, grads, strict=True):
+            for tile, of_tile in enumerate(grad):
+                for part in range(parts):
+                    products_op(of_tile, image[tile + part], weight[:, :, part])
+    elif parts > 1:
+        for image, grad in zip(windows, grads, strict=True):
+            products_op(grad[:, 0], image[:, 0], weight[:, :, :, 0])
+    else:
+        products_op(grads.flatten(0, 2), windows.flatten(0, 2), weight[:, :, 0])
+
+
 def _as_windows(spectra: Tensor, phases: int) -> Tensor:
     """Spectra as windows (N, height, windows, rows, phases, C / phases)."""
     return spectra.transpose(1, 2).unflatten(4, (phases, -1))
@@ -354,7 +376,7 @@ def _backward(
     grad_images = None if grad_x is None else _turned(t, grad_x.zero_())[0]
     shape, channels = kernels.shape, x.shape[1] * t.stride[0] * t.stride[1]
     grad_spectra = x.new_zeros(t.rows, weight.shape[0], t.parts, t.other_taps, channels)
-    spectra = _weight_spectra(kernels, t) if need_x else grad_spectra  # of which only the shape is read
+    spectra = _weight_spectra(kernels, t) if need_x else None
     for chunk in _chunks(t, *images.shape[:2]):
         tiles = _gradient_tiles(grads, t, chunk)
         windows, over, inside = _windows(images if grad_images is None else grad_images, t, chunk)
@@ -363,21 +385,19 @@ def _backward(
             over_x.copy_(inside_x)
         for rows in _row_slices(t, windows):
             groups = rows.stop - rows.start
+            of_tiles = _spectra(tiles, matrices.of_y[:, rows])
             if need_weight:
-                maps = _spectra(seen, matrices.of_x_t[:, rows])
-            else:  # of which only the shape is read
+                _add_products(of_tiles, _spectra(seen, matrices.of_x_t[:, rows]), grad_spectra[rows])
+            if spectra is not None:
                 maps = x.new_empty(len(windows), windows.shape[2], t.height, groups, channels)
-            of_maps, of_kernels, _ = torch.ops.aten.convolution_backward(
-                _as_maps(_spectra(tiles, matrices.of_y[:, rows]), t),
-                _as_maps(maps, t),
-                _as_kernels(spectra[rows], t),
-                None, (1, 1), (0, 0), (1, 1), False, (0, 0), groups, (need_x, need_weight, False),
-            )  # fmt: skip
-            if need_x:
+                of_maps, *_ = torch.ops.aten.convolution_backward(
+                    _as_maps(of_tiles, t),
+                    _as_maps(maps, t),  # of which only the shape is read
+                    _as_kernels(spectra[rows], t),
+                    None, (1, 1), (0, 0), (1, 1), False, (0, 0), groups, (True, False, False),
+                )  # fmt: skip
                 products = _as_windows(_from_maps(of_maps, t, groups), t.stride[0])
                 transform_op(products, matrices.of_x[rows], windows, True)
-            if need_weight:
-                _as_kernels(grad_spectra[rows], t).add_(of_kernels)
         if need_x:
             inside.add_(over)
     if grad_weight is not None:

@@ -286,6 +286,15 @@ def _check_windows(a: dict, results: tuple) -> str | None:
     return _near(a["out"], torch.einsum("irwkcj,km->irwmcj", *_doubles(a, "x", "matrix")), 64)
 
 
+def _products(rng: random.Random) -> dict:
+    places, rows, c_out, taps, channels = (rng.choice((1, 2, 3, 5, 16, 17, 40)) for _ in range(5))
+    return {
+        "grad": tensor(rng, [places, rows, c_out]),
+        "x": tensor(rng, [places + taps - 1, rows, channels]),
+        "out": _plain(rng, [rows, c_out, taps, channels]),
+    }
+
+
 def _near(result: torch.Tensor, true: torch.Tensor, slack: float) -> str | None:
     if result.shape != true.shape or not result.is_contiguous():
         return (
@@ -509,6 +518,7 @@ OPS = {op.name: op for op in (
     Op("fold_norm", _fold, _check_fold),
     Op("patch_moments", _moments, _check_moments),
     Op("transform_windows", _windows, _check_windows),
+    Op("add_products", _products, lambda a, results: None),
     Op("recurrent_layer", _layer_forward, _check_layer),
     Op("recurrent_layer_backward", _layer_backward, _check_layer_backward),
     Op("recurrent_stream_pack", _pack, lambda a, results: None),
