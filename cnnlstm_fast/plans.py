@@ -233,8 +233,8 @@ def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.d
     places = shape[0] * conv[0] * conv[1]
     if channels < 16 or weights > 2**22:
         return False
-    if short < 3:
-        pays, least = long >= 24, 2**25
+    if short < 3:  # where `direct` too is faster than the library
+        pays, least = long >= 24 and long * channels >= (1200 if channels >= 48 else 2048), 2**25
     else:
         pays, least = long >= (7 if max(spec.stride) == 1 else 9) and long**2 * channels >= 1500, 2**29
         pays = pays and max(*conv) >= 24
@@ -297,6 +297,11 @@ class _Sizes(NamedTuple):
         return max(self.spec.stride) > 1
 
     @property
+    def rgb(self) -> bool:
+        """Whether the library has a kernel of its own: for images of three channels or one, in its layout."""
+        return self.channels in (1, 3) and not self.signal and self.spec.layout != "channels_last"
+
+    @property
     def alone(self) -> bool:
         """Whether there is nothing but a convolution."""
         return self.spec.activation is None and self.norm is None and self.window == 1 and not self.bridge
@@ -323,6 +328,17 @@ def _winograd_or_none(s: _Sizes) -> _Choice | None:
         if places < (256 if normed else 16) or s.weights > (5000 if s.training else 10000) * places:
             return None  # weights are transformed at every call
     return _choice("winograd", "3x3 taps over many channels: 16 products in place of 36")
+
+
+def _is_long_signal(s: _Sizes) -> bool:
+    """Whether a long kernel slides along a signal, which the library computes far from the machine's peak."""
+    long = s.signal and s.longest >= 24 and s.channels >= 8 and s.conv[1] >= 64
+    if s.training:
+        fits = s.out_channels <= 128
+    else:
+        fits = s.longest >= 32 or 2 * s.out_channels > s.channels
+    plain = s.spec.groups == 1 and s.dtype == torch.float32
+    return long and fits and plain and s.weights <= 3 * 2**16 and s.work >= 2**23
 
 
 def _with_norm(s: _Sizes) -> _Choice:
@@ -358,7 +374,9 @@ def _with_norm(s: _Sizes) -> _Choice:
 
 def _direct_with_norm(s: _Sizes) -> bool:
     """Whether our convolution of more than a few taps, then one pass over its map, beats the library's."""
-    if s.norm != "batch" or s.spec.groups > 1 or s.dtype != torch.float32 or s.out_channels < 16:
+    if s.norm != "batch" or s.spec.groups > 1 or s.dtype != torch.float32:
+        return False
+    if s.out_channels < 16 or (s.pointwise and s.window == 1):
         return False
     if s.window > 1:
         narrow = s.column or s.conv[1] < 12
@@ -426,7 +444,7 @@ def _in_inference(s: _Sizes) -> _Choice:
 
 def _in_training(s: _Sizes) -> _Choice:
     if s.window == 1:
-        if (s.alone and s.taps > 2) or (s.pointwise and s.taps >= 4 and not s.bridge):
+        if s.alone or (s.pointwise and s.taps >= 4 and not s.bridge):
             return _as_fast()
         if s.signal and s.strided and s.taps <= 16 and not s.bridge:
             return _choice("reference", "a strided signal: the library is as fast")
@@ -438,7 +456,9 @@ def _in_training(s: _Sizes) -> _Choice:
                 return _choice("direct", "few weights")
             if s.bridge and s.signal and s.weights <= 2**14:
                 return _choice("direct", "a bridge: written straight into its layout")
-        elif s.taps <= 16 or (s.taps >= 128 and few) or (s.signal and s.bridge and s.taps <= 128):
+        elif (
+            s.taps <= 16 or (s.taps >= 128 and few and not s.rgb) or (s.signal and s.bridge and s.taps <= 128)
+        ):
             return _choice("direct", "few weights")
         return _by_arithmetic()
     most = 2**17 if s.window > 4 or s.taps <= 704 else 5 * 2**14
@@ -509,6 +529,8 @@ def _ruled(s: _Sizes, weight_shape: tuple) -> _Choice:
     spec, training, norm, dtype = s.spec, s.training, s.norm, s.dtype
     if _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s)):
         return choice
+    if _is_long_signal(s):
+        return _choice("direct", "a long kernel along a signal: the library is far from the machine's peak")
     if norm == "batch" or (norm == "given" and training):
         return _with_norm(s)
     if spec.groups > 1:
