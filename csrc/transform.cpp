@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "memory.h"
@@ -97,11 +98,23 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
   });
 }
 
+Tensor new_spectra(Tensor like, std::vector<int64_t> size) {
+  int64_t left = int64_t{1} << 40;
+  for (int64_t s : size) {
+    STD_TORCH_CHECK(s >= 0, "new_spectra: a size of ", s, " is negative");
+    left /= std::max<int64_t>(s, 1);
+  }
+  STD_TORCH_CHECK(left > 0 && !size.empty() && like.is_cpu() && like.scalar_type() == ScalarType::Float,
+                  "new_spectra: expected a float32 tensor on the CPU and sizes that a machine may have");
+  return new_output(like, size, ScalarType::Float);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("transform_windows", TORCH_BOX(&transform_windows));
   m.impl("add_products", TORCH_BOX(&add_products));
+  m.impl("new_spectra", TORCH_BOX(&new_spectra));
 }
 
 }  // namespace cnnlstm_fast

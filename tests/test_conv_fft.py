@@ -455,6 +455,16 @@ def test_products_of_spectra_are_wrong_calls_or_right():
             op.products_op(*wrong)
 
 
+def test_spectra_are_new_memory_or_a_wrong_call():
+    like = torch.randn(2, 3)
+    first, second = (op.new_op(like, [1200, 1100]).fill_(i) for i in range(2))  # more than 4 MiB
+    assert first.shape == (1200, 1100) and first.is_contiguous()
+    assert first.unique() == 0 and second.unique() == 1
+    for wrong in ((like, [3, -1]), (like, []), (like.double(), [3]), (like, [2**30, 2**30, 2**30])):
+        with pytest.raises(RuntimeError, match="new_spectra"):
+            op.new_op(*wrong)
+
+
 def test_a_call_under_inference_mode_leaves_nothing_that_training_cannot_use():
     op.transforms.cache_clear()
     x, weight = torch.randn(1, 2, 16, 17), torch.randn(3, 2, 5, 7)

@@ -45,9 +45,12 @@ _lib.define(
 )
 _lib.define("transform_windows(Tensor x, Tensor matrix, Tensor(a!) out, bool add) -> ()")
 _lib.define("add_products(Tensor grad, Tensor x, Tensor(a!) out) -> ()")
+_lib.define("new_spectra(Tensor like, int[] size) -> Tensor")
 
 transform_op = torch.ops.cnnlstm_fast.transform_windows.default
 products_op = torch.ops.cnnlstm_fast.add_products.default
+#: An unwritten tensor, in recycled memory if it is large: spectra of weights are, and every call has them anew.
+new_op = torch.ops.cnnlstm_fast.new_spectra.default
 
 
 # ---- Sizes
@@ -253,7 +256,7 @@ def _weight_spectra(weight: Tensor, t: Tiling) -> Tensor:
         (0, t.parts * t.taps * t.stride[1] - kernel[1], 0, t.other_taps * t.stride[0] - kernel[0]),
     ).view(c_out, channels, t.other_taps, t.stride[0], t.parts, t.taps, t.stride[1])
     by_tap = weight.permute(5, 0, 4, 2, 3, 6, 1).contiguous().view(t.taps, c_out, -1)
-    spectra = weight.new_empty(t.rows, *by_tap.shape[1:])
+    spectra = new_op(weight, [t.rows, *by_tap.shape[1:]])
     transform_op(_columns(by_tap), transforms(t.hop, t.taps).of_w_t, _columns(spectra), False)
     return spectra.view(t.rows, c_out, t.parts, t.other_taps, -1)
 
@@ -375,7 +378,9 @@ def _backward(
     grads, images, kernels = _turned(t, grad, x, weight)
     grad_images = None if grad_x is None else _turned(t, grad_x.zero_())[0]
     shape, channels = kernels.shape, x.shape[1] * t.stride[0] * t.stride[1]
-    grad_spectra = x.new_zeros(t.rows, weight.shape[0], t.parts, t.other_taps, channels)
+    grad_spectra = new_op(
+        x, [t.rows, weight.shape[0], t.parts, t.other_taps, channels if need_weight else 0]
+    ).zero_()
     spectra = _weight_spectra(kernels, t) if need_x else None
     for chunk in _chunks(t, *images.shape[:2]):
         tiles = _gradient_tiles(grads, t, chunk)

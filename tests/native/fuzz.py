@@ -295,6 +295,13 @@ def _products(rng: random.Random) -> dict:
     }
 
 
+def _new(rng: random.Random) -> dict:
+    return {
+        "like": tensor(rng, [2, 3]),
+        "size": [rng.choice((0, 1, 5, 700, 2000)) for _ in range(rng.randint(1, 3))],
+    }
+
+
 def _near(result: torch.Tensor, true: torch.Tensor, slack: float) -> str | None:
     if result.shape != true.shape or not result.is_contiguous():
         return (
@@ -519,6 +526,7 @@ OPS = {op.name: op for op in (
     Op("patch_moments", _moments, _check_moments),
     Op("transform_windows", _windows, _check_windows),
     Op("add_products", _products, lambda a, results: None),
+    Op("new_spectra", _new, lambda a, results: None),
     Op("recurrent_layer", _layer_forward, _check_layer),
     Op("recurrent_layer_backward", _layer_backward, _check_layer_backward),
     Op("recurrent_stream_pack", _pack, lambda a, results: None),
