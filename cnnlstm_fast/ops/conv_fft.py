@@ -49,7 +49,7 @@ _lib.define("new_spectra(Tensor like, int[] size) -> Tensor")
 
 transform_op = torch.ops.cnnlstm_fast.transform_windows.default
 products_op = torch.ops.cnnlstm_fast.add_products.default
-#: An unwritten tensor, in recycled memory if it is large: spectra of weights are, and every call has them anew.
+#: An unwritten tensor, in recycled memory if it is large: every call has spectra of weights, which are.
 new_op = torch.ops.cnnlstm_fast.new_spectra.default
 
 
