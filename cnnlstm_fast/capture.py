@@ -290,12 +290,12 @@ def _reads_channels_last(function, args, kwargs) -> bool:
     Grouped ones are slower on them. Of a strided pointwise one with less than a vector of channels oneDNN
     writes the weight's gradient beyond its memory.
     """
-    if function is not torch.conv2d or not args:
+    if function is not torch.conv2d:
         return False
-    conv = patterns.Conv(*args[1:], **kwargs)
-    _, channels, *kernel = conv.weight.shape
-    strided = conv.stride not in (1, (1, 1), [1, 1])
-    return conv.groups == 1 and not (strided and channels < 16 and kernel == [1, 1])
+    given = dict(zip(patterns.Conv._fields, args[1:], strict=False)) | kwargs
+    _, channels, *kernel = (*getattr(given.get("weight"), "shape", ()), 0, 0)[:4]
+    strided = given.get("stride", 1) not in (1, (1, 1), [1, 1])
+    return given.get("groups", 1) == 1 and not (strided and channels < 16 and kernel == [1, 1])
 
 
 #: Results of observed chains that end in a pool, while they live: convolutions that get one tell the trace.

@@ -292,6 +292,10 @@ class _Sizes(NamedTuple):
         """Whether the map is known to have fewer elements."""
         return not self.any_batch and self.outputs < outputs
 
+    def narrower(self, width: int) -> bool:
+        """Whether the map is known to have fewer columns; under the compiler a signal may have any length."""
+        return not self.any_batch and self.conv[1] < width
+
     @property
     def strided(self) -> bool:
         return max(self.spec.stride) > 1
@@ -332,13 +336,13 @@ def _winograd_or_none(s: _Sizes) -> _Choice | None:
 
 def _is_long_signal(s: _Sizes) -> bool:
     """Whether a long kernel slides along a signal, which the library computes far from the machine's peak."""
-    long = s.signal and s.longest >= 24 and s.channels >= 8 and s.conv[1] >= 64
+    long = s.signal and s.longest >= 24 and s.channels >= 8 and not s.narrower(64)
     if s.training:
         fits = s.out_channels <= 128
     else:
         fits = s.longest >= 32 or 2 * s.out_channels > s.channels
     plain = s.spec.groups == 1 and s.dtype == torch.float32
-    return long and fits and plain and s.weights <= 3 * 2**16 and s.work >= 2**23
+    return long and fits and plain and s.weights <= 3 * 2**16 and (s.any_batch or s.work >= 2**23)
 
 
 def _with_norm(s: _Sizes) -> _Choice:
@@ -379,11 +383,12 @@ def _direct_with_norm(s: _Sizes) -> bool:
     if s.out_channels < 16 or (s.pointwise and s.window == 1):
         return False
     if s.window > 1:
-        narrow = s.column or s.conv[1] < 12
+        narrow = s.column or s.narrower(12)
         few = s.channels <= 64 and s.taps <= 1600 and s.weights <= 2**17
         return not s.needs_x and few and not narrow and not s.smaller(2**15)
     if s.signal and s.needs_x:
-        return s.channels <= 24 and s.out_channels <= 128 and s.conv[1] >= 96 and not s.smaller(2**16)
+        few = s.channels <= 24 and s.out_channels <= 128
+        return few and not s.narrower(96) and not s.smaller(2**16)
     if s.signal:
         return s.channels <= 24 and not s.smaller(2**15)
     return s.needs_x and s.channels <= 24 and s.taps <= 400 and not s.column and not s.smaller(2**17)

@@ -291,9 +291,10 @@ def test_no_rule_asks_for_the_batch_of_an_exported_block(channels, kernel, strid
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_no_rule_asks_for_the_length_of_an_exported_signal():
-    """That of the plan fft did, for kernels that it does not take."""
-    model = cf.Sequential(nn.Conv1d(16, 16, 21, padding=10), nn.ReLU()).eval()
+@pytest.mark.parametrize("kernel", [21, 31])
+def test_no_rule_asks_for_the_length_of_an_exported_signal(kernel):
+    """That of the plan fft did, for kernels that it does not take; as does that of long kernels."""
+    model = cf.Sequential(nn.Conv1d(16, 16, kernel, padding=kernel // 2), nn.ReLU()).eval()
     length = torch.export.Dim("length", min=2, max=64)
     program = torch.export.export(model, (torch.randn(4, 16, 40),), dynamic_shapes=({2: length},))
     x = torch.randn(4, 16, 3)
