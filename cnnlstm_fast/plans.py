@@ -233,8 +233,10 @@ def _fft_pays(spec: BlockSpec, shape: tuple, weight_shape: tuple, dtype: torch.d
     places = shape[0] * conv[0] * conv[1]
     if channels < 16 or weights > 2**22:
         return False
-    if short < 3:  # where `direct` too is faster than the library
-        pays, least = long >= 24 and long * channels >= (1200 if channels >= 48 else 2048), 2**25
+    if short < 3:
+        pays, least = long >= 24, 2**25
+        if pays and shape[2] == weight_shape[2] == 1:  # a signal, where `direct` too beats the library
+            pays = long * channels >= (1200 if channels >= 48 else 2048)
     else:
         pays, least = long >= (7 if max(spec.stride) == 1 else 9) and long**2 * channels >= 1500, 2**29
         pays = pays and max(*conv) >= 24

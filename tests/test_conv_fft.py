@@ -487,6 +487,7 @@ def test_large_kernels_are_chosen():
     assert _planned((4, 32, 81, 200), (32, 32, 21, 11), (2, 1), (10, 5)) == "fft"
     assert _planned((4, 64, 56, 56), (64, 64, 9, 9), padding=(4, 4)) == "fft"
     assert _planned((4, 64, 1, 2000), (64, 64, 1, 65), padding=(0, 32)) == "fft"
+    assert _planned((4, 32, 22, 1000), (32, 32, 1, 51), padding=(0, 25)) == "fft"
 
 
 @pytest.mark.parametrize(
@@ -499,8 +500,18 @@ def test_large_kernels_are_chosen():
         dict(shape=(4, 64, 56, 56), weight_shape=(64, 64, 9, 9), dilation=(2, 2)),
         dict(shape=(1, 64, 20, 20), weight_shape=(64, 64, 9, 9)),
         dict(shape=(4, 1, 1, 16000), weight_shape=(64, 1, 1, 80), stride=(1, 4)),
+        dict(shape=(8, 16, 1, 2000), weight_shape=(32, 16, 1, 50), padding=(0, 25)),
     ],
-    ids=["small kernel", "one channel", "bfloat16", "groups", "dilation", "small map", "raw waveform"],
+    ids=[
+        "small kernel",
+        "one channel",
+        "bfloat16",
+        "groups",
+        "dilation",
+        "small map",
+        "raw waveform",
+        "signal",
+    ],
 )
 def test_others_are_not(call):
     assert _planned(**call) != "fft"
