@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cnnlstm_fast import patterns
 from cnnlstm_fast.capture import HOOK, Capture, Trace
 from cnnlstm_fast.nn import recurrent
+from cnnlstm_fast.resting import Rest, Wake, let_rest
 
 __all__ = ["Report", "Site", "accelerate"]
 
@@ -39,6 +40,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for module in fast.modules():
         if _convolves(module) and id(module) not in fused_already:
             module._forward_pre_hooks[HOOK] = Capture()  # type: ignore[index]  # see HOOK
+    let_rest(fast)
     if not hasattr(fast, "report"):
         fast.report = Reporter(fast)  # type: ignore[assignment]  # a plain attribute
     return fast
@@ -104,7 +106,11 @@ def _copied(model: nn.Module) -> nn.Module:
     for module in modules:
         for name, value in module.__dict__.items():
             if name.endswith("_hooks") and isinstance(value, dict):
-                memo[id(value)] = type(value)((key, _rebound(hook, memo)) for key, hook in value.items())
+                memo[id(value)] = type(value)(
+                    (key, _rebound(hook, memo))
+                    for key, hook in value.items()
+                    if not isinstance(hook, (Rest, Wake))
+                )
     for module in modules:
         state = {}
         for name, value in module.__dict__.items():

@@ -100,16 +100,20 @@ class Sized(NamedTuple):
 
     Attributes:
         plan, why: which one runs it.
+        conv: the weight's shape, and the convolution's arguments that are no tensors.
         shapes: shape and strides of its values; none where it runs as it is.
         layout: of its result.
         hands_on: that is another one than PyTorch's.
+        decision: how it runs; None where only the call itself shows that.
     """
 
     plan: str
     why: str
+    conv: tuple
     shapes: list[tuple]
     layout: str
     hands_on: bool
+    decision: functional.Decision | None
 
 
 class Recipe:
@@ -130,9 +134,16 @@ class Recipe:
         self.sizes: dict[tuple, Sized] = {}
 
     def sized(self, function, x: Tensor, conv: Conv, handed: bool) -> Sized:
-        """Look up an input like ``x``, which PyTorch would have contiguous if it was handed on."""
-        if len(self.sizes) > MEMORY:
-            self.sizes.clear()
+        """What is known of an input like ``x``, which PyTorch would have contiguous if it was handed on."""
+        key = x.shape, x.stride(), handed
+        found = self.sizes.get(key)
+        if found is None or found.conv != (conv.weight.shape, conv[2:]):
+            if len(self.sizes) > MEMORY:
+                self.sizes.clear()
+            found = self.sizes[key] = self._size(function, x, conv, handed)
+        return found
+
+    def _size(self, function, x: Tensor, conv: Conv, handed: bool) -> Sized:
         module = self.norm.module(conv.weight.shape[0], x.dim()) if self.norm is not None else None
         given = x.new_empty(()).expand(x.shape) if handed else x  # not like channels-last
         pooled = self.pool is not None
@@ -140,16 +151,30 @@ class Recipe:
         hands_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
         if hands_on:
             layout = "channels_last"
+        decision, shapes, plan = None, [], "reference"
         try:
-            plan, why = patterns.plan_of(x, conv, module, self.activation, self.pool, layout)
-            runs = handed or plan != "reference"  # PyTorch's operators too are faster channels-last
+            decision = patterns.decide(x, conv, module, self.activation, self.pool, layout)
+            shapes = self._shapes(function, x, conv, handed)
+            why = self._why_not_deferred(decision, shapes[0][0], conv.weight, handed)
+            if why is None:
+                plan, why = decision.plan, decision.reason
+            else:
+                shapes = []
         except ValueError as error:  # PyTorch says it in its own words
-            plan, why, runs = "reference", str(error), False
-        shapes = self._shapes(function, x, conv, handed) if runs else []
-        if shapes and x.device.type == "cpu" and self._eager_us(shapes[0][0], conv.weight) < 2 * OVERHEAD_US:
-            plan, why, shapes = "reference", "so small that calling it costs more than computing it", []
-        found = self.sizes[x.shape, x.stride(), handed] = Sized(plan, why, shapes, layout, hands_on)
-        return found
+            why = str(error)
+        if torch.is_autocast_enabled(x.device.type):
+            decision = None
+        return Sized(plan, why, (conv.weight.shape, conv[2:]), shapes, layout, hands_on, decision)
+
+    def _why_not_deferred(
+        self, decision: functional.Decision, size: tuple, weight: Tensor, handed: bool
+    ) -> str | None:
+        """Why a block whose convolution gives a map of ``size`` runs as it is; None where it does not."""
+        if decision.plan == "reference" and not handed:  # PyTorch's operators too are faster channels-last
+            return decision.reason
+        if weight.is_cpu and self._eager_us(size, weight) < 2 * OVERHEAD_US:
+            return "so small that calling it costs more than computing it"
+        return None
 
     def _eager_us(self, shape: tuple, weight: Tensor) -> float:
         """What PyTorch takes for the block on this machine's processor, roughly, beside its calls."""
@@ -416,7 +441,8 @@ class Chain:
         norm, conv, recipe = self.norm, self.conv, self.recipe
         module = None if norm is None else norm.module(conv.weight.shape[0], self.x.dim())
         parts = module, recipe.activation, recipe.pool
-        result = patterns.run_block(self.x, conv, *parts, layout=self.sized.layout)
+        sized = self.sized
+        result = patterns.run_block(self.x, conv, *parts, layout=sized.layout, decision=sized.decision)
         if self.sized.hands_on and not result.is_contiguous():
             return Handed.of(result, recipe)
         return result
@@ -631,6 +657,7 @@ class Capture:
         self.left_alone: str | None = None
         self.why_plain: str | None = None
         self.plain: set[tuple] = set()  # calls like these (`_call_key`) a rule has left to PyTorch
+        self.idle = self.busy = False  # whether calls had nothing to do here, or had (`resting`)
 
     def __reduce__(self):
         return Capture, ()
@@ -641,10 +668,16 @@ class Capture:
         if self.plain and plans.observer is None and len(args) == 1 and type(args[0]) is Tensor:
             try:
                 if _call_key(module, args[0]) in self.plain:
+                    self.idle = True
                     return None
             except (RuntimeError, TypeError):  # sparse and nested tensors have no strides, symbols no hash
                 pass
-        why = self.left_alone or _why_plain(module, args)
+        if self.left_alone:
+            self.idle = True
+            self.runs_plain(module, self.left_alone)
+            return None
+        self.busy = True
+        why = _why_plain(module, args)
         if why is not None:
             self.runs_plain(module, why)
             return None
@@ -702,7 +735,7 @@ class Capture:
         if given is not None:
             with _no_function():
                 x = given.as_subclass(Tensor)
-        sized = known.sizes.get((x.shape, x.stride(), handed)) or known.sized(function, x, conv, handed)
+        sized = known.sized(function, x, conv, handed)
         if not sized.shapes:
             if given is not None:
                 given.settle()

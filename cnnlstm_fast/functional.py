@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,47 +70,121 @@ def conv_block(
     if remembers and weight.shape in _left_weights:
         if _call_key(x, weight, bias, *rest) in _left_to_pytorch:
             return _reference(x, weight, bias, *rest)
+    decision, x, weight, bias = decide(x, weight, bias, *rest, plan)
+    watched = plans.observer
+    if watched is not None:
+        known = decision.spec if decision.behind is None else None
+        watched.block_begins(known, x, weight, norm, activation, pool, layout, decision.plan, decision.reason)
+    if decision.plan == "reference":
+        if remembers and decision.by_sizes:
+            _leave_to_pytorch(_call_key(x, weight, bias, *rest), weight.shape)
+        out = _reference(x, weight, bias, *rest)
+    else:
+        out = _run(decision, x, weight, bias, norm)
+    if watched is not None:
+        watched.block_ends(out)
+    return out
+
+
+class Decision(NamedTuple):
+    """How a call of :func:`conv_block` runs, and others like it.
+
+    Attributes:
+        spec: None where the fused plans have no words for the block.
+        plan, backward_plan, reason: by :func:`cnnlstm_fast.plans.choose`.
+        by_sizes: PyTorch's operators run it, by a rule of sizes.
+        inner_layout: of the block.
+        behind: a pool that runs as PyTorch's own behind the block, or None.
+        layout: of the result.
+        wanted: by :func:`_wanted`.
+    """
+
+    spec: BlockSpec | None
+    plan: str
+    backward_plan: str
+    reason: str
+    by_sizes: bool
+    inner_layout: str
+    behind: nn.Module | None
+    layout: str
+    wanted: tuple
+
+
+def decide(
+    x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout, plan="auto"
+) -> tuple[Decision, Tensor, Tensor, Tensor | None]:
+    """How :func:`conv_block` runs these arguments; and input, weight and bias as autocast casts them.
+
+    Raises:
+        TypeError, ValueError: as ``conv_block``.
+    """
     rank = weight.dim()
     groups = _whole(groups, "groups")
     _check_shapes(x, weight, bias, rank, groups)
-
     if x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         raise _different_dtypes(x, weight, bias)
-    inside, behind, raw_layout = pool, None, layout  # a pool inside the block, or PyTorch's behind it
+    inside, behind, inner_layout = pool, None, layout  # a pool inside the block, or PyTorch's behind it
     if pool is not None and type(pool) in _OTHER_POOLS[rank]:
         _check_pool(pool, rank)
         inside = _as_max_pool(pool, x, weight, stride, padding, dilation)
         if inside is None:
-            behind, raw_layout = pool, "channels_last" if rank == 4 else "channels_first"
+            behind, inner_layout = pool, "channels_last" if rank == 4 else "channels_first"
     spec, reason = make_spec(
-        weight.shape, x.dim() < rank, stride, padding, dilation, groups, norm, activation, inside, raw_layout
-    )
-    forward_plan = "reference"
+        weight.shape, x.dim() < rank, stride, padding, dilation, groups, norm, activation, inside,
+        inner_layout,
+    )  # fmt: skip
+    chosen, backward_plan, by_sizes = "reference", "reference", False
     if spec is not None:
         x4, weight4 = _as_2d(x, weight, rank)
-        forward_plan, backward_plan, reason = plans.choose(plan, spec, x4, weight4, bias, norm)
+        chosen, backward_plan, reason = plans.choose(plan, spec, x4, weight4, bias, norm)
+        by_sizes = chosen == "reference" and plans.why_not_call(spec, x4, weight4, bias, norm) is None
     elif plan not in ("auto", "reference"):
         raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
-    watched = plans.observer
-    if watched is not None:
-        known = spec if behind is None else None
-        watched.block_begins(known, x, weight, norm, activation, pool, layout, forward_plan, reason)
-    if forward_plan == "reference":
-        if remembers and spec is not None and plans.why_not_call(spec, x4, weight4, bias, norm) is None:
-            _leave_to_pytorch(_call_key(x, weight, bias, *rest), weight.shape)
-        out = _reference(x, weight, bias, *rest)
-    else:
-        run = _fused if norm is None else _fused_with_norm
-        raw = run(spec, x4, weight4, bias, norm, op.PLANS[forward_plan], op.PLANS[backward_plan])
-        out = finish_layout(raw, raw_layout, rank)
-        if behind is not None:
-            out = reference.to_layout(behind(out), layout)
-        out = out.squeeze(reference.batch_dim(layout)) if x.dim() == rank - 1 else out
-    if watched is not None:
-        watched.block_ends(out)
-    return out
+    wanted = () if spec is None else _wanted(x, weight, bias, norm)
+    decision = Decision(spec, chosen, backward_plan, reason, by_sizes, inner_layout, behind, layout, wanted)
+    return decision, x, weight, bias
+
+
+def _wanted(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple:
+    """Which tensors there are, and which of them want a gradient."""
+    tensors = (x, weight, bias, *(() if norm is None else plans.norm_tensors(norm)))
+    return tuple([t if t is None else t.requires_grad for t in tensors])
+
+
+def run_again(
+    decision: Decision, x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None
+) -> Tensor | None:
+    """The block of an earlier call on other values, without finding out again how to run it.
+
+    Sizes and strides, ``x``'s dtype and device, the norm's mode, the gradient mode and all that is no tensor
+    must be as they were. None where something else is not, or where somebody watches: then
+    :func:`conv_block` is to be called.
+    """
+    spec = decision.spec
+    if spec is None or decision.plan == "reference" or plans.observer is not None:
+        return None
+    if _wanted(x, weight, bias, norm) != decision.wanted:
+        return None
+    if bias is not None and bias.dtype != weight.dtype:
+        return None
+    if plans.why_not_call(spec, *_as_2d(x, weight, weight.dim()), bias, norm) is not None:
+        return None
+    return _run(decision, x, weight, bias, norm)
+
+
+def _run(decision: Decision, x: Tensor, weight: Tensor, bias: Tensor | None, norm) -> Tensor:
+    """The result of a block by one of the fused plans."""
+    rank, spec = weight.dim(), decision.spec
+    assert spec is not None
+    run = _fused if norm is None else _fused_with_norm
+    forward, backward = op.PLANS[decision.plan], op.PLANS[decision.backward_plan]
+    raw = run(spec, *_as_2d(x, weight, rank), bias, norm, forward, backward)
+    out = finish_layout(raw, decision.inner_layout, rank)
+    if decision.behind is not None:
+        out = reference.to_layout(decision.behind(out), decision.layout)
+    return out.squeeze(reference.batch_dim(decision.layout)) if x.dim() == rank - 1 else out
 
 
 #: Calls like these (:func:`_call_key`) are PyTorch's by a rule of sizes. Whatever else may be true of a call,
@@ -168,18 +243,19 @@ def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor
 
 def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
     """The same of a block with a norm, whose running statistics are updated where it is training."""
-    gamma, beta = norm.weight, norm.bias
+    gamma, beta, mean, var = tensors = plans.norm_tensors(norm)
     trained = torch.is_grad_enabled() and plans.needs_gradient(weight, bias, gamma, beta)
     of_batch = plans.of_batch(norm)
     if plans.folds(norm):
-        return _fused(spec, x, *conv_norm.fold(weight, bias, norm, trained), None, plan, backward_plan)
+        folded = conv_norm.fold(weight, bias, tensors, norm.eps, trained)
+        return _fused(spec, x, *folded, None, plan, backward_plan)
     if of_batch and plan == op.PLANS["direct"] and plans.why_not_by_patches(spec, x, weight) is None:
         weight, shift, mean, var = conv_norm.fold_batch(
             x, weight, bias, gamma, beta, norm.eps, spec.conv_args
         )
         raw = _fused(spec, x, weight, shift, None, plan, backward_plan)
     else:
-        statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        statistics = (None, None) if of_batch else (mean, var)
         args = (x, weight, bias, gamma, beta, *statistics, norm.eps, spec.conv_args,
                 ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)  # fmt: skip
         if trained or (torch.is_grad_enabled() and x.requires_grad):

@@ -8,7 +8,6 @@ part may be and what may follow it stands in the tables below.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -20,8 +19,8 @@ from cnnlstm_fast import functional, plans
 from cnnlstm_fast.functional import unhooked
 
 __all__ = [
-    "CONVS", "Block", "Conv", "Found", "Norm", "Part", "as_block", "eager_layout", "follow", "is_container",
-    "members", "per_sample", "plan_of", "read_call", "run", "run_block", "run_chain", "spans", "steps",
+    "CONVS", "Block", "Conv", "Found", "Norm", "Part", "as_block", "decide", "eager_layout", "follow",
+    "is_container", "members", "per_sample", "read_call", "run", "run_block", "run_chain", "spans", "steps",
 ]  # fmt: skip
 
 
@@ -335,8 +334,16 @@ def run_block(
     activation: Any = None,
     pool: nn.Module | None = None,
     layout: str | None = None,
+    decision: functional.Decision | None = None,
 ) -> Tensor:
-    """:func:`cnnlstm_fast.functional.conv_block`, in PyTorch's own layout unless one is named."""
+    """:func:`cnnlstm_fast.functional.conv_block`, in PyTorch's own layout unless one is named.
+
+    ``decision`` is what :func:`decide` said of an earlier call like this one.
+    """
+    if decision is not None:
+        result = functional.run_again(decision, x, conv.weight, conv.bias, norm)
+        if result is not None:
+            return result
     if layout is None:
         layout = eager_layout(x, conv.weight, pool is not None, norm, activation)
     return functional.conv_block(
@@ -345,42 +352,11 @@ def run_block(
     )  # fmt: skip
 
 
-def plan_of(*args) -> tuple[str, str]:
-    """The plan that :func:`run_block` would take for these arguments, and why; nothing is computed."""
-    before, plans.observer = plans.observer, _Asking()
-    try:
-        run_block(*args)
-    except _Answer as answer:
-        return answer.args
-    finally:
-        plans.observer = before
-    raise AssertionError("conv_block told no plan")
-
-
-class _Answer(Exception):
-    """Carries a plan and its reason out of ``conv_block``."""
-
-
-class _Asking:
-    """An observer that stops the block of its own thread as soon as the plan is known."""
-
-    alone = True
-
-    def __init__(self):
-        self._thread = threading.get_ident()
-
-    def block_begins(self, *args) -> None:
-        if threading.get_ident() == self._thread:
-            raise _Answer(*args[-2:])
-
-    def block_ends(self, out: Tensor) -> None:
-        pass
-
-    def layer_runs(self, plan: str, reason: str) -> None:
-        pass
-
-    def as_is(self, module: nn.Module, reason: str) -> None:
-        pass
+def decide(
+    x: Tensor, conv: Conv, norm: nn.Module | None, activation: Any, pool: nn.Module | None, layout: str
+) -> functional.Decision:
+    """How :func:`run_block` would run these arguments; nothing is computed."""
+    return functional.decide(x, *conv, norm, activation, pool, layout)[0]
 
 
 def _parameter(module: nn.Module, name: str) -> Any:

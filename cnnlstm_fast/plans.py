@@ -65,9 +65,20 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def norm_tensors(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Weight, bias, running mean and running variance of a batch norm."""
+    found: Any = norm
+    try:  # ten times as fast as nn.Module.__getattr__
+        parameters, buffers = norm._parameters, norm._buffers
+        return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+    except KeyError:
+        return found.weight, found.bias, found.running_mean, found.running_var
+
+
 def of_batch(norm) -> bool:
     """Whether a batch norm normalises by the batch's own statistics."""
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+    _, _, mean, var = norm_tensors(norm)
+    return norm.training or (mean is None and var is None)
 
 
 def folds(norm) -> bool:
@@ -77,15 +88,15 @@ def folds(norm) -> bool:
 
 def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
     """Why a block with this batch norm is not fused, as a sentence; None if it is."""
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    if (norm.running_mean is None) != (norm.running_var is None):
+    tensors = _, _, mean, var = norm_tensors(norm)
+    if (mean is None) != (var is None):
         return "the norm has one running statistic without the other"
     for t in tensors:
         if t is not None and (t.device != x.device or t.dtype not in (x.dtype, torch.float32)):
             return "the norm's parameters are on another device or of another dtype"
         if t is not None and not _is_plain(t):
             return "a parameter of the norm is a Tensor subclass"
-    if norm.running_mean is not None and norm.running_mean.requires_grad:
+    if mean is not None and mean.requires_grad:
         return "the norm's running statistics want gradients"
     if of_batch(norm):
         height, width = spec.conv_size(x.shape[2:], weight.shape[2:])

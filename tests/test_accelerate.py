@@ -18,36 +18,29 @@ from torch.utils.checkpoint import checkpoint
 from twins import grid, on_grid, real_strides
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import functional, patterns
-from cnnlstm_fast.capture import HOOK, Capture, Deferred, Observed
-
-functional_conv_block = functional.conv_block
+from cnnlstm_fast import patterns
+from cnnlstm_fast.capture import HOOK, Capture, Deferred, Observed, Recipe
 
 
 @pytest.fixture(autouse=True)
 def _always_worth_it(monkeypatch):
     """Small blocks too are deferred, and those for which no fused plan is the fastest."""
-    plan_of = patterns.plan_of
-
-    def plan(*args):
-        chosen, why = plan_of(*args)
-        return ("direct" if chosen == "reference" else chosen), why
-
-    monkeypatch.setattr(patterns, "plan_of", plan)
+    why_not = Recipe._why_not_deferred
+    monkeypatch.setattr(Recipe, "_why_not_deferred", lambda *args: why_not(*args[:-1], handed=True))
     monkeypatch.setattr(sys.modules["cnnlstm_fast.capture"], "OVERHEAD_US", 0)
 
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """What ran as blocks: (has a norm, name of the activation, name of the pool) of each."""
+    """What ran as blocks: names of the norm, the activation and the pool of each."""
     seen = []
+    run_block = patterns.run_block
 
-    def conv_block(*args, norm=None, activation=None, pool=None, **kwargs):
-        out = functional_conv_block(*args, norm=norm, activation=activation, pool=pool, **kwargs)
-        seen.append(tuple(part and type(part).__name__ for part in (norm, activation, pool)))
-        return out  # not reached where only the plan is asked for
+    def noted(x, conv, *parts, **kwargs):
+        seen.append(tuple(part and type(part).__name__ for part in parts))
+        return run_block(x, conv, *parts, **kwargs)
 
-    monkeypatch.setattr(functional, "conv_block", conv_block)
+    monkeypatch.setattr(patterns, "run_block", noted)
     return seen
 
 
@@ -923,9 +916,9 @@ def test_handed_through_what_does_nothing(drop, pooled, monkeypatch):
     layouts = []
     run_block = patterns.run_block
 
-    def noted(*args, layout=None):
+    def noted(*args, layout, **kwargs):
         layouts.append(layout)
-        return run_block(*args, layout=layout)
+        return run_block(*args, layout=layout, **kwargs)
 
     pool = [nn.MaxPool2d(2)] if pooled else []
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), *pool, drop, nn.Conv2d(16, 16, 3), nn.ReLU()).eval()

@@ -20,6 +20,8 @@ but the running mean, and ``stats`` has the mean without it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -111,9 +113,14 @@ class FoldNorm(torch.autograd.Function):
         return dw, dbias, None, dbeta, None, None, None
 
 
-def fold(weight: Tensor, bias: Tensor | None, norm, trained: bool) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the eval mode of ``norm`` folded in; ``trained`` if any is."""
-    args = weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+def fold(
+    weight: Tensor, bias: Tensor | None, norm: Sequence[Tensor | None], eps: float, trained: bool
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the eval mode of a norm folded in.
+
+    ``norm`` is its weight, bias, running mean and variance; ``trained`` says whether any wants a gradient.
+    """
+    args = weight, bias, *norm, eps
     return FoldNorm.apply(*args) if trained else fold_op(*args)
 
 
