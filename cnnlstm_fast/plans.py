@@ -319,6 +319,16 @@ class _Sizes(NamedTuple):
         return self.channels in (1, 3) and not self.signal and self.spec.layout != "channels_last"
 
     @property
+    def planes(self) -> bool:
+        """Whether ``direct`` is a product of matrices, planes of places into planes."""
+        plain = max(*self.spec.stride, self.spec.groups) == 1 and not any(
+            (*self.spec.padding, *self.spec.padding_after)
+        )
+        plain = plain and self.pointwise
+        first = self.spec.layout == "channels_first" and not self.last
+        return plain and first and self.window == 1 and self.dtype == torch.float32 and self.channels <= 1536
+
+    @property
     def alone(self) -> bool:
         """Whether there is nothing but a convolution."""
         return self.spec.activation is None and self.norm is None and self.window == 1 and not self.bridge
@@ -336,14 +346,21 @@ def _winograd_or_none(s: _Sizes) -> _Choice | None:
     normed = s.norm == "batch" or (s.norm == "given" and s.training)
     height, width = s.conv
     tiled = (height + height % 2) * (width + width % 2)
-    if s.training and not normed and 4 * tiled > 5 * height * width:
+    if not normed and 4 * tiled > 5 * height * width:
         return None  # a quarter of what is computed lies beyond an odd map
     if not _winograd_pays(s.channels, s.out_channels, s.window, s.training, s.needs_x, normed):
         return None
-    if not s.any_batch:
+    if not s.any_batch:  # weights are transformed at every call
         places = s.outputs // s.out_channels
-        if places < (256 if normed else 16) or s.weights > (5000 if s.training else 10000) * places:
-            return None  # weights are transformed at every call
+        if places < (256 if normed else 16):
+            return None
+        most = 5000
+        if not s.training and s.window == 1 and s.work < 2**27:
+            if s.work < 2**25 or 4 * s.out_channels < s.channels:
+                return None
+            most = 600
+        if s.weights > most * places:
+            return None
     return _choice("winograd", "3x3 taps over many channels: 16 products in place of 36")
 
 
@@ -426,8 +443,27 @@ def _folded(s: _Sizes) -> _Choice | None:
 def _library_is_as_fast(s: _Sizes) -> bool:
     """Whether a convolution without a pool gains nothing by ending in registers, in inference."""
     if s.pointwise:
-        return not s.bridge and (s.strided or s.conv[1] < 12)
+        odd = s.strided or s.conv[1] < 12 or s.out_channels <= 16 or s.channels >= 512
+        return not s.bridge and odd
+    if s.strided and s.rgb and s.longest <= 3 and not s.bridge:
+        return True
     return s.strided and s.taps >= 1024 and not s.last
+
+
+def _of_planes(s: _Sizes) -> _Choice:
+    """In inference; up to 16 images the library multiplies matrices too, where it has one thread."""
+    if s.any_batch:
+        pays = s.channels <= 64
+    else:
+        area = s.conv[0] * s.conv[1]
+        places = s.outputs // s.out_channels
+        if places >= 16 * area:
+            pays = places * (s.channels + s.out_channels) >= 2**19 and (s.channels < 160 or area >= 64)
+        else:
+            pays = s.channels <= (32 if s.spec.activation in ("silu", "gelu") else 64) and s.outputs >= 2**19
+    return (
+        _choice("direct", "pointwise: a product of matrices, the rest in registers") if pays else _as_fast()
+    )
 
 
 def _in_inference(s: _Sizes) -> _Choice:
@@ -454,6 +490,7 @@ def _in_inference(s: _Sizes) -> _Choice:
     if s.weights <= 2**14 and (s.signal or s.taps < 128 or (map_size > 2**14 and s.taps < 400)):
         return _choice("direct", "bound by memory: bias and activation while in registers")
     many = s.channels >= 8 and s.out_channels >= (64 if s.pointwise or s.taps >= 400 else 17)
+    many = many and not (s.strided and not s.signal and s.weights > 2**17)
     least = 2**26 if s.strided and not s.signal else 2**22
     if s.window == 1 and many and s.weights <= 2**19 and s.conv[1] > 3 and s.work >= least:
         return _choice("direct", "bias and activation while in registers")
@@ -563,6 +600,8 @@ def _ruled(s: _Sizes, weight_shape: tuple) -> _Choice:
     if not training and s.window == 1 and s.channels == 1 and not s.bridge and not any(spec.padding_after):
         if s.tall or (spec.padding == (0, 0) and s.taps >= 48 and s.out_channels <= 16):
             return _choice("reference", "one channel and a long kernel: the library is as fast")
+    if s.planes and not training and not s.alone:
+        return _of_planes(s)
     if norm == "given" and (choice := _folded(s)):
         return choice
     return _in_training(s) if training else _in_inference(s)

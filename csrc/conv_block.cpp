@@ -375,11 +375,23 @@ uint8_t* codes_pointer(const Tensor& codes) {
 
 // ---- Forward
 
+// Channels whose places fit the scratch of an item.
+constexpr int64_t kMostPlanes = 1536;
+
+bool goes_by_planes(const Block& b, const Outputs& out) {
+  const bool pointwise = b.kh * b.kw * b.sh * b.sw * b.groups == 1 && b.padded_h == b.h && b.padded_w == b.w;
+  const bool pooled = b.pool_kh * b.pool_kw * b.pool_sh * b.pool_sw > 1 || b.pool_ph + b.pool_pw > 0;
+  const bool planes =
+      b.x_stride[3] == 1 && b.out_stride[3] == 1 && (b.h == 1 || (b.x_stride[2] == b.w && b.out_stride[2] == b.w));
+  return pointwise && !pooled && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
+}
+
 void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Outputs& out) {
   const int64_t joined = joined_groups(call.block);
-  const Block b = join_groups(call.block, joined);
+  Block b = join_groups(call.block, joined);
   check_direct(b);
+  b.by_planes = goes_by_planes(b, out);
   const KernelTable& k = kernels();
   const int64_t og = b.co / b.groups, padded = k.packed_channels(og);
   AlignedFloats packed(b.groups * padded * b.taps), packed_bias(b.groups * padded);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -352,6 +353,42 @@ def test_pointwise_strided(plan):
         block = Block(3, c, (16, 29), 30, (1, 1), stride=(2, 2), pool=POOL_2X2)
         tensors, grad = integer_tensors(block, torch.float32)
         assert_block(block, tensors, grad, plan=plan, exact=True)
+
+
+@pytest.mark.instruction_sets
+@plans
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_planes_into_planes(plan, activation):
+    """Without gradients and without a pool: at the edges of vectors, tiles, groups of channels and items."""
+    rng = random.Random(torch.initial_seed())
+    for c_out in (1, 7, 64, 65, 130):
+        n, c, size = (
+            rng.choice((1, 2, 5)),
+            rng.choice((1, 3, 17, 90)),
+            rng.choice(((1, 1), (3, 5), (16,), (4, 12), (7, 7), (97,), (31, 33), (1, 700))),
+        )
+        ones = (1,) * len(size)
+        block = Block(n, c, size, c_out, ones, ones, (0,) * len(size), ones, activation=activation)
+        tensors, _ = integer_tensors(block, torch.float32)
+        tensors["x"] = strided(
+            tensors["x"], rng.choice(("offset", "sliced", "channels_last", "backwards_dims"))
+        )
+        assert_block(block, tensors, None, plan=plan, exact=activation in (None, "relu"))
+        assert_block(block, normal_tensors(block, torch.float32), None, plan=plan)
+
+
+@pytest.mark.instruction_sets
+def test_planes_beside_what_is_not_finite():
+    """A NaN stays in its place, an infinity too, and what lies beyond an image is never read."""
+    x = torch.randn(3, 20, 9, 9)
+    x[1, 4, 2, 3], x[2, 0, 8, 8] = math.nan, math.inf
+    weight = torch.randn(12, 20, 1, 1)
+    whole = torch.full((5, 20, 9, 9), math.nan)
+    whole[1:4] = x
+    expected = torch.nn.functional.conv2d(x.double(), weight.double())
+    for given in (x, whole[1:4]):
+        got = conv_block(given, weight, activation=None, plan="direct")
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.instruction_sets

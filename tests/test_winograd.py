@@ -305,7 +305,7 @@ def test_what_it_does_not_take(change):
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "chosen"), [(64, 3, False), (64, 4, True), (64, 32, True), (4, 32, False)]
+    ("channels", "size", "chosen"), [(64, 3, False), (64, 8, False), (64, 32, True), (4, 32, False)]
 )
 def test_it_is_chosen_where_it_pays(channels, size, chosen):
     weight = torch.randn(64, channels, 3, 3)

@@ -44,6 +44,7 @@ struct Block {
   int64_t code_groups;         // groups of 16 channels
   int64_t padded_h, padded_w;  // input with the convolution's padding
   int64_t taps;                // per output channel: c / groups * kh * kw
+  bool by_planes;              // a pointwise convolution of planes into planes, without a pool, codes and `kept`
 };
 
 // Rows of a map whose channels are contiguous: where `finish` reads a library's convolution.
