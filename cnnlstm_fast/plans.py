@@ -466,6 +466,16 @@ def _of_planes(s: _Sizes) -> _Choice:
     )
 
 
+def _depthwise_pays(s: _Sizes) -> bool:
+    """Whether our depthwise convolution of planes beats the library's and what follows it, in inference."""
+    if s.window > 1 or s.alone or s.dtype != torch.float32 or s.last or s.spec.layout != "channels_first":
+        return False
+    normed = s.norm == "given"
+    wide = s.conv[0] >= 4 and s.conv[1] >= (28 if s.strided else 24)
+    few = s.taps <= 9 if s.strided or not normed else s.taps <= 25
+    return wide and few and (normed or not s.strided) and not s.smaller(2**17)
+
+
 def _in_inference(s: _Sizes) -> _Choice:
     if s.window > 1 and s.taps >= 2**10 and 2**17 <= s.weights <= 2**20:
         return _choice("chunked", "many taps: the library's convolution, then the rest while in cache")
@@ -588,6 +598,8 @@ def _ruled(s: _Sizes, weight_shape: tuple) -> _Choice:
         return _choice("direct", "a long kernel along a signal: the library is far from the machine's peak")
     if norm == "batch" or (norm == "given" and training):
         return _with_norm(s)
+    if s.depthwise and not training and _depthwise_pays(s):
+        return _choice("direct", "depthwise: a plane at a time, the rest in registers")
     if spec.groups > 1:
         if s.window > 1 and not s.smaller(2**16):
             plan = "chunked" if s.depthwise else "direct"

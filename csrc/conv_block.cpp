@@ -386,8 +386,41 @@ bool goes_by_planes(const Block& b, const Outputs& out) {
   return pointwise && !pooled && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
 }
 
+bool is_depthwise(const Block& b, const Outputs& out) {
+  const bool pooled = b.pool_kh * b.pool_kw * b.pool_sh * b.pool_sw > 1 || b.pool_ph + b.pool_pw > 0;
+  return b.groups == b.c && b.groups > 1 && !pooled && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
+         b.dtype == kFloat32 && !out.codes && !out.kept;
+}
+
+// Multiply-adds that are worth an item.
+constexpr int64_t kItemWork = 1 << 16;
+
+void forward_depthwise(const Block& b, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Outputs& out) {
+  const KernelTable& k = kernels();
+  const Tensor w = torch::stable::contiguous(weight);
+  AlignedFloats added(b.co);
+  if (bias) {
+    const Tensor flat = torch::stable::contiguous(*bias);
+    std::copy_n(static_cast<const float*>(flat.data_ptr()), b.co, added.data());
+  }
+  const int64_t of_row = k.depthwise_scratch(b, 1), more = std::max<int64_t>(1, k.depthwise_scratch(b, 2) - of_row);
+  const int64_t most = std::clamp<int64_t>(1 + (kItemFloats - of_row) / more, 1, b.oh), bands = ceil_div(b.oh, most);
+  const int64_t rows = ceil_div(b.oh, bands), scratch = k.depthwise_scratch(b, rows);
+  const int64_t channels = std::clamp<int64_t>(kItemWork / (rows * b.ow * b.taps), 1, b.co);
+  const int64_t groups = ceil_div(b.co, channels);
+  const float *from = static_cast<const float*>(x.data_ptr()), *taps = static_cast<const float*>(w.data_ptr());
+  for_each_item(b.n * groups * bands, [&](int64_t item) {
+    const int64_t image = item / bands / groups, c0 = item / bands % groups * channels, row0 = item % bands * rows;
+    if (row0 < b.oh)
+      k.depthwise(b, from, taps, added.data(), static_cast<float*>(out.data), image, c0, std::min(b.co, c0 + channels),
+                  row0, std::min(b.oh, row0 + rows), thread_scratch(scratch));
+  });
+}
+
 void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Outputs& out) {
+  if (is_depthwise(call.block, out)) return forward_depthwise(call.block, x, weight, bias, out);
   const int64_t joined = joined_groups(call.block);
   Block b = join_groups(call.block, joined);
   check_direct(b);

@@ -378,17 +378,54 @@ def test_planes_into_planes(plan, activation):
 
 
 @pytest.mark.instruction_sets
+@plans
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_depthwise_planes(plan, activation):
+    """The same of depthwise convolutions: strides, dilations, paddings wider than the image, more outputs."""
+    rng = random.Random(torch.initial_seed())
+
+    def pair(*values):
+        return rng.choice(values), rng.choice(values)
+
+    for size in ((1, 40), (7, 7), (13, 9), (30, 33), (4, 70), (40, 3), (35, 65)):
+        channels, more = rng.choice(((2, 1), (3, 1), (16, 1), (4, 2), (5, 3)))
+        kernel = rng.choice(((1, 1), (3, 3), (5, 5), (1, 7), (3, 1), (2, 4)))
+        stride, padding = pair(1, 1, 2, 3), pair(2, 4)
+        reaches = [extent + 2 * p > 2 * (k - 1) for extent, p, k in zip(size, padding, kernel, strict=True)]
+        dilation = tuple(rng.choice((1, 1, 2)) if reached else 1 for reached in reaches)
+        n = rng.choice((1, 2, 3))
+        block = Block(
+            n, channels, size, channels * more, kernel, stride, padding, dilation, groups=channels,
+            activation=activation,
+        )  # fmt: skip
+        tensors, _ = integer_tensors(block, torch.float32)
+        tensors["x"] = strided(tensors["x"], rng.choice(("offset", "channels_last", "backwards_dims")))
+        assert_block(block, tensors, None, plan=plan, exact=activation in (None, "relu"))
+        assert_block(block, normal_tensors(block, torch.float32), None, plan=plan)
+
+
+@pytest.mark.instruction_sets
+def test_a_large_plane_in_bands():
+    """More than an item's scratch holds, and fewer planes than threads."""
+    x, weight = torch.randn(1, 2, 300, 700), torch.randn(2, 1, 3, 5)
+    options = {"padding": (1, 2), "groups": 2, "activation": None}
+    got = conv_block(x, weight, **options, plan="direct")
+    expected = reference.conv_block(x.double(), weight.double(), **options)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.instruction_sets
 def test_planes_beside_what_is_not_finite():
     """A NaN stays in its place, an infinity too, and what lies beyond an image is never read."""
     x = torch.randn(3, 20, 9, 9)
     x[1, 4, 2, 3], x[2, 0, 8, 8] = math.nan, math.inf
-    weight = torch.randn(12, 20, 1, 1)
     whole = torch.full((5, 20, 9, 9), math.nan)
     whole[1:4] = x
-    expected = torch.nn.functional.conv2d(x.double(), weight.double())
-    for given in (x, whole[1:4]):
-        got = conv_block(given, weight, activation=None, plan="direct")
-        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for weight, groups in ((torch.randn(12, 20, 1, 1), 1), (torch.randn(20, 1, 3, 3), 20)):
+        expected = F.conv2d(x.double(), weight.double(), groups=groups)
+        for given in (x, whole[1:4]):
+            got = conv_block(given, weight, activation=None, groups=groups, plan="direct")
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.instruction_sets

@@ -102,6 +102,12 @@ struct KernelTable {
   void (*forward)(const Block&, const void* x, const float* packed, const float* bias, const Outputs&, int64_t image,
                   int64_t images, int64_t row0, int64_t row1, float* scratch);
 
+  // A depthwise convolution of float planes (x_stride[3] and out_stride[3] are 1) without a pool, codes and `kept`:
+  // rows [row0, row1) of channels [c0, c1) of one image; `weight` is (co, taps), `bias` has co floats.
+  int64_t (*depthwise_scratch)(const Block&, int64_t rows);
+  void (*depthwise)(const Block&, const float* x, const float* weight, const float* bias, float* out, int64_t image,
+                    int64_t c0, int64_t c1, int64_t row0, int64_t row1, float* scratch);
+
   // Activation, pool and layout of pooled rows of one image from a finished convolution.
   int64_t (*finish_scratch)(const Block&, int64_t rows);
   void (*finish)(const Block&, const MapRows&, const Outputs&, int64_t image, int64_t row0, int64_t row1,
