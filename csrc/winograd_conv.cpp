@@ -23,6 +23,8 @@ constexpr int64_t kLargeWeightFloats = 3 * 1024 * 1024;
 constexpr int64_t kOverlappingRows = 8;
 // Transformed inputs and gradients of one part of a weight's gradient.
 constexpr int64_t kPartFloats = 512 * 1024;
+// Groups of channels that share gradients while those are in the first-level cache.
+constexpr int64_t kMostGroups = 8;
 
 int64_t group_up(int64_t channels) {
   return ceil_div(channels, kCodeGroup) * kCodeGroup;
@@ -130,7 +132,9 @@ bool WinogradConvolution::run(const Tensor& x, int64_t ph, int64_t pw, int64_t o
 }
 
 WinogradWeightGrad::WinogradWeightGrad(const Tensor& weight)
-    : c_(weight.size(1)), co_(weight.size(0)), sums_(kWinogradPlaces * group_up(c_) * group_up(co_)) {}
+    : c_(weight.size(1)),
+      co_(weight.size(0)),
+      sums_(new_floats(weight, kWinogradPlaces * group_up(c_) * group_up(co_))) {}
 
 void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, int64_t pw) {
   const WinogradTable& k = winograd_kernels();
@@ -138,8 +142,7 @@ void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, in
   const Winograd g = describe(input, co_, grad.size(1), grad.size(2), ph, pw);
   const int64_t tiles = g.n * g.tiles_h * g.tiles_w, per_tile = kWinogradPlaces * (group_up(c_) + group_up(co_));
   // The sums pass through memory once for every part.
-  const int64_t sums = kWinogradPlaces * group_up(c_) * group_up(co_);
-  const int64_t most = std::max<int64_t>(kLeastTiles, std::max(kPartFloats, 2 * sums) / per_tile);
+  const int64_t most = std::max<int64_t>(kLeastTiles, std::max<int64_t>(kPartFloats, 2 * sums_.numel()) / per_tile);
   const int64_t parts = ceil_div(tiles, most);
   const float* from = static_cast<const float*>(input.data_ptr());
   const float* grads = static_cast<const float*>(grad.data_ptr());
@@ -153,20 +156,30 @@ void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, in
       k.transform_grad(g, grads, start, count, start + first, start + last, to_map);
     });
     const int64_t groups = group_up(c_) / kCodeGroup;
-    for_each_item(kWinogradPlaces * groups, [&](int64_t item) {
-      k.add_products(g, to_inputs, to_map, count, item / groups, item % groups, sums_.data());
+    const int64_t shares = std::min(groups, std::max(ceil_div(groups, kMostGroups), wanted_items() / kWinogradPlaces));
+    float* sums = static_cast<float*>(sums_.data_ptr());
+    for_each_item(kWinogradPlaces * shares, [&](int64_t item) {
+      const int64_t share = item % shares;
+      k.add_products(g, to_inputs, to_map, count, item / shares, share * groups / shares, (share + 1) * groups / shares,
+                     !empty_, sums);
     });
+    empty_ = false;
   }
 }
 
 bool WinogradWeightGrad::result(float* to) const {
+  if (empty_) {
+    std::fill_n(to, co_ * c_ * 9, 0.f);
+    return true;
+  }
   const WinogradTable& k = winograd_kernels();
+  const float* sums = static_cast<const float*>(sums_.data_ptr());
   Winograd g{};
   g.c = c_;
   g.co = co_;
   std::atomic<bool> finite{true};
   for_each_item(group_up(co_) / kCodeGroup, [&](int64_t group) {
-    if (!k.weight_grad(g, sums_.data(), group, to)) finite = false;
+    if (!k.weight_grad(g, sums, group, to)) finite = false;
   });
   return finite;
 }

@@ -42,7 +42,8 @@ class WinogradWeightGrad {
 
  private:
   int64_t c_, co_;
-  AlignedFloats sums_;
+  torch::stable::Tensor sums_;
+  bool empty_ = true;
 };
 
 }  // namespace cnnlstm_fast

@@ -46,9 +46,10 @@ struct WinogradTable {
                           float* to, float* scratch);
   void (*transform_grad)(const Winograd&, const float* grad, int64_t start, int64_t tiles, int64_t first, int64_t last,
                          float* to);
-  // Adds their product to sums [place][c rounded up to 16][co rounded up to 16], for 16 channels c at one place.
+  // Puts their product into sums [place][c rounded up to 16][co rounded up to 16], or adds it to what is there, for
+  // groups [group0, group1) of 16 channels c at one place.
   void (*add_products)(const Winograd&, const float* inputs, const float* grads, int64_t tiles, int64_t place,
-                       int64_t c_group, float* sums);
+                       int64_t group0, int64_t group1, bool add, float* sums);
   // From the sums the gradient (co, c, 3, 3) of 16 channels co. Returns whether it is finite.
   bool (*weight_grad)(const Winograd&, const float* sums, int64_t co_group, float* to);
 };
