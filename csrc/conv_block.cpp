@@ -380,15 +380,13 @@ constexpr int64_t kMostPlanes = 1536;
 
 bool goes_by_planes(const Block& b, const Outputs& out) {
   const bool pointwise = b.kh * b.kw * b.sh * b.sw * b.groups == 1 && b.padded_h == b.h && b.padded_w == b.w;
-  const bool pooled = b.pool_kh * b.pool_kw * b.pool_sh * b.pool_sw > 1 || b.pool_ph + b.pool_pw > 0;
   const bool planes =
       b.x_stride[3] == 1 && b.out_stride[3] == 1 && (b.h == 1 || (b.x_stride[2] == b.w && b.out_stride[2] == b.w));
-  return pointwise && !pooled && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
+  return pointwise && !has_pool(b) && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
 }
 
 bool is_depthwise(const Block& b, const Outputs& out) {
-  const bool pooled = b.pool_kh * b.pool_kw * b.pool_sh * b.pool_sw > 1 || b.pool_ph + b.pool_pw > 0;
-  return b.groups == b.c && b.groups > 1 && !pooled && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
+  return b.groups == b.c && b.groups > 1 && !has_pool(b) && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
          b.dtype == kFloat32 && !out.codes && !out.kept;
 }
 
@@ -397,6 +395,7 @@ constexpr int64_t kItemWork = 1 << 16;
 
 void forward_depthwise(const Block& b, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Outputs& out) {
+  check_direct(b);
   const KernelTable& k = kernels();
   const Tensor w = torch::stable::contiguous(weight);
   AlignedFloats added(b.co);

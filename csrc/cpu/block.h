@@ -47,6 +47,11 @@ struct Block {
   bool by_planes;              // a pointwise convolution of planes into planes, without a pool, codes and `kept`
 };
 
+// Static: a file's own copy (see above).
+static inline bool has_pool(const Block& b) {
+  return b.pool_kh * b.pool_kw > 1 || b.pool_sh * b.pool_sw > 1 || b.pool_ph + b.pool_pw > 0;
+}
+
 // Rows of a map whose channels are contiguous: where `finish` reads a library's convolution.
 struct MapRows {
   const void* data;                // (oh, ow, co) of one image
