@@ -160,7 +160,7 @@ class Recipe:
                 plan, why = decision.plan, decision.reason
             else:
                 shapes = []
-        except ValueError as error:  # PyTorch says it in its own words
+        except (RuntimeError, ValueError) as error:  # PyTorch says it in its own words, if it comes to that
             why = str(error)
         if torch.is_autocast_enabled(x.device.type):
             decision = None

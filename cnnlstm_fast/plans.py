@@ -202,7 +202,7 @@ _DIRECT_ELEMENTS = 2**29
 def check_sizes(spec: BlockSpec, size: Sequence[int], kernel: Sequence[int]) -> None:
     """Raise a ``ValueError`` if an input of ``size`` (H, W) leaves the convolution or the pool nothing."""
     conv = spec.conv_size(size, kernel)
-    if min(*conv, *size) < 1:
+    if any(extent < 1 for extent in (*conv, *size)):
         raise ValueError(
             f"an input of {size[0]}x{size[1]} is too small for a {kernel[0]}x{kernel[1]} kernel with "
             f"padding={spec.padding} and dilation={spec.dilation}: nothing is left. Use a larger input "
@@ -319,14 +319,23 @@ class _Sizes(NamedTuple):
         return self.channels in (1, 3) and not self.signal and self.spec.layout != "channels_last"
 
     @property
+    def fixed(self) -> bool:
+        """Whether the map's sizes may be asked: one that varies is a symbol, and its answer a guard."""
+        return not any(isinstance(size, torch.SymInt) for size in self.conv)
+
+    @property
+    def in_planes(self) -> bool:
+        """Whether contiguous images stay so: ``direct`` may read and write plane after plane."""
+        first = self.spec.layout == "channels_first" and not self.last
+        return first and self.window == 1 and self.dtype == torch.float32
+
+    @property
     def planes(self) -> bool:
         """Whether ``direct`` is a product of matrices, planes of places into planes."""
-        plain = max(*self.spec.stride, self.spec.groups) == 1 and not any(
-            (*self.spec.padding, *self.spec.padding_after)
-        )
-        plain = plain and self.pointwise
-        first = self.spec.layout == "channels_first" and not self.last
-        return plain and first and self.window == 1 and self.dtype == torch.float32 and self.channels <= 1536
+        spec = self.spec
+        padded = any((*spec.padding, *spec.padding_after))
+        plain = self.pointwise and max(*spec.stride, spec.groups) == 1 and not padded
+        return plain and self.in_planes and self.channels <= 1536  # kMostPlanes of csrc/conv_block.cpp
 
     @property
     def alone(self) -> bool:
@@ -345,9 +354,10 @@ def _choice(plan: str, reason: str) -> _Choice:
 def _winograd_or_none(s: _Sizes) -> _Choice | None:
     normed = s.norm == "batch" or (s.norm == "given" and s.training)
     height, width = s.conv
-    tiled = (height + height % 2) * (width + width % 2)
-    if not normed and 4 * tiled > 5 * height * width:
-        return None  # a quarter of what is computed lies beyond an odd map
+    little = not s.any_batch and s.window == 1 and s.work < 2**27
+    if not normed and s.fixed and (s.training or little):
+        if 4 * (height + height % 2) * (width + width % 2) > 5 * height * width:
+            return None  # a quarter of what is computed lies beyond an odd map
     if not _winograd_pays(s.channels, s.out_channels, s.window, s.training, s.needs_x, normed):
         return None
     if not s.any_batch:  # weights are transformed at every call
@@ -355,7 +365,7 @@ def _winograd_or_none(s: _Sizes) -> _Choice | None:
         if places < (256 if normed else 16):
             return None
         most = 5000
-        if not s.training and s.window == 1 and s.work < 2**27:
+        if little and not s.training:
             if s.work < 2**25 or 4 * s.out_channels < s.channels:
                 return None
             most = 600
@@ -443,8 +453,8 @@ def _folded(s: _Sizes) -> _Choice | None:
 def _library_is_as_fast(s: _Sizes) -> bool:
     """Whether a convolution without a pool gains nothing by ending in registers, in inference."""
     if s.pointwise:
-        odd = s.strided or s.conv[1] < 12 or s.out_channels <= 16 or s.channels >= 512
-        return not s.bridge and odd
+        few = s.strided or s.out_channels <= 16 or s.channels >= 512
+        return not s.bridge and (few or s.conv[1] < 12)
     if s.strided and s.rgb and s.longest <= 3 and not s.bridge:
         return True
     return s.strided and s.taps >= 1024 and not s.last
@@ -461,14 +471,14 @@ def _of_planes(s: _Sizes) -> _Choice:
             pays = places * (s.channels + s.out_channels) >= 2**19 and (s.channels < 160 or area >= 64)
         else:
             pays = s.channels <= (32 if s.spec.activation in ("silu", "gelu") else 64) and s.outputs >= 2**19
-    return (
-        _choice("direct", "pointwise: a product of matrices, the rest in registers") if pays else _as_fast()
-    )
+    if not pays:
+        return _as_fast()
+    return _choice("direct", "pointwise: a product of matrices, the rest in registers")
 
 
 def _depthwise_pays(s: _Sizes) -> bool:
     """Whether our depthwise convolution of planes beats the library's and what follows it, in inference."""
-    if s.window > 1 or s.alone or s.dtype != torch.float32 or s.last or s.spec.layout != "channels_first":
+    if s.alone or not s.in_planes or not s.fixed:
         return False
     normed = s.norm == "given"
     wide = s.conv[0] >= 4 and s.conv[1] >= (28 if s.strided else 24)
@@ -627,7 +637,8 @@ def why_not_direct(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     height, width = (s + 2 * p + 1 for s, p in zip(x.shape[2:], spec.padding, strict=True))
     out = spec.conv_size(x.shape[2:], weight.shape[2:])
     taps = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    if max(height * width * x.shape[1], out[0] * out[1] * max(taps, 64)) > _DIRECT_ELEMENTS:
+    read, computed = height * width * x.shape[1], out[0] * out[1] * max(taps, 64)
+    if read > _DIRECT_ELEMENTS or computed > _DIRECT_ELEMENTS:
         return "one image is too large for the direct plan"
     return None
 

@@ -75,9 +75,11 @@ class Rest:
         return Rest, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or plans.observer is not None or torch.jit.is_tracing():
+        if torch.compiler.is_compiling():
             return
         self.wake()  # an earlier call may have been interrupted
+        if plans.observer is not None or torch.jit.is_tracing():
+            return
         if self.sites is None:
             self.sites = [
                 _Site(m, capture)
@@ -113,7 +115,7 @@ class Rest:
             _describe((*args, *kwargs.values()), key)
             found = tuple(key)
             hash(found)
-        except (RuntimeError, TypeError):  # sparse and nested tensors have no strides, symbols no hash
+        except (RuntimeError, TypeError):  # no strides (sparse, nested), no hash (symbols), other objects
             return None
         return found
 
@@ -134,8 +136,10 @@ def _describe(values: Iterable, key: list) -> None:
         elif isinstance(value, (tuple, list)):
             key.append(len(value))
             _describe(value, key)
-        else:
+        elif value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
             key.append(value)
+        else:  # not to be kept alive
+            raise TypeError(type(value))
 
 
 class Wake:

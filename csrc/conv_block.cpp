@@ -385,9 +385,10 @@ bool goes_by_planes(const Block& b, const Outputs& out) {
   return pointwise && !has_pool(b) && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
 }
 
-bool is_depthwise(const Block& b, const Outputs& out) {
+bool goes_depthwise(const Block& b, const Outputs& out) {
   return b.groups == b.c && b.groups > 1 && !has_pool(b) && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
-         b.dtype == kFloat32 && !out.codes && !out.kept;
+         b.dtype == kFloat32 && !out.codes && !out.kept && b.sw <= b.padded_w &&
+         kernels().depthwise_scratch(b, 1) <= kItemFloats;
 }
 
 // Multiply-adds that are worth an item.
@@ -395,7 +396,6 @@ constexpr int64_t kItemWork = 1 << 16;
 
 void forward_depthwise(const Block& b, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Outputs& out) {
-  check_direct(b);
   const KernelTable& k = kernels();
   const Tensor w = torch::stable::contiguous(weight);
   AlignedFloats added(b.co);
@@ -419,7 +419,8 @@ void forward_depthwise(const Block& b, const Tensor& x, const Tensor& weight, co
 
 void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Outputs& out) {
-  if (is_depthwise(call.block, out)) return forward_depthwise(call.block, x, weight, bias, out);
+  check_direct(call.block);
+  if (goes_depthwise(call.block, out)) return forward_depthwise(call.block, x, weight, bias, out);
   const int64_t joined = joined_groups(call.block);
   Block b = join_groups(call.block, joined);
   check_direct(b);

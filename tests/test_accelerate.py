@@ -990,6 +990,21 @@ FLIPS = {
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_that_small_inputs_do_not_take(dtype):
+    """It was seen with a large one; for a small one it would raise."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.relu(F.max_pool2d(y, 2) if y.shape[-1] > 1 else y)
+
+    model = module_with(forward).to(dtype)
+    fast = cf.accelerate(copy.deepcopy(model))
+    for size in (8, 8, 1, 8):
+        x = grid(2, 3, size, size).to(dtype)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("flip", FLIPS)

@@ -414,6 +414,16 @@ def test_a_large_plane_in_bands():
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_stride_wider_than_the_image():
+    """As many phases of columns would be as much memory."""
+    x, weight = torch.randn(1, 2, 8, 8), torch.randn(2, 1, 3, 3)
+    for stride in (2**27, (1, 2**30), (2**30, 1)):
+        options = {"stride": stride, "groups": 2, "activation": None}
+        got = conv_block(x, weight, **options, plan="direct")
+        expected = F.conv2d(x.double(), weight.double(), stride=stride, groups=2)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.instruction_sets
 def test_planes_beside_what_is_not_finite():
     """A NaN stays in its place, an infinity too, and what lies beyond an image is never read."""

@@ -301,6 +301,17 @@ def test_no_rule_asks_for_the_length_of_an_exported_signal(kernel):
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 64])
+def test_no_rule_asks_for_the_size_of_exported_images(groups):
+    """Those of depthwise planes and of odd maps did, and the check that something is left which is longer."""
+    model = cf.Sequential(nn.Conv2d(64, 64, 3, padding=1, groups=groups), nn.ReLU()).eval()
+    sizes = {2: torch.export.Dim("height", min=4, max=64), 3: torch.export.Dim("width", min=4, max=64)}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(4, 64, 32, 30),), dynamic_shapes=(sizes,))
+        x = torch.randn(4, 64, 5, 7)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_batch_first_result_lies_time_first(kind, training):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -54,6 +55,28 @@ def test_hooks_rest_while_the_model_runs(x):
         watched = call < resting.FIRST or (call + 1) % resting.WATCHED == 0
         assert fast.seen[-1] == (resting.LEAST if watched else 0)
         assert hooked(fast) == resting.LEAST
+
+
+def test_an_input_is_not_kept_alive():
+    class Sample:
+        """What users wrap their tensors in."""
+
+        def __init__(self):
+            self.x = grid(2, 3, 6, 5)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tiny = Tiny()
+
+        def forward(self, sample: Sample) -> Tensor:
+            return self.tiny(sample.x)
+
+    fast, sample = cf.accelerate(Wrapped().eval()), Sample()
+    fast(sample)
+    alive = weakref.ref(sample)
+    del sample
+    assert alive() is None
 
 
 @pytest.mark.parametrize("change", ["size", "strides", "mode", "part's mode", "grad", "keyword", "dtype"])
