@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cnnlstm_fast import patterns
-from cnnlstm_fast.capture import HOOK, Capture, Trace
+from cnnlstm_fast.fusion.observe import Trace
+from cnnlstm_fast.fusion.session import mark, watch
+from cnnlstm_fast.fusion.site import Site as ConvSite
 from cnnlstm_fast.nn import recurrent
-from cnnlstm_fast.resting import Rest, Wake, let_rest
 
 __all__ = ["Report", "Site", "accelerate"]
 
@@ -23,7 +25,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     The result is of the same class, with modules of its own that share all parameters and buffers
     with ``model``'s, which stays as it is. Convolutions with what follows them run as one block
-    wherever that was seen to be the same (:mod:`cnnlstm_fast.capture`); ``nn.LSTM`` and ``nn.GRU``
+    wherever that was seen to be the same (:mod:`cnnlstm_fast.fusion`); ``nn.LSTM`` and ``nn.GRU``
     become our own classes, which compare equal to theirs. Hooks, parametrizations, custom attributes
     and methods, ``train``/``eval``, ``state_dict`` keys, copying and pickling are as before.
 
@@ -37,10 +39,16 @@ def accelerate(model: nn.Module) -> nn.Module:
         raise TypeError(f"got a {type(model).__name__}, expected an nn.Module")
     fast = _copied(getattr(model, "_orig_mod", model))
     fused_already = {id(m) for container in fast.modules() for m in _chain_of(container)}
+    changed = {id(m) for m in fast.modules() if isinstance(type(m), _EqualsTwin)}
     for module in fast.modules():
         if _convolves(module) and id(module) not in fused_already:
-            module._forward_pre_hooks[HOOK] = Capture()  # type: ignore[index]  # see HOOK
-    let_rest(fast)
+            module.__dict__["_conv_forward"] = ConvSite(module)
+            changed.add(id(module))
+    for module in fast.modules():
+        if any(id(m) in changed for m in module.modules()):
+            mark(module)
+    if changed and id(fast) not in changed:
+        watch(fast)
     if not hasattr(fast, "report"):
         fast.report = Reporter(fast)  # type: ignore[assignment]  # a plain attribute
     return fast
@@ -107,9 +115,7 @@ def _copied(model: nn.Module) -> nn.Module:
         for name, value in module.__dict__.items():
             if name.endswith("_hooks") and isinstance(value, dict):
                 memo[id(value)] = type(value)(
-                    (key, _rebound(hook, memo))
-                    for key, hook in value.items()
-                    if not isinstance(hook, (Rest, Wake))
+                    (key, _rebound(hook, memo)) for key, hook in value.items()
                 )
     for module in modules:
         state = {}
@@ -136,7 +142,7 @@ def _rebound(hook, memo: dict):
     """A hook that is a method of one of the modules, as that of its copy; others stay."""
     if isinstance(hook, types.MethodType) and id(hook.__self__) in memo:
         return types.MethodType(hook.__func__, memo[id(hook.__self__)])
-    return Capture() if isinstance(hook, Capture) else hook
+    return hook
 
 
 def _reachable(value) -> Iterator[nn.Module | Tensor]:
@@ -198,22 +204,25 @@ class Reporter:
     """``report()`` of an accelerated model; a copy of the model takes a copy of it along."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = weakref.ref(model)  # else the model would wait for the garbage collector
+
+    def __reduce__(self):
+        return Reporter, (self.model(),)
 
     def __call__(self) -> Report:
         """Every convolution and recurrent layer, by the calls so far."""
-        fused = {id(m) for module in self.model.modules() for m in _chain_of(module)}
-        return Report([site for name, m in self.model.named_modules() for site in _sites(name, m, fused)])
+        model: Any = self.model()
+        fused = {id(m) for module in model.modules() for m in _chain_of(module)}
+        return Report([site for name, m in model.named_modules() for site in _sites(name, m, fused)])
 
 
 def _sites(name: str, module: nn.Module, fused: set[int]) -> Iterator[Site]:
     kind = type(module).__name__
-    capture = module._forward_pre_hooks.get(HOOK)  # type: ignore[call-overload]  # see HOOK
-    if isinstance(capture, Capture):
-        if not capture.known:
-            why = capture.left_alone or capture.why_plain or "has not been called"
-            yield Site(name, kind, "", "PyTorch", why)
-        for (training, dtype, _, grad, autocast), known in capture.known.items():
+    site = module.__dict__.get("_conv_forward")
+    if isinstance(site, ConvSite):
+        if not site.known:
+            yield Site(name, kind, "", "PyTorch", site.left_alone or site.why_plain or "has not been called")
+        for (training, dtype, _, grad, _, autocast), known in site.known.items():
             mode = f"{'training' if training else 'eval'}, {str(autocast or dtype)[6:]}"
             mode += "" if grad else ", no gradients"
             if isinstance(known, Trace):

@@ -20,7 +20,7 @@ from cnnlstm_fast.functional import unhooked
 
 __all__ = [
     "CONVS", "Block", "Conv", "Found", "Norm", "Part", "as_block", "decide", "eager_layout", "follow",
-    "is_container", "members", "per_sample", "read_call", "run", "run_block", "run_chain", "spans", "steps",
+    "is_container", "members", "per_sample", "read_call", "reads_channels_last", "run", "run_block", "run_chain", "spans", "steps",
 ]  # fmt: skip
 
 
@@ -424,6 +424,15 @@ class Norm(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
 
+    @property
+    def read(self) -> tuple[Tensor | None, ...]:
+        """The tensors that its result depends on, besides the input."""
+        return self[2:4] if self.training else self[:4]
+
+    def uncounted(self) -> Norm:
+        """The same without running statistics, which batch statistics then are not added to."""
+        return self._replace(running_mean=None, running_var=None)
+
     def module(self, channels: int, rank: int) -> nn.Module:
         """An ``nn.BatchNorm1d/2d`` over the very same tensors; cheap enough to be made on every call."""
         cls, state = _NORMS[rank]
@@ -460,6 +469,20 @@ class Conv(NamedTuple):
 
 #: Convolutions that a block can begin with, and the dimensions of their input.
 CONVS: dict[Callable, int] = {torch.conv2d: 4, torch.conv1d: 3}
+
+
+def reads_channels_last(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is a convolution that channels-last maps are to be handed to.
+
+    Grouped ones are slower on them. Of a strided pointwise one with less than a vector of channels oneDNN
+    writes the weight's gradient beyond its memory.
+    """
+    if function is not torch.conv2d:
+        return False
+    given = dict(zip(Conv._fields, args[1:], strict=False)) | kwargs
+    _, channels, *kernel = (*getattr(given.get("weight"), "shape", ()), 0, 0)[:4]
+    strided = given.get("stride", 1) not in (1, (1, 1), [1, 1])
+    return given.get("groups", 1) == 1 and not (strided and channels < 16 and kernel == [1, 1])
 
 
 class Found(NamedTuple):

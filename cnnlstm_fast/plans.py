@@ -354,7 +354,7 @@ def _choice(plan: str, reason: str) -> _Choice:
 def _winograd_or_none(s: _Sizes) -> _Choice | None:
     normed = s.norm == "batch" or (s.norm == "given" and s.training)
     height, width = s.conv
-    little = not s.any_batch and s.window == 1 and s.work < 2**27
+    little = not s.training and not s.any_batch and s.window == 1 and s.work < 2**27
     if not normed and s.fixed and (s.training or little):
         if 4 * (height + height % 2) * (width + width % 2) > 5 * height * width:
             return None  # a quarter of what is computed lies beyond an odd map
@@ -365,7 +365,7 @@ def _winograd_or_none(s: _Sizes) -> _Choice | None:
         if places < (256 if normed else 16):
             return None
         most = 5000
-        if little and not s.training:
+        if little:
             if s.work < 2**25 or 4 * s.out_channels < s.channels:
                 return None
             most = 600

@@ -1,0 +1,169 @@
+"""The outermost ``forward`` of an accelerated model: where speculation begins and ends.
+
+A session is what its thread's calls have left unfinished. Two hooks on the model begin and end it; the
+second is called after an exception too.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: The key of our hooks among a module's; a string, since numbers are given out by a counter that starts
+#: anew in every process.
+HOOK = "cnnlstm_fast"
+
+
+class Unfinished(Protocol):
+    """What a session has to end."""
+
+    def close(self) -> None: ...
+
+
+class Session:
+    """What the running ``forward`` has left unfinished.
+
+    Attributes:
+        entered: the models whose ``forward`` runs, the outermost first.
+        traces: observed calls.
+        chains, handed: speculated calls, and tensors in another layout than PyTorch's, while they live.
+    """
+
+    __slots__ = ("chains", "entered", "handed", "traces")
+
+    def __init__(self) -> None:
+        self.entered: list[nn.Module] = []
+        self.traces: list[Unfinished] = []
+        self.chains: list[weakref.ref] = []
+        self.handed: list[weakref.ref] = []
+
+    def close(self) -> None:
+        """Make everything plain that somebody still holds."""
+        for trace in self.traces:
+            trace.close()
+        for ref in self.chains:
+            chain = ref()
+            if chain is not None:
+                chain.close()
+        for ref in self.handed:
+            value = ref()
+            if value is not None and type(value) is not Tensor:
+                value.close()
+
+
+class _Local(threading.local):
+    session: Session | None = None
+
+
+_local = _Local()
+
+
+def current() -> Session | None:
+    """This thread's session, or None outside of any."""
+    return _local.session
+
+
+def begin(module: nn.Module, args: tuple) -> None:
+    """The forward pre-hook of an accelerated model."""
+    if torch.compiler.is_compiling():
+        return
+    session = _local.session
+    if session is not None and not _runs(session.entered):
+        session.close()  # it was interrupted: PyTorch calls no hook after a KeyboardInterrupt
+        session = None
+    if session is None:
+        session = _local.session = Session()
+    session.entered.append(module)
+
+
+def end(module: nn.Module, args: tuple, result: Any) -> None:
+    """The forward hook of an accelerated model, called whatever happens."""
+    if torch.compiler.is_compiling():
+        return
+    session = _local.session
+    if session is not None and session.entered:
+        session.entered.pop()
+        if not session.entered:
+            _local.session = None
+            session.close()
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def callers(depth: int) -> list[nn.Module]:
+    """The modules whose ``__call__`` runs in this thread, the innermost first."""
+    found, frame = [], sys._getframe(depth)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _runs(entered: list[nn.Module]) -> bool:
+    """Whether the calls that began a session are still running, beside the one that begins now."""
+    calls = [id(m) for m in callers(3)][1:]
+    return all(calls.count(id(m)) >= entered.count(m) for m in entered)
+
+
+# ---------------------------------------------------------------- what a model carries
+
+_SCRIPTABLE = "__prepare_scriptable__"
+
+
+class Scriptable:
+    """``__prepare_scriptable__`` of a module, which ``torch.jit.script`` asks for one without all this.
+
+    It also says that the module is part of an accelerated model.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = weakref.ref(module)
+
+    def __reduce__(self):
+        return Scriptable, (self.module(),)
+
+    def __call__(self) -> nn.Module:
+        """The same module over the same children, tensors and hooks, which ``torch.jit.script`` prepares in turn."""
+        module = self.module()
+        kind: Any = getattr(type(module), "twin", type(module))
+        plain = kind.__new__(kind)
+        plain.__dict__.update(
+            (name, value.copy() if isinstance(value, dict) else value)
+            for name, value in module.__dict__.items()
+            if name not in (_SCRIPTABLE, "_conv_forward", "report")
+        )
+        for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
+            plain.__dict__[name].pop(HOOK, None)
+        return plain
+
+
+def mark(module: nn.Module) -> None:
+    """Say of a module that it is part of an accelerated model."""
+    module.__dict__[_SCRIPTABLE] = Scriptable(module)
+
+
+def watch(module: nn.Module) -> None:
+    """Let calls of ``module`` be sessions."""
+    hooks: Any = module
+    hooks._forward_pre_hooks[HOOK] = begin
+    hooks._forward_hooks[HOOK] = end
+    hooks._forward_hooks_always_called[HOOK] = True
+
+
+def watch_caller(module: nn.Module) -> None:
+    """Let calls of the outermost accelerated module whose ``forward`` calls ``module`` now be sessions.
+
+    For parts of a model that are called by themselves.
+    """
+    for caller in reversed(callers(2)):
+        if caller is not module and isinstance(caller.__dict__.get(_SCRIPTABLE), Scriptable):
+            if any(m is module for m in caller.modules()):
+                watch(caller)
+                return

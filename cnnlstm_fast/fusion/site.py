@@ -1,0 +1,183 @@
+"""One convolution of an accelerated model: whether a call runs as it is, is observed or runs as a block."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from cnnlstm_fast import functional, plans
+from cnnlstm_fast.fusion import session
+from cnnlstm_fast.fusion.handoff import Handed
+from cnnlstm_fast.fusion.observe import Observed, Trace, no_function
+from cnnlstm_fast.fusion.recipe import MEMORY, Recipe, context_of
+from cnnlstm_fast.fusion.speculate import Chain
+from cnnlstm_fast.patterns import CONVS, Conv
+
+#: How often the flow behind a convolution may differ from the observed one before it is left alone.
+SURPRISES = 3
+
+_PLAIN = (Tensor, nn.Parameter)
+_ACCEPTED = (Tensor, nn.Parameter, Observed, Handed)
+
+#: What a convolution's own forward does, if nobody has patched it.
+_OWN = {
+    cls: (cls._conv_forward, name, getattr(F, name), getattr(torch, name))
+    for cls, name in ((nn.Conv1d, "conv1d"), (nn.Conv2d, "conv2d"))
+}
+
+
+class Site:
+    """In the place of a convolution's ``_conv_forward``, as an attribute of the module.
+
+    A copy of it, by whatever way, knows nothing yet.
+
+    Attributes:
+        known: what was learnt, by mode, dtype, device and :class:`~cnnlstm_fast.fusion.recipe.Context`.
+        plain: calls (:func:`_call_key`) that a rule of sizes has left to PyTorch.
+        left_alone: why no call is looked at any more, or None.
+        why_plain: why the last call that ran as it is did so.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = weakref.ref(module)
+        self.known: dict[tuple, Trace | Recipe] = {}
+        self.plain: set[tuple] = set()
+        self.surprises = 0
+        self.left_alone: str | None = None
+        self.why_plain: str | None = None
+
+    def __reduce__(self):
+        return Site, (self.module(),)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        module: Any = self.module()
+        kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
+        if torch.compiler.is_compiling() or self.left_alone or plans.observer is not None or self.plain:
+            if self._leaves(module, x):
+                return kind._conv_forward(module, x, weight, bias)
+        running = session.current()
+        why = self._why_plain(module, kind, x, weight)
+        if why is None and running is None:
+            why = "is called outside of the model's forward"
+            session.watch_caller(module)
+        if why is not None:
+            self.runs_plain(why)
+            return kind._conv_forward(module, x, weight, bias)
+        function, padding = _OWN[kind][3], module.padding
+        if module.padding_mode != "zeros":
+            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        conv = Conv(weight, bias, module.stride, padding, module.dilation, module.groups)
+        return self._convolve(running, module, function, x, conv)
+
+    def _leaves(self, module: nn.Module, x: Any) -> bool:
+        """Whether a call is known to run as it is, at the price of a look."""
+        if torch.compiler.is_compiling():
+            return True
+        if self.left_alone:
+            self.runs_plain(self.left_alone)
+            return True
+        if self.plain and plans.observer is None and type(x) is Tensor:
+            try:
+                return _call_key(module, x) in self.plain
+            except (RuntimeError, TypeError):  # sparse and nested tensors have no strides, symbols no hash
+                pass
+        return False
+
+    def _why_plain(self, module: nn.Module, kind: type, x: Any, weight: Any) -> str | None:
+        """Why a call runs as it is, as a sentence; None if it need not."""
+        own, name, functional_own, _ = _OWN[kind]
+        if kind._conv_forward is not own or getattr(F, name) is not functional_own:
+            return "PyTorch's convolution is patched"
+        if (
+            module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+            or module._forward_pre_hooks or functional.global_hooks()
+        ):  # fmt: skip
+            return "has hooks"
+        if type(x) not in _ACCEPTED or x.layout is not torch.strided or x.is_nested:
+            return "its input is not a plain tensor"
+        if type(weight) not in _PLAIN or x.dim() != weight.dim():
+            return "its weight is a Tensor subclass or its input has no batch dimension"
+        if torch.jit.is_tracing():
+            return "is being traced"
+        if torch._C._are_functorch_transforms_active():
+            return "a torch.func transform is active"
+        if forward_ad._current_level >= 0:
+            return "forward-mode derivatives are being computed"
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return "hooks on saved tensors are active (checkpointing)"
+        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0:
+            return "a mode that watches PyTorch's functions is active"
+        return None
+
+    def _convolve(self, running: session.Session, module, function, x: Tensor, conv: Conv) -> Tensor:
+        context = context_of(x)
+        key = (module.training, x.dtype, x.device.type, *context)
+        known = self.known.get(key)
+        if known is None:
+            self.runs_plain("is being observed: the first call in this mode")
+            y = function(x, *conv)
+            if type(y) is Tensor:
+                trace = self.known[key] = Trace(running, x, conv, CONVS[function])
+                trace.note(y)
+            return y
+        if type(known) is Trace:
+            recipe = known.finish()
+            if recipe is None:
+                self.runs_plain("is being observed: results of its first call are still held")
+                return function(x, *conv)
+            known = self.known[key] = recipe
+        given = x if type(x) is Handed else None
+        if given is not None:
+            with no_function():
+                x = given.as_subclass(Tensor)
+        sized = known.sized(function, x, conv, given is not None)
+        if not sized.shapes:
+            if given is not None:
+                given.settle()
+                x = given
+            elif module.padding_mode == "zeros" and context.autocast is None:
+                self._leave_calls(module, x)  # else x is not what the module was called with, or is to be cast
+            self.runs_plain(sized.why)
+            return function(x, *conv)
+        try:
+            chain = Chain(self, running, known, sized, context, function, x, conv, given is not None)
+        except Exception as error:  # PyTorch's operators say it in their own words, where eager does
+            self.leave_alone(f"its block raises {type(error).__name__}: {error}")
+            return function(x if given is None else given.contiguous(), *conv)
+        return chain.first()
+
+    def leave_alone(self, why: str) -> None:
+        self.known.clear()
+        self.left_alone = why
+
+    def surprise(self, recipe: Recipe) -> None:
+        """The program did something else than ``recipe``: the convolution is observed again."""
+        self.surprises += 1
+        if self.surprises >= SURPRISES:
+            self.leave_alone("what follows it changes from call to call")
+        else:
+            self.plain.clear()
+            self.known = {key: known for key, known in self.known.items() if known is not recipe}
+
+    def _leave_calls(self, module: nn.Module, x: Tensor) -> None:
+        if len(self.plain) >= MEMORY:
+            self.plain.clear()
+        self.plain.add(_call_key(module, x))
+
+    def runs_plain(self, why: str) -> None:
+        self.why_plain = why
+        if plans.observer is not None:
+            plans.observer.as_is(self.module(), why)
+
+
+def _call_key(module: nn.Module, x: Tensor) -> tuple:
+    """What the choice of a plan depends on, for one site."""
+    return (
+        x.shape, x.stride(), x.dtype, x.is_cpu, module.training,
+        torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
+    )  # fmt: skip
