@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import types
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cnnlstm_fast import patterns
+from cnnlstm_fast.copying import copy_sharing_tensors, held_modules
 from cnnlstm_fast.fusion.observe import Trace
-from cnnlstm_fast.fusion.session import mark, watch
+from cnnlstm_fast.fusion.session import mark, unwatch, watch
 from cnnlstm_fast.fusion.site import Site as ConvSite
 from cnnlstm_fast.nn import recurrent
 
@@ -29,6 +27,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     become our own classes, which compare equal to theirs. Hooks, parametrizations, custom attributes
     and methods, ``train``/``eval``, ``state_dict`` keys, copying and pickling are as before.
 
+    The copy is :func:`cnnlstm_fast.copying.copy_sharing_tensors`'s: ``copy.deepcopy``, but for tensors and
+    what cannot be copied, which are shared. A model that cannot be copied is returned as it is.
+
     ``report()`` of the result says what became fast, what did not and why, after it has been called
     at least twice in a mode (the first call observes).
 
@@ -37,11 +38,18 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"got a {type(model).__name__}, expected an nn.Module")
-    fast = _copied(getattr(model, "_orig_mod", model))
-    fused_already = {id(m) for container in fast.modules() for m in _chain_of(container)}
+    model = getattr(model, "_orig_mod", model)
+    fast = copy_sharing_tensors(model)
+    if fast is model:
+        return model
+    not_ours = set(map(id, held_modules(model)))
+    for module in held_modules(fast):
+        if id(module) not in not_ours:
+            _become_fast(module)
+    not_ours |= {id(m) for container in fast.modules() for m in _chain_of(container)}
     changed = {id(m) for m in fast.modules() if isinstance(type(m), _EqualsTwin)}
     for module in fast.modules():
-        if _convolves(module) and id(module) not in fused_already:
+        if _convolves(module) and id(module) not in not_ours:
             module.__dict__["_conv_forward"] = ConvSite(module)
             changed.add(id(module))
     for module in fast.modules():
@@ -95,76 +103,11 @@ class GRU(recurrent.GRU, nn.GRU, metaclass=_EqualsTwin):  # type: ignore[misc]  
 _FAST: dict[type, type] = {nn.LSTM: LSTM, nn.GRU: GRU}
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """Modules of its own over the same tensors; other attributes are copied where that is possible."""
-    memo: dict[int, Any] = {}
-    modules = []
-    for thing in _reachable(model):
-        if isinstance(thing, Tensor):
-            memo[id(thing)] = thing
-        elif isinstance(thing, torch.jit.ScriptModule):
-            memo[id(thing)] = thing
-        else:
-            cls = type(thing)
-            if "forward" not in thing.__dict__:
-                cls = _FAST.get(cls, cls)
-            memo[id(thing)] = cls.__new__(cls)
-            modules.append(thing)
-    memo[id(memo)] = [model]  # deepcopy keeps alive here what it has copied
-    for module in modules:
-        for name, value in module.__dict__.items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                memo[id(value)] = type(value)(
-                    (key, _rebound(hook, memo)) for key, hook in value.items()
-                )
-    for module in modules:
-        state = {}
-        for name, value in module.__dict__.items():
-            if name == "_modules":
-                value = {key: memo.get(id(child), child) for key, child in value.items()}
-            elif name == "_parameters" or (name == "_buffers" and not value):
-                value = value.copy()
-            elif name != "_buffers":  # the very same dictionary, so that .to() and .half() reach both
-                value = _copied_value(value, memo)
-            state[name] = value
-        memo[id(module)].__dict__.update(state)
-    return memo[id(model)]
-
-
-def _copied_value(value, memo: dict):
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # locks, generators, handles, results with a history
-        return value
-
-
-def _rebound(hook, memo: dict):
-    """A hook that is a method of one of the modules, as that of its copy; others stay."""
-    if isinstance(hook, types.MethodType) and id(hook.__self__) in memo:
-        return types.MethodType(hook.__func__, memo[id(hook.__self__)])
-    return hook
-
-
-def _reachable(value) -> Iterator[nn.Module | Tensor]:
-    """All modules and tensors that ``value`` holds, in containers and attributes too; each once."""
-    seen: set[int] = set()
-    stack = [value]
-    while stack:
-        value = stack.pop()
-        if id(value) in seen or isinstance(value, (type, types.ModuleType, types.FunctionType, str, bytes)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield value
-            continue
-        if isinstance(value, nn.Module):
-            yield value
-        if isinstance(value, dict):
-            stack.extend(value.values())
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            stack.extend(value)
-        elif hasattr(value, "__dict__"):
-            stack.extend(vars(value).values())
+def _become_fast(module: nn.Module) -> None:
+    """Make a copied module the fast twin of what it is, without hooks that its model no longer needs."""
+    if "forward" not in module.__dict__:
+        module.__class__ = _FAST.get(type(module), type(module))
+    unwatch(module)
 
 
 # ---------------------------------------------------------------- the report

@@ -139,8 +139,7 @@ class Scriptable:
             for name, value in module.__dict__.items()
             if name not in (_SCRIPTABLE, "_conv_forward", "report")
         )
-        for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
-            plain.__dict__[name].pop(HOOK, None)
+        unwatch(plain)
         return plain
 
 
@@ -155,6 +154,12 @@ def watch(module: nn.Module) -> None:
     hooks._forward_pre_hooks[HOOK] = begin
     hooks._forward_hooks[HOOK] = end
     hooks._forward_hooks_always_called[HOOK] = True
+
+
+def unwatch(module: nn.Module) -> None:
+    hooks: Any = module
+    for found in (hooks._forward_pre_hooks, hooks._forward_hooks, hooks._forward_hooks_always_called):
+        found.pop(HOOK, None)
 
 
 def watch_caller(module: nn.Module) -> None:
