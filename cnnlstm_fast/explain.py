@@ -170,6 +170,7 @@ class _Call:
     parts: tuple[nn.Module, ...] = ()
     has_parts: bool = False
     in_block: bool = False
+    is_step: bool = False
 
 
 class Recorder:
@@ -247,8 +248,10 @@ class Recorder:
         name = self._names.get(id(module), type(module).__name__)
         op = type(module).__name__
         x = _first_tensor(args)
-        x = None if isinstance(x, Tensor) and hasattr(type(x), "is_deferred") else x
-        self._begin(_Call(name, op, module, x, _now(), "PyTorch", self._reasons.get(id(module), "")))
+        call = _Call(name, op, module, x, _now(), "PyTorch", self._reasons.get(id(module), ""))
+        if hasattr(type(x), "is_deferred"):  # a step of a block that has run at its convolution
+            call.x, call.is_step = None, True
+        self._begin(call)
 
     def _after(self, module: nn.Module, args: tuple, out: Any) -> None:
         self._end(module, out)
@@ -272,7 +275,7 @@ class Recorder:
         while call.module is not module:  # calls that raised, and the model went on
             call = self._running.pop()
         y = _first_tensor(out)
-        if call.has_parts or call.in_block or y is None or hasattr(type(y), "is_deferred"):
+        if call.has_parts or call.in_block or call.is_step or y is None or hasattr(type(y), "is_deferred"):
             return
         ms = (_now() - call.begin) * 1e3
         with torch._C.DisableTorchFunctionSubclass():  # whom `accelerate` observes must not notice

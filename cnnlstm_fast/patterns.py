@@ -20,7 +20,8 @@ from cnnlstm_fast.functional import unhooked
 
 __all__ = [
     "CONVS", "Block", "Conv", "Found", "Norm", "Part", "as_block", "decide", "eager_layout", "follow",
-    "is_container", "members", "per_sample", "read_call", "reads_channels_last", "run", "run_block", "run_chain", "spans", "steps",
+    "is_container", "members", "per_sample", "read_call", "reads_channels_last", "run", "run_block",
+    "run_chain", "spans", "steps",
 ]  # fmt: skip
 
 

@@ -1056,7 +1056,7 @@ def test_statistics_of_a_norm_whose_result_is_dropped():
 
 @pytest.mark.parametrize("looks", [False, True])
 def test_input_changed_in_place_later(looks):
-    """The block has run before that. What cannot be computed any more is an error, and never another answer."""
+    """The block has run before that. What cannot be computed any more is an error, never another answer."""
 
     def forward(self, x):
         x = x * 1

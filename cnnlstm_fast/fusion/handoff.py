@@ -24,7 +24,7 @@ class Unviewed(torch.autograd.Function):
 
 
 class Handed(Tensor):
-    """A result that lies channels-last where PyTorch's would be contiguous, until anybody but a convolution looks."""
+    """A result that lies channels-last where PyTorch's is contiguous, until others than convolutions look."""
 
     _recipe: Recipe
 

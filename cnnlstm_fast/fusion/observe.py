@@ -71,7 +71,9 @@ class Trace:
         if found is None:
             return None
         state = patterns.follow(self.state, found.part, self.rank)
-        if state is None or self.before is None or self.before != fingerprint(self.operands, by_reading=True):
+        if state is None or self.operands is None or self.before is None:
+            return None
+        if fingerprint(self.operands, by_reading=True) != self.before:
             return None
         self.state = state
         return Step(function, args, kwargs, found)

@@ -49,14 +49,18 @@ class Context(NamedTuple):
             yield
 
 
-_USUAL = {(grad, inference): Context(grad, inference, None) for grad in (True, False) for inference in (True, False)}
+_USUAL = {
+    (grad, inference): Context(grad, inference, None) for grad in (True, False) for inference in (True, False)
+}
 
 
 def context_of(x: Tensor) -> Context:
     """The modes that are active now, for operators on ``x``'s device."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        return Context(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_autocast_dtype(device))
+        return Context(
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_autocast_dtype(device)
+        )
     return _USUAL[torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
 
 
@@ -88,7 +92,7 @@ class Sized(NamedTuple):
 
     Attributes:
         plan, why: which one runs it.
-        conv: the weight's shape, and the convolution's arguments that are no tensors.
+        conv: the weight's shape and strides, and the convolution's arguments that are no tensors.
         shapes: shape and strides of its values; none where it runs as it is.
         layout: of its result.
         hands_on: that is another one than PyTorch's.
@@ -128,7 +132,7 @@ class Recipe:
         """What is known of an input like ``x``, which PyTorch would have contiguous if it was handed on."""
         key = x.shape, x.stride(), handed
         found = self.sizes.get(key)
-        if found is None or found.conv != (conv.weight.shape, conv[2:]):
+        if found is None or found.conv != (conv.weight.shape, conv.weight.stride(), conv[2:]):
             if len(self.sizes) > MEMORY:
                 self.sizes.clear()
             found = self.sizes[key] = self._size(function, x, conv, handed)
@@ -155,9 +159,12 @@ class Recipe:
             why = str(error)
         if torch.is_autocast_enabled(x.device.type):
             decision = None
-        return Sized(plan, why, (conv.weight.shape, conv[2:]), shapes, layout, hands_on, decision)
+        key = conv.weight.shape, conv.weight.stride(), conv[2:]
+        return Sized(plan, why, key, shapes, layout, hands_on, decision)
 
-    def _why_plain(self, decision: functional.Decision, size: tuple, weight: Tensor, handed: bool) -> str | None:
+    def _why_plain(
+        self, decision: functional.Decision, size: tuple, weight: Tensor, handed: bool
+    ) -> str | None:
         """Why a block whose convolution gives a map of ``size`` runs as it is; None where it does not."""
         if decision.plan == "reference" and not handed:  # PyTorch's operators too are faster channels-last
             return decision.reason
@@ -190,8 +197,8 @@ class Recipe:
 def fingerprint(tensors: Iterable[Tensor | None], by_reading: bool = False) -> tuple | None:
     """A mark of what tensors hold, or None where there is no cheap one.
 
-    On the CPU it is a hash of their memory, which no way of writing escapes; elsewhere their versions. Inference
-    tensors have none: of them, ``by_reading`` takes a sum.
+    On the CPU it is a hash of their memory, which no way of writing escapes; elsewhere their versions.
+    Inference tensors have none: of them, ``by_reading`` takes a sum.
     """
     given = [t for t in tensors if t is not None]
     try:

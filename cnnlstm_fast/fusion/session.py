@@ -130,8 +130,8 @@ class Scriptable:
         return Scriptable, (self.module(),)
 
     def __call__(self) -> nn.Module:
-        """The same module over the same children, tensors and hooks, which ``torch.jit.script`` prepares in turn."""
-        module = self.module()
+        """The same module over the same children, which ``torch.jit.script`` prepares in turn."""
+        module: Any = self.module()
         kind: Any = getattr(type(module), "twin", type(module))
         plain = kind.__new__(kind)
         plain.__dict__.update(

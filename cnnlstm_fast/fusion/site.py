@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _ACCEPTED = (Tensor, nn.Parameter, Observed, Handed)
 
 #: What a convolution's own forward does, if nobody has patched it.
-_OWN = {
+_OWN: dict[type, tuple] = {
     cls: (cls._conv_forward, name, getattr(F, name), getattr(torch, name))
     for cls, name in ((nn.Conv1d, "conv1d"), (nn.Conv2d, "conv2d"))
 }
@@ -56,7 +56,7 @@ class Site:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         module: Any = self.module()
-        kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
+        kind: Any = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
         if torch.compiler.is_compiling() or self.left_alone or plans.observer is not None or self.plain:
             if self._leaves(module, x):
                 return kind._conv_forward(module, x, weight, bias)
@@ -65,8 +65,8 @@ class Site:
         if why is None and running is None:
             why = "is called outside of the model's forward"
             session.watch_caller(module)
-        if why is not None:
-            self.runs_plain(why)
+        if why is not None or running is None:
+            self.runs_plain(why or "")
             return kind._conv_forward(module, x, weight, bias)
         function, padding = _OWN[kind][3], module.padding
         if module.padding_mode != "zeros":
@@ -88,7 +88,7 @@ class Site:
                 pass
         return False
 
-    def _why_plain(self, module: nn.Module, kind: type, x: Any, weight: Any) -> str | None:
+    def _why_plain(self, module: nn.Module, kind: Any, x: Any, weight: Any) -> str | None:
         """Why a call runs as it is, as a sentence; None if it need not."""
         own, name, functional_own, _ = _OWN[kind]
         if kind._conv_forward is not own or getattr(F, name) is not functional_own:
@@ -141,7 +141,9 @@ class Site:
                 given.settle()
                 x = given
             elif module.padding_mode == "zeros" and context.autocast is None:
-                self._leave_calls(module, x)  # else x is not what the module was called with, or is to be cast
+                self._leave_calls(
+                    module, x
+                )  # else x is not what the module was called with, or is to be cast
             self.runs_plain(sized.why)
             return function(x, *conv)
         try:
@@ -172,7 +174,7 @@ class Site:
     def runs_plain(self, why: str) -> None:
         self.why_plain = why
         if plans.observer is not None:
-            plans.observer.as_is(self.module(), why)
+            plans.observer.as_is(cast(nn.Module, self.module()), why)
 
 
 def _call_key(module: nn.Module, x: Tensor) -> tuple:

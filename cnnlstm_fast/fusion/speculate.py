@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from cnnlstm_fast import patterns
 from cnnlstm_fast.fusion.handoff import hand_on
 from cnnlstm_fast.fusion.observe import QUESTIONS, Unowned, no_function
-from cnnlstm_fast.fusion.recipe import Context, Recipe, Sized, Step, context_of, fingerprint
+from cnnlstm_fast.fusion.recipe import Context, Recipe, Sized, context_of, fingerprint
 from cnnlstm_fast.fusion.session import Session
 from cnnlstm_fast.patterns import Conv, Norm
 
@@ -32,12 +34,12 @@ class Chain:
         ready: those that are not given out yet, the next one last.
         history: what the gradients need of it, or None where there are none.
         done: the result is given out, or never will be.
-        quiet: autograd is told of placeholders, and asks for their device.
+        quiet: see :meth:`undisturbed`.
     """
 
     __slots__ = (
-        "__weakref__", "at", "batch", "context", "conv", "done", "function", "handed", "history", "quiet", "mark",
-        "norm", "ready", "recipe", "result", "session", "site", "sized", "values", "versions", "x",
+        "__weakref__", "at", "batch", "context", "conv", "done", "function", "handed", "history", "mark",
+        "norm", "quiet", "ready", "recipe", "result", "session", "site", "sized", "values", "versions", "x",
     )  # fmt: skip
 
     def __init__(
@@ -63,7 +65,7 @@ class Chain:
         if norm is not None:
             self.mark = fingerprint(norm.read)
             if norm.training and norm.running_mean is not None:
-                self.batch = torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var)
+                self.batch = (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))  # type: ignore[arg-type]
                 norm = norm._replace(running_mean=self.batch[0], running_var=self.batch[1], momentum=1.0)
             module = norm.module(self.conv.weight.shape[0], self.x.dim())
         parts = module, self.recipe.activation, self.recipe.pool
@@ -73,13 +75,12 @@ class Chain:
     def first(self) -> Tensor:
         """What the convolution returns: a placeholder, or the result of a block of one convolution."""
         if not self.recipe.steps:
-            return self._give_out(None)
+            return cast(Tensor, self._give_out(None))
         operands = self._operands()
         if self.context.grad and any([t is not None and t.requires_grad for t in operands]):
             self.history = History(self, operands)
-            self.quiet = True
-            self.ready = list(Promise.apply(self.history, *operands))
-            self.quiet = False
+            with self.undisturbed():
+                self.ready = list(Promise.apply(self.history, *operands))
         else:
             self.ready = self.bare("sizes")
         self.values = [weakref.ref(value) for value in self.ready]
@@ -96,7 +97,7 @@ class Chain:
         found, device = [], self.x.device
         for slot, place in enumerate(self.recipe.places):
             shape, stride = self.sized.shapes[place]
-            value: Deferred = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            value: Deferred = Tensor._make_wrapper_subclass(
                 Deferred, shape, strides=stride, dtype=self.recipe.dtypes[place], device=device,
                 dispatch_device=True, dispatch_sizes_strides_policy=asks,
             )  # fmt: skip
@@ -104,6 +105,15 @@ class Chain:
             value._chain, value._at, value._slot = self, place, slot
             found.append(value)
         return found
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Whoever asks a placeholder for device or sizes meanwhile does not want its values."""
+        self.quiet = True
+        try:
+            yield
+        finally:
+            self.quiet = False
 
     def follow(self, value: Deferred, function, args, kwargs) -> Tensor | None:
         """The result of a call that was expected, or None."""
@@ -145,7 +155,7 @@ class Chain:
         self.norm = given
         if self.batch is not None:
             with torch.no_grad(), no_function():
-                # As PyTorch's norm does, past the version counter: the graph of an earlier call may hold them.
+                # As PyTorch's norm does, past the version counter: an earlier call's graph may hold them.
                 running = [given.running_mean.data, given.running_var.data]  # type: ignore[union-attr]
                 torch._foreach_lerp_(running, list(self.batch), float(given.momentum))
         return True
@@ -155,9 +165,8 @@ class Chain:
         result = self.result
         assert result is not None
         if self.history is not None:
-            held, self.quiet = self._held(), True
-            result = Link.apply(self.history, result, *held)
-            self.quiet = False
+            with self.undisturbed():
+                result = Link.apply(self.history, result, *self._held())
         hands_on = self.sized.hands_on and not result.is_contiguous()
         if hands_on:
             result = hand_on(result, self.recipe)
@@ -203,16 +212,17 @@ class Chain:
         if _versions(self.x, *self.conv[:2]) != self.versions:
             self.site.leave_alone("its operands are changed in place before its result is used")
             raise RuntimeError(
-                "an operand of a convolution was changed in place before the convolution's result was used, and "
-                "not as in the calls that cf.accelerate has seen: the result cannot be computed any more. From "
-                "now on this convolution runs as it is"
+                "an operand of a convolution was changed in place before the convolution's result was used, "
+                "and not as in the calls that cf.accelerate has seen: the result cannot be computed any "
+                "more. From now on this convolution runs as it is"
             )
         x, conv, norm, history = self.x, self.conv, self.norm, self.history
         with self.context.entered(x.device.type):
             if history is not None:
                 # Views: where an operand depends on another, that path is not this block's.
-                history.operands = tuple([t if t is None else t.view_as(t) for t in self._operands()])
-                x, weight, bias, *affine = history.operands
+                operands: list[Any] = [t if t is None else t.view_as(t) for t in self._operands()]
+                history.operands = tuple(operands)
+                x, weight, bias, *affine = operands
                 conv = conv._replace(weight=weight, bias=bias)
                 if norm is not None:
                     norm = norm._replace(weight=affine[0], bias=affine[1])
@@ -247,7 +257,7 @@ def _versions(*tensors: Tensor | None) -> list[int]:
 def _exchange(value: Deferred, true: Tensor) -> bool:
     """Let the Python object ``value`` be the tensor ``true``, unless C code holds on to one of them."""
     try:
-        torch._C._swap_tensor_impl(value, true)  # type: ignore[attr-defined]
+        torch._C._swap_tensor_impl(value, true)
     except RuntimeError:
         return False
     for name in ("_chain", "_at", "_slot"):
@@ -263,9 +273,9 @@ def _exchange(value: Deferred, true: Tensor) -> bool:
 class History:
     """What the graph knows of a chain, whose placeholders stand between its operands and its result.
 
-    :class:`Promise` leads from the operands to the placeholders, :class:`Link` from these and the block to the
-    result. Gradients flow from ``Link`` through the block itself; those of a placeholder are computed only
-    where somebody holds it.
+    :class:`Promise` leads from the operands to the placeholders, :class:`Link` from these and the block to
+    the result. Gradients flow from ``Link`` through the block itself; those of a placeholder are computed
+    only where somebody holds it.
 
     Attributes:
         chain: until its result is given out.
@@ -278,7 +288,7 @@ class History:
     def __init__(self, chain: Chain, operands: tuple):
         self.chain: Chain | None = chain
         self.needs = [t is not None and t.requires_grad for t in operands]
-        self.operands: tuple[Tensor | None, ...] = ()
+        self.operands: tuple = ()
         self.true: dict[int, tuple[Chain, int, Tensor]] = {}
         self.given: dict[int, Tensor] = {}
 
@@ -290,7 +300,10 @@ class Promise(torch.autograd.Function):
     def forward(ctx, history, *tensors):
         ctx.history = history
         ctx.set_materialize_grads(False)
-        return tuple(history.chain.bare("strides"))
+        values = history.chain.bare("strides")
+        if not any(history.needs[:3]):  # it is the norm's parameters that want gradients
+            ctx.mark_non_differentiable(*(value for value in values if value._at == 0))
+        return tuple(values)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -324,7 +337,8 @@ class Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        true, given = ctx.history.true, {}
+        true: dict = ctx.history.true
+        given: dict[int, Tensor] = {}
         if grad is not None:
             for slot in ctx.slots:
                 if slot in true:
@@ -368,10 +382,12 @@ class Deferred(Tensor):
             result = args[0]._chain.follow(args[0], function, args, kwargs)
             if result is not None:
                 return result
-        if function not in QUESTIONS:
-            _look_at(args, kwargs)
-            if function not in _ABOUT_THE_GRAPH:
-                args, kwargs = tree_map(_plain, (args, kwargs))
+        if function in QUESTIONS:
+            with args[0]._chain.undisturbed(), no_function():
+                return function(*args, **kwargs)
+        _look_at(args, kwargs)
+        if function not in _ABOUT_THE_GRAPH:
+            args, kwargs = tree_map(_plain, (args, kwargs))
         with no_function():
             return function(*args, **kwargs)
 
@@ -380,8 +396,12 @@ class Deferred(Tensor):
         cls, function, types, args=(), kwargs=None
     ):
         """What C code asks for, past :meth:`__torch_function__`."""
-        if function is _DEVICE and args[0]._chain.quiet:
-            return args[0]._chain.x.device
+        chain = getattr(args[0], "_chain", None) if args else None
+        if chain is not None and chain.quiet:
+            if function is torch.ops.prim.device.default:
+                return chain.x.device
+            shape, strides = chain.sized.shapes[chain.recipe.places[args[0]._slot]]
+            return function(torch.empty_strided(shape, strides, device="meta"), *args[1:], **(kwargs or {}))
         _look_at(args, kwargs, below=True)
         args, kwargs = tree_map(_memory, (args, kwargs or {}))
         return function(*args, **kwargs)
@@ -405,13 +425,11 @@ def _look_at(args, kwargs, below: bool = False) -> None:
             value._chain.realize(below)
 
 
-_DEVICE = torch.ops.prim.device.default
-
 #: What asks about a tensor's place in the graph, which only the object itself has.
 _ABOUT_THE_GRAPH = {
     torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook, Tensor.retain_grad,
-    Tensor.register_post_accumulate_grad_hook, Tensor.grad.__get__, Tensor.grad_fn.__get__,
-    Tensor.retains_grad.__get__,
+    Tensor.register_post_accumulate_grad_hook,
+    *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn", "retains_grad")),
 }  # fmt: skip
 
 
