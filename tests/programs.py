@@ -485,10 +485,17 @@ class Judge:
         return f"off by {error:.3g} where PyTorch's own error is {own:.3g}, of {value.double().norm():.3g}"
 
 
+def fused(model: nn.Module) -> bool:
+    """Whether a block of a convolution ran as one."""
+    sites = model.report().sites if hasattr(model, "report") else ()
+    return any(site.block.startswith("Conv") and site.plan != "PyTorch" for site in sites)
+
+
 class Runner:
     """Runs programs in all modes, and counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, accelerate: Callable[[nn.Module], nn.Module] = cf.accelerate) -> None:
+        self.accelerate = accelerate
         self.counts: collections.Counter[str] = collections.Counter()
 
     def fails(self, program: Program, mode: str, seeds: int = 2) -> tuple[str, str] | None:
@@ -501,7 +508,7 @@ class Runner:
         models: list[nn.Module] = []
 
         def accelerated(model):
-            models.append(cf.accelerate(model))
+            models.append(self.accelerate(model))
             return models[-1]
 
         wrap = accelerated if mode == "accelerate" else compiled("cnnlstm_fast")
@@ -509,10 +516,8 @@ class Runner:
         for seed in range(program.seed, program.seed + seeds):
             judge = Judge(code, seed, "bfloat16" in source)
             difference = judge.difference(execute(code, wrap, seed))
-            if mode == "accelerate" and any(
-                site.block.startswith("Conv") and site.plan != "PyTorch" for site in models[-1].report().sites
-            ):
-                self.counts["fused"] += seed == program.seed
+            if models and seed == program.seed:
+                self.counts["fused"] += fused(models[0])
             if difference is None:
                 return None
             if mode == "compile" and judge.difference(execute(code, compiled("eager"), seed)):
