@@ -9,7 +9,7 @@ from __future__ import annotations
 # ---------------------------------------------------------------- what every program begins with
 
 PRELUDE = '''\
-import contextlib, copy, ctypes, functools, io, pickle, weakref
+import contextlib, copy, ctypes, functools, io, pickle, traceback, types, weakref
 import numpy as np
 import torch
 import torch.nn as nn
@@ -24,13 +24,16 @@ seen, keep = [], {}
 def see(name, value):
     """Note a value as it is now."""
     if isinstance(value, torch.Tensor):
-        value = value.requires_grad, value.stride(), value.detach().clone()
+        strides = [s for s, size in zip(value.stride(), value.shape) if size > 1]
+        value = value.requires_grad, strides, value.detach().clone()
     elif isinstance(value, (tuple, list)):
         for part in value:
             see(name, part)
         return
     elif isinstance(value, dict):
         return see(name, [*value.values()])
+    elif isinstance(value, types.FunctionType):
+        return see(name, value())
     seen.append((name, value))
 
 
@@ -48,7 +51,8 @@ def caught():
     try:
         yield
     except Exception as error:
-        see("raised", type(error))
+        functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        see("raised in backward" if {"backward", "grad"} & {*functions} else "raised", type(error))
 
 
 def nudged(t):
@@ -283,9 +287,9 @@ EVENTS: dict[str, tuple[str, ...]] = {
         'see("shape", [*y.shape, y.dim(), y.numel()])', 'see("stride", [*y.stride(), y.is_contiguous()])',
         'see("grad", [y.requires_grad, y.is_leaf, y.grad_fn is None])',
         'see("type", type(y) is torch.Tensor)',
-        'see("dtype", str(y.dtype) if DTYPE is torch.float32 else None)', 'see("version", y._version)',
+        'see("dtype", str(y.dtype) if DTYPE is torch.float32 else None)',
         'see("type", isinstance(y, nn.Parameter))', 'see("offset", y.storage_offset())',
-        'see("length", len(y))', 'see("base", y._is_view())', 'see("hash", hash(y) == hash(y))',
+        'see("length", len(y))', 'see("base", y.is_inference())', 'see("hash", hash(y) == hash(y))',
     ),
     "reads the value": (
         'see("y", y)', 'see("sum", y.sum())', 'see("any", bool((y > 1e4).any()))', 'see("max", y.max())',

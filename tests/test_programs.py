@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import programs
 import pytest
@@ -46,18 +47,16 @@ def convolutions(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
 
 
+def in_float64(m: nn.Module, *given: Tensor | None) -> Tensor:
+    if given[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return type(m)._conv_forward(m, *given)
+    return type(m)._conv_forward(m, *(t if t is None else t.double() for t in given)).float()
+
+
 def rounded(model: nn.Module) -> nn.Module:
     """Right, but rounded otherwise: convolutions in float64."""
     for m in convolutions(model):
-
-        def forward(x, weight, bias, m=m, kind=type(m)):
-            if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-                return kind._conv_forward(m, x, weight, bias)
-            return kind._conv_forward(
-                m, x.double(), weight.double(), bias if bias is None else bias.double()
-            ).float()
-
-        m.__dict__["_conv_forward"] = forward
+        m.__dict__["_conv_forward"] = partial(in_float64, m)
     return model
 
 
