@@ -9,11 +9,12 @@ from __future__ import annotations
 # ---------------------------------------------------------------- what every program begins with
 
 PRELUDE = '''\
-import contextlib, copy, ctypes, functools, io, pickle, traceback, types, weakref
+import contextlib, copy, ctypes, functools, io, pickle, threading, traceback, types, weakref
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 SEED, DTYPE, NUDGE = 0, torch.float32, 0.0
@@ -60,7 +61,7 @@ def nudged(t):
 
 
 def rand(*shape):
-    torch.manual_seed(SEED + len(seen))
+    torch.default_generator.manual_seed(SEED + len(seen))
     return nudged(torch.randn(shape)).to(DTYPE)
 
 
@@ -105,6 +106,14 @@ class Negated(torch.autograd.Function):
         return -grad
 
 
+class Watch(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                value.shape, value.dtype, value.is_sparse
+        return function(*args, **(kwargs or {}))
+
+
 class Hook:
     def __init__(self, name):
         self.name, self.calls = name, 0
@@ -115,7 +124,7 @@ class Hook:
 
 
 def build():
-    torch.manual_seed(SEED)
+    torch.default_generator.manual_seed(SEED)
     model = Net()
     for name, t in model.state_dict().items():
         if name.endswith("running_var"):
@@ -358,6 +367,7 @@ REGIONS = (
     ("region", "with torch.autograd.graph.save_on_cpu():", "", ""),
     ("region", "with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):", "", ""),
     ("region", "with torch.autograd.forward_ad.dual_level():", "", ""),
+    ("region", "with Watch():", "", ""),
     ("checkpoint", "def part(y):", "    return y\ny = checkpoint(part, y, use_reentrant=False)", ""),
     ("checkpoint", "def part(y):", "    return y\ny = checkpoint(part, y, use_reentrant=True)", ""),
     ("generator", "def part(y):", "y = [*part(y)][-1]", "yield y"),
@@ -384,6 +394,10 @@ HOOKS = (
     '{conv}.register_full_backward_pre_hook(lambda m, o: see("backward", o))',
     '{conv}.weight.register_hook(lambda grad: grad * 2)',
     '{conv}.weight.register_hook(lambda grad: see("weight", grad))',
+    "self.lock = threading.Lock()", "self.near = weakref.proxy({conv})",
+    "{conv}.forward = functools.partial(type({conv}).forward, {conv})",
+    '{conv}.register_load_state_dict_post_hook(lambda m, keys: see("loaded", m is self.c1))',
+    "{conv}._conv_forward = functools.partial(type({conv})._conv_forward, {conv})",
     "self.register_forward_hook(lambda m, i, o: None)",
     "self.register_forward_pre_hook(lambda m, i: (i[0] * 2,))",
     '{conv}.register_forward_hook(lambda m, i, o: see("hook", o), always_call=True)',
@@ -413,6 +427,9 @@ CALLS = {
     "loss": "(total(out) + total(model.kept)).backward()",
     "two": "later = model(-x.detach())\n(total(out) + total(later)).backward()",
     "double": "grads = torch.autograd.grad(total(out), x, create_graph=True)\ntotal(grads).backward()",
+    "mutated": "out.mul_(0.5)\nsee('out', out)\ntotal(out).backward()\nsee('gradient of x', x.grad)",
+    "functional": "changed = {k: -v.detach() for k, v in model.named_parameters()}\n"
+    "see('out', torch.func.functional_call(model, changed, x))",
     "twice": "total(out).backward(retain_graph=True)\ntotal(out).backward()",
     "refilled": "x.data.zero_()\nsee('out', out)\nsee('kept', model.kept)\ntotal(out).backward()",
 }

@@ -18,6 +18,7 @@ import collections
 import datetime
 import inspect
 import json
+import logging
 import os
 import pickle
 import platform
@@ -562,6 +563,7 @@ BATCH = 500
 def work(asked, first: int, last: int, end: float, file, journal: Path) -> None:
     """Run programs in this process, a line of JSON for each."""
     warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
     runner = Runner()
     for at in range(first, last):
         if time.monotonic() > end:
