@@ -307,6 +307,9 @@ EVENTS: dict[str, tuple[str, ...]] = {
         'see("norm", torch.linalg.vector_norm(y))', 'b = torch.empty_like(y).copy_(y)\nsee("b", b)',
     ),
     "reads its memory": (
+        "if not y.requires_grad:\n    see('dlpack', torch.from_dlpack(torch.utils.dlpack.to_dlpack(y)))",
+        "if not y.requires_grad:\n    see('array', torch.tensor(np.asarray(y)))",
+        "if not y.requires_grad:\n    see('dlpack', np.from_dlpack(y).shape)",
         'see("dlpack", torch.from_dlpack(torch.utils.dlpack.to_dlpack(y.detach())))',
         'see("dlpack", torch.from_dlpack(y.detach()))',
         'see("array", float(np.asarray(y.detach()).sum()) > 1e9)',
