@@ -683,8 +683,8 @@ def main() -> int:
     git = ["git", "log", "-1", "--format=%h", "--", "cnnlstm_fast", "csrc", "kernels"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
     result = {
-        "date": str(datetime.date.today()), "package of": commit.stdout.strip(), "device": vars(Device.here()),
-        "torch": torch.__version__,
+        "date": str(datetime.date.today()), "package of": commit.stdout.strip(),
+        "device": vars(Device.here()), "torch": torch.__version__,
         "python": platform.python_version(), "seed": asked.seed, "programs": ran, "seconds": round(seconds),
         "programs a second": round(ran / seconds, 1), "failed": len({f["program"] for f in findings}),
         "counts": dict(sorted(counts.items())), "classes": dict(sorted(classes.items())),
