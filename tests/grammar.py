@@ -437,20 +437,9 @@ CALLS = {
     "twice": "total(out).backward(retain_graph=True)\ntotal(out).backward()",
     "refilled": "x.data.zero_()\nsee('out', out)\nsee('kept', model.kept)\ntotal(out).backward()",
 }
-USUAL = (
-    "train",
-    "train",
-    "train",
-    "step",
-    "step",
-    "eval",
-    "eval",
-    "inference",
-    "forward",
-    "grads",
-    "kept",
-    "loss",
-)
+ORDINARY = ("train", "step", "eval", "inference", "forward", "grads")
+#: What most calls of a program may be.
+USUAL = (*ORDINARY, "train", "train", "step", "eval", "kept", "loss", "mutated")
 BETWEEN = (
     "model.eval()", "model.train()", "model = copy.deepcopy(model)",
     "model = pickle.loads(pickle.dumps(model))",

@@ -295,7 +295,8 @@ class Writer:
         norms = [self.one_of("n", grammar.NORMS) or "none" for _ in range(2)]
         n, m = f"self.{norms[0]}", f"self.{self.rng.choice(norms)}"
         self.words |= {"norm": n, "other": "self.c_other"}
-        self.add(nodes, [self.fill(text, n=n, m=m) for text in grammar.BRANCHES])
+        branches = [self.fill(text, n=n, m=m) for text in grammar.BRANCHES]
+        self.add(nodes, branches, "side by side")
         self.event(nodes)
 
     def region(self, nodes: list[Node]) -> list[Node]:
@@ -352,17 +353,17 @@ class Writer:
         for _ in range(rng.randint(5, 8)):
             given = usual if rng.random() < 0.8 else rng.choice(grammar.INPUTS)
             nodes.append(Node(self.fill(given, **words)))
-            call = calls[habit if rng.random() < 0.75 else rng.choice(list(calls))]
-            steps = (
-                (call,)
-                if call.startswith("with")
-                else ("model.zero_grad()", "out = model(x)", *call.splitlines())
-            )
-            body = tuple(map(Node, steps))
-            nodes.append(Node("with caught():", "", body))
+            name = habit if rng.random() < 0.75 else rng.choice(list(calls))
+            label = "" if name in grammar.ORDINARY else f"call: {name}"
+            if calls[name].startswith("with"):
+                body = [Node(calls[name], label)]
+            else:
+                body = [Node(step, label) for step in calls[name].splitlines()]
+                body[:0] = Node("model.zero_grad()"), Node("out = model(x)")
+            nodes.append(Node("with caught():", "", tuple(body)))
             if rng.random() < between:
                 text = self.fill(rng.choice(grammar.BETWEEN), **words)
-                nodes.append(Node("with caught():", "between calls", (Node(text),)))
+                nodes.append(Node("with caught():", "", (Node(text, "between calls"),)))
             nodes.append(Node("look(model)" if rng.random() < 0.8 else 'see("x", x)'))
         return [*nodes, Node('see("held", model.held)'), Node("look(model)")]
 
