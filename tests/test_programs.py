@@ -31,7 +31,7 @@ def test_a_minute_of_programs(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr[-2000:]}"
     found = json.loads(output.read_text())
-    assert found["failed"] == 0 and found["programs"] > 50
+    assert found["failed"] == 0 and found["programs"] > 20
     assert found["counts"]["fused"] > found["programs"] / 10, "hardly any program was fused"
 
 
