@@ -194,7 +194,7 @@ class Writer:
         """Whether a statement can be run here; if so it has been."""
         before = dict(self.space)
         try:
-            exec(text, self.space)
+            exec(re.sub(r"\breturn\b.*", "pass", text), self.space)
             y = self.space["y"]
             if y.numel() and y.numel() < 20000:
                 return True
@@ -288,13 +288,15 @@ class Writer:
             self.add(nodes, grammar.JOINS)
 
     def branches(self, nodes: list[Node]) -> None:
-        conv = self.words["conv"]
-        self.modules["c_other"] = self.modules[conv[5:]]
-        self.model.c_other = eval(self.modules["c_other"], self.space)
-        self.space["y"] = getattr(self.model, conv[5:])(self.space["y"])
+        """Two convolutions alike, each with a norm."""
+        conv = self.words["conv"][5:]
+        other = f"{conv}_other"
+        self.modules[other] = self.modules[conv]
+        self.model.add_module(other, eval(self.modules[other], self.space))
+        self.space["y"] = self.model.get_submodule(conv)(self.space["y"])
         norms = [self.one_of("n", grammar.NORMS) or "none" for _ in range(2)]
         n, m = f"self.{norms[0]}", f"self.{self.rng.choice(norms)}"
-        self.words |= {"norm": n, "other": "self.c_other"}
+        self.words |= {"norm": n, "other": f"self.{other}"}
         branches = [self.fill(text, n=n, m=m) for text in grammar.BRANCHES]
         self.add(nodes, branches, "side by side")
         self.event(nodes)
@@ -472,9 +474,8 @@ class Judge:
             return None
         if not self.ways:
             self.ways = [execute(self.code, plain, self.seed, torch.float64)]
-            self.ways += [
-                execute(self.code, plain, self.seed, nudge=self.eps * k) for k in (0.3, 0.5, 0.7, 1, 2, 4)
-            ]
+            for steps in (0.3, 0.5, 0.7, 1, 2, 4):
+                self.ways.append(execute(self.code, plain, self.seed, nudge=steps * self.eps))
             self.ways = [way for way in self.ways if [n for n, _ in way] == [n for n, _ in self.plain]]
         ways = [value, *(v[2] for way in self.ways if isinstance(v := way[at][1], tuple))]
         ways = [way for way in ways if way.shape == value.shape]
