@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test compile-kernels bench gpu lint sanitize sanitize-subset fuzz package properties soak versions clean
+.PHONY: demo test compile-kernels bench gpu lint sanitize sanitize-subset fuzz package properties programs soak versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -63,6 +63,10 @@ package: $(VENV)/built
 CASES ?= 20000
 properties: $(VENV)/built
 	$(BIN)/python tests/properties.py --cases $(CASES)
+
+PROGRAMS ?= 20000
+programs: $(VENV)/built
+	$(BIN)/python tests/programs.py --programs $(PROGRAMS)
 
 soak: $(VENV)/built
 	$(BIN)/python -m benchmarks soak

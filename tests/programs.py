@@ -1,0 +1,700 @@
+"""A fuzzer of programs: ``python tests/programs.py --programs 20000 --seed S --seconds T --output FILE``.
+
+Random Python programs are written from the tables below: a module with a forward as people write them, what
+may happen between a convolution and the end of its block, and a driver that calls the model several times.
+Each runs plain, accelerated and, one in :data:`COMPILED`, compiled with our backend; everything that can be
+seen must be the same: results, strides, gradients, buffers, inputs, what hooks saw, kept values, answers to
+questions of identity, exceptions. What fails is shrunk and printed as a script of its own.
+
+Numbers follow the rule of helpers.py: twice PyTorch's own error against float64 plus 16 eps. A program fails
+only if it does so with two drawings of its data, since a rounding that moves a pool's winner would not.
+A crash is a finding too: programs run in a child process, which writes to a journal what it begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import inspect
+import json
+import logging
+import os
+import pickle
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("CNNLSTM_FAST_LEAST", "1")
+
+import grammar
+import torch
+import torch._dynamo  # here, so that no child has to
+from torch import nn
+
+import cnnlstm_fast as cf
+from benchmarks.results import Device
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Of how many programs one is compiled, the first half of its calls: dynamo takes seconds.
+COMPILED = 20
+#: Seconds after which a program counts as hanging.
+PATIENCE = 120
+
+
+def begin_at_any_size() -> None:
+    """Let models be fused however small they are; the environment's CNNLSTM_FAST_LEAST says the same."""
+    names = "capture", "resting", "plans"
+    capture, resting, plans = (sys.modules.get(f"cnnlstm_fast.{name}") for name in names)
+    if hasattr(capture, "OVERHEAD_US"):
+        capture.OVERHEAD_US = 0
+        why_not = capture.Recipe._why_not_deferred
+        capture.Recipe._why_not_deferred = lambda *args: why_not(*args[:-1], handed=True)
+    if hasattr(resting, "LEAST"):
+        resting.LEAST = 1
+    if hasattr(plans, "_Sizes"):
+        plans._Sizes.smaller = lambda *_: False
+
+
+# ---------------------------------------------------------------- programs
+
+
+@dataclass(frozen=True)
+class Node:
+    """A statement, or several, with what stands under it.
+
+    Attributes:
+        label: what it may disturb.
+        body: statements under the first line, if it has such.
+        after: what follows them.
+        each: what follows each of them.
+    """
+
+    text: str
+    label: str = ""
+    body: tuple[Node, ...] | None = None
+    after: str = ""
+    each: str = ""
+
+
+def lines(nodes: tuple[Node, ...], indent: int, each: str = "") -> Iterator[str]:
+    def put(text):
+        return ["    " * indent + line for line in text.splitlines()]
+
+    for node in nodes:
+        yield from put(node.text)
+        if node.body is not None:
+            yield from lines(node.body, indent + 1, node.each) if node.body else put("    pass")
+            yield from put(node.after)
+        yield from put(each)
+
+
+def labels(nodes: tuple[Node, ...]) -> set[str]:
+    return {label for n in nodes for label in ({n.label} | labels(n.body or ()))} - {""}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program: its modules by name, and the statements of ``__init__``, ``forward`` and the driver."""
+
+    seed: int
+    modules: dict[str, str] = field(hash=False)
+    init: tuple[Node, ...] = ()
+    forward: tuple[Node, ...] = ()
+    drive: tuple[Node, ...] = ()
+
+    def source(self) -> str:
+        """The class and the driver."""
+        parts = (self.init, 2), (self.forward, 2), (self.drive, 1)
+        init, forward, drive = ("\n".join(lines(part, indent)) for part, indent in parts)
+        used = [
+            f"        self.{name} = {made}"
+            for name, made in self.modules.items()
+            if re.search(rf"\b(self|model)\.{name}\b", init + forward + drive)
+        ]
+        return "\n".join((
+            "", "class Net(nn.Module):", "    def __init__(self):", "        super().__init__()",
+            "        self.calls, self.kept, self.held = 0, None, []", *used, *([init] if init else []), "",
+            "    def see(self, module, inputs, output):", '        see("method", output)', "",
+            "    def saw(self, name, module, *args):", "        see(name, args[-1])",
+            "        self.held.append(args[-1])", "", "    def forward(self, x):", "        self.calls += 1",
+            "        y = u = a = x", *([forward] if forward else []), "", "", "def drive(wrap):",
+            "    keep.clear()", "    model = wrap(build())",
+            "    optimizer = torch.optim.SGD(model.parameters(), 0.01)",
+            "    state = copy.deepcopy(model.state_dict())", *([drive] if drive else []), "",
+        ))  # fmt: skip
+
+    def script(self, mode: str) -> str:
+        """All of it, to be run as it is."""
+        wrap = {"accelerate": "cf.accelerate", "compile": "compiled"}[mode]
+        footer = grammar.FOOTER.format(begin=inspect.getsource(begin_at_any_size), wrap=wrap)
+        prelude = grammar.PRELUDE.replace("NUDGE = 0", f"NUDGE = {self.seed}")
+        return prelude + self.source() + footer
+
+    def smaller(self) -> Iterator[Program]:
+        """Programs with a little less, large pieces first."""
+        for part in ("drive", "forward", "init"):
+            for nodes in fewer(getattr(self, part)):
+                yield replace(self, **{part: nodes})
+        for name, made in self.modules.items():
+            for argument in re.finditer(r", \w+=('\w+'|\([^()]*\)|[^,()]+)", made):
+                shorter = made[: argument.start()] + made[argument.end() :]
+                yield replace(self, modules=self.modules | {name: shorter})
+
+
+def fewer(nodes: tuple[Node, ...]) -> Iterator[tuple[Node, ...]]:
+    size = len(nodes)
+    while size:
+        for at in range(0, len(nodes), size):
+            yield nodes[:at] + nodes[at + size :]
+        size //= 2
+    for at, node in enumerate(nodes):
+        if node.body is not None:
+            yield nodes[:at] + node.body + nodes[at + 1 :]
+            for body in fewer(node.body):
+                yield (*nodes[:at], replace(node, body=body), *nodes[at + 1 :])
+
+
+# ---------------------------------------------------------------- writing them
+
+PRELUDE_CODE = compile(grammar.PRELUDE, "<program>", "exec")
+
+
+class Writer:
+    """Writes one program; each statement is tried at once, so that shapes fit as a rule."""
+
+    def __init__(self, seed: int):
+        self.rng = rng = random.Random(seed)
+        self.seed = seed
+        self.modules: dict[str, str] = {}
+        self.space: dict[str, Any] = {"__name__": "program"}
+        exec(PRELUDE_CODE, self.space)
+        self.model = nn.Module()
+        self.model.__dict__.update(calls=1, kept=None, held=[])
+        self.words = {"conv": "self.none", "norm": "self.none", "other": "self.none", "u": "rand(1)"}
+        self.often = rng.choice((0.0, 0.1, 0.25, 0.5))
+
+    def fill(self, text: str, **words: str) -> str:
+        words = self.words | words
+        return re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), text)
+
+    def works(self, text: str) -> bool:
+        """Whether a statement can be run here; if so it has been."""
+        before = dict(self.space)
+        try:
+            exec(re.sub(r"\breturn\b.*", "pass", text), self.space)
+            y = self.space["y"]
+            if y.numel() and y.numel() < 20000:
+                return True
+        except Exception:
+            pass
+        self.space.clear()
+        self.space.update(before)
+        return False
+
+    def add(self, nodes: list[Node], texts, label: str = "", tries: int = 6) -> bool:
+        """Add one of ``texts`` that can be run."""
+        for _ in range(tries):
+            y = self.space["y"]
+            channels = y.shape[1] if y.dim() > 1 else 1
+            text = self.fill(self.rng.choice(texts), d=str(y.dim() - 2), c=str(channels))
+            if self.works(text):
+                nodes.append(Node(text, label))
+                return True
+        return False
+
+    def module(self, prefix: str, made: str) -> str | None:
+        """A new module of the model, by name."""
+        y = self.space["y"]
+        made = self.fill(made, d=str(y.dim() - 2), c=str(y.shape[1]), f=str(y.shape[-1]))
+        name = f"{prefix}{sum(n.startswith(prefix) for n in self.modules) + 1}"
+        try:
+            self.model.add_module(name, eval(made, self.space))
+            self.model.get_submodule(name)(y.clone())
+        except Exception:
+            return None
+        self.modules[name] = made
+        return name
+
+    def one_of(self, prefix: str, choices, tries: int = 6) -> str | None:
+        found = (self.module(prefix, self.rng.choice(choices)) for _ in range(tries))
+        return next((name for name in found if name), None)
+
+    def event(self, nodes: list[Node]) -> None:
+        """Perhaps something else happens here."""
+        rng = self.rng
+        if rng.random() < self.often:
+            label = rng.choice(list(grammar.EVENTS))
+            if self.add(nodes, grammar.EVENTS[label], label) and rng.random() < 0.4:
+                nodes.append(Node(f"if {rng.choice(grammar.CONDITIONS)}:", label, (nodes.pop(),)))
+        if rng.random() < 0.12:
+            self.add(nodes, grammar.MOVES, "moves")
+
+    def conv(self) -> str:
+        rng, y = self.rng, self.space["y"]
+        for _ in range(12):
+            made = f"nn.Conv{{d}}d({{c}}, {rng.choice((2, 3, 4, 6, 16))}"
+            for name, choices in grammar.CONV.items():
+                choice = rng.choice(choices)
+                if name == "kernel_size":
+                    made += f", {choice}"
+                elif choice != choices[0] and rng.random() < 0.7:
+                    made += f", {name}={choice}"
+            if name := self.module("c", made + ")"):
+                return name
+        return self.module("c", f"nn.Conv{{d}}d({{c}}, {y.shape[1]}, 1)") or "none"
+
+    def block(self, nodes: list[Node]) -> None:
+        """A convolution, and what people put behind it."""
+        rng = self.rng
+        if rng.random() < 0.25:
+            self.add(nodes, ("a = y",))
+        self.add(nodes, ("u = y",))
+        self.words["u"] = f"rand({', '.join(map(str, self.space['y'].shape))})"
+        self.words["conv"] = f"self.{self.conv()}"
+        if rng.random() < 0.12:
+            return self.branches(nodes)
+        self.event(nodes)
+        if rng.random() < 0.12:
+            self.add(nodes, grammar.CONVOLVE)
+        else:
+            self.add(nodes, ("y = {conv}(u)", "y = {conv}(y)", "y = {conv}(u)"))
+        self.event(nodes)
+        if rng.random() < 0.55 and (norm := self.one_of("n", grammar.NORMS)):
+            self.words["norm"] = f"self.{norm}"
+            self.add(nodes, ("y = {norm}(y)",) if rng.random() < 0.8 else grammar.BATCH_NORM)
+            self.event(nodes)
+        for prefix, share, modules, functions in (
+            ("p", 0.1, grammar.POOLS, grammar.POOL), ("f", 0.9, grammar.ACTIVATIONS, grammar.ACTIVATE),
+            ("d", 0.15, grammar.DROPS, grammar.MOVES), ("p", 0.5, grammar.POOLS, grammar.POOL),
+        ):  # fmt: skip
+            if rng.random() < share:
+                name = self.one_of(prefix, modules) if rng.random() < 0.5 else None
+                self.add(nodes, (f"y = self.{name}(y)",) if name else functions)
+                self.event(nodes)
+        if rng.random() < 0.3:
+            self.add(nodes, grammar.JOINS)
+
+    def branches(self, nodes: list[Node]) -> None:
+        """Two convolutions alike, each with a norm."""
+        conv = self.words["conv"][5:]
+        other = f"{conv}_other"
+        self.modules[other] = self.modules[conv]
+        self.model.add_module(other, eval(self.modules[other], self.space))
+        self.space["y"] = self.model.get_submodule(conv)(self.space["y"])
+        norms = [self.one_of("n", grammar.NORMS) or "none" for _ in range(2)]
+        n, m = f"self.{norms[0]}", f"self.{self.rng.choice(norms)}"
+        self.words |= {"norm": n, "other": f"self.{other}"}
+        branches = [self.fill(text, n=n, m=m) for text in grammar.BRANCHES]
+        self.add(nodes, branches, "side by side")
+        self.event(nodes)
+
+    def region(self, nodes: list[Node]) -> list[Node]:
+        """Some of the statements in a region."""
+        begin = self.rng.randrange(len(nodes) + 1)
+        end = self.rng.randint(begin, len(nodes))
+        label, first, after, each = self.rng.choice(grammar.REGIONS)
+        return [*nodes[:begin], Node(first, label, tuple(nodes[begin:end]), after, each), *nodes[end:]]
+
+    def write(self) -> Program:
+        rng = self.rng
+        d, channels = rng.choice((2, 2, 1)), rng.choice((1, 2, 3, 4))
+        size = [rng.choice((1, 2, 3)), channels, *(rng.randint(6, 11) for _ in range(d))]
+        clip = rng.random() < 0.15
+        self.space.update(self=self.model, x=torch.ones(size), keep={})
+        self.space |= {"y": self.space["x"], "u": self.space["x"], "a": self.space["x"]}
+        nodes: list[Node] = []
+        if rng.random() < 0.15:
+            self.add(nodes, grammar.MOVES, "moves")
+        for _ in range(rng.choice((1, 1, 2, 2, 3))):
+            if self.space["y"].dim() in (3, 4):
+                self.block(nodes)
+        while rng.random() < 0.3:
+            nodes = self.region(nodes)
+        if clip:
+            after = "    ys.append(y)\ny = torch.stack(ys, 1)"
+            nodes = [Node("ys = []"), Node("for u in x.unbind(1):\n    y = u", "", tuple(nodes), after)]
+            self.space["y"] = torch.stack([self.space["y"]] * 2, 1)
+            size = [size[0], 2, *size[1:]]
+        if rng.random() < 0.6:
+            self.add(nodes, grammar.BRIDGES)
+            if rng.random() < 0.6 and (name := self.one_of("l", grammar.HEADS)):
+                self.add(nodes, (f"y = self.{name}(y)", f"y = self.{name}(y)[0]"))
+                self.add(nodes, ("y = y[0]", "pass"))
+        nodes.append(Node(rng.choice(grammar.RETURNS)))
+        init: list[Node] = []
+        if rng.random() < 0.3:
+            self.add(init, grammar.HOOKS, "hooks")
+        if rng.random() < 0.05 and "c2" in self.modules:
+            init.append(Node("self.c2.weight = self.c1.weight", "tied weights"))
+        return Program(self.seed, self.modules, tuple(init), tuple(nodes), tuple(self.driver(size, nodes)))
+
+    def driver(self, size: list[int], forward: list[Node]) -> list[Node]:
+        """Five to eight calls, most of one kind, and what happens between them."""
+        rng, nodes = self.rng, []
+        keeps = any("self.kept" in line for line in lines(tuple(forward), 0))
+        calls = {name: call for name, call in grammar.CALLS.items() if keeps or "model.kept" not in call}
+        habit = rng.choice([name for name in grammar.USUAL if name in calls])
+        usual, between = rng.choice(grammar.INPUTS[:4]), rng.choice((0.1, 0.3, 0.5))
+        if rng.random() < 0.3 or habit in ("eval", "inference"):
+            nodes.append(Node("model.eval()"))
+        words = {"size": str(size)[1:-1], "other": str([size[0] + 1, *size[1:-1], size[-1] + 2])[1:-1]}
+        words |= {name: self.words[name].replace("self.", "model.") for name in ("conv", "norm")}
+        for _ in range(rng.randint(5, 8)):
+            given = usual if rng.random() < 0.8 else rng.choice(grammar.INPUTS)
+            nodes.append(Node(self.fill(given, **words)))
+            name = habit if rng.random() < 0.75 else rng.choice(list(calls))
+            label = "" if name in grammar.ORDINARY else f"call: {name}"
+            if calls[name].startswith("with"):
+                body = [Node(calls[name], label)]
+            else:
+                body = [Node(step, label) for step in calls[name].splitlines()]
+                body[:0] = Node("model.zero_grad()"), Node("out = model(x)")
+            nodes.append(Node("with caught():", "", tuple(body)))
+            if rng.random() < between:
+                text = self.fill(rng.choice(grammar.BETWEEN), **words)
+                nodes.append(Node("with caught():", "", (Node(text, "between calls"),)))
+            nodes.append(Node("look(model)" if rng.random() < 0.8 else 'see("x", x)'))
+        return [*nodes, Node('see("held", model.held)'), Node("look(model)")]
+
+
+# ---------------------------------------------------------------- running them
+
+GLOBAL_HOOKS = [v for name, v in vars(nn.modules.module).items() if re.match("_global_.*hooks", name)]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return model
+
+
+def compiled(backend: str) -> Callable[[nn.Module], nn.Module]:
+    def wrap(model):
+        torch._dynamo.reset()
+        model.compile(backend=backend)
+        return model
+
+    return wrap
+
+
+def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: float = 0.0) -> list[tuple]:
+    """What is seen when a program runs with a model that ``wrap`` has made of its own."""
+    space = sys.modules["program"] = types.ModuleType("program")
+    exec(PRELUDE_CODE, space.__dict__)
+    space.__dict__.update(SEED=seed, DTYPE=dtype, NUDGE=nudge)
+    exec(code, space.__dict__)
+    space.NOISE.manual_seed(seed + int(nudge * 1e12))
+    try:
+        space.drive(wrap)
+    except Exception as error:
+        space.see("raised", type(error))
+    finally:
+        for hooks in GLOBAL_HOOKS:
+            if isinstance(hooks, dict):
+                hooks.clear()
+        torch.set_grad_enabled(True)
+    return space.seen
+
+
+def far(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The norm of a difference; infinite where NaN or infinities stand elsewhere."""
+    finite = theirs.isfinite()
+    if not torch.equal(finite, mine.isfinite()):
+        return float("inf")
+    return (mine[finite].double() - theirs[finite].double()).norm().item()
+
+
+class Judge:
+    """Compares what was seen with what a plain run sees."""
+
+    def __init__(self, code, seed: int, low: bool):
+        self.code, self.seed = code, seed
+        self.eps = torch.finfo(torch.bfloat16 if low else torch.float32).eps
+        self.plain = execute(code, plain, seed)
+        self.ways: list[list[tuple]] = []
+        self.largest = 0.0  # gradient: one that cancels is as exact as its terms
+        for name, value in self.plain:
+            if isinstance(value, tuple) and value[2].is_floating_point() and name.startswith("gradient"):
+                norm = value[2][value[2].isfinite()].double().norm().item()
+                self.largest = max(self.largest, norm)
+
+    def difference(self, seen: list[tuple]) -> tuple[str, str] | None:
+        """What differs first, as its kind and in words."""
+        end = len(self.plain)
+        for at, ((name, value), (other, found)) in enumerate(zip(self.plain, seen, strict=False)):
+            if name == "raised in backward" or (name == "raised" != other and value is RuntimeError):
+                end = at  # what PyTorch refuses may work; and it leaves gradients half done
+                break
+            if name != other:
+                what = f"{found.__name__} is raised" if "raised" in other else f"{other!r} is seen"
+                return "raises" if "raised" in other + name else "other answers", f"{what} where {name!r} was"
+            if name == "raised":
+                if not issubclass(found, value):
+                    return "raises", f"{found.__name__} is raised where {value.__name__} was"
+            elif not (isinstance(value, tuple) and isinstance(found, tuple)):
+                if type(value) is not type(found) or value != found:
+                    return "other answers", f"{name}: {found!r} where {value!r} was"
+            elif why := self.unlike(name, value, found):
+                return "other answers", f"{name}: {why}"
+        if end == len(self.plain) != len(seen):
+            return "other answers", f"{len(seen)} values are seen where {end} were"
+        for at, ((name, value), (_, found)) in enumerate(zip(self.plain[:end], seen, strict=False)):
+            if isinstance(value, tuple) and (why := self.wrong(at, name, found[2])):
+                return "other values", f"{name}: {why}"
+        return None
+
+    @staticmethod
+    def unlike(name: str, value: tuple, found: tuple) -> str | None:
+        for what, one, two in (
+            ("needs a gradient", value[0], found[0]), ("dtype", value[2].dtype, found[2].dtype),
+            ("shape", value[2].shape, found[2].shape), ("strides", value[1], found[1]),
+        ):  # fmt: skip
+            if one != two and not (what == "strides" and name.startswith("gradient")):
+                return f"{what}: {two} where {one} was"
+        return None
+
+    def wrong(self, at: int, name: str, mine: torch.Tensor) -> str | None:
+        value = self.plain[at][1][2]
+        if not value.is_floating_point():
+            return None if torch.equal(mine, value) else f"{mine.tolist()} where {value.tolist()} was"
+        floor = self.largest if name.startswith("gradient") else 0.0
+        slack = 16 * self.eps * max(value.double().norm().nan_to_num(0, 0, 0).item(), floor)
+        if far(mine, value) <= slack:  # so it is within the rule too
+            return None
+        if not self.ways:
+            self.ways = [execute(self.code, plain, self.seed, torch.float64)]
+            for steps in (0.3, 0.5, 0.7, 1, 2, 4):
+                self.ways.append(execute(self.code, plain, self.seed, nudge=steps * self.eps))
+            self.ways = [way for way in self.ways if [n for n, _ in way] == [n for n, _ in self.plain]]
+        ways = [value, *(v[2] for way in self.ways if isinstance(v := way[at][1], tuple))]
+        ways = [way for way in ways if way.shape == value.shape]
+        true = next((way for way in ways if way.dtype == torch.float64), value)
+        error, own = far(mine, true), max(far(way, true) for way in ways)
+        if error <= 2 * own + slack:
+            return None
+        return f"off by {error:.3g} where PyTorch's own error is {own:.3g}, of {value.double().norm():.3g}"
+
+
+def fused(model: nn.Module) -> bool:
+    """Whether a block of a convolution ran as one."""
+    sites = model.report().sites if hasattr(model, "report") else ()
+    return any(site.block.startswith("Conv") and site.plan != "PyTorch" for site in sites)
+
+
+class Runner:
+    """Runs programs in all modes, and counts."""
+
+    def __init__(self, accelerate: Callable[[nn.Module], nn.Module] = cf.accelerate) -> None:
+        self.accelerate = accelerate
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def fails(self, program: Program, mode: str, seeds: int = 2) -> tuple[str, str] | None:
+        """How a program differs under a mode, if it does so with every drawing of its data."""
+        source = program.source()
+        try:
+            code = compile(source, "<program>", "exec")
+        except SyntaxError:  # of something shrunk
+            return None
+        models: list[nn.Module] = []
+
+        def accelerated(model):
+            models.append(self.accelerate(model))
+            return models[-1]
+
+        wrap = accelerated if mode == "accelerate" else compiled("cnnlstm_fast")
+        difference = None
+        for seed in range(program.seed, program.seed + seeds):
+            judge = Judge(code, seed, "bfloat16" in source)
+            difference = judge.difference(execute(code, wrap, seed))
+            if models and seed == program.seed:
+                self.counts["fused"] += fused(models[0])
+            if difference is None:
+                return None
+            if mode == "compile" and judge.difference(execute(code, compiled("eager"), seed)):
+                self.counts["dynamo differs"] += seed == program.seed
+                return None
+        return difference
+
+    def shrink(self, program: Program, mode: str, kind: str, patience: int = 300) -> Program:
+        """The smallest program found that fails in the same manner."""
+        tried, smaller = 0, True
+        while smaller and tried < patience:
+            smaller = False
+            for candidate in program.smaller():
+                tried += 1
+                dies = kind in ("crashes", "hangs")
+                found = isolated(self.fails, candidate, mode) if dies else self.fails(candidate, mode)
+                if (found[0] if found else None) == kind:
+                    program, smaller = candidate, True
+                    break
+                if tried >= patience:
+                    break
+        return program
+
+
+def isolated(function, *args):
+    """The result of a call in a child process; how that died, if it did."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(PATIENCE)
+        os.write(writing, pickle.dumps(function(*args)))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        sent = file.read()
+    status = os.waitpid(child, 0)[1]
+    if status or not sent:
+        return ("hangs" if status == signal.SIGALRM else "crashes"), f"status {status}"
+    return pickle.loads(sent)
+
+
+# ---------------------------------------------------------------- the loop
+
+#: Programs of one child process.
+BATCH = 200
+
+
+def work(asked, first: int, last: int, end: float, file, journal: Path) -> None:
+    """Run programs in this process, a line of JSON for each; up to ``asked.most`` that fail."""
+    warnings.simplefilter("ignore")
+    torch._logging.set_logs(all=logging.CRITICAL)
+    runner, failed = Runner(), 0
+    for at in range(first, last):
+        if time.monotonic() > end or failed >= asked.most:
+            return
+        runner.counts.clear()
+        program = Writer(asked.seed * 10**6 + at).write()
+        findings: list[dict] = []
+        for mode in ("accelerate", "compile"):
+            if mode == "compile":
+                if at % asked.compiled:
+                    continue
+                program = replace(program, drive=program.drive[: len(program.drive) // 2])
+            journal.write_text(json.dumps({"at": at, "mode": mode}) + "\n" + program.script(mode))
+            signal.alarm(PATIENCE)
+            difference = runner.fails(program, mode)
+            signal.alarm(0)
+            runner.counts[mode] += 1
+            if difference:
+                kind = difference[0]
+                counts = runner.counts.copy()
+                findings.append(
+                    finding(at, mode, kind, program if asked.whole else runner.shrink(program, mode, kind))
+                )
+                runner.counts = counts
+        failed += len(findings)
+        print(json.dumps({"at": at, "counts": runner.counts, "findings": findings}), file=file, flush=True)
+
+
+def finding(at: int, mode: str, kind: str, program: Program) -> dict:
+    """What is told of a program that fails."""
+    difference = isolated(Runner().fails, program, mode)
+    parts = labels(program.init) | labels(program.forward) | labels(program.drive)
+    return {
+        "program": at, "mode": mode, "kind": kind, "with": sorted(parts),
+        "difference": difference and difference[1], "script": program.script(mode),
+    }  # fmt: skip
+
+
+def loop(asked) -> Iterator[dict]:
+    """A record for each program; a child that dies leaves one too."""
+    end, at, journal = time.monotonic() + asked.seconds, asked.first, asked.journal
+    records = journal.with_suffix(".jsonl")
+    while at < asked.first + asked.programs and time.monotonic() < end:
+        last = min(at + BATCH, asked.first + asked.programs)
+        journal.unlink(missing_ok=True)
+        child = os.fork()
+        if not child:
+            try:
+                with open(records, "w") as file:
+                    work(asked, at, last, end, file, journal)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        for line in records.read_text().splitlines():
+            yield (record := json.loads(line))
+            at = record["at"] + 1
+        if os.WIFSIGNALED(status):
+            at, mode = json.loads(journal.read_text().splitlines()[0]).values()
+            program, kind = Writer(asked.seed * 10**6 + at).write(), "crashes"
+            if os.WTERMSIG(status) == signal.SIGALRM:
+                kind = "hangs"
+            elif not asked.whole:
+                program = Runner().shrink(program, mode, kind, 100)
+            yield {"at": at, "counts": {mode: 1}, "findings": [finding(at, mode, kind, program)]}
+            at += 1
+        elif status:
+            raise SystemExit(f"the fuzzer itself failed; {journal} has the program")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--programs", type=int, default=20000)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("CNNLSTM_FAST_SEED", "0")))
+    parser.add_argument("--first", type=int, default=0, help="the program to begin with")
+    parser.add_argument("--compiled", type=int, default=COMPILED, help="compile one program of so many")
+    parser.add_argument("--most", type=int, default=10, help="stop after so many that fail")
+    parser.add_argument("--whole", action="store_true", help="do not shrink")
+    parser.add_argument("--journal", type=Path, default=ROOT / "build" / "program.py")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "programs.json")
+    asked = parser.parse_args()
+    for path in (asked.journal, asked.output):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN, as in all tests
+    begin_at_any_size()
+    start, ran, findings = time.monotonic(), 0, []
+    counts: collections.Counter[str] = collections.Counter()
+    for record in loop(asked):
+        ran += 1
+        counts.update(record["counts"])
+        for found in record["findings"]:
+            findings.append(found)
+            print(
+                f"# program {found['program']}, {found['mode']}: {found['difference']}\n{found['script']}",
+                flush=True,
+            )
+        if len(findings) >= asked.most:
+            break
+    seconds = time.monotonic() - start
+    classes: dict[str, dict] = {}
+    for found in findings:
+        key = f"{found['mode']}: {found['kind']}, {' and '.join(found['with']) or 'nothing'}"
+        if key not in classes:
+            classes[key] = {"programs": 0, "first": found["program"]} | found
+        classes[key]["programs"] += 1
+        if len(found["script"]) < len(classes[key]["script"]):
+            classes[key] |= found
+    git = ["git", "log", "-1", "--format=%h", "--", "cnnlstm_fast", "csrc", "kernels"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    result = {
+        "date": str(datetime.date.today()), "package of": commit.stdout.strip(),
+        "device": vars(Device.here()), "torch": torch.__version__,
+        "python": platform.python_version(), "seed": asked.seed, "programs": ran, "seconds": round(seconds),
+        "programs a second": round(ran / seconds, 1), "failed": len({f["program"] for f in findings}),
+        "counts": dict(sorted(counts.items())), "classes": dict(sorted(classes.items())),
+    }  # fmt: skip
+    asked.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "classes"}))
+    return bool(findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""A minute of random programs (tests/programs.py), and whether their judge sees faults and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import weakref
+from functools import partial
+
+import programs
+import pytest
+import torch
+from helpers import SEED, needs_extension, run_python
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+
+pytestmark = needs_extension
+
+SECONDS = os.environ.get("CNNLSTM_FAST_PROGRAM_SECONDS", "60")
+
+
+@pytest.mark.no_cover
+def test_a_minute_of_programs(tmp_path):
+    """Random programs do the same plain, accelerated and compiled; what does not is printed as a script."""
+    output = tmp_path / "programs.json"
+    command = [sys.executable, programs.__file__, "--seconds", SECONDS, "--seed", str(SEED), "--most", "1",
+               "--output", str(output), "--journal", str(tmp_path / "program.py")]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr[-2000:]}"
+    found = json.loads(output.read_text())
+    assert found["failed"] == 0 and found["programs"] > 20
+    assert found["counts"]["fused"] > found["programs"] / 10, "hardly any program was fused"
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def convolutions(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
+
+
+def in_float64(m: nn.Module, *given: Tensor | None) -> Tensor:
+    if given[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return type(m)._conv_forward(m, *given)
+    return type(m)._conv_forward(m, *(t if t is None else t.double() for t in given)).float()
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    """Right, but rounded otherwise: convolutions in float64."""
+    for m in convolutions(model):
+        m.__dict__["_conv_forward"] = partial(in_float64, m)
+    return model
+
+
+class Late(Tensor):
+    """A convolution's result that is computed from what its operands are when it is used."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            for value in tree_iter((args, kwargs or {})):
+                if type(value) is Late:
+                    value.__class__ = Tensor
+                    if not value.is_inference():
+                        value.data.copy_(value.compute())
+            return function(*args, **(kwargs or {}))
+
+
+def late_operands(model: nn.Module) -> nn.Module:
+    """Wrong: convolutions read their operands when their results are used."""
+
+    def hook(m, inputs, y):
+        if type(y) is Tensor and torch.compiler.is_compiling() is False:
+            y.__class__ = Late
+            y.compute = lambda: type(m).forward(m, inputs[0]).data
+
+    for m in convolutions(model):
+        m.register_forward_hook(hook)
+    return model
+
+
+def late_statistics(model: nn.Module) -> nn.Module:
+    """Wrong: norms count a batch when the model returns."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def count(*_):
+        for buffer, value in found:
+            buffer.data.copy_(value)
+        found.clear()
+
+    def before(m, inputs):
+        m.before = [(b, b.clone()) for b in (m.running_mean, m.running_var) if b is not None]
+
+    def behind(m, inputs, y):
+        for buffer, value in m.__dict__.pop("before", ()):
+            found.append((buffer, buffer.clone()))
+            buffer.data.copy_(value)
+
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.register_forward_pre_hook(before)
+            m.register_forward_hook(behind)
+    model.register_forward_hook(count)
+    return model
+
+
+def reused_memory(model: nn.Module) -> nn.Module:
+    """Wrong: what a convolution returned is gone when the model returns."""
+    returned: list = []
+
+    def forget(*_):
+        for y in returned:
+            if (y := y()) is not None:
+                y.data.zero_()
+        returned.clear()
+
+    for m in convolutions(model):
+        m.register_forward_hook(lambda m, inputs, y: returned.append(weakref.ref(y)))
+    model.register_forward_hook(forget)
+    return model
+
+
+def some_programs(seed: int = SEED, count: int = 1000):
+    return (programs.Writer(seed * 10**6 + at).write() for at in range(count))
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("wrong", [late_operands, late_statistics, reused_memory], ids=lambda f: f.__name__)
+def test_planted_faults_are_found(wrong, one_thread):
+    """Each is found, and what is left of a program that shows it is a short script, which runs."""
+    runner = programs.Runner(wrong)
+    for program in some_programs():
+        found = runner.fails(program, "accelerate")
+        if found and found[0] == "other values":
+            break
+    else:
+        raise AssertionError("not found")
+    small = runner.shrink(program, "accelerate", found[0])
+    assert runner.fails(small, "accelerate")[0] == found[0]
+    assert len(small.source()) < len(program.source())
+    ran = run_python(small.script("accelerate"))
+    assert "values seen" in ran.stdout, ran.stderr
+
+
+@pytest.mark.no_cover
+def test_rounding_is_no_fault(one_thread):
+    """A model that rounds otherwise passes, in programs that change nothing behind autograd's back."""
+    runner, ran = programs.Runner(rounded), 0
+    for program in some_programs(count=100):
+        if re.search(r"\.data|numpy|detach\(\)[.\[]|pickle|saved\(model|dlpack", program.source()):
+            continue
+        ran += 1
+        if found := runner.fails(program, "accelerate"):
+            raise AssertionError(f"{found}\n{program.script('accelerate')}")
+    assert ran > 20
+
+
+def test_the_same_seed_writes_the_same_program():
+    for one, two in zip(some_programs(count=5), some_programs(count=5), strict=True):
+        assert one.script("compile") == two.script("compile")
