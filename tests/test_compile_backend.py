@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 
-import programs
+import between
 import pytest
 import torch
 import torch.nn.functional as F
@@ -275,9 +275,9 @@ def assert_same_outcome(program, parts, x, grad, tolerance, **options):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("program", programs.BETWEEN, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("program", between.BETWEEN, ids=lambda program: program.__name__)
 def test_what_happens_between(program, train):
-    parts = programs.Parts().train(train)
+    parts = between.Parts().train(train)
     x = torch.randn(2, 4, 8, 10)
     assert_same_outcome(program, parts, x, False, 1e-4)
     if "numpy" not in program.__name__:  # dynamo's numpy counts versions, and backward raises
@@ -286,12 +286,12 @@ def test_what_happens_between(program, train):
 
 @pytest.mark.parametrize(
     "program",
-    [programs.input_cleared, programs.norms_in_another_order, programs.statistics_read_behind_the_norm],
+    [between.input_cleared, between.norms_in_another_order, between.statistics_read_behind_the_norm],
     ids=lambda program: program.__name__,
 )
 def test_what_happens_between_with_the_rest_by_inductor(program):
     x = torch.randn(2, 4, 8, 10)
-    assert_same_outcome(program, programs.Parts(), x, False, 1e-4, options={"rest": "inductor"})
+    assert_same_outcome(program, between.Parts(), x, False, 1e-4, options={"rest": "inductor"})
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -299,13 +299,13 @@ def test_random_programs(part):
     """Ten a part, in float32 and float64; no gradients of bfloat16, whose ties fall either way."""
     rng = random.Random(torch.initial_seed())
     for _ in range(10):
-        text = programs.write(rng)
+        text = between.write(rng)
         space = {"torch": torch, "F": F}
         exec(text, space)
         dtype = rng.choice((torch.float32, torch.float64))
-        parts = programs.Parts().train(rng.random() < 0.5).to(dtype)
-        tolerance = 5e-2 if programs.AUTOCAST in text else 1e-3 if dtype == torch.float32 else 1e-8
-        x, grad = torch.randn(2, 4, 16, 16, dtype=dtype), rng.random() < 0.6 and programs.AUTOCAST not in text
+        parts = between.Parts().train(rng.random() < 0.5).to(dtype)
+        tolerance = 5e-2 if between.AUTOCAST in text else 1e-3 if dtype == torch.float32 else 1e-8
+        x, grad = torch.randn(2, 4, 16, 16, dtype=dtype), rng.random() < 0.6 and between.AUTOCAST not in text
         try:
             assert_same_outcome(space["program"], parts, x, grad, tolerance)
         except Exception:
