@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test compile-kernels bench gpu lint sanitize sanitize-subset fuzz package properties programs soak versions clean
+.PHONY: demo test compile-kernels compile-kernels-newest bench gpu lint sanitize sanitize-subset fuzz package properties programs soak versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -19,6 +19,12 @@ test: $(VENV)/built
 
 compile-kernels: $(VENV)/built
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
+
+# By another Triton than torch's own, in a folder of its own that comes before it.
+NEWEST_TRITON ?= 3.9.0
+compile-kernels-newest: $(VENV)/built
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton triton==$(NEWEST_TRITON)
+	PYTHONPATH=$(CURDIR)/build/triton $(BIN)/python -m cnnlstm_fast doctor --compile-kernels
 
 bench: $(VENV)/built
 	mkdir -p build
@@ -72,7 +78,7 @@ soak: $(VENV)/built
 	$(BIN)/python -m benchmarks soak
 
 # Interpreters with other versions of torch, as in PYTHONS="a/bin/python b/bin/python".
-versions: $(VENV)/built
+versions: $(VENV)/built compile-kernels-newest
 	$(BIN)/python tests/native/versions.py $(PYTHONS)
 
 lint: $(VENV)/installed

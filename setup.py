@@ -1,11 +1,15 @@
 """Build the CPU kernels against LibTorch's stable ABI: one `_C.abi3.so` serves torch 2.11 and later.
 
-A failed build is not fatal: the package then runs on its reference plan, and
+A failed build is not fatal: the package then runs on its reference plan, its first call warns, and
 `python -m cnnlstm_fast doctor` says what is missing. CNNLSTM_FAST_REQUIRE_EXTENSION=1 makes it fatal.
+
+pip builds in an environment of its own, where no torch is. Any torch from 2.11 on will do, so the one of the
+environment that pip installs into is taken, rather than a second one downloaded.
 """
 
 import os
 import sys
+import sysconfig
 
 from setuptools import setup
 
@@ -58,9 +62,12 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
 
 
+sys.path += {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} - {*sys.path}  # behind pip's own
 try:
     build = extension()
 except ImportError as error:
+    if os.environ.get("CNNLSTM_FAST_REQUIRE_EXTENSION") == "1":
+        raise
     print(f"cnnlstm_fast: no torch at build time ({error}): building without kernels", file=sys.stderr)
     build = {}
 

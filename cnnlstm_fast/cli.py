@@ -13,10 +13,13 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import reduce
+from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
@@ -113,7 +116,8 @@ def explain(
 
     with _waiting("running the model"), torch.no_grad():
         made, xs = _model_and_inputs(model, inputs, device)
-        report = cf.explain(cf.accelerate(made.eval()) if fast else made.eval(), *xs)
+        with _in_words(model):
+            report = cf.explain(cf.accelerate(made.eval()) if fast else made.eval(), *xs)
     typer.echo(json.dumps(asdict(report), indent=1) if as_json else str(report))
     if report.error is not None:
         raise typer.Exit(1)
@@ -144,17 +148,20 @@ def profile(
 
     with _waiting("loading the model"):
         made, xs = _model_and_inputs(model, inputs, device)
-        made.train(training)
-        fast = accelerate(made)
-    with _progress() as progress:
+        with _in_words(model):
+            made.train(training)
+            fast = accelerate(made)
+    try:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        trace.touch()
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {trace}: {error.strerror}", param_hint="--trace") from None
+    with _progress() as progress, _in_words(model, "'explain' shows at which stage"):
         task = progress.add_task("", total=3 * rounds + 6)
-        try:
-            found = profile_models(
-                made, fast, xs, training=training, rounds=rounds, trace=trace,
-                tell=lambda what: progress.update(task, description=what, advance=1),
-            )  # fmt: skip
-        except Exception as error:  # the user's model may raise anything
-            _fail(f"{model} raised {type(error).__name__}: {error}\n'explain' shows at which stage")
+        found = profile_models(
+            made, fast, xs, training=training, rounds=rounds, trace=trace,
+            tell=lambda what: progress.update(task, description=what, advance=1),
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:
@@ -185,6 +192,8 @@ def doctor(
                 kernels = doctor.compile_kernels()
         except ImportError as error:
             _fail(str(error))
+        except Exception as error:  # of Triton, or of the assembler that it starts
+            _fail(f"a GPU kernel does not compile: {_said(error)}")
         if as_json:
             typer.echo(json.dumps([asdict(k) for k in kernels], indent=1))
         else:
@@ -280,11 +289,34 @@ def _model_and_inputs(model: str, inputs: list[str], device: str) -> tuple[Any, 
     """The model that the command line names and its random inputs, on ``device``."""
     import torch
 
-    made = _make_model(model)
+    sizes = [_size(text) for text in inputs]
     try:
-        return made.to(device), tuple(torch.randn(_size(text), device=device) for text in inputs)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+        torch.empty(1, device=device)
+    except Exception as error:  # PyTorch has one type for an unknown name, another for what is not built
+        raise typer.BadParameter(f"{device}: {str(error).splitlines()[0]}", param_hint="--device") from None
+    bytes_needed, free = 4 * sum(map(prod, sizes)), _free_memory()
+    if free is not None and bytes_needed > free:
+        raise typer.BadParameter(
+            f"{', '.join(inputs)} takes {bytes_needed / 2**30:,.1f} GiB, more than the "
+            f"{free / 2**30:,.1f} GiB that are free",
+            param_hint="--input",
+        )
+    made = _make_model(model)
+    with _in_words(model):
+        made = made.to(device)
+    try:
+        return made, tuple(torch.randn(size, device=device) for size in sizes)
+    except RuntimeError as error:  # a GPU's memory
+        raise typer.BadParameter(str(error), param_hint="--input") from None
+
+
+def _free_memory() -> int | None:
+    """Bytes that a process can still take, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def _make_model(text: str) -> Any:
@@ -302,25 +334,58 @@ def _make_model(text: str) -> Any:
             raise ValueError("expected a name")
         args = [ast.literal_eval(a) for a in call.args] if call else []
         kwargs: dict[Any, Any] = {k.arg: ast.literal_eval(k.value) for k in call.keywords} if call else {}
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # what Python's parser raises
         raise _bad_model(
             f"got {text!r}, expected MODULE:FACTORY or MODULE:FACTORY(literals), as in "
             "'cnnlstm_fast:CNN_LSTM_Simple(3, 128, 2, 10)' or 'my/models.py:make'"
         ) from None
-    try:
+    with _in_words(module_name):
         module = _load_file(Path(module_name)) if separator else importlib.import_module(module_name)
+    with _in_words(text):
         found: Any = reduce(getattr, path, module)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise _bad_model(str(error)) from None
     if call is None and isinstance(found, nn.Module):
         return found
-    try:
+    with _in_words(text):
         made = found(*args, **kwargs)
-    except TypeError as error:
-        raise _bad_model(f"{text}: {error}") from None
     if not isinstance(made, nn.Module):
         raise _bad_model(f"{text} gives a {type(made).__name__}, expected an nn.Module")
     return made
+
+
+@contextmanager
+def _in_words(what: str, hint: str = "") -> Iterator[None]:
+    """Say in words what somebody's code raises, and at which line of it; Ctrl-C stays what it is.
+
+    Where none of that code was reached, the command line asked for something that is not there.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        said, where = _said(error), _line_of(error)
+        if isinstance(error, SystemExit):
+            said = f"it ended itself by sys.exit({'' if error.code is None else repr(error.code)})"
+        if not (where or hint or isinstance(error, (SystemExit, SyntaxError))):
+            raise _bad_model(f"{what}: {said}") from None
+        _fail("\n".join(filter(None, [f"{what} failed", where, said, hint])))
+
+
+def _said(error: BaseException) -> str:
+    """The last lines of a traceback: an exception's type and text, and where a file cannot be parsed."""
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _line_of(error: BaseException) -> str | None:
+    """The last line that ran outside of Python, of this package and of what is installed, in words."""
+    left_out = tuple(
+        str(Path(folder).resolve()) + os.sep
+        for folder in (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+    )
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        installed = {"site-packages", "dist-packages"} & set(path.parts)
+        if path.is_file() and not installed and not str(path.resolve()).startswith(left_out):
+            return f"in line {frame.lineno} of {frame.filename}, in {frame.name}: {frame.line}"
+    return None
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -359,6 +424,10 @@ def _size(text: str) -> tuple[int, ...]:
     parts = text.lower().split("x")
     if not all(part.isdecimal() for part in parts):
         raise typer.BadParameter(f"got {text!r}, expected sizes as in 8x3x28x28", param_hint="--input")
+    if max(map(len, parts)) > 18 or prod(map(int, parts)) >= 2**61:
+        raise typer.BadParameter(
+            f"{text[:60]} has more elements than 64 bits can address", param_hint="--input"
+        )
     return tuple(map(int, parts))
 
 

@@ -15,15 +15,18 @@ eager. Use :class:`cnnlstm_fast.LSTM` and :class:`cnnlstm_fast.GRU` there, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from cnnlstm_fast import patterns
-from cnnlstm_fast.patterns import CONVS, Conv, Norm
+from cnnlstm_fast.patterns import ANYTHING, CONVS, NOTHING, Conv, Norm
 
 __all__ = ["cnnlstm_fast", "fuse"]
+
+#: Where a block's node has its effect.
+_EFFECT = "cnnlstm_fast_effect"
 
 
 class Block(nn.Module):
@@ -66,20 +69,25 @@ def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict 
 
 
 def fuse(module: fx.GraphModule) -> int:
-    """Put one call in the place of every block, in place; returns how many there were."""
+    """Put one call in the place of every block, in place; returns how many there were.
+
+    The call stands where the norm stood, or the convolution if there is no norm
+    (:func:`cnnlstm_fast.patterns.may_stand_between` says why and when).
+    """
     _results_of_in_place_calls(module.graph)
+    counters = _counters(module.graph)
     count = 0
     for node in list(module.graph.nodes):
-        block = _block_at(node)
+        block = _block_at(node, counters)
         if block is None:
             continue
-        members, x, conv, found = block
+        members, place, x, conv, found = block
         name = f"cnnlstm_fast_block_{count}"
         module.add_submodule(name, Block(found.get("activation"), found.get("pool")))
         end, norm = members[-1], found.get("norm")
-        with module.graph.inserting_after(end):
+        with module.graph.inserting_after(place):
             fused = module.graph.call_module(name, (x, tuple(conv), norm and tuple(norm)))
-        fused.meta = dict(end.meta)
+        fused.meta = {**end.meta, _EFFECT: NOTHING if norm is None else norm.effect}
         end.replace_all_uses_with(fused)
         for member in reversed(members):
             module.graph.erase_node(member)
@@ -100,8 +108,10 @@ def _results_of_in_place_calls(graph: fx.Graph) -> None:
             node.args[0].replace_all_uses_with(node, lambda user, seen=frozenset(seen): user not in seen)
 
 
-def _block_at(node: fx.Node) -> tuple[list[fx.Node], fx.Node, Conv, dict[str, Any]] | None:
-    """The nodes of the block that begins with ``node``, its input, its convolution and what follows."""
+def _block_at(
+    node: fx.Node, counters: set[fx.Node]
+) -> tuple[list[fx.Node], fx.Node, fx.Node, Conv, dict[str, Any]] | None:
+    """The nodes of the block that begins with ``node``, its place, input, convolution and other parts."""
     if node.op != "call_function" or node.target not in CONVS:
         return None
     arguments: dict[str, Any] = {
@@ -112,7 +122,8 @@ def _block_at(node: fx.Node) -> tuple[list[fx.Node], fx.Node, Conv, dict[str, An
     value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
     if not isinstance(value, Tensor) or value.dim() != rank:
         return None
-    members, state, slots = [node], "conv", {}
+    members, place, state, slots = [node], node, "conv", {}
+    between: list[int] = []
     while len(members[-1].users) == 1:
         (following,) = members[-1].users
         found = _read(following)
@@ -123,20 +134,74 @@ def _block_at(node: fx.Node) -> tuple[list[fx.Node], fx.Node, Conv, dict[str, An
         next_state = patterns.follow(state, found.part, rank)
         if next_state is None:
             break
+        between += [_effect(n, counters) for n in _nodes_between(members[-1], following)]
+        if not patterns.may_stand_between(between, found.part.kind == "norm"):
+            break
         state = next_state
         members.append(following)
+        place = following if found.part.kind == "norm" else place
         slot = patterns.SLOTS.get(found.part.kind)
         if slot is not None:
             slots[slot] = found.value
-    return (members, x, Conv(**arguments), slots) if slots else None
+    return (members, place, x, Conv(**arguments), slots) if slots else None
+
+
+def _nodes_between(node: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    while (node := node.next) is not end:
+        yield node
+
+
+def _effect(node: fx.Node, counters: set[fx.Node]) -> int:
+    """What a node may do besides giving a result."""
+    if node.op in ("placeholder", "get_attr") or node in counters:
+        return NOTHING
+    if _EFFECT in node.meta:
+        return node.meta[_EFFECT]
+    function = _function(node)
+    return ANYTHING if function is None else patterns.effect(function, node.args, node.kwargs)
+
+
+def _counters(graph: fx.Graph) -> set[fx.Node]:
+    """The calls ``num_batches_tracked.add_(1)``, which stand between a convolution and its norm.
+
+    They write to memory that nothing else in the graph can see: of an integer input that is only counted,
+    and whose memory is no other input's.
+    """
+    inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    memories = [_memory(node) for node in inputs]
+    found: set[fx.Node] = set()
+    for node, memory in zip(inputs, memories, strict=True):
+        value = node.meta.get("example_value")
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            continue
+        counted = all(
+            (user.op, user.target, user.args, user.kwargs) == ("call_method", "add_", (node, 1), {})
+            and not user.users
+            for user in node.users
+        )
+        if counted and memory is not None and memories.count(memory) == 1:
+            found.update(node.users)
+    return found
+
+
+def _memory(node: fx.Node) -> int | None:
+    """The memory of an input, None where it is none of its own."""
+    try:
+        return node.meta["example_value"].untyped_storage()._cdata
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError):  # no tensor, sparse, a subclass
+        return None
 
 
 def _read(node: fx.Node) -> patterns.Found | None:
     """What a node could be in a block."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    target: Any = node.target
-    function = getattr(Tensor, target, None) if node.op == "call_method" else target
-    if node.op not in ("call_method", "call_function") or function is None:
+    function = _function(node)
+    if function is None or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     return patterns.read_call(function, node.args, node.kwargs)
+
+
+def _function(node: fx.Node) -> Any:
+    """What a node calls, a method as the function of ``Tensor``; None if it calls no function."""
+    if node.op == "call_method":
+        return getattr(Tensor, cast(str, node.target), None)
+    return node.target if node.op == "call_function" else None

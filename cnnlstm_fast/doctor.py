@@ -16,8 +16,6 @@ from cnnlstm_fast import _ext, plans
 
 __all__ = ["Finding", "Report", "compile_kernels", "report"]
 
-BUILD = "python setup.py build_ext --inplace"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -113,10 +111,7 @@ def _installed(package: str) -> str | None:
 def _extension() -> Finding:
     if _ext.loaded:
         return Finding("CPU kernels", "ok", "loaded")
-    if os.environ.get("CNNLSTM_FAST_NO_EXTENSION") == "1":
-        mend = "unset CNNLSTM_FAST_NO_EXTENSION"
-    else:
-        mend = f"in a checkout run: {BUILD} (CPU tensors run PyTorch's own operators until then)"
+    mend = f"{_ext.mend} (CPU tensors run PyTorch's own operators until then)"
     return Finding("CPU kernels", "missing", str(_ext.error), mend)
 
 

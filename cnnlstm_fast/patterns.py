@@ -7,7 +7,9 @@ part may be and what may follow it stands in the tables below.
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -19,9 +21,9 @@ from cnnlstm_fast import functional, plans
 from cnnlstm_fast.functional import unhooked
 
 __all__ = [
-    "CONVS", "Block", "Conv", "Found", "Norm", "Part", "as_block", "decide", "eager_layout", "follow",
-    "is_container", "members", "per_sample", "read_call", "reads_channels_last", "run", "run_block",
-    "run_chain", "spans", "steps",
+    "ANYTHING", "CONVS", "NOTHING", "WRITES", "Block", "Conv", "Found", "Norm", "Part", "as_block", "decide",
+    "eager_layout", "effect", "follow", "is_container", "may_stand_between", "members", "per_sample",
+    "read_call", "reads_channels_last", "run", "run_block", "run_chain", "spans", "steps",
 ]  # fmt: skip
 
 
@@ -434,6 +436,11 @@ class Norm(NamedTuple):
         """The same without running statistics, which batch statistics then are not added to."""
         return self._replace(running_mean=None, running_var=None)
 
+    @property
+    def effect(self) -> int:
+        """Of the call: batch statistics are counted in the running ones."""
+        return WRITES if self.training and self.running_mean is not None else NOTHING
+
     def module(self, channels: int, rank: int) -> nn.Module:
         """An ``nn.BatchNorm1d/2d`` over the very same tensors; cheap enough to be made on every call."""
         cls, state = _NORMS[rank]
@@ -600,3 +607,83 @@ def _is_plain_value(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain_value, value))
     return value is None or type(value) in (bool, int, float, str)
+
+
+# ---------------------------------------------------------------- what may stand between the calls of a block
+
+#: What a call may do besides giving a result: nothing; write to memory that was there before; or anything,
+#: as change the modes (of gradients, of autocast, of inference) that later calls run in.
+NOTHING, WRITES, ANYTHING = range(3)
+
+
+def may_stand_between(between: Iterable[int], norm_to_come: bool) -> bool:
+    """Whether a block may be one call although calls with these effects stand between its members.
+
+    A block runs where its operands are read. Activation and pool have one operand, the value before
+    them, which nobody else holds: they may run earlier, at the convolution or its norm, whatever is
+    written meanwhile. A norm reads and counts statistics, so it stays where it stands, and its
+    convolution runs later, at the norm: nothing may be written between these two. Past a call that may
+    do anything nothing is moved.
+
+    Args:
+        between: the effects.
+        norm_to_come: whether the calls stand between a convolution and its norm.
+    """
+    return max(between, default=NOTHING) <= (NOTHING if norm_to_come else WRITES)
+
+
+#: Functions of the module ``operator`` that write to none of their arguments.
+_PURE_OPERATORS = set(
+    "abs add and_ eq floordiv ge getitem gt invert le lt matmul mod mul ne neg not_ or_ pos pow sub truediv "
+    "xor".split()
+)
+
+
+def effect(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """What a call may do besides giving a result: :data:`NOTHING`, :data:`WRITES` or :data:`ANYTHING`.
+
+    PyTorch's own operators, as functions or as methods of ``Tensor``, do what their schemas say; what is
+    not known may do anything.
+    """
+    found = read_call(function, args, kwargs)
+    if found is not None:
+        if isinstance(found.value, Norm):
+            return found.value.effect
+        return WRITES if found.inplace else NOTHING
+    name, module = getattr(function, "__name__", None), getattr(function, "__module__", None)
+    if module == "_operator":
+        return NOTHING if name in _PURE_OPERATORS else WRITES
+    if module == F.__name__ and getattr(F, str(name), None) is function:
+        return WRITES  # in Python, and in place where it is asked to be
+    if isinstance(function, torch._ops.OpOverload):
+        own = function.namespace == "aten"
+        written = _written_arguments(function.overloadpacket.__name__) if own else None
+    else:
+        own = module in ("torch", "torch._C._nn") or getattr(Tensor, str(name), None) is function
+        native = isinstance(function, (types.BuiltinFunctionType, types.MethodDescriptorType))
+        written = _written_arguments(str(name)) if own and native else None
+    if written is None:
+        return ANYTHING
+    return WRITES if written & {"", *kwargs} else NOTHING
+
+
+@functools.cache
+def _written_arguments(name: str) -> frozenset[str] | None:
+    """The arguments that ``aten::name`` writes to, those that need no keyword as ""; None if it is unknown.
+
+    The schemas of old norms do not say that running statistics are written to. What returns nothing is
+    there for another effect.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return None
+    written = set()
+    for overload in packet.overloads():
+        schema = getattr(packet, overload)._schema
+        if not schema.returns:
+            return None
+        for argument in schema.arguments:
+            stated = argument.alias_info is not None and argument.alias_info.is_write
+            if stated or argument.name.startswith("running_"):
+                written.add(argument.name if argument.kwarg_only else "")
+    return frozenset(written)

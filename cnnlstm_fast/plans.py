@@ -142,6 +142,7 @@ def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return "input and parameters differ in dtype"
     if x.device.type == "cpu":
         if not _ext.loaded:
+            _ext.warn_if_missing()
             return f"the compiled kernels are missing: {_ext.error}"
     elif x.device.type == "cuda":
         if not triton_available():

@@ -413,6 +413,10 @@ _OF_CONVOLUTION = (
 #: Launch options of passes that reduce their tiles: more of them in flight behind each barrier.
 REDUCTION = dict(num_warps=8, num_stages=1, maxnreg=255)
 
+#: Of passes of few programs, for which the assembler need not save registers. It calls a float64 root or
+#: quotient, and left to itself it spills around the call: which kernels do depends on the version of Triton.
+FEW_PROGRAMS = PASS | dict(maxnreg=255)
+
 
 def fold(
     weight: Tensor,
@@ -508,7 +512,7 @@ def forward(
         BM=32,
         BN=16,
     )
-    run(normalisation_kernel, triton.cdiv(channels, 16), args, PASS)
+    run(normalisation_kernel, triton.cdiv(channels, 16), args, FEW_PROGRAMS)
     if out.numel() == 0:
         return out, codes, kept, z_map, stats
     args = finish_args(out, codes, kept, order, conv_hw, size, activation, act, pool)
@@ -663,7 +667,7 @@ def _norm_sums(grad, winners, strides, stats, eps, activation, act, order, store
         BM=32,
         BN=16,
     )
-    run(norm_sums_kernel, triton.cdiv(channels, 16), args, PASS)
+    run(norm_sums_kernel, triton.cdiv(channels, 16), args, FEW_PROGRAMS)
     return sums, du
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import cnnlstm_fast.demo
@@ -189,6 +190,14 @@ def test_explain_fails_with_the_mend():
         (("mine:no_such_factory", "--input", "1"), "no_such_factory"),
         (("mine:make", "--input", "2xx3"), "8x3x28x28"),
         (("mine:make", "--input", "2x3", "--device", "no_such_device"), "no_such_device"),
+        (("mine:make", "--input", "2x3", "--device", "mps"), "--device: mps: Could not run"),
+        (("mine:make", "--input", "99999999999999999999x3"), "64 bits"),
+        (("mine:make", "--input", "1" + 5000 * "0"), "64 bits"),
+        (("mine:make", "--input", "4294967296x4294967296x4294967296"), "64 bits"),
+        (("mine:make", "--input", "1000000x1000000x1000"), "GiB that are free"),
+        (("mine:make", "--input", "1", "--input", "1000000x1000000"), "GiB that are free"),
+        (("mine:make.__name__", "--input", "1"), "not callable"),
+        (("mine:make" + 300 * "(" + 300 * ")", "--input", "1"), "literals"),
         (("mine:make",), "--input"),
     ],
 )
@@ -196,6 +205,100 @@ def test_bad_calls_say_what_to_do(args, words, mine):
     result = call("explain", *args)
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("command", ["explain", "profile"])
+def test_a_device_that_is_not_there(command, mine):
+    done = call(command, "mine:make", "--input", "1x3x8x8", "--device", "cuda")
+    assert done.exit_code == 2 and "--device: cuda" in " ".join(done.output.split())
+
+
+_BAD_FILE = """\
+import sys
+from torch import nn
+class Raises(nn.Module):
+    def forward(self, x):
+        return inner(x)
+class Leaves(nn.Module):
+    def forward(self, x):
+        sys.exit(7)
+class Stuck(nn.Module):
+    def train(self, mode=True):
+        raise NotImplementedError("[bold]no modes")
+def inner(x=None):
+    raise KeyError("of inner")
+def leave():
+    sys.exit(7)
+def deep():
+    return deep()
+def typed():
+    return nn.Linear(3, "four")
+def nothing():
+    pass
+def interrupted():
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize(
+    "text, factory, words",
+    [
+        (_BAD_FILE, "inner", ["line 13 of", "in inner", "KeyError: 'of inner'"]),
+        (_BAD_FILE, "leave", ["line 15 of", "sys.exit(7)"]),
+        (_BAD_FILE, "deep", ["line 17 of", "RecursionError"]),
+        (_BAD_FILE, "typed", ["line 19 of", "TypeError"]),
+        (_BAD_FILE, "nothing", ["gives a NoneType"]),
+        (_BAD_FILE, "Raises", ["KeyError: 'of inner'"]),
+        (_BAD_FILE, "Leaves", ["line 8 of", "sys.exit(7)"]),
+        (_BAD_FILE, "Stuck", ["line 11 of", "NotImplementedError: [bold]no modes"]),
+        ("x = 1\nraise ValueError('while importing')\n", "x", ["line 2 of", "ValueError: while importing"]),
+        ("import sys\nsys.exit(7)\n", "x", ["line 2 of", "sys.exit(7)"]),
+        ("raise SystemExit\n", "x", ["line 1 of", "sys.exit()"]),
+        ("import no_such_module_here\n", "x", ["line 1 of", "no_such_module_here"]),
+        ("x = 1\ndef f(:\n", "x", ["line 2", "SyntaxError"]),
+        ("x = '\0'\n", "x", ["SyntaxError"]),
+        ("assert False\n", "x", ["line 1 of", "AssertionError"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["explain", "profile"])
+def test_a_model_that_fails_is_told_in_words(command, text, factory, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "their_net.py"
+    path.write_text(text)
+    more = ("--trace", str(tmp_path / "trace.json")) if command == "profile" else ()
+    done = call(command, f"{path}:{factory}", "--input", "2x3", *more)
+    said = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit)
+    assert all(word in said for word in words) and "Traceback" not in said
+    if done.exit_code == 1 and factory != "Raises":
+        assert "their_net.py" in said
+
+
+def test_an_interrupt_stays_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "their_net.py"
+    path.write_text(_BAD_FILE)
+    with pytest.raises(KeyboardInterrupt):
+        cli._make_model(f"{path}:interrupted")
+    done = call("explain", f"{path}:interrupted", "--input", "2x3")
+    assert done.exit_code not in (0, 2) and "their_net" not in done.output
+
+
+def test_a_trace_that_cannot_be_written(mine, tmp_path):
+    (tmp_path / "file").touch()
+    trace = tmp_path / "file" / "trace.json"
+    done = call("profile", "mine:make", "--input", "1x3x8x8", "--trace", str(trace))
+    assert done.exit_code == 2 and "--trace" in done.output
+
+
+def test_a_kernel_that_does_not_compile_is_told_in_words(monkeypatch):
+    def fail():
+        raise RuntimeError("ptxas exited with 255")
+
+    monkeypatch.setattr(doctor, "compile_kernels", fail)
+    done = call("doctor", "--compile-kernels")
+    assert done.exit_code == 1 and "does not compile: RuntimeError: ptxas exited with 255" in done.output
 
 
 @pytest.mark.parametrize("flags, settings", [((), "FULL"), (("--quick",), "QUICK")])

@@ -1,9 +1,11 @@
 """The dynamo backend: what it finds, what it leaves, and that nothing changes."""
 
 import copy
+import random
 import subprocess
 import sys
 
+import between
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,3 +229,85 @@ def test_blocks_run_as_one_op(monkeypatch):
         calls.clear()
         compiled(x)
     assert len(calls) == 3
+
+
+# ---------------------------------------------------------------- programs
+
+
+def outcome(program, parts, leaf, grad):
+    """Everything that a program does: results, what it did to its input and to the parts, and gradients."""
+    parts, leaf = copy.deepcopy(parts), leaf.clone().requires_grad_(grad)
+    values = leaf * 1.0
+    with torch.set_grad_enabled(grad):
+        results = program(parts, values)
+    results = results if isinstance(results, tuple) else (results,)
+    about = [(r.dtype, r.stride(), r.requires_grad) for r in results]
+    tensors = [*(r.detach().clone() for r in results), values.detach(), *parts.state_dict().values()]
+    loss = sum(r.double().square().mean() for r in results if not r.is_inference())
+    grads = None
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        try:
+            grads = torch.autograd.grad(loss, [leaf, *parts.parameters()], allow_unused=True)
+        except RuntimeError as error:  # what is needed for it was changed
+            grads = str(error)
+    return about, tensors, grads
+
+
+def assert_same_outcome(program, parts, x, grad, tolerance, **options):
+    """The same outcome plain and under the backend; where plain PyTorch raises, nothing is asked."""
+    try:
+        about, tensors, grads = outcome(program, parts, x, grad)
+    except RuntimeError:
+        return
+    torch._dynamo.reset()
+    compiled = torch.compile(program, backend="cnnlstm_fast", **options)
+    got = outcome(compiled, parts, x, grad)
+    assert got[0] == about
+    pairs = list(zip(got[1], tensors, strict=True))
+    if isinstance(grads, tuple):
+        assert isinstance(got[2], tuple), got[2]
+        assert [g is None for g in got[2]] == [g is None for g in grads]
+        pairs += [(a, b) for a, b in zip(got[2], grads, strict=True) if b is not None]
+    for a, b in pairs:
+        a, b = a.double(), b.double()
+        assert torch.equal(a.isnan(), b.isnan())
+        assert (a - b).nan_to_num().norm() <= tolerance * (1 + b.nan_to_num().norm())
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("program", between.BETWEEN, ids=lambda program: program.__name__)
+def test_what_happens_between(program, train):
+    parts = between.Parts().train(train)
+    x = torch.randn(2, 4, 8, 10)
+    assert_same_outcome(program, parts, x, False, 1e-4)
+    if "numpy" not in program.__name__:  # dynamo's numpy counts versions, and backward raises
+        assert_same_outcome(program, parts, x, True, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [between.input_cleared, between.norms_in_another_order, between.statistics_read_behind_the_norm],
+    ids=lambda program: program.__name__,
+)
+def test_what_happens_between_with_the_rest_by_inductor(program):
+    x = torch.randn(2, 4, 8, 10)
+    assert_same_outcome(program, between.Parts(), x, False, 1e-4, options={"rest": "inductor"})
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_programs(part):
+    """Ten a part, in float32 and float64; no gradients of bfloat16, whose ties fall either way."""
+    rng = random.Random(torch.initial_seed())
+    for _ in range(10):
+        text = between.write(rng)
+        space = {"torch": torch, "F": F}
+        exec(text, space)
+        dtype = rng.choice((torch.float32, torch.float64))
+        parts = between.Parts().train(rng.random() < 0.5).to(dtype)
+        tolerance = 5e-2 if between.AUTOCAST in text else 1e-3 if dtype == torch.float32 else 1e-8
+        x, grad = torch.randn(2, 4, 16, 16, dtype=dtype), rng.random() < 0.6 and between.AUTOCAST not in text
+        try:
+            assert_same_outcome(space["program"], parts, x, grad, tolerance)
+        except Exception:
+            print(dtype, "training" if parts.training else "evaluation", grad, text, sep="\n")
+            raise

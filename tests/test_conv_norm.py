@@ -476,3 +476,38 @@ def test_autocast(plan):
         double = {k: t.double() for k, t in tensors.items()}
         true = eager(BLOCK, *double.values(), copy.deepcopy(norm).double()).detach()
         assert_close_as_torch(found["out"], expected["out"], true)
+
+
+@needs_extension
+def test_a_norm_that_was_used_plain_before_can_be_counted():
+    """PyTorch saves running statistics for a norm's backward, and its own counting moves no version."""
+    norm, conv = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3)
+    twin = copy.deepcopy(norm)
+    x = torch.randn(2, 6, 9, 8)
+
+    def both(norm, block):
+        y = x.clone().requires_grad_()
+        (norm(y).sum() + block(y).square().sum()).backward()
+        return y.grad, norm.weight.grad, norm.running_mean, norm.running_var
+
+    def fused(y):
+        return conv_block(y, conv.weight, conv.bias, norm=norm, activation="relu", plan="direct")
+
+    got = both(norm, fused)
+    expected = both(twin, lambda y: torch.relu(twin(conv(y))))
+    for mine, true in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-4)
+    assert norm.running_mean._version == twin.running_mean._version
+
+
+@needs_extension
+def test_a_bias_may_change_before_the_backward_of_a_folded_norm():
+    norm, conv = nn.BatchNorm2d(6).eval().requires_grad_(False), nn.Conv2d(3, 6, 3)
+    x = torch.randn(2, 3, 9, 8, requires_grad=True)
+    y = conv_block(x, conv.weight, conv.bias, norm=norm, activation="relu", plan="direct")
+    wanted = [x, *conv.parameters()]
+    expected = torch.autograd.grad(torch.relu(norm(conv(x))).sum(), wanted)
+    with torch.no_grad():
+        conv.bias.add_(1.0)
+    for got, true in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-3, atol=1e-4)

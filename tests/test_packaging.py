@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -284,3 +285,91 @@ def test_metadata():
     floor = re.search(r"torch>=2\.(\d+)", project)
     target = re.search(r'TARGET_TORCH = "0x02([0-9a-f]{2})', setup)
     assert int(floor[1]) == int(target[1], 16)
+
+
+# ------------------------------------------------------------- built without kernels
+
+
+@pytest.fixture(scope="module")
+def unbuilt(tmp_path_factory) -> Path:
+    """A folder with the package as an installation without kernels leaves it."""
+    folder = tmp_path_factory.mktemp("unbuilt")
+    package = Path(cnnlstm_fast.__file__).parent
+    shutil.copytree(
+        package, folder / "cnnlstm_fast", ignore=shutil.ignore_patterns("__pycache__", "*.so", "kernels")
+    )
+    return folder
+
+
+_BLOCK = "cf.functional.conv_block(torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3))"
+_LAYER = "cf.GRU(3, 4)(torch.randn(5, 2, 3))"
+
+
+@pytest.mark.parametrize("call", [_BLOCK, _LAYER], ids=["block", "layer"])
+def test_the_first_call_without_kernels_warns_once(call, unbuilt):
+    code = f"""
+import warnings, torch
+with warnings.catch_warnings(record=True) as imported:
+    warnings.simplefilter("always")
+    import cnnlstm_fast as cf
+    assert cf.__file__.startswith({str(unbuilt)!r}) and cf.doctor.report()
+with warnings.catch_warnings(record=True) as called:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        {call}
+        {_BLOCK}
+print([str(w.message) for w in imported if "cnnlstm_fast" in str(w.message)])
+print([str(w.message) for w in called if "cnnlstm_fast" in str(w.message)])
+print(cf.doctor.report()["CPU kernels"].mend)
+"""
+    ran = run_python(code, PYTHONPATH=str(unbuilt), PYTHONSAFEPATH="1", CNNLSTM_FAST_NO_EXTENSION="0")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    imported, called, mend = ran.stdout.splitlines()
+    assert imported == "[]"
+    (said,) = ast.literal_eval(called)
+    assert "no compiled CPU kernels" in said and "pip install --no-build-isolation" in said
+    assert said.rpartition("To get them: ")[2] in mend
+    ran = run_python(code, PYTHONPATH=str(unbuilt), PYTHONSAFEPATH="1", CNNLSTM_FAST_NO_EXTENSION="1")
+    assert ran.stdout.splitlines()[1] == "[]", "who forbids them knows"
+
+
+@needs_extension
+def test_a_call_with_kernels_does_not_warn():
+    ran = run_python(
+        f"import torch, cnnlstm_fast as cf; {_BLOCK}; {_LAYER}", PYTHONWARNINGS="error::UserWarning"
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+@needs_checkout
+@pytest.mark.parametrize("has_torch", [True, False], ids=["torch", "no torch"])
+def test_an_isolated_build_takes_the_environments_torch(has_torch, tmp_path):
+    """As pip builds: a Python whose own packages are hidden, and beside it a folder with setuptools."""
+    venv.create(tmp_path / "home")
+    python = tmp_path / "home" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    isolated = tmp_path / "isolated"
+    isolated.mkdir()
+    (isolated / "sitecustomize.py").write_text(
+        "import sys; sys.path[:] = [p for p in sys.path if not p.endswith('site-packages')]\n"
+    )
+    for package in Path(torch.__file__).parents[1].iterdir():
+        if package.name in ("setuptools", "_distutils_hack", "pkg_resources"):
+            (isolated / package.name).symlink_to(package)
+        elif has_torch and not package.name.endswith((".pth", "__pycache__")):
+            (site / package.name).symlink_to(package)
+    env = {k: v for k, v in os.environ.items() if k != "CNNLSTM_FAST_REQUIRE_EXTENSION"}
+    command = [python, "setup.py", "-q", "build_ext", "--help"]
+    done = subprocess.run(
+        command,
+        env=env | {"PYTHONPATH": str(isolated)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("building without kernels" in done.stderr) != has_torch
+    env |= {"PYTHONPATH": str(isolated), "CNNLSTM_FAST_REQUIRE_EXTENSION": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) == has_torch

@@ -96,20 +96,22 @@ class FoldNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, bias, gamma, beta, mean, var, eps):
-        ctx.save_for_backward(weight, bias, gamma, var)
+        ctx.save_for_backward(weight, gamma, var)
         ctx.eps = eps
-        ctx.beta_dtype = None if beta is None else beta.dtype
+        # What no gradient reads is not kept, and may change in place before the backward.
+        ctx.dtypes = [None if t is None else t.dtype for t in (bias, beta)]
         return fold_op(weight, bias, gamma, beta, mean, var, eps)
 
     @staticmethod
     def backward(ctx, grad_weight, grad_bias):
-        weight, bias, gamma, var = ctx.saved_tensors
+        weight, gamma, var = ctx.saved_tensors
+        of_bias, of_beta = ctx.dtypes
         inverse = (var.double() + ctx.eps).rsqrt()
         scale = inverse if gamma is None else inverse * gamma
         db = grad_bias.double()
         dw = grad_weight * scale.to(weight.dtype).view(-1, 1, 1, 1) if ctx.needs_input_grad[0] else None
-        dbias = (db * scale).to(bias.dtype) if ctx.needs_input_grad[1] else None
-        dbeta = grad_bias.to(ctx.beta_dtype) if ctx.needs_input_grad[3] else None
+        dbias = (db * scale).to(of_bias) if ctx.needs_input_grad[1] else None
+        dbeta = grad_bias.to(of_beta) if ctx.needs_input_grad[3] else None
         return dw, dbias, None, dbeta, None, None, None
 
 
@@ -222,7 +224,8 @@ def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: 
     with torch.no_grad():
         mean = mean if bias is None else mean + bias
         for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-            running.copy_(running * (1 - momentum) + found * momentum)
+            # As PyTorch's update it counts for no version: another use of the norm may have saved the tensor.
+            running.data.copy_(running * (1 - momentum) + found * momentum)
 
 
 from cnnlstm_fast.ops import conv_norm_cuda  # noqa: E402, F401  (registers the kernels of the ops above)
