@@ -238,7 +238,7 @@ def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return op.ConvBlockFunction.apply(x, weight, bias, *args, plan, backward_plan)
-    return op.forward_op(x, weight, bias, *args, plan, False)[0]
+    return op.caller(op.forward_op, plan)(x, weight, bias, *args, plan, False)[0]
 
 
 def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
