@@ -48,13 +48,13 @@ def call(op: Callable, *args):
         return op(*args)
     except RuntimeError as error:
         failed = error
-    error, _noted.error = _noted.error or failed, None
-    if error is failed and not _noted.begun and _only_ctrl_c_raises():
+    noted, _noted.error = _noted.error, None
+    if not _noted.begun and _only_ctrl_c_raises():
         # A signal's handler runs in the first Python code after it, which may be the kernel's entry: no code
         # of Python's can note that. An op that fails for another reason fails again.
         op(*args)
         raise KeyboardInterrupt
-    raise error
+    raise noted or failed
 
 
 def _only_ctrl_c_raises() -> bool:
