@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import cnnlstm_fast as cf
 from benchmarks.cases import INPUT_STEP, WEIGHT_STEP, conv_flops, on_grid
 from benchmarks.race import Spread, WrongResult, errors, exceeding, limits_as_torch, paired_ratio, turn
-from cnnlstm_fast import functional, plans
+from cnnlstm_fast import functional
 
 #: The least ratio over eager that a block may have.
 FLOOR = 0.97
@@ -359,16 +359,14 @@ class _Side:
 def plan_of(call: partial, x: Tensor, weights: dict[str, Tensor]) -> tuple[str, str, str]:
     """Forward plan, backward plan and reason of a call to ``cf.functional.conv_block``."""
     given = call.keywords
-    weight = weights["weight"]
-    spec, reason = functional.make_spec(
-        weight.shape, False, given["stride"], given["padding"], 1, given["groups"],
+    decision, *_ = functional.decide(
+        x, weights["weight"], weights["bias"], given["stride"], given["padding"], 1, given["groups"],
         given["norm"], given["activation"], given["pool"], given["layout"],
     )  # fmt: skip
-    if spec is None:
-        return "reference", "reference", reason
-    if weight.dim() == 3:
-        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
-    return plans.choose("auto", spec, x, weight, weights["bias"], given["norm"])
+    reason = decision.reason
+    if decision.behind is not None and decision.plan != "reference":
+        reason += f"; the {type(decision.behind).__name__} is PyTorch's own, behind the block"
+    return decision.plan, decision.backward_plan, reason
 
 
 def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> BlockResult:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from cnnlstm_fast import plans, reference
+from cnnlstm_fast.errors import WrongDtype, WrongShape, WrongValue
 from cnnlstm_fast.functional_recurrent import gru, lstm
 from cnnlstm_fast.ops import conv_block as op
 from cnnlstm_fast.ops import conv_norm
@@ -54,8 +55,9 @@ def conv_block(
         The pooled map in the shape of ``layout``, in the dtype that PyTorch would give.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: an argument or a dtype is of the wrong type.
         ValueError: shapes do not fit, a name is unknown, or ``plan`` cannot run this call.
+        RuntimeError: the same error, where PyTorch raises one (:mod:`cnnlstm_fast.errors`).
     """
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         raise TypeError(f"x and weight must be tensors, got {type(x).__name__} and {type(weight).__name__}")
@@ -238,7 +240,7 @@ def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return op.ConvBlockFunction.apply(x, weight, bias, *args, plan, backward_plan)
-    return op.forward_op(x, weight, bias, *args, plan, False)[0]
+    return op.caller(op.forward_op, plan)(x, weight, bias, *args, plan, False)[0]
 
 
 def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
@@ -295,40 +297,40 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None):
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def _different_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> TypeError:
+def _different_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> WrongDtype:
     names = [str(t.dtype)[6:] for t in (x, weight, bias) if t is not None]
-    return TypeError(
+    return WrongDtype(
         f"input, weight and bias must have one dtype, got {', '.join(names)}: convert with .to(dtype)"
     )
 
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
     if rank not in (3, 4):
-        raise ValueError(
+        raise WrongShape(
             f"got a weight of shape {tuple(weight.shape)}, expected (C_out, C_in/groups, KH, KW) for "
             "images or (C_out, C_in/groups, K) for signals"
         )
     if 0 in (weight.shape[0], *weight.shape[2:]):
-        raise ValueError(f"got an empty weight of shape {tuple(weight.shape)}, expected sizes of at least 1")
+        raise WrongShape(f"got an empty weight of shape {tuple(weight.shape)}, expected sizes of at least 1")
     names = "(N, C, H, W) or (C, H, W)" if rank == 4 else "(N, C, L) or (C, L)"
     if x.dim() not in (rank, rank - 1):
-        raise ValueError(
+        raise WrongShape(
             f"got an input of shape {tuple(x.shape)} for a weight of shape {tuple(weight.shape)}, "
             f"expected {names}"
             + (": fold the time axis first, or use cf.TimeDistributed" if x.dim() > rank else "")
         )
     if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(
+        raise WrongValue(
             f"got groups={groups} with {weight.shape[0]} output channels, expected a divisor of them"
         )
     channels = x.shape[1 - rank]
     if channels != weight.shape[1] * groups:
-        raise ValueError(
+        raise WrongShape(
             f"the input has {channels} channels but the weight of shape {tuple(weight.shape)} with "
             f"groups={groups} expects {weight.shape[1] * groups}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"got a bias of shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+        raise WrongShape(f"got a bias of shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
 
 
 def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, int]:
@@ -343,9 +345,9 @@ def _pair(value, rank: int, name: str, low: int, one_d: int = 0) -> tuple[int, i
     if len(values) == 1:
         values *= rank - 2
     if len(values) != rank - 2:
-        raise ValueError(f"got {name}={value!r}, expected an int or {rank - 2} ints")
+        raise WrongValue(f"got {name}={value!r}, expected an int or {rank - 2} ints")
     if min(values) < low:
-        raise ValueError(f"got {name}={value!r}, expected values of at least {low}")
+        raise WrongValue(f"got {name}={value!r}, expected values of at least {low}")
     return (values[0], values[1]) if rank == 4 else (one_d, values[0])
 
 
@@ -354,7 +356,7 @@ def _check_pool(pool, rank: int) -> None:
         raise TypeError(f"got pool={pool!r}, expected an nn pooling module or None")
     name = type(pool).__name__
     if rank == 4 and name.endswith("Pool1d"):  # PyTorch takes a 2-d pool on signals, as one image
-        raise ValueError(f"got a {name} for images: use {name[:-2]}2d")
+        raise WrongValue(f"got a {name} for images: use {name[:-2]}2d")
     if getattr(pool, "return_indices", False):
         raise ValueError(f"got a {name} with return_indices=True, expected one that returns the map alone")
 
@@ -435,9 +437,9 @@ def make_spec(
     rank, weight_channels = len(weight_shape), weight_shape[0]
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
-            raise ValueError(f"got padding={padding!r}, expected an int, ints, 'same' or 'valid'")
+            raise WrongValue(f"got padding={padding!r}, expected an int, ints, 'same' or 'valid'")
         if padding == "same" and any(v != 1 for v in _pair(_hashable(stride), rank, "stride", 1, 1)):
-            raise ValueError(
+            raise WrongValue(
                 f"padding='same' keeps the size, so it goes with stride=1 only, got stride={stride!r}"
             )
     if pool is not None:
@@ -447,7 +449,7 @@ def make_spec(
             raise TypeError(f"got norm={norm!r}, expected an nn.BatchNorm1d/2d module or None")
         channels = getattr(norm, "num_features", weight_channels)
         if channels != weight_channels:
-            raise ValueError(f"got a norm of {channels} channels, the convolution gives {weight_channels}")
+            raise WrongShape(f"got a norm of {channels} channels, the convolution gives {weight_channels}")
     if activation is not None and not isinstance(activation, (str, nn.Module)):
         raise TypeError(f"got activation={activation!r}, expected a name, an nn module or None")
     if isinstance(activation, str) and activation not in reference.ACTIVATION_NAMES:
@@ -535,7 +537,7 @@ def _spec(
         )
         for pad, k in zip(max_pool.padding, max_pool.kernel, strict=True):
             if pad > k // 2:
-                raise ValueError(
+                raise WrongValue(
                     f"got a pool padding of {pad} for a kernel of {k}, expected at most half of it"
                 )
     return BlockSpec(

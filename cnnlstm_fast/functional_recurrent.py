@@ -14,17 +14,10 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from cnnlstm_fast import plans, reference
+from cnnlstm_fast.errors import WrongDtype, WrongShape, WrongStates, WrongType, WrongValue
 from cnnlstm_fast.ops import recurrent as op
 
 __all__ = ["gru", "lstm"]
-
-
-class WrongShape(ValueError, RuntimeError):
-    """A shape that does not fit: a ``ValueError`` here, a ``RuntimeError`` in ``nn.LSTM`` and ``nn.GRU``."""
-
-
-class WrongDtype(TypeError, ValueError):
-    """A dtype that does not fit: a ``TypeError`` here, a ``ValueError`` in ``nn.LSTM`` and ``nn.GRU``."""
 
 
 class Cell(NamedTuple):
@@ -129,7 +122,7 @@ def lstm(
 def check_pair(hx) -> None:
     """Raise a ``TypeError`` if ``hx`` is no initial state of an LSTM."""
     if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-        raise TypeError(f"an LSTM's initial state is a pair of tensors (h_0, c_0), got {_said(hx)}")
+        raise WrongStates(f"an LSTM's initial state is a pair of tensors (h_0, c_0), got {_said(hx)}")
 
 
 def gru(
@@ -177,7 +170,7 @@ def run(
     if plan not in plans.RECURRENT_PLANS:
         raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.RECURRENT_PLANS)}")
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {_said(x)}")
+        raise WrongType(f"x must be a tensor, got {_said(x)}")
     if x.dim() not in (2, 3):
         raise WrongShape(
             f"{cell.name}: got an input of shape {tuple(x.shape)}, expected {_layout(stack, 'I')} or (T, I) "
@@ -395,7 +388,7 @@ def check_states(hx, sizes: tuple[int, ...], stack: Stack, batch) -> None:
     rows = stack.num_layers * stack.directions
     for name, s, size in zip(("h_0", "c_0"), hx, sizes, strict=False):
         if not isinstance(s, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {_said(s)}")
+            raise WrongType(f"{name} must be a tensor, got {_said(s)}")
         shape = (rows, size) if batch is None else (rows, batch, size)
         if s.shape != shape:
             raise WrongShape(
@@ -418,7 +411,7 @@ def check_reset(reset: Tensor, x: Tensor, stack: Stack) -> None:
             f"got reset of shape {tuple(reset.shape)}, expected {tuple(x.shape[:-1])} = {names}{hint}"
         )
     if reset.device != x.device:
-        raise ValueError(
+        raise WrongValue(
             f"reset is on {reset.device} and the input on {x.device}: pass reset.to({str(x.device)!r})"
         )
 
@@ -439,7 +432,7 @@ def _checked_lengths(lengths, x: Tensor, time: int, batch) -> Tensor:
     if _values_are_readable(lengths) and lengths.numel():
         values = lengths.tolist() if lengths.dim() else [lengths.item()]
         if min(values) < 0 or max(values) > time:
-            raise ValueError(
+            raise WrongValue(
                 f"got lengths from {min(values)} to {max(values)}, expected 0 to {time}, the steps of "
                 f"the input: pass lengths.clamp(0, {time}) or a longer input"
             )

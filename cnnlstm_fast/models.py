@@ -22,6 +22,11 @@ def _block(modules: list[nn.Module], conv: type[nn.Module]) -> patterns.Block | 
     return block if block is not None and type(block.conv) is conv and block.flatten is None else None
 
 
+def _is_batch(x) -> bool:
+    """Whether it is a batch of images; PyTorch's own layers say what is wrong with anything else."""
+    return isinstance(x, Tensor) and x.dim() == 4
+
+
 class _Fast(nn.Module):
     """The stages behind the features."""
 
@@ -49,7 +54,7 @@ class CNN_LSTM_Simple(_Fast, reference.CNN_LSTM_Simple):
     def features(self, x: Tensor) -> Tensor:
         """What the LSTM gets, contiguous: ``(B, C, H, W) -> (B, H'*W', 64)``."""
         block = _block([self.cnn, self.relu, self.pool], nn.Conv2d)
-        if block is None or x.dim() != 4:
+        if block is None or not _is_batch(x):
             return super().features(x)
         return patterns.run(block, x, "locations")
 
@@ -60,7 +65,7 @@ class CNN_LSTM_1DConv(_Fast, reference.CNN_LSTM_1DConv):
     def features(self, x: Tensor) -> Tensor:
         """What the LSTM gets, contiguous: ``(B, C, H, W) -> (B, H'*W', 64)``."""
         block, block_1d = _block([self.cnn], nn.Conv2d), _block([self.cnn_1d], nn.Conv1d)
-        if block is None or block_1d is None or x.dim() != 4:
+        if block is None or block_1d is None or not _is_batch(x):
             return super().features(x)
         y = patterns.run(block, x, "locations")  # the Conv1d reads it through its strides
         return patterns.run(block_1d, y.transpose(1, 2), "locations")

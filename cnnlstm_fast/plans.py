@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlstm_fast import _ext
+from cnnlstm_fast.errors import WrongShape
 from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
 
 PLANS = ("auto", "direct", "chunked", "winograd", "fft", "reference")
@@ -204,13 +205,13 @@ def check_sizes(spec: BlockSpec, size: Sequence[int], kernel: Sequence[int]) -> 
     """Raise a ``ValueError`` if an input of ``size`` (H, W) leaves the convolution or the pool nothing."""
     conv = spec.conv_size(size, kernel)
     if any(extent < 1 for extent in (*conv, *size)):
-        raise ValueError(
+        raise WrongShape(
             f"an input of {size[0]}x{size[1]} is too small for a {kernel[0]}x{kernel[1]} kernel with "
             f"padding={spec.padding} and dilation={spec.dilation}: nothing is left. Use a larger input "
             "or more padding"
         )
     if spec.pool is not None and min(spec.out_size(size, kernel)) < 1:
-        raise ValueError(
+        raise WrongShape(
             f"the convolution gives {conv[0]}x{conv[1]}, too small for a pool of {spec.pool.kernel[0]}x"
             f"{spec.pool.kernel[1]}: nothing is left. Use a larger input or a smaller pool"
         )

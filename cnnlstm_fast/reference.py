@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
 from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, finish_layout
 
 __all__ = [
@@ -414,8 +415,10 @@ class CNN_LSTM_TimeDistributed(nn.Module):
 
     def check_frames(self, x: Tensor) -> None:
         """Raise a ``ValueError`` that names the mend if the frames do not fit the LSTM."""
+        if not isinstance(x, Tensor):
+            raise WrongType(f"got a {type(x).__name__}, expected clips (B, T, C, H, W)")
         if x.dim() != 5:
-            raise ValueError(
+            raise WrongRank(
                 f"got an input of shape {tuple(x.shape)}, expected a batch of clips "
                 "(B, T, C, H, W): add the missing dimension, e.g. x.unsqueeze(0) for one clip"
             )
@@ -423,7 +426,7 @@ class CNN_LSTM_TimeDistributed(nn.Module):
         given = 64 * (h // 2) * (w // 2)
         expected = 64 * (self.image_size[0] // 2) * (self.image_size[1] // 2)
         if given != expected:  # not self.lstm.input_size: dynamo must not touch an nn.LSTM
-            raise ValueError(
+            raise WrongShape(
                 f"the LSTM expects {expected} features but the CNN gives {given} = "
                 f"64 x {h // 2} x {w // 2} for {h}x{w} images (this model was made for "
                 f"{self.image_size[0]}x{self.image_size[1]}): pass image_size=({h}, {w})"

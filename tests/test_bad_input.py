@@ -286,6 +286,141 @@ def test_wrong_calls(name):
     assert not missing, f"no word of {missing} in: {message}"
 
 
+# ------------------------------------------------------------- PyTorch's own errors
+
+
+class Folded(nn.Module):
+    """What :class:`cf.TimeDistributed` does, as people write it."""
+
+    def __init__(self, module, batch_first=True, flatten=True):
+        super().__init__()
+        self.module, self.flatten = module, flatten
+
+    def forward(self, x):
+        y = self.module(x.flatten(0, 1))
+        return (y.flatten(1) if self.flatten else y).unflatten(0, x.shape[:2])
+
+
+def both(kind, *args, **options):
+    """The plain module and ours, each made and called."""
+    return [
+        lambda: getattr(nn, kind)(5, 7, **options)(*args),
+        lambda: getattr(cf, kind)(5, 7, **options)(*args),
+    ]
+
+
+def made(kind, *args, **options):
+    return [lambda: getattr(nn, kind)(*args, **options), lambda: getattr(cf, kind)(*args, **options)]
+
+
+def chains(x, *modules):
+    return [lambda: nn.Sequential(*modules, nn.ReLU())(x), lambda: cf.Sequential(*modules, nn.ReLU())(x)]
+
+
+def steps(x, module, **options):
+    return [lambda: Folded(module, **options)(x), lambda: cf.TimeDistributed(module, **options)(x)]
+
+
+def systems(name, x):
+    kwargs = {"image_size": (8, 8)} if name == "TimeDistributed" else {}
+    return [
+        lambda: getattr(cf.reference, f"CNN_LSTM_{name}")(3, 8, 1, 10, **kwargs)(x),
+        lambda: getattr(cf, f"CNN_LSTM_{name}")(3, 8, 1, 10, **kwargs)(x),
+    ]
+
+
+def conv(**options):
+    return nn.Conv2d(*CONV, **options)
+
+
+LONGS, HALF = torch.ones(1, 3, 7, dtype=torch.int64), r(1, 3, 7).half()
+OF_DOUBLES = pack_padded_sequence(r(6, 3, 5).double(), torch.tensor([6, 2, 1]))
+
+#: name -> (a call of plain PyTorch, the same of ours)
+SAME = {
+    "an image": both("LSTM", r(2, 3, 8, 8)),
+    "a vector": both("GRU", r(5)),
+    "a list": both("LSTM", [[1.0]]),
+    "nothing": both("GRU", None),
+    "other features": both("LSTM", r(6, 3, 12)),
+    "other features, one sequence": both("GRU", r(6, 4)),
+    "no steps": both("LSTM", r(0, 3, 5)),
+    "doubles": both("LSTM", r(6, 3, 5).double()),
+    "whole numbers": both("GRU", torch.ones(6, 3, 5, dtype=torch.int64)),
+    "one state": both("LSTM", r(6, 3, 5), r(1, 3, 7)),
+    "one state in a tuple": both("LSTM", r(6, 3, 5), (r(1, 3, 7),)),
+    "three states": both("LSTM", r(6, 3, 5), (r(1, 3, 7),) * 3),
+    "states that are lists": both("LSTM", r(6, 3, 5), ([0.0], [0.0])),
+    "batch-first states": both("LSTM", r(6, 3, 5), (r(3, 1, 7),) * 2),
+    "states without a batch": both("LSTM", r(6, 3, 5), (r(1, 7),) * 2),
+    "states with a batch too many": both("LSTM", r(6, 5), (r(1, 3, 7),) * 2),
+    "double states": both("LSTM", r(6, 3, 5), (r(1, 3, 7).double(),) * 2),
+    "whole states": both("LSTM", r(6, 3, 5), (LONGS,) * 2),
+    "a pair for a GRU": both("GRU", r(6, 3, 5), (r(1, 3, 7),) * 2),
+    "other layers": both("GRU", r(6, 3, 5), r(2, 3, 7)),
+    "half states": both("GRU", r(6, 3, 5), HALF),
+    "packed, other features": both("LSTM", pack_padded_sequence(r(6, 3, 4), torch.tensor([6, 2, 1]))),
+    "packed, other states": both("LSTM", PACKED, (r(1, 2, 7),) * 2),
+    "packed doubles": both("GRU", OF_DOUBLES),
+    "no units": made("LSTM", 5, 0),
+    "fractional units": made("GRU", 5, 7.0),
+    "no layers": made("LSTM", 5, 7, num_layers=0),
+    "a wide projection": made("LSTM", 5, 7, proj_size=7),
+    "much dropout": made("GRU", 5, 7, dropout=2),
+    "a GRU's projection": made("GRU", 5, 7, proj_size=3),
+    "no sizes": made("LSTM"),
+    "other channels": chains(r(2, 4, 9, 9), conv()),
+    "a clip": chains(r(2, 5, 3, 9, 9), conv()),
+    "a small image": chains(r(2, 3, 2, 2), conv()),
+    "an empty image": chains(r(2, 3, 0, 9), conv()),
+    "a small map": chains(r(2, 3, 4, 4), conv(), nn.MaxPool2d(3)),
+    "a small map, averaged": chains(r(2, 3, 4, 4), conv(), nn.ReLU(), nn.AvgPool2d(3)),
+    "bytes": chains(torch.ones(2, 3, 9, 9).byte(), conv()),
+    "double images": chains(r(2, 3, 9, 9).double(), conv()),
+    "complex images": chains(r(2, 3, 9, 9) + 1j, conv()),
+    "a list of images": chains([1], conv()),
+    "an image for a signal": chains(r(2, 3, 9, 9), nn.Conv1d(*CONV)),
+    "a norm of other channels": chains(r(2, 3, 9, 9), conv(), nn.BatchNorm2d(5)),
+    "a norm of one value": chains(r(1, 3, 3, 3), conv(), nn.BatchNorm2d(4)),
+    "a norm without a batch": chains(r(3, 9, 9), conv(), nn.BatchNorm2d(4)),
+    "a signal's norm": chains(r(2, 3, 9, 9), conv(), nn.BatchNorm1d(4)),
+    "a padded pool": chains(r(2, 3, 9, 9), conv(), nn.ReLU(), nn.MaxPool2d(2, padding=2)),
+    "a stride of zero": chains(r(2, 3, 9, 9), conv(stride=0)),
+    "negative padding": chains(r(2, 3, 9, 9), conv(padding=-1)),
+    "one step": steps(r(2, 3, 8, 8), conv()),
+    "a step too many": steps(r(2, 3, 3, 3, 8, 8), conv()),
+    "steps in a list": steps([1], conv()),
+    "steps without features": steps(r(5), nn.Linear(5, 2)),
+    "a number": steps(torch.tensor(1.0), conv()),
+    "a tuple for each step": steps(r(2, 4, 6, 3), nn.LSTM(3, 4)),
+    "steps vanish": steps(r(2, 5, 3), nn.Unflatten(0, (1, 10)), flatten=False),
+    "channels last": steps(r(2, 4, 8, 8, 3), nn.Sequential(conv(), nn.ReLU())),
+    "double steps": steps(r(2, 4, 3, 8, 8).double(), conv()),
+    **{
+        f"{name}: {what}": systems(name, x)
+        for name in ("Simple", "1DConv", "TimeDistributed")
+        for what, x in {
+            "grey": r(2, 1, 8, 8), "grey clips": r(2, 4, 1, 8, 8), "tiny": r(2, 3, 1, 1),
+            "tiny clips": r(2, 4, 3, 1, 1), "bytes": torch.ones(2, 3, 8, 8).byte(), "a list": [1],
+            "byte clips": torch.ones(2, 4, 3, 8, 8).byte(), "large clips": r(2, 4, 3, 28, 28),
+            "one image": r(3, 8, 8), "doubles": r(2, 3, 8, 8).double(),
+        }.items()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_error_is_pytorchs_too(name):
+    """Code that catches what PyTorch raises for a wrong call catches ours."""
+    plain, ours = SAME[name]
+    with pytest.raises(Exception) as theirs:
+        plain()
+    with pytest.raises(Exception) as mine:
+        ours()
+    assert isinstance(mine.value, theirs.type), f"{mine.typename} is no {theirs.typename}"
+    assert isinstance(mine.value, (ValueError, TypeError)) or mine.type is theirs.type
+
+
 # ------------------------------------------------------------- after the constructor
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import needs_extension, run_python
 from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
@@ -682,6 +682,31 @@ def test_a_block_races_and_names_its_plan(monkeypatch, block, mode):
     assert found.ratio.p50 == pytest.approx(found.eager_ms / found.ours_ms, rel=2)
     if block.groups > 1:
         assert found.plan == "reference"
+
+
+AVERAGED = next(b for b in blocks.draw_blocks(400, 0) if b.pool is not None and b.pool[0] == "Avg")
+
+
+@needs_extension
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize(
+    "block",
+    [AVERAGED, *{b.family: b for b in blocks.draw_blocks(60, 1)}.values()],
+    ids=lambda b: b.describe(),
+)
+def test_the_plan_that_is_named_is_the_one_that_runs(monkeypatch, block, mode):
+    block, ran = dataclasses.replace(block, batch=min(block.batch, 4)), []
+    for name, plan in (("_run", lambda decision, *_: decision.plan), ("_reference", lambda *_: "reference")):
+        run = getattr(cf.functional, name)
+        monkeypatch.setattr(
+            cf.functional, name, lambda *args, run=run, plan=plan: (ran.append(plan(*args)), run(*args))[1]
+        )
+    monkeypatch.setattr(blocks, "ROUNDS", 1)
+    monkeypatch.setattr(blocks, "FLOOR", 0.0)
+    found = blocks.race_block(block, mode, seed=random.randrange(10**6), turn_s=0.0)
+    assert set(ran) == {found.plan}
+    if block.pool is not None and block.pool[0] == "Avg":
+        assert found.plan != "reference" and "AvgPool2d is PyTorch's own" in found.reason
 
 
 def test_a_slow_block_gets_more_rounds_and_loses_none(monkeypatch):

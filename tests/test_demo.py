@@ -3,6 +3,11 @@
 import io
 import json
 import math
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 
 import helpers
@@ -14,8 +19,10 @@ from rich.console import Console
 from torch import nn
 
 from cnnlstm_fast import measure, reference
-from cnnlstm_fast.demo import Settings, data, run
+from cnnlstm_fast.demo import Settings, data, denormals, main, run
+from cnnlstm_fast.demo.denormals import are_flushed
 from cnnlstm_fast.demo.main import SYSTEMS, compare
+from cnnlstm_fast.demo.report import SystemReport
 from cnnlstm_fast.demo.training import Learner, accuracy, initialise, nudge, scores
 from cnnlstm_fast.measure import Comparison
 
@@ -152,6 +159,66 @@ def test_nudge_moves_the_last_bit():
         assert (np.abs(steps) == (name == "cnn.weight")).all()
 
 
+# ---------------------------------------------------------------- denormals
+
+
+def can_flush() -> bool:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.set_flush_denormal, True).result()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormals_are_flushed_in_all_threads_of_the_work_alone(threads):
+    torch.set_num_threads(threads)
+    assert not are_flushed()
+    stopped = threading.Event()
+    found = denormals.flushing(lambda: (are_flushed(), torch.get_num_threads()), stopped)
+    assert found == (can_flush(), threads)
+    assert not are_flushed() and not stopped.is_set()
+    (gradient,) = torch.autograd.grad((x := torch.full((2**16,), 1e-20, requires_grad=True)).prod(), x)
+    assert not gradient.any() and not are_flushed()
+
+
+def test_an_interrupt_ends_the_work():
+    stopped, steps = threading.Event(), []
+
+    def work():
+        while not stopped.is_set() and len(steps) < 20000:
+            steps.append(1)
+            time.sleep(0.001)
+            if len(steps) == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+        return "ended"
+
+    with pytest.raises(KeyboardInterrupt):
+        denormals.flushing(work, stopped)
+    assert stopped.is_set() and 20 <= len(steps) < 20000
+    with pytest.raises(ZeroDivisionError):
+        denormals.flushing(lambda: 1 / 0, stopped)
+
+
+def test_an_epoch_by_the_median_step(monkeypatch):
+    train, now = some(data.load()[0], 90), [0.0]
+    seconds = iter([50.0, 3.0, 2.0, 9.0])
+
+    def step(self, x, y):
+        assert len(x) == 30
+        now[0] += next(seconds)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Learner, "step", step)
+    settings = Settings(steps=5, rounds=1, batch=4, train_batch=30, unflushed_steps=3)
+    assert main.unflushed_epoch_s(SYSTEMS[0], train, settings, torch.device("cpu"), 0) == 9.0
+
+
+def test_losses_are_compared_over_the_steps_that_all_sides_made():
+    curves = {"reference": [3.0, 2.0, 1.0], "fast": [3.0, 2.5, 9.0], "nudged": [3.1, 2.0]}
+    c = Comparison(1.0, 1.0, 1.0)
+    found = SystemReport("any", curves, {}, 0.0, c, c, c, c, c)
+    assert found.compared_steps == 2
+    assert found.loss_difference("fast") == 0.5 and found.loss_difference("nudged") == pytest.approx(0.1)
+
+
 # ---------------------------------------------------------------- measures
 
 
@@ -199,7 +266,13 @@ def test_kept_bytes_counts_storages_once():
 def test_run_writes_table_json_and_picture(tmp_path, monkeypatch):
     few = some(data.load()[0], 40), some(data.load()[1], 9)
     monkeypatch.setattr(data, "load", lambda seed: few)
-    settings = Settings(steps=3, rounds=1, batch=4, train_batch=5)
+    settings = Settings(steps=3, rounds=1, batch=4, train_batch=5, nudged_steps=2, unflushed_steps=1)
+    flush, modes = [], []
+    compared, unflushed = main.compare, main.unflushed_epoch_s
+    monkeypatch.setattr(main, "compare", lambda *args: (flush.append(are_flushed()), compared(*args))[1])
+    monkeypatch.setattr(
+        main, "unflushed_epoch_s", lambda *args: (modes.append(are_flushed()), unflushed(*args))[1]
+    )
     text = io.StringIO()
     report = run(tmp_path / "new" / "folder", settings, Console(file=text, width=110))
     names = [system.name for system in SYSTEMS]
@@ -207,9 +280,15 @@ def test_run_writes_table_json_and_picture(tmp_path, monkeypatch):
     written = json.loads((tmp_path / "new" / "folder" / "demo.json").read_text())
     assert [s["name"] for s in written["systems"]] == names
     assert abs((datetime.now(timezone.utc) - datetime.fromisoformat(written["date"])).total_seconds()) < 600
+    assert flush == [can_flush()] * 3 and modes == [False] * 3 and not are_flushed()
+    assert written["denormals_flushed"] == can_flush() and written["settings"]["unflushed_steps"] == 1
+    assert f"denormal numbers {'' if can_flush() else 'not '}flushed" in " ".join(text.getvalue().split())
     assert written["versions"]["torch"] == torch.__version__ and written["device"]
     for system, record in zip(report.systems, written["systems"], strict=True):
-        assert [len(curve) for curve in system.curves.values()] == [3, 3, 3]
+        assert [len(curve) for curve in system.curves.values()] == [3, 3, 2]
+        assert (
+            set(system.epoch_s) == {"reference", "fast", "as it comes"} and min(system.epoch_s.values()) > 0
+        )
         assert record["loss_difference"]["fast"] == system.loss_difference("fast") < 1e-3
         assert system.score_difference < 1e-4
         assert system.name in text.getvalue()

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import plans
 from torch import nn
 
@@ -100,6 +101,36 @@ def test_wrong_arguments(name, plan):
     assert isinstance(caught.value, error), f"{type(caught.value).__name__}: {message}"
     missing = [word for word in words if word not in message]
     assert not missing, f"no word of {missing} in: {message}"
+
+
+#: Wrong calls for which PyTorch has no counterpart: names of our own, or classes where it wants modules.
+OURS = {
+    "an unknown activation", "a name that is no activation", "a module's name", "a function",
+    "an activation's class", "a pool's class", "a pool that gives indices", "an unknown layout", "no layout",
+    "an unknown plan", "no plan",
+}  # fmt: skip
+
+
+def plain(
+    x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, norm=None, activation="relu", pool=None
+):
+    """The block as PyTorch's own calls."""
+    conv = F.conv1d if getattr(weight, "ndim", 4) == 3 else F.conv2d
+    y = conv(x, weight, bias, stride, padding, dilation, groups)
+    y = y if norm is None else norm(y)
+    y = activation(y) if callable(activation) or isinstance(activation, list) else getattr(F, activation)(y)
+    return y if pool is None else pool(y)
+
+
+@pytest.mark.parametrize("name", sorted(WRONG.keys() - OURS))
+def test_the_error_is_pytorchs_too(name):
+    """Code that catches what PyTorch raises for a wrong call catches ours."""
+    arguments = WRONG[name][0]
+    with pytest.raises(Exception) as theirs:
+        plain(**arguments)
+    with pytest.raises((ValueError, TypeError)) as ours:
+        conv_block(**arguments)
+    assert isinstance(ours.value, theirs.type), f"{ours.typename} is no {theirs.typename}"
 
 
 # ------------------------------------------------------------- plans that cannot run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from cnnlstm_fast import measure, models, reference
 from cnnlstm_fast.demo import data
+from cnnlstm_fast.demo.denormals import are_flushed, flushing
 from cnnlstm_fast.demo.plot import draw
 from cnnlstm_fast.demo.report import Report, SystemReport, table
 from cnnlstm_fast.demo.training import Learner, Model, accuracy, initialise, nudge, scores
@@ -43,12 +46,19 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to do: training steps at ``train_batch``, and rounds of each measurement at ``batch``."""
+    """How much to do: training steps at ``train_batch``, and rounds of each measurement at ``batch``.
+
+    Attributes:
+        nudged_steps: of the training that shows what rounding alone does.
+        unflushed_steps: of the reference's training with denormals as they come.
+    """
 
     steps: int
     rounds: int
     batch: int
     train_batch: int = 32
+    nudged_steps: int = 60
+    unflushed_steps: int = 3
 
 
 FULL = Settings(steps=180, rounds=5, batch=128)
@@ -58,12 +68,14 @@ QUICK = Settings(steps=10, rounds=2, batch=32)
 def run(output: Path, settings: Settings = FULL, console: Console | None = None, seed: int = 0) -> Report:
     """Run the demo: progress and a table on ``console``, ``demo.json`` and ``demo.png`` in ``output``.
 
-    On the GPU where there is one.
+    On the GPU where there is one. Both sides train and are measured with denormal numbers flushed; a few
+    steps of the reference's training are timed without that too.
     """
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = Report.begin(settings, device, seed)
+    stopped = threading.Event()
+    report = Report.begin(settings, device, seed, flushing(are_flushed, stopped))
     begin = time.perf_counter()
     train, test = data.load(seed)
     progress = Progress(
@@ -83,9 +95,16 @@ def run(output: Path, settings: Settings = FULL, console: Console | None = None,
             progress.start_task(task)
 
             def tell(doing: str, task=task) -> None:
+                if stopped.is_set():
+                    raise RuntimeError("the demo was stopped")
                 progress.update(task, advance=1, doing=doing)
 
-            report.systems.append(compare(system, train, test, settings, device, seed, tell))
+            def work(system=system, tell=tell) -> SystemReport:
+                return compare(system, train, test, settings, device, seed, tell)
+
+            found = flushing(work, stopped)
+            found.epoch_s["as it comes"] = unflushed_epoch_s(system, train, settings, device, seed)
+            report.systems.append(found)
             if not console.is_terminal:  # there, bars show only at the end
                 console.print(f"{system.name}: done after {time.perf_counter() - begin:.0f} s")
     report.seconds = time.perf_counter() - begin
@@ -107,13 +126,11 @@ def compare(
 ) -> SystemReport:
     """Train and measure one system; ``tell`` hears of every training step and measured round.
 
-    Beside the two sides trains the reference once more, from weights that differ in their last bit: it
-    shows how far apart rounding alone drives two trainings.
+    Beside the two sides trains the reference once more for a while, from weights that differ in their last
+    bit: it shows how far apart rounding alone drives two trainings.
     """
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    plain = system.build(reference).to(device)
-    initialise(plain, system.lstm_steps)
+    plain = _untrained(system, device, seed)
     fast = copy_to(system.build(models), plain)
     nudged = copy_to(system.build(reference), plain)
     nudge(nudged)
@@ -122,10 +139,15 @@ def compare(
     learners = {name: Learner(model, settings.steps) for name, model in sides.items()}
     curves: dict[str, list[float]] = {name: [] for name in learners}
     batches = _batches(system, train, settings.train_batch, generator, device)
-    for _ in range(settings.steps):
+    times: dict[str, list[float]] = {name: [] for name in learners}
+    for step in range(settings.steps):
+        if step == settings.nudged_steps:
+            del learners["nudged"]
         x, y = next(batches)
         for name, learner in learners.items():
+            begin = time.perf_counter()
             curves[name].append(learner.step(x, y))
+            times[name].append(time.perf_counter() - begin)
         tell(f"training, loss {curves['reference'][-1]:.3f} and {curves['fast'][-1]:.3f}")
 
     x, y = system.inputs(test.scans, generator).to(device), test.labels.to(device)
@@ -156,7 +178,39 @@ def compare(
         inference_ms=inference(plain.forward, fast.forward),
         kept_features=measure.compare_kept(plain.features, fast.features, x, parameters),
         kept_model=measure.compare_kept(plain, fast, x, parameters),
+        epoch_s={name: _epoch_s(times[name], train, settings) for name in ("reference", "fast")},
     )
+
+
+def unflushed_epoch_s(
+    system: System, train: data.Digits, settings: Settings, device: torch.device, seed: int
+) -> float:
+    """Seconds that the reference takes for all training scans with denormals as they come.
+
+    Extrapolated from its first steps, the very first of which only warms up.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    learner = Learner(_untrained(system, device, seed), settings.steps)
+    batches, times = _batches(system, train, settings.train_batch, generator, device), []
+    for _ in range(1 + settings.unflushed_steps):
+        x, y = next(batches)
+        begin = time.perf_counter()
+        learner.step(x, y)
+        times.append(time.perf_counter() - begin)
+    return _epoch_s(times[1:], train, settings)
+
+
+def _epoch_s(times: list[float], train: data.Digits, settings: Settings) -> float:
+    """Seconds for all training scans, by the median step."""
+    return statistics.median(times) * len(train) / settings.train_batch
+
+
+def _untrained(system: System, device: torch.device, seed: int) -> Model:
+    """The reference with the weights that training begins with."""
+    torch.manual_seed(seed)
+    model = system.build(reference).to(device)
+    initialise(model, system.lstm_steps)
+    return model
 
 
 def copy_to(model: Model, source: nn.Module) -> Model:

@@ -29,7 +29,9 @@ def draw(report: Report, path: Path) -> None:
     )
     where = (
         f"{report.device}, {report.threads} threads, PyTorch {report.versions['torch']}, measured at batch "
-        f"{report.settings['batch']}, {report.date[:10]}"
+        f"{report.settings['batch']}, "
+        + "denormal numbers flushed, " * report.denormals_flushed
+        + report.date[:10]
     )
     figure.text(0.5, 0.945, where, ha="center", color="0.4", fontsize=9.5)
     for system, axes in zip(report.systems, curves, strict=True):
@@ -56,6 +58,13 @@ def _draw_curves(system: SystemReport, axes: Axes) -> None:
         f"single losses differ by up to {apart:.2g},\n"
         f"those of PyTorch with weights\none bit off by {nudged:.2g}"
     )
+    if system.compared_steps < len(system.curves["reference"]):
+        drift += f" ({system.compared_steps} steps)"
+    if system.epoch_s:
+        drift += (
+            "\nan epoch takes {reference:.3g} and {fast:.3g} s, in PyTorch\n"
+            "{as it comes:.3g} s if denormals are not flushed"
+        ).format(**system.epoch_s)
     axes.text(0.97, 0.84, accuracy, transform=axes.transAxes, ha="right", va="top", color="0.25")
     axes.text(0.97, 0.75, drift, transform=axes.transAxes, ha="right", va="top", color="0.5", fontsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cnnlstm_fast import functional_recurrent as functional
 from cnnlstm_fast import plans
+from cnnlstm_fast.errors import WrongDtype, WrongShape
 from cnnlstm_fast.ops import recurrent_stream as op
 from cnnlstm_fast.ops.recurrent import UNIT_GROUP
 
@@ -114,12 +115,12 @@ class Stream:
             TypeError, ValueError: as :func:`cnnlstm_fast.functional.lstm`.
         """
         if x.shape != (self.batch, self._inputs):
-            raise functional.WrongShape(
+            raise WrongShape(
                 f"got a step of shape {tuple(x.shape)}, expected {(self.batch, self._inputs)}: one step's "
                 f"features for each of {self.batch} sequences"
             )
         if x.dtype != self._params[0].dtype:
-            raise functional.WrongDtype(
+            raise WrongDtype(
                 f"the stream computes {str(self._params[0].dtype)[6:]} but gets {str(x.dtype)[6:]}: convert "
                 "with .to(dtype)"
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlstm_fast import patterns
+from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
 
 __all__ = ["TimeDistributed"]
 
@@ -61,12 +62,12 @@ class TimeDistributed(nn.Module):
         else:
             y = torch.cat([self._run(chunk, chain) for chunk in frames.split(size)])
         if not isinstance(y, Tensor):
-            raise TypeError(
+            raise WrongType(
                 f"{type(self.module).__name__} returned a {type(y).__name__}, expected a tensor with one "
                 "result per step: wrap it in a module that returns the tensor to go on with"
             )
         if y.dim() == 0 or y.shape[0] != x.shape[0] * x.shape[1]:
-            raise ValueError(
+            raise WrongShape(
                 f"{type(self.module).__name__} returned shape {tuple(y.shape)} for "
                 f"{x.shape[0]} x {x.shape[1]} steps, expected {x.shape[0] * x.shape[1]} results: it must "
                 "keep the first dimension"
@@ -75,7 +76,7 @@ class TimeDistributed(nn.Module):
 
     def _check(self, x: Tensor, chain: list) -> None:
         if not isinstance(x, Tensor):
-            raise TypeError(f"got a {type(x).__name__}, expected a tensor {self._shape('*step')}")
+            raise WrongType(f"got a {type(x).__name__}, expected a tensor {self._shape('*step')}")
         first = chain[0] if chain else None
         conv = first.conv if isinstance(first, patterns.Block) else first
         part = patterns.PARTS.get(type(conv))
@@ -83,12 +84,12 @@ class TimeDistributed(nn.Module):
             step = "C, H, W" if part.rank == 4 else "C, L"
             if x.dim() != part.rank + 1:
                 hint = f": add the missing dimension, e.g. x.unsqueeze({int(self.batch_first)}) for one step"
-                raise ValueError(
+                raise WrongRank(
                     f"got an input of shape {tuple(x.shape)} for a {type(conv).__name__} on every step, "
                     f"expected {self._shape(step)}{hint if x.dim() == part.rank else ''}"
                 )
         elif x.dim() < 2:
-            raise ValueError(f"got an input of shape {tuple(x.shape)}, expected {self._shape('*step')}")
+            raise WrongRank(f"got an input of shape {tuple(x.shape)}, expected {self._shape('*step')}")
 
     def _shape(self, step: str) -> str:
         return f"(B, T, {step})" if self.batch_first else f"(T, B, {step})"

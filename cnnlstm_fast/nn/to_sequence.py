@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cnnlstm_fast import patterns, reference
+from cnnlstm_fast.errors import WrongRank
 from cnnlstm_fast.spec import LAYOUTS
 
 __all__ = ["ToSequence"]
@@ -60,7 +61,7 @@ class ToSequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (3, 4):
-            raise ValueError(f"got shape {tuple(x.shape)}, expected a map (N, C, H, W) or (N, C, L)")
+            raise WrongRank(f"got shape {tuple(x.shape)}, expected a map (N, C, H, W) or (N, C, L)")
         return self.finish(reference.to_layout(x, self.layout))
 
 

@@ -19,11 +19,14 @@ The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cnnlstm_fast.ops import python_inside
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import CODE_GROUP, CURVED, codes_shape, map_size, pool_size, raw_shape
 
@@ -42,6 +45,11 @@ _lib.define(
 
 forward_op = torch.ops.cnnlstm_fast.conv_block.default
 backward_op = torch.ops.cnnlstm_fast.conv_block_backward.default
+
+
+def caller(op: Callable, plan: int) -> Callable:
+    """How to call one of these ops, so that errors of Python code come out as they are."""
+    return partial(python_inside.call, op) if plan == PLANS["fft"] else op
 
 
 def keeps_codes(activation: int, pool: list[int]) -> bool:
@@ -119,7 +127,9 @@ class ConvBlockFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, conv, activation, act, pool, order, plan, backward_plan):
         # One method instead of setup_context, which costs 15 us: under torch.func, which needs that,
         # the reference plan runs.
-        raw, codes, slopes = forward_op(x, weight, bias, conv, activation, act, pool, order, plan, True)
+        raw, codes, slopes = caller(forward_op, plan)(
+            x, weight, bias, conv, activation, act, pool, order, plan, True
+        )
         ctx.args = conv, activation, act, pool, order
         ctx.backward_plan = backward_plan
         ctx.shapes = x.shape, weight.shape
@@ -153,7 +163,8 @@ class ConvBlockFunction(torch.autograd.Function):
             if curved:
                 grad, activation, act = grad * curved[0], 0, []
             args = conv, activation, act, pool, order
-            grads = backward_op(grad, x, weight, codes, *args, ctx.backward_plan, *needs)
+            plan = ctx.backward_plan
+            grads = caller(backward_op, plan)(grad, x, weight, codes, *args, plan, *needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
 
 

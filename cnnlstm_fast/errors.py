@@ -1,0 +1,32 @@
+"""Errors of wrong calls: each is a ``ValueError`` or ``TypeError``, and what PyTorch raises for that call.
+
+So code that catches PyTorch's error around a plain module catches ours around its drop-in.
+"""
+
+from __future__ import annotations
+
+__all__ = ["WrongDtype", "WrongRank", "WrongShape", "WrongStates", "WrongType", "WrongValue"]
+
+
+class WrongValue(ValueError, RuntimeError):
+    """A number or a word that does not fit; a ``RuntimeError`` in PyTorch."""
+
+
+class WrongShape(WrongValue):
+    """A shape that does not fit; a ``RuntimeError`` in PyTorch."""
+
+
+class WrongRank(WrongShape, IndexError):
+    """Dimensions that are missing; an ``IndexError`` in PyTorch where they are asked for by number."""
+
+
+class WrongDtype(TypeError, ValueError, RuntimeError):
+    """A dtype that does not fit; a ``RuntimeError`` or, of a recurrent layer, a ``ValueError`` in PyTorch."""
+
+
+class WrongType(TypeError, AttributeError):
+    """No tensor; an ``AttributeError`` in PyTorch where a method of one is called."""
+
+
+class WrongStates(TypeError, IndexError, RuntimeError):
+    """No pair of states; an ``IndexError`` or ``RuntimeError`` in PyTorch."""
