@@ -55,17 +55,14 @@ PATIENCE = 120
 
 
 def begin_at_any_size() -> None:
-    """Let models be fused however small they are; the environment's CNNLSTM_FAST_LEAST says the same."""
-    names = "capture", "resting", "plans"
-    capture, resting, plans = (sys.modules.get(f"cnnlstm_fast.{name}") for name in names)
-    if hasattr(capture, "OVERHEAD_US"):
-        capture.OVERHEAD_US = 0
-        why_not = capture.Recipe._why_not_deferred
-        capture.Recipe._why_not_deferred = lambda *args: why_not(*args[:-1], handed=True)
-    if hasattr(resting, "LEAST"):
-        resting.LEAST = 1
-    if hasattr(plans, "_Sizes"):
-        plans._Sizes.smaller = lambda *_: False
+    """Let models be fused however small they are, also where PyTorch's operators are the fastest."""
+    from cnnlstm_fast import plans
+    from cnnlstm_fast.fusion import recipe
+
+    recipe.OVERHEAD_US = 0
+    why_plain = recipe.Recipe._why_plain
+    recipe.Recipe._why_plain = lambda *args: why_plain(*args[:-1], handed=True)
+    plans._Sizes.smaller = lambda *_: False
 
 
 # ---------------------------------------------------------------- programs
