@@ -534,6 +534,20 @@ def test_what_a_shape_does_not_tell(change):
         close(ours, theirs)
 
 
+def test_a_map_of_one_place_lies_as_pytorchs():
+    """It is contiguous in any layout; its strides say which one the next convolution writes."""
+    plain, fast = pair(nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.LeakyReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 4, 3, padding=2), nn.ReLU(),
+    ))  # fmt: skip
+    for grad in (True, False):
+        for _ in range(4):
+            x = grid(2, 3, 8, 6)
+            with torch.set_grad_enabled(grad):
+                ours, theirs = fast(x), plain(x)
+            assert ours.stride() == theirs.stride()
+            close(ours, theirs)
+
+
 def test_partial_hooks_see_values():
     class Saves(Block):
         def __init__(self):

@@ -27,6 +27,7 @@ class Handed(Tensor):
     """A result that lies channels-last where PyTorch's is contiguous, until others than convolutions look."""
 
     _recipe: Recipe
+    _plain: Tensor  # what convolutions read: autograd keeps this, and not what the program holds
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -46,7 +47,7 @@ class Handed(Tensor):
         self.close()
 
     def close(self) -> None:
-        del self._recipe
+        del self._recipe, self._plain
         self.__class__ = Tensor  # type: ignore[assignment]  # the point of it
         with torch.no_grad():
             self.data = self.detach().contiguous()
@@ -56,7 +57,7 @@ def hand_on(result: Tensor, recipe: Recipe) -> Tensor:
     """``result``, which nobody else holds, as a :class:`Handed` tensor."""
     handed: Tensor = Unviewed.apply(result) if result.requires_grad else result.data
     handed.__class__ = Handed
-    handed._recipe = recipe  # type: ignore[attr-defined]
+    handed._recipe, handed._plain = recipe, result  # type: ignore[attr-defined]
     return handed
 
 

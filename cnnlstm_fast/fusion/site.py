@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from cnnlstm_fast import functional, plans
 from cnnlstm_fast.fusion import session
 from cnnlstm_fast.fusion.handoff import Handed
-from cnnlstm_fast.fusion.observe import Observed, Trace, no_function
+from cnnlstm_fast.fusion.observe import Observed, Trace
 from cnnlstm_fast.fusion.recipe import MEMORY, Recipe, context_of
 from cnnlstm_fast.fusion.speculate import Chain
 from cnnlstm_fast.patterns import CONVS, Conv
@@ -133,8 +133,7 @@ class Site:
             known = self.known[key] = recipe
         given = x if type(x) is Handed else None
         if given is not None:
-            with no_function():
-                x = given.as_subclass(Tensor)
+            x = given._plain
         sized = known.sized(function, x, conv, given is not None)
         if not sized.shapes:
             if given is not None:

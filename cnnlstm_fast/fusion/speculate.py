@@ -70,7 +70,10 @@ class Chain:
             module = norm.module(self.conv.weight.shape[0], self.x.dim())
         parts = module, self.recipe.activation, self.recipe.pool
         sized = self.sized
-        return patterns.run_block(self.x, self.conv, *parts, layout=sized.layout, decision=sized.decision)
+        result = patterns.run_block(self.x, self.conv, *parts, layout=sized.layout, decision=sized.decision)
+        if sized.hands_on and result.is_contiguous():  # a map of one place or channel, in PyTorch's strides
+            result = result.flatten().view(result.shape)
+        return result
 
     def first(self) -> Tensor:
         """What the convolution returns: a placeholder, or the result of a block of one convolution."""
@@ -307,7 +310,8 @@ class Promise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        history, nothing = ctx.history, (None,) * len(ctx.needs_input_grad)
+        history: History = ctx.history
+        nothing = (None,) * len(ctx.needs_input_grad)
         given, history.given = history.given, {}
         extra = {}  # what others than the block itself have to say
         for slot, grad in enumerate(grads):
@@ -322,8 +326,8 @@ class Promise(torch.autograd.Function):
             values, operands, list(extra.values()), retain_graph=True, create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )  # fmt: skip
-        grads = dict(zip(needed, found, strict=True))
-        return None, *(grads.get(i) for i in range(len(history.needs)))
+        by_operand = dict(zip(needed, found, strict=True))
+        return None, *(by_operand.get(i) for i in range(len(history.needs)))
 
 
 class Link(torch.autograd.Function):
