@@ -172,8 +172,9 @@ def test_denormals_are_flushed_in_all_threads_of_the_work_alone(threads):
     torch.set_num_threads(threads)
     assert not are_flushed()
     stopped = threading.Event()
-    found = denormals.flushing(lambda: (are_flushed(), torch.get_num_threads()), stopped)
+    found = denormals.aside(lambda: (are_flushed(), torch.get_num_threads()), stopped, flush=True)
     assert found == (can_flush(), threads)
+    assert not denormals.aside(are_flushed, stopped, flush=False)
     assert not are_flushed() and not stopped.is_set()
     (gradient,) = torch.autograd.grad((x := torch.full((2**16,), 1e-20, requires_grad=True)).prod(), x)
     assert not gradient.any() and not are_flushed()
@@ -191,10 +192,10 @@ def test_an_interrupt_ends_the_work():
         return "ended"
 
     with pytest.raises(KeyboardInterrupt):
-        denormals.flushing(work, stopped)
+        denormals.aside(work, stopped, flush=True)
     assert stopped.is_set() and 20 <= len(steps) < 20000
     with pytest.raises(ZeroDivisionError):
-        denormals.flushing(lambda: 1 / 0, stopped)
+        denormals.aside(lambda: 1 / 0, stopped, flush=False)
 
 
 def test_an_epoch_by_the_median_step(monkeypatch):

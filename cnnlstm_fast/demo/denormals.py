@@ -15,13 +15,14 @@ import torch
 T = TypeVar("T")
 
 
-def flushing(work: Callable[[], T], stopped: threading.Event) -> T:
-    """``work()`` in a thread where denormals are zero, as are they in those that share its operators' work.
+def aside(work: Callable[[], T], stopped: threading.Event, *, flush: bool) -> T:
+    """``work()`` in a thread of its own; with ``flush``, denormals are zero there.
 
-    Threads inherit that from who starts them, so the caller's stay as they are. ``stopped`` is set if the
-    caller is interrupted, who then waits for ``work`` to end.
+    So they are in the threads that share its operators' work: these inherit it from who starts them, and end
+    with it. The caller's stay as they are. ``stopped`` is set if the caller is interrupted, who then waits
+    for ``work`` to end.
     """
-    with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as pool:
+    with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(flush,)) as pool:
         try:
             return pool.submit(work).result()
         except BaseException:

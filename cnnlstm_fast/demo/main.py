@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cnnlstm_fast import measure, models, reference
 from cnnlstm_fast.demo import data
-from cnnlstm_fast.demo.denormals import are_flushed, flushing
+from cnnlstm_fast.demo.denormals import are_flushed, aside
 from cnnlstm_fast.demo.plot import draw
 from cnnlstm_fast.demo.report import Report, SystemReport, table
 from cnnlstm_fast.demo.training import Learner, Model, accuracy, initialise, nudge, scores
@@ -75,9 +75,10 @@ def run(output: Path, settings: Settings = FULL, console: Console | None = None,
     output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stopped = threading.Event()
-    report = Report.begin(settings, device, seed, flushing(are_flushed, stopped))
+    report = Report.begin(settings, device, seed, aside(are_flushed, stopped, flush=True))
     begin = time.perf_counter()
-    train, test = data.load(seed)
+    # All work is done aside, for a second crew of threads would be in the way of what is measured.
+    train, test = aside(lambda: data.load(seed), stopped, flush=True)
     progress = Progress(
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -102,8 +103,11 @@ def run(output: Path, settings: Settings = FULL, console: Console | None = None,
             def work(system=system, tell=tell) -> SystemReport:
                 return compare(system, train, test, settings, device, seed, tell)
 
-            found = flushing(work, stopped)
-            found.epoch_s["as it comes"] = unflushed_epoch_s(system, train, settings, device, seed)
+            def unflushed(system=system) -> float:
+                return unflushed_epoch_s(system, train, settings, device, seed)
+
+            found = aside(work, stopped, flush=True)
+            found.epoch_s["as it comes"] = aside(unflushed, stopped, flush=False)
             report.systems.append(found)
             if not console.is_terminal:  # there, bars show only at the end
                 console.print(f"{system.name}: done after {time.perf_counter() - begin:.0f} s")

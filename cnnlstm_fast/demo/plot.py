@@ -62,8 +62,8 @@ def _draw_curves(system: SystemReport, axes: Axes) -> None:
         drift += f" ({system.compared_steps} steps)"
     if system.epoch_s:
         drift += (
-            "\nan epoch takes {reference:.3g} and {fast:.3g} s, in PyTorch\n"
-            "{as it comes:.3g} s if denormals are not flushed"
+            "\nan epoch takes {reference:.4g} and {fast:.4g} s, in PyTorch\n"
+            "{as it comes:.4g} s if denormals are not flushed"
         ).format(**system.epoch_s)
     axes.text(0.97, 0.84, accuracy, transform=axes.transAxes, ha="right", va="top", color="0.25")
     axes.text(0.97, 0.75, drift, transform=axes.transAxes, ha="right", va="top", color="0.5", fontsize=8.5)
