@@ -5,6 +5,7 @@ Public through :mod:`cnnlstm_fast.functional`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,10 @@ class WrongShape(ValueError, RuntimeError):
 
 class WrongDtype(TypeError, ValueError):
     """A dtype that does not fit: a ``TypeError`` here, a ``ValueError`` in ``nn.LSTM`` and ``nn.GRU``."""
+
+
+class WrongDevice(ValueError, RuntimeError):
+    """Tensors on several devices: a ``ValueError`` here, a ``RuntimeError`` in ``nn.LSTM`` and ``nn.GRU``."""
 
 
 class Cell(NamedTuple):
@@ -215,8 +220,11 @@ def run_packed(
     """As :func:`run`, but a ``PackedSequence`` in and out; states in the order of the caller's batch."""
     x, batch_sizes, sorted_indices, unsorted_indices = packed
     stack = stack._replace(batch_first=False)
-    if x.dim() != 2:
-        raise WrongShape(f"got packed data of shape {tuple(x.shape)}, expected (steps of all sequences, I)")
+    if x.dim() != 2 or not len(batch_sizes):
+        raise WrongShape(
+            f"got packed data of shape {tuple(x.shape)} and {len(batch_sizes)} steps, expected "
+            "(steps of all sequences, I) and at least one step"
+        )
     hidden = _check_params(cell, x.shape[-1], params, stack)
     check_states(hx, state_sizes(cell, hidden, stack), stack, int(batch_sizes[0]))
     if hx is not None and sorted_indices is not None:
@@ -231,9 +239,8 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
     """One checked call; with ``batch_sizes`` the input and the result are a ``PackedSequence``'s data."""
     given = x, hx, params
     low = _autocast_dtype(x)
-    if low is None:
-        _check_dtypes(cell, *given)
-    else:
+    _check_kinds(cell, *given, of_dtypes=low is None)
+    if low is not None:
         x, params = x.to(low), [p.to(low) for p in params]
         hx = None if hx is None else [s.to(low) for s in hx]
     plain = reset is None and lengths is None
@@ -346,11 +353,29 @@ def _said(value) -> str:
     return f"a {type(value).__name__}"
 
 
+def _check_stack(stack: Stack) -> None:
+    for name, least in (("num_layers", 1), ("proj_size", 0)):
+        value = getattr(stack, name)
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number, got {_said(value)}") from None
+        if value < least:
+            raise ValueError(f"got {name}={value}, expected {least} or more")
+    try:
+        possible = 0 <= stack.dropout <= 1
+    except TypeError:
+        raise TypeError(f"dropout must be a number, got {_said(stack.dropout)}") from None
+    if not possible:
+        raise ValueError(f"got dropout={stack.dropout!r}, expected a probability from 0 to 1")
+
+
 def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: Stack) -> int:
     """Check the parameters against each other and the input; returns the hidden size."""
+    _check_stack(stack)
+    if isinstance(params, Tensor) or not hasattr(params, "__len__"):
+        raise TypeError(f"params must be a list of tensors, got {_said(params)}")
     layers, directions, count = stack.num_layers, stack.directions, stack.per_direction
-    if not 0 <= stack.dropout <= 1:
-        raise ValueError(f"got dropout={stack.dropout!r}, expected a probability from 0 to 1")
     if len(params) != layers * directions * count:
         names = "w_ih, w_hh" + ", b_ih, b_hh" * stack.bias + ", w_hr" * (stack.proj_size > 0)
         raise WrongShape(
@@ -368,6 +393,10 @@ def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: 
             f"{cell.name}"
         )
     out = stack.proj_size or hidden
+    if input_size == 0:
+        raise WrongShape(
+            f"the {cell.name}'s input has no features in its last dimension, expected at least one"
+        )
     if params[0].dim() == 2 and params[0].shape[1] != input_size:
         raise WrongShape(
             f"the {cell.name} expects {params[0].shape[1]} features but the input has {input_size} in its "
@@ -458,13 +487,20 @@ def _values_are_readable(t: Tensor) -> bool:
     )
 
 
-def _check_dtypes(cell: Cell, x: Tensor, hx, params) -> None:
+def _check_kinds(cell: Cell, x: Tensor, hx, params, *, of_dtypes: bool) -> None:
+    """Everything on the input's device and, unless autocast sees to it, of its dtype."""
+    dtype, device = x.dtype, x.device
     for name, tensors in (("the parameters are", params), ("the initial state is", hx or ())):
         for t in tensors:
-            if t.dtype != x.dtype:
+            if t.dtype != dtype and of_dtypes:
                 raise WrongDtype(
-                    f"the {cell.name}'s input is {str(x.dtype)[6:]} but {name} {str(t.dtype)[6:]}: convert "
+                    f"the {cell.name}'s input is {str(dtype)[6:]} but {name} {str(t.dtype)[6:]}: convert "
                     "with .to(dtype)"
+                )
+            if t.device != device:
+                raise WrongDevice(
+                    f"the {cell.name}'s input is on {device} but {name} on {t.device}: move them with "
+                    ".to(device)"
                 )
 
 

@@ -277,7 +277,7 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
   std::vector<std::atomic<int64_t>> claimed(blocks);
   for (auto& c : claimed) c = 0;
   std::atomic<int64_t> done{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t member, int64_t) {
+  parallel(0, threads, 1, [&](int64_t member, int64_t) {
     const int64_t own = member * blocks / threads;
     for (int64_t step = done.load(std::memory_order_acquire) / blocks; step < steps; ++step) {
       for (int64_t i = 0; i < blocks; ++i) {

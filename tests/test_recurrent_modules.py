@@ -385,6 +385,52 @@ def test_functional_call_and_ensembles(kind):
         torch.testing.assert_close(stacked[0][i], model(x)[0])
 
 
+class Steps(nn.Module):
+    """Frames, a chain along time, and a recurrent layer."""
+
+    def __init__(self, rnn, given):
+        super().__init__()
+        self.given = given
+        frame = cf.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.frames = cf.TimeDistributed(frame)
+        self.signal = cf.Sequential(nn.Conv1d(72, 5, 3, padding=1), nn.ReLU())
+        self.rnn = rnn
+        self.fc = nn.Linear(7, 2)
+
+    def forward(self, x, h_0):
+        steps = self.signal(self.frames(x).transpose(1, 2)).transpose(1, 2)
+        hx = h_0 if self.rnn.mode == "GRU" else (h_0, h_0)
+        out, _ = self.rnn(steps, hx) if self.given else self.rnn(input=steps)
+        return self.fc(out[:, -1])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("rnn", [cf.LSTM, cf.GRU, nn.LSTM, nn.GRU])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fx_takes_them_as_leaves(rnn, given):
+    """One node each, as PyTorch's own, by the plain tracer; hooks run once, when the module runs."""
+    model = Steps(rnn(5, 7, 2, batch_first=True), given).eval()
+    called = []
+    model.rnn.register_forward_hook(lambda m, args, out: (called.append(m), (out[0] * 2, out[1]))[1])
+    if rnn in (nn.LSTM, nn.GRU):
+        model = cf.accelerate(model)
+    args = r(3, 4, 3, 8, 8), r(2, 3, 7)
+    traced = torch.fx.symbolic_trace(model)
+    assert not called
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert targets == ["frames", "signal.0", "signal.1", "rnn", "fc"]
+    torch.testing.assert_close(traced(*args), model(*args))
+    assert len(called) == 2
+    copied = copy.deepcopy(traced).train()
+    copied(*args).sum().backward()
+    model.train()(*args).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    for name, p in copied.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-5)
+    assert "__module__" not in vars(model.rnn)
+    pickle.loads(pickle.dumps(model.frames))
+
+
 @kinds
 def test_double_backward(kind):
     ours, _ = pair(kind)
