@@ -121,6 +121,8 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
   RecurrentLayer l{};
   l.mode = static_cast<int32_t>(mode);
   l.projected = width < hidden;
+  const int64_t starts[3] = {0, batch, 2 * batch};
+  l.starts = starts;
   l.steps = 2, l.batch = batch, l.hidden = hidden, l.width = width;  // the second step is as the first
   l.padded_hidden = padded(hidden), l.padded_width = padded(width);
   l.out = static_cast<float*>(out.data_ptr()), l.out_sequence = width;

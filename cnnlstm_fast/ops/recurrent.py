@@ -3,7 +3,8 @@
 Schema terms (``D`` directions, ``B`` batch, ``T`` steps, ``I`` inputs, ``H`` hidden units, ``P`` the
 width of the output: ``proj_size`` or ``H``):
 
-- ``x``: (B, T, I) if ``batch_first`` else (T, B, I), any strides.
+- ``x``: (B, T, I) if ``batch_first`` else (T, B, I), any strides; on the CPU also a ``PackedSequence``'s data,
+  (rows, I), with ``lengths`` that fall and ``rows`` in all.
 - ``h0`` (D, B, P), ``c0`` (D, B, H; LSTM only): the initial state; None is zeros.
 - the weights of each direction as :class:`torch.nn.LSTM` and :class:`torch.nn.GRU` shape and order
   them; those of the reverse direction (``_r``) are None in a unidirectional layer.
@@ -12,11 +13,15 @@ width of the output: ``proj_size`` or ``H``):
 - ``lengths``: (B,) int64 on the CPU, 0 to T. Steps past a sequence's end give zeros and leave the state;
   the reverse direction begins at the last valid step.
 - ``mode``: a value of :data:`MODES`.
-- ``keep``: also return what the backward reads.
+- ``keep``: also return what the backward reads, and with ``keep_out`` (on the CPU) the outputs too, so that
+  it does not read ``out``, which its owner may change.
+- ``rows``: how many steps all sequences have together, if only these are to be kept (on the CPU); -1: T * B.
 
-The forward gives ``out`` (B, T, D * P) or (T, B, D * P), ``h_n`` (D, B, P), ``c_n`` (D, B, H; empty for a
-GRU), and ``saved``, empty or float32 of :func:`saved_shape`: an LSTM's activated gates i, f, g, o and cells,
-a GRU's gates r, z, n and W_hn h + b_hn, with the units padded to a multiple of :data:`UNIT_GROUP`.
+The forward gives ``out`` (B, T, D * P) or (T, B, D * P) or (rows, D * P), ``h_n`` (D, B, P), ``c_n`` (D, B, H;
+empty for a GRU), and ``saved``, empty or float32 of :func:`saved_shape`: an LSTM's activated gates i, f, g, o
+and cells, a GRU's gates r, z, n and W_hn h + b_hn, and then the outputs, with the units padded to a multiple
+of :data:`UNIT_GROUP`. Rows are those of all sequences' first steps, of the longest one's first, then those of
+the second steps.
 
 The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 """
@@ -36,11 +41,11 @@ _WEIGHTS = (
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
 _lib.define(
     f"recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, "
-    "int mode, bool batch_first, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int mode, bool batch_first, bool keep, bool keep_out=False, int rows=-1) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "recurrent_layer_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, "
-    f"Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, Tensor out, Tensor saved, int mode, "
+    f"Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, Tensor? out, Tensor saved, int mode, "
     "bool batch_first, bool need_x, bool need_state, bool need_weights) -> ("
     + ", ".join(["Tensor"] * 13)
     + ")"
@@ -50,22 +55,32 @@ forward_op = torch.ops.cnnlstm_fast.recurrent_layer.default
 backward_op = torch.ops.cnnlstm_fast.recurrent_layer_backward.default
 
 
-def saved_shape(mode: int, directions: int, steps: int, batch: int, hidden: int) -> list[int]:
-    """Shape of what a forward keeps: (D, T, B, 5 for an LSTM or 4 for a GRU, padded H)."""
+def saved_shape(
+    mode: int, directions: int, steps: int, batch: int, hidden: int, keep_out: bool = False, rows: int = -1
+) -> list[int]:
+    """Shape of what a forward keeps: (D, T, B, n, padded H), or (D, rows, n, padded H); n is 5 for an LSTM and
+    4 for a GRU, and one more with ``keep_out``.
+    """
     padded = -(-hidden // UNIT_GROUP) * UNIT_GROUP
-    return [directions, steps, batch, 5 if mode == MODES["LSTM"] else 4, padded]
+    sequences = [steps, batch] if rows == -1 else [rows]
+    return [directions, *sequences, (5 if mode == MODES["LSTM"] else 4) + keep_out, padded]
 
 
 @torch.library.register_fake("cnnlstm_fast::recurrent_layer", lib=_lib)
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, *rest):
-    mode, batch_first, keep = rest[-3:]
+def _(
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r,
+    reset, lengths, mode, batch_first, keep, keep_out=False, rows=-1,
+):  # fmt: skip
     directions = 1 if w_ih_r is None else 2
-    (batch, steps) = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    if x.dim() == 2:
+        batch, steps = lengths.shape[0], x.shape[0]
+    else:
+        batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
     width, hidden = w_hh.shape[1], w_hh.shape[0] // (4 if mode == MODES["LSTM"] else 3)
     c_n = [directions, batch, hidden] if mode == MODES["LSTM"] else [0]
-    saved = saved_shape(mode, directions, steps, batch, hidden) if keep else [0]
+    saved = saved_shape(mode, directions, steps, batch, hidden, keep_out, rows) if keep else [0]
     return (
-        x.new_empty([x.shape[0], x.shape[1], directions * width]),
+        x.new_empty([*x.shape[:-1], directions * width]),
         x.new_empty([directions, batch, width]),
         x.new_empty(c_n),
         x.new_empty(saved, dtype=torch.float32),
@@ -81,7 +96,7 @@ def _(grad_out, grad_h_n, grad_c_n, x, h0, c0, *rest):
 
     state = (like(h0, need_state), like(c0, need_state))
     grad_x = like(x, need_x)
-    if need_x and x.device.type == "cpu" and x.stride(0) < x.stride(1):
+    if need_x and x.device.type == "cpu" and x.dim() == 3 and x.stride(0) < x.stride(1):
         grad_x = x.new_empty([x.shape[1], x.shape[0], x.shape[2]]).transpose(0, 1)
     return grad_x, *state, *(like(w, need_weights) for w in weights)
 
