@@ -252,14 +252,15 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
         plans.observer.layer_runs(chosen, reason)
     if chosen == "library":
         return _library(cell, *given, stack, batch_sizes)
-    if batch_sizes is not None:
-        x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
-    if chosen == "reference":
-        out, states = _reference(cell, x, *given[1:], stack, reset, lengths)
-    else:
+    if chosen == "fused":
+        lengths = lengths if batch_sizes is None else _packed_lengths(batch_sizes)
         out, states = _fused(cell, x, hx, params, stack, reset, lengths)
-    if batch_sizes is not None:
-        out, _ = _VF._pack_padded_sequence(out, lengths, False)
+    else:
+        if batch_sizes is not None:
+            x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
+        out, states = _reference(cell, x, *given[1:], stack, reset, lengths)
+        if batch_sizes is not None:
+            out, _ = _VF._pack_padded_sequence(out, lengths, False)
     if low is not None:
         dtypes = _autocast_results(cell, low, *given[:2], stack, batch_sizes is not None)
         out, *states = (t.to(dtype) for t, dtype in zip((out, *states), dtypes, strict=True))
@@ -290,21 +291,38 @@ def _reference(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
     return out, state if cell is LSTM else (state,)
 
 
+def _packed_lengths(batch_sizes: Tensor) -> Tensor:
+    """The lengths of packed sequences, which fall, from how many of them take part in each step."""
+    ends = batch_sizes - F.pad(batch_sizes[1:], (0, 1))  # how many have this step as their last
+    last = torch.arange(len(batch_sizes), 0, -1)
+    return torch.repeat_interleave(last, ends.flip(0), output_size=int(batch_sizes[0]))
+
+
 def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
-    """Layer by layer, one op each, in time-major memory whatever comes first: as PyTorch's result lies."""
+    """Layer by layer, one op each, in time-major memory whatever comes first: as PyTorch's result lies.
+
+    A 2-d ``x`` is a ``PackedSequence``'s data.
+    """
     if stack.batch_first:
         x = x.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
     final = []
     directions, count = stack.directions, stack.per_direction
     recording = torch.is_grad_enabled()
+    rows = -1
+    if x.dim() == 2:
+        rows = x.shape[0]
+    elif recording and lengths is not None and x.device.type == "cpu" and _values_are_readable(lengths):
+        rows = sum(lengths.tolist())
     for layer in range(stack.num_layers):
         at = layer * directions
         weights = layer_weights(params[at * count : (at + directions) * count], stack)
         h0, c0 = (None, None) if hx is None else (*(s[at : at + directions] for s in hx), None)[:2]
         tensors = (x, h0, c0, *weights)
         if recording and any(t is not None and t.requires_grad for t in tensors):
-            x, *states = op.RecurrentLayerFunction.apply(*tensors, reset, lengths, cell.mode, False)
+            keep_out = layer == stack.num_layers - 1 and not _out_is_kept(cell, x, stack, reset, lengths)
+            args = (*tensors, reset, lengths, cell.mode, False, keep_out, rows)
+            x, *states = op.RecurrentLayerFunction.apply(*args)
         else:
             x, *states, _ = op.forward_op(*tensors, reset, lengths, cell.mode, False, False)
         final.append(states[: cell.states])
@@ -313,6 +331,24 @@ def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
     if stack.batch_first:
         x = x.transpose(0, 1)
     return x, final[0] if len(final) == 1 else [torch.cat(s) for s in zip(*final, strict=True)]
+
+
+def _out_is_kept(cell: Cell, x: Tensor, stack: Stack, reset, lengths) -> bool:
+    """Whether PyTorch's backward reads this result, so that nobody may change it: ours then does as well.
+
+    It does where one library layer computes all: cuDNN, and oneDNN's LSTM.
+    """
+    if x.device.type != "cpu":
+        return True
+    return (
+        cell is LSTM
+        and not (stack.bidirectional or stack.proj_size)
+        and reset is None
+        and lengths is None
+        and x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and torch._C._get_mkldnn_enabled()
+    )
 
 
 def layer_weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:

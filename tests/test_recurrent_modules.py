@@ -285,6 +285,37 @@ def test_packed_equals_lengths(kind, more):
     assert_same((padded, last), ours(drawn.data["x"], lengths=drawn.lengths), 1e-6)
 
 
+@kinds
+def test_packed_is_differentiable_twice(kind):
+    ours, twin = pair(kind, bidirectional=True)
+    found = []
+    for module in (ours, twin):
+        torch.manual_seed(3)
+        sequences = [r(n, 5).requires_grad_() for n in (2, 6, 1)]
+        out, _ = module(rnn.pack_sequence([s * 1 for s in sequences], enforce_sorted=False))
+        grads = torch.autograd.grad(out.data.pow(2).sum(), sequences, create_graph=True)
+        penalty = sum(g.pow(2).sum() for g in grads)
+        found.append(torch.autograd.grad(penalty, [*sequences, *module.parameters()], allow_unused=True))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(
+            mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-4, atol=1e-4
+        )
+
+
+@kinds
+@needs_extension
+@pytest.mark.parametrize("name", ["bias_hh_l0", "x"])
+def test_a_second_derivative_minds_every_change(kind, name):
+    """A bias, and the batch-first input, that only a backward of the backward reads."""
+    ours, _ = pair(kind, batch_first=True)
+    x = r(3, 6, 5).requires_grad_() * 1
+    out, _ = ours(x)
+    with torch.no_grad():
+        (x if name == "x" else getattr(ours, name)).add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*create_graph"):
+        torch.autograd.grad(out.sum(), ours.weight_hh_l0, create_graph=True)
+
+
 def test_packed_and_lengths_do_not_go_together():
     ours, _ = pair("LSTM")
     packed = rnn.pack_sequence([r(6, 5), r(2, 5)])
@@ -383,6 +414,93 @@ def test_functional_call_and_ensembles(kind):
     stacked = torch.func.vmap(call, in_dims=(0, 0, None))(params, buffers, x)
     for i, model in enumerate(models):
         torch.testing.assert_close(stacked[0][i], model(x)[0])
+
+
+IN_PLACE = {
+    "one layer": {},
+    "dropout": {"num_layers": 2, "dropout": 0.5},
+    "bidirectional": {"bidirectional": True},
+    "batch first": {"batch_first": True},
+    "batch first, both ways": {"num_layers": 2, "batch_first": True, "bidirectional": True},
+    "no bias": {"bias": False},
+    "projected": {"proj_size": 3},
+    "projected both ways": {"proj_size": 3, "bidirectional": True},
+}
+CHANGED = (
+    "out",
+    "h_n",
+    "c_n",
+    "x",
+    "h_0",
+    "c_0",
+    "weight_ih_l0",
+    "weight_hh_l0",
+    "bias_ih_l0",
+    "weight_hr_l0",
+)
+
+
+def change(module, target, packed, frozen, mkldnn, state, x, states):
+    """Gradients where ``target`` is changed in place between forward and backward, None where it raises."""
+    x, states = x.clone().requires_grad_(), [s.clone().requires_grad_() for s in states]
+    module.zero_grad()
+    inputs, given = x * 1, [s * 1 for s in states]
+    if packed:
+        inputs = rnn.pack_padded_sequence(inputs, torch.tensor([4, 3, 1]), module.batch_first)
+    hx = None if not state else given[0] if module.mode == "GRU" else tuple(given)
+    torch.manual_seed(0)
+    with torch.backends.mkldnn.flags(enabled=mkldnn):
+        out, last = module(inputs, hx)
+    last = (last,) if module.mode == "GRU" else last
+    if packed:
+        out, inputs = out.data, inputs.data
+    tensors = {"out": out, "x": inputs, **dict(zip(("h_n", "c_n"), last, strict=False))}
+    tensors |= dict(zip(("h_0", "c_0"), given, strict=False)) if state else {}
+    tensors |= dict(module.named_parameters())
+    loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + sum(s.sum() for s in last)
+    if target in tensors:
+        with torch.no_grad():
+            tensors[target].add_(1.0)
+    leaves = [x, *states, *(() if frozen else module.parameters())]
+    try:
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    except RuntimeError as error:
+        assert "modified" in str(error)
+        found = None
+    finally:
+        if target in dict(module.named_parameters()):
+            with torch.no_grad():
+                tensors[target].sub_(1.0)
+    return found
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", IN_PLACE)
+@kinds
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@needs_extension
+def test_in_place_changes_before_the_backward(kind, name, packed, frozen):
+    """What PyTorch's layers allow is allowed, and what changes a gradient is never silent."""
+    more = IN_PLACE[name]
+    if kind == "GRU" and "proj_size" in more:
+        return
+    ours, twin = pair(kind, **more)
+    ours.requires_grad_(not frozen), twin.requires_grad_(not frozen)
+    x = r(3, 4, 5) if ours.batch_first else r(4, 3, 5)
+    rows = ours.num_layers * (1 + ours.bidirectional)
+    states = [r(rows, 3, ours.proj_size or 7), r(rows, 3, 7)]
+    for mkldnn, state in ((True, False), (True, True), (False, True)):
+        args = packed, frozen, mkldnn, state, x, states
+        clean = change(ours, None, *args)
+        for target in CHANGED:
+            found = change(ours, target, *args)
+            if change(twin, target, *args) is not None:
+                assert found is not None, f"{target} may be changed, state {state}"
+            for mine, expected in zip(found or (), clean, strict=found is not None):
+                torch.testing.assert_close(mine, expected, msg=f"{target}, state {state}")
+            if target == "x" and not frozen and not ours.batch_first:
+                assert found is None
 
 
 class Steps(nn.Module):
