@@ -6,7 +6,10 @@ import contextlib
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,6 +286,61 @@ def test_packed_equals_lengths(kind, more):
     out, last = ours(pack(drawn, enforce_sorted=False))
     padded, _ = rnn.pad_packed_sequence(out, total_length=6)
     assert_same((padded, last), ours(drawn.data["x"], lengths=drawn.lengths), 1e-6)
+
+
+EXTREME = """
+import torch, cnnlstm_fast as cf
+from torch.nn.utils.rnn import pack_sequence
+def high():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+layer = cf.{kind}(64, 128, bidirectional=True, num_layers=2)
+def step(sequences):
+    with torch.set_grad_enabled({train}):
+        out, _ = layer(pack_sequence(sequences))
+        if {train}:
+            out.data.sum().backward()
+step([torch.randn(9, 64)] * 3)
+before = high()
+step([torch.randn(3000, 64)] + [torch.randn(8, 64)] * 255)
+print(high() - before)
+"""
+
+
+@kinds
+@pytest.mark.parametrize("train", [False, True])
+@needs_extension
+def test_packed_sequences_take_no_more_than_their_steps(kind, train):
+    """5,040 steps, which padded would be 768,000: a result of 750 MiB and gates of many times that."""
+    run = subprocess.run(
+        [sys.executable, "-c", EXTREME.format(kind=kind, train=train)],
+        cwd=Path(cf.__file__).parents[1], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 200
+
+
+@kinds
+@needs_extension
+def test_lengths_keep_no_more_than_their_steps(kind):
+    layer = getattr(cf, kind)(16, 32, bidirectional=True)
+    lengths = torch.tensor([300] + [4] * 63)
+    kept = {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = torch.randn(300, 64, 16)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out, _ = layer(x, lengths=lengths)
+    params = sum(p.untyped_storage().nbytes() for p in layer.parameters())
+    gates = 2 * int(lengths.sum()) * 6 * 32 * 4
+    assert (
+        sum(kept.values())
+        <= x.untyped_storage().nbytes() + params + gates + lengths.untyped_storage().nbytes()
+    )
+    out.sum().backward()
 
 
 @kinds
