@@ -5,7 +5,7 @@ So code that catches PyTorch's error around a plain module catches ours around i
 
 from __future__ import annotations
 
-__all__ = ["WrongDtype", "WrongRank", "WrongShape", "WrongStates", "WrongType", "WrongValue"]
+__all__ = ["WrongDevice", "WrongDtype", "WrongRank", "WrongShape", "WrongStates", "WrongType", "WrongValue"]
 
 
 class WrongValue(ValueError, RuntimeError):
@@ -14,6 +14,10 @@ class WrongValue(ValueError, RuntimeError):
 
 class WrongShape(WrongValue):
     """A shape that does not fit; a ``RuntimeError`` in PyTorch."""
+
+
+class WrongDevice(WrongValue):
+    """Tensors on several devices; a ``RuntimeError`` in PyTorch."""
 
 
 class WrongRank(WrongShape, IndexError):

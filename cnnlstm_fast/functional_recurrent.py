@@ -5,6 +5,7 @@ Public through :mod:`cnnlstm_fast.functional`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from cnnlstm_fast import plans, reference
-from cnnlstm_fast.errors import WrongDtype, WrongShape, WrongStates, WrongType, WrongValue
+from cnnlstm_fast.errors import WrongDevice, WrongDtype, WrongShape, WrongStates, WrongType, WrongValue
 from cnnlstm_fast.ops import recurrent as op
 
 __all__ = ["gru", "lstm"]
@@ -208,8 +209,11 @@ def run_packed(
     """As :func:`run`, but a ``PackedSequence`` in and out; states in the order of the caller's batch."""
     x, batch_sizes, sorted_indices, unsorted_indices = packed
     stack = stack._replace(batch_first=False)
-    if x.dim() != 2:
-        raise WrongShape(f"got packed data of shape {tuple(x.shape)}, expected (steps of all sequences, I)")
+    if x.dim() != 2 or not len(batch_sizes):
+        raise WrongShape(
+            f"got packed data of shape {tuple(x.shape)} and {len(batch_sizes)} steps, expected "
+            "(steps of all sequences, I) and at least one step"
+        )
     hidden = _check_params(cell, x.shape[-1], params, stack)
     check_states(hx, state_sizes(cell, hidden, stack), stack, int(batch_sizes[0]))
     if hx is not None and sorted_indices is not None:
@@ -224,9 +228,8 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
     """One checked call; with ``batch_sizes`` the input and the result are a ``PackedSequence``'s data."""
     given = x, hx, params
     low = _autocast_dtype(x)
-    if low is None:
-        _check_dtypes(cell, *given)
-    else:
+    _check_kinds(cell, *given, of_dtypes=low is None)
+    if low is not None:
         x, params = x.to(low), [p.to(low) for p in params]
         hx = None if hx is None else [s.to(low) for s in hx]
     plain = reset is None and lengths is None
@@ -238,14 +241,15 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
         plans.observer.layer_runs(chosen, reason)
     if chosen == "library":
         return _library(cell, *given, stack, batch_sizes)
-    if batch_sizes is not None:
-        x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
-    if chosen == "reference":
-        out, states = _reference(cell, x, *given[1:], stack, reset, lengths)
-    else:
+    if chosen == "fused":
+        lengths = lengths if batch_sizes is None else _packed_lengths(batch_sizes)
         out, states = _fused(cell, x, hx, params, stack, reset, lengths)
-    if batch_sizes is not None:
-        out, _ = _VF._pack_padded_sequence(out, lengths, False)
+    else:
+        if batch_sizes is not None:
+            x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
+        out, states = _reference(cell, x, *given[1:], stack, reset, lengths)
+        if batch_sizes is not None:
+            out, _ = _VF._pack_padded_sequence(out, lengths, False)
     if low is not None:
         dtypes = _autocast_results(cell, low, *given[:2], stack, batch_sizes is not None)
         out, *states = (t.to(dtype) for t, dtype in zip((out, *states), dtypes, strict=True))
@@ -276,21 +280,38 @@ def _reference(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
     return out, state if cell is LSTM else (state,)
 
 
+def _packed_lengths(batch_sizes: Tensor) -> Tensor:
+    """The lengths of packed sequences, which fall, from how many of them take part in each step."""
+    ends = batch_sizes - F.pad(batch_sizes[1:], (0, 1))  # how many have this step as their last
+    last = torch.arange(len(batch_sizes), 0, -1)
+    return torch.repeat_interleave(last, ends.flip(0), output_size=int(batch_sizes[0]))
+
+
 def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
-    """Layer by layer, one op each, in time-major memory whatever comes first: as PyTorch's result lies."""
+    """Layer by layer, one op each, in time-major memory whatever comes first: as PyTorch's result lies.
+
+    A 2-d ``x`` is a ``PackedSequence``'s data.
+    """
     if stack.batch_first:
         x = x.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
     final = []
     directions, count = stack.directions, stack.per_direction
     recording = torch.is_grad_enabled()
+    rows = -1
+    if x.dim() == 2:
+        rows = x.shape[0]
+    elif recording and lengths is not None and x.device.type == "cpu" and _values_are_readable(lengths):
+        rows = sum(lengths.tolist())
     for layer in range(stack.num_layers):
         at = layer * directions
         weights = layer_weights(params[at * count : (at + directions) * count], stack)
         h0, c0 = (None, None) if hx is None else (*(s[at : at + directions] for s in hx), None)[:2]
         tensors = (x, h0, c0, *weights)
         if recording and any(t is not None and t.requires_grad for t in tensors):
-            x, *states = op.RecurrentLayerFunction.apply(*tensors, reset, lengths, cell.mode, False)
+            keep_out = layer == stack.num_layers - 1 and not _out_is_kept(cell, x, stack, reset, lengths)
+            args = (*tensors, reset, lengths, cell.mode, False, keep_out, rows)
+            x, *states = op.RecurrentLayerFunction.apply(*args)
         else:
             x, *states, _ = op.forward_op(*tensors, reset, lengths, cell.mode, False, False)
         final.append(states[: cell.states])
@@ -299,6 +320,24 @@ def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
     if stack.batch_first:
         x = x.transpose(0, 1)
     return x, final[0] if len(final) == 1 else [torch.cat(s) for s in zip(*final, strict=True)]
+
+
+def _out_is_kept(cell: Cell, x: Tensor, stack: Stack, reset, lengths) -> bool:
+    """Whether PyTorch's backward reads this result, so that nobody may change it: ours then does as well.
+
+    It does where one library layer computes all: cuDNN, and oneDNN's LSTM.
+    """
+    if x.device.type != "cpu":
+        return True
+    return (
+        cell is LSTM
+        and not (stack.bidirectional or stack.proj_size)
+        and reset is None
+        and lengths is None
+        and x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and torch._C._get_mkldnn_enabled()
+    )
 
 
 def layer_weights(params: Sequence[Tensor], stack: Stack) -> list[Tensor | None]:
@@ -339,11 +378,29 @@ def _said(value) -> str:
     return f"a {type(value).__name__}"
 
 
+def _check_stack(stack: Stack) -> None:
+    for name, least in (("num_layers", 1), ("proj_size", 0)):
+        value = getattr(stack, name)
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number, got {_said(value)}") from None
+        if value < least:
+            raise ValueError(f"got {name}={value}, expected {least} or more")
+    try:
+        possible = 0 <= stack.dropout <= 1
+    except TypeError:
+        raise TypeError(f"dropout must be a number, got {_said(stack.dropout)}") from None
+    if not possible:
+        raise ValueError(f"got dropout={stack.dropout!r}, expected a probability from 0 to 1")
+
+
 def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: Stack) -> int:
     """Check the parameters against each other and the input; returns the hidden size."""
+    _check_stack(stack)
+    if isinstance(params, Tensor) or not hasattr(params, "__len__"):
+        raise TypeError(f"params must be a list of tensors, got {_said(params)}")
     layers, directions, count = stack.num_layers, stack.directions, stack.per_direction
-    if not 0 <= stack.dropout <= 1:
-        raise ValueError(f"got dropout={stack.dropout!r}, expected a probability from 0 to 1")
     if len(params) != layers * directions * count:
         names = "w_ih, w_hh" + ", b_ih, b_hh" * stack.bias + ", w_hr" * (stack.proj_size > 0)
         raise WrongShape(
@@ -361,6 +418,10 @@ def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: 
             f"{cell.name}"
         )
     out = stack.proj_size or hidden
+    if input_size == 0:
+        raise WrongShape(
+            f"the {cell.name}'s input has no features in its last dimension, expected at least one"
+        )
     if params[0].dim() == 2 and params[0].shape[1] != input_size:
         raise WrongShape(
             f"the {cell.name} expects {params[0].shape[1]} features but the input has {input_size} in its "
@@ -451,13 +512,20 @@ def _values_are_readable(t: Tensor) -> bool:
     )
 
 
-def _check_dtypes(cell: Cell, x: Tensor, hx, params) -> None:
+def _check_kinds(cell: Cell, x: Tensor, hx, params, *, of_dtypes: bool) -> None:
+    """Everything on the input's device and, unless autocast sees to it, of its dtype."""
+    dtype, device = x.dtype, x.device
     for name, tensors in (("the parameters are", params), ("the initial state is", hx or ())):
         for t in tensors:
-            if t.dtype != x.dtype:
+            if t.dtype != dtype and of_dtypes:
                 raise WrongDtype(
-                    f"the {cell.name}'s input is {str(x.dtype)[6:]} but {name} {str(t.dtype)[6:]}: convert "
+                    f"the {cell.name}'s input is {str(dtype)[6:]} but {name} {str(t.dtype)[6:]}: convert "
                     "with .to(dtype)"
+                )
+            if t.device != device:
+                raise WrongDevice(
+                    f"the {cell.name}'s input is on {device} but {name} on {t.device}: move them with "
+                    ".to(device)"
                 )
 
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "threads.h"
 
 namespace cnnlstm_fast {
 namespace {
@@ -20,7 +21,7 @@ double fma_peak(double seconds) {
   using Clock = std::chrono::steady_clock;
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> rate(threads, 0.0);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel(0, threads, 1, [&](int64_t begin, int64_t end) {
     const auto start = Clock::now();
     double flops = 0, spent = 0;
     do {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <vector>
@@ -76,18 +77,37 @@ struct DirectionWeights {
 
 struct Call {
   int64_t mode, steps, batch, inputs, hidden, width, gates;
-  bool batch_first;
+  int64_t rows;  // steps of all sequences together
+  bool batch_first, packed;
   ScalarType dtype;
   std::vector<DirectionWeights> directions;
   Maybe reset, lengths, h0, c0;
+  // As the kernels number sequences, see recurrent.h; the last two are empty where all are of one length.
+  std::vector<int64_t> starts, order, sorted;
 
+  int64_t kept_of_gates() const { return mode == kLSTM ? 5 : 4; }
   int64_t padded_hidden() const { return padded(hidden); }
   int64_t padded_width() const { return padded(width); }
   Ints sequence(int64_t features) const {
+    if (packed) return {rows, features};
     return batch_first ? Ints{batch, steps, features} : Ints{steps, batch, features};
   }
   int64_t step_dim() const { return batch_first ? 1 : 0; }
-  bool fused_inputs() const { return inputs <= (batch < kFewSequences ? kMostFusedInputsOfFew : kMostFusedInputs); }
+  int64_t longest() const { return static_cast<int64_t>(starts.size()) - 1; }
+  int64_t caller(int64_t q) const { return order.empty() ? q : order[q]; }
+  int64_t length(int64_t q) const { return sorted.empty() ? steps : sorted[q]; }
+  int64_t active(int64_t t) const { return starts[t + 1] - starts[t]; }
+  bool fused_inputs() const {
+    return inputs <= (rows < kFewSequences * longest() ? kMostFusedInputsOfFew : kMostFusedInputs);
+  }
+};
+
+// A tensor's strides from step to step and from sequence to sequence.
+struct Strides {
+  int64_t step, sequence;
+  Strides(const Call& call, const Tensor& t)
+      : step(call.packed ? kPacked : t.stride(call.step_dim())),
+        sequence(t.stride(call.packed ? 0 : 1 - call.step_dim())) {}
 };
 
 void check_tensor(const Maybe& t, const Ints& size, const char* name) {
@@ -101,22 +121,28 @@ void check_tensor(const Maybe& t, const Ints& size, const char* name) {
 Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<DirectionWeights> directions,
               const Maybe& reset, const Maybe& lengths, int64_t mode, bool batch_first) {
   STD_TORCH_CHECK(mode == kLSTM || mode == kGRU, "recurrent_layer: unknown mode ", mode);
-  STD_TORCH_CHECK(x.dim() == 3, "recurrent_layer: expected a 3-d input, got ", x.dim(), "-d");
+  const bool packed = x.dim() == 2 && lengths.has_value();
+  STD_TORCH_CHECK(packed || x.dim() == 3, "recurrent_layer: expected a 3-d input, or a 2-d one with lengths, got ",
+                  x.dim(), "-d");
+  STD_TORCH_CHECK(!packed || (lengths->dim() == 1 && !batch_first && !reset),
+                  "recurrent_layer: packed sequences take 1-d lengths, no reset and no batch_first");
   Call call{};
+  call.packed = packed;
   call.mode = mode;
   call.dtype = x.scalar_type();
   STD_TORCH_CHECK(call.dtype == ScalarType::Float || call.dtype == ScalarType::BFloat16,
                   "recurrent_layer: the kernels compute float32 and bfloat16 only");
   call.batch_first = batch_first;
-  call.steps = x.size(batch_first ? 1 : 0), call.batch = x.size(batch_first ? 0 : 1), call.inputs = x.size(2);
+  call.steps = x.size(batch_first ? 1 : 0);
+  call.batch = packed ? lengths->size(0) : x.size(batch_first ? 0 : 1), call.inputs = x.size(packed ? 1 : 2);
   call.gates = mode == kLSTM ? 4 : 3;
   const Tensor& w_hh = directions[0].w_hh;
   STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % call.gates == 0, "recurrent_layer: w_hh has no whole gates");
   call.hidden = w_hh.size(0) / call.gates, call.width = w_hh.size(1);
   STD_TORCH_CHECK(call.hidden >= 1 && call.width >= 1 && call.inputs >= 1, "recurrent_layer: sizes must be positive");
   const bool projected = directions[0].w_hr.has_value();
-  STD_TORCH_CHECK(projected ? mode == kLSTM : call.width == call.hidden,
-                  "recurrent_layer: w_hh must be square per gate unless an LSTM is projected");
+  STD_TORCH_CHECK(projected ? mode == kLSTM && call.width <= call.hidden : call.width == call.hidden,
+                  "recurrent_layer: w_hh must be square per gate unless an LSTM is projected, to no more units");
   const int64_t rows = call.gates * call.hidden;
   for (const DirectionWeights& d : directions) {
     check_tensor(d.w_ih, {rows, call.inputs}, "w_ih");
@@ -144,14 +170,44 @@ Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<Dir
     STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "recurrent_layer: lengths must be int64");
     call.lengths = torch::stable::contiguous(*lengths);
     const int64_t* values = static_cast<const int64_t*>(call.lengths->data_ptr());
-    for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t b = 0; b < call.batch; ++b) {
       STD_TORCH_CHECK(values[b] >= 0 && values[b] <= call.steps, "recurrent_layer: lengths must lie in 0 to ",
                       call.steps);
+      STD_TORCH_CHECK(!packed || (values[b] <= call.steps - call.rows && (b == 0 || values[b] <= values[b - 1])),
+                      "recurrent_layer: lengths of packed sequences must fall, and their sum be that of all steps");
+      call.rows += values[b];
+    }
+    STD_TORCH_CHECK(!packed || call.rows == call.steps,
+                    "recurrent_layer: lengths of packed sequences must fall, and their sum be that of all steps");
+  } else {
+    call.rows = call.steps * call.batch;
   }
   if (h0) call.h0 = as_contiguous(*h0);
   if (c0) call.c0 = as_contiguous(*c0);
   call.directions = std::move(directions);
   return call;
+}
+
+// Numbers the sequences from the longest to the shortest, once the results have found room.
+void number_sequences(Call& call) {
+  int64_t longest = call.steps;
+  if (call.lengths) {
+    const int64_t* values = static_cast<const int64_t*>(call.lengths->data_ptr());
+    call.sorted.assign(values, values + call.batch);
+    if (!call.packed) {
+      call.order.resize(call.batch);
+      std::iota(call.order.begin(), call.order.end(), 0);
+      std::stable_sort(call.order.begin(), call.order.end(),
+                       [&](int64_t a, int64_t b) { return values[a] > values[b]; });
+      for (int64_t q = 0; q < call.batch; ++q) call.sorted[q] = values[call.order[q]];
+    }
+    longest = call.batch ? call.sorted[0] : 0;
+  }
+  call.starts.resize(longest + 1);
+  for (int64_t t = 0, active = call.batch; t < longest; ++t) {
+    while (call.lengths && call.sorted[active - 1] <= t) --active;
+    call.starts[t + 1] = call.starts[t] + active;
+  }
 }
 
 std::vector<DirectionWeights> directions_of(const Tensor& w_ih, const Tensor& w_hh, const Maybe& b_ih,
@@ -180,6 +236,43 @@ int64_t shares(int64_t count, int64_t least, int64_t most) {
   return std::clamp<int64_t>(wanted, 1, ceil_div(count, least));
 }
 
+// Bounds of stretches of steps that have about `most` rows each.
+std::vector<int64_t> cut_steps(const Call& call, int64_t most) {
+  const int64_t longest = call.longest(), total = call.starts[longest];
+  const int64_t wanted = ceil_div(total, std::max<int64_t>(1, most));
+  const int64_t count = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, longest));
+  std::vector<int64_t> bounds{0};
+  for (int64_t i = 1; i <= count; ++i) {
+    const int64_t rows = ceil_div(i * total, count);
+    const int64_t t = std::lower_bound(call.starts.begin(), call.starts.end(), rows) - call.starts.begin();
+    if (t > bounds.back()) bounds.push_back(t);
+  }
+  return bounds;
+}
+
+int64_t most_rows(const Call& call, const std::vector<int64_t>& bounds) {
+  int64_t most = 0;
+  for (size_t i = 1; i < bounds.size(); ++i) most = std::max(most, call.starts[bounds[i]] - call.starts[bounds[i - 1]]);
+  return most;
+}
+
+// Steps [begin, end) in which at most `count` sequences take part.
+struct Stretch {
+  int64_t begin, end, count;
+};
+
+// Steps [begin, end) cut where so many sequences have ended that threads had better share the others anew.
+std::vector<Stretch> cut_by_activity(const Call& call, int64_t begin, int64_t end) {
+  std::vector<Stretch> stretches;
+  while (begin < end) {
+    Stretch s{begin, begin + 1, call.active(begin)};
+    while (s.end < end && 4 * call.active(s.end) >= 3 * s.count) ++s.end;
+    stretches.push_back(s);
+    begin = s.end;
+  }
+  return stretches;
+}
+
 // Tiles of sequences, as many as threads can share evenly.
 struct Tiles {
   int64_t batch, count;
@@ -205,22 +298,35 @@ struct Prepared {
   }
 };
 
-void describe_layer(const Call& call, int64_t d, const Tensor& x, const Tensor& out, const Tensor& saved, Prepared& p) {
+// `out` may be missing where what is saved has it.
+void describe_layer(const Call& call, int64_t d, const Tensor& x, const Maybe& out, const Tensor& saved, Prepared& p) {
   RecurrentLayer& l = p.layer;
-  const int64_t directions = static_cast<int64_t>(call.directions.size()), step = call.step_dim();
+  const int64_t directions = static_cast<int64_t>(call.directions.size());
   l.mode = static_cast<int32_t>(call.mode);
   l.reversed = d == 1;
   l.projected = call.directions[d].w_hr.has_value();
-  l.steps = call.steps, l.batch = call.batch, l.inputs = call.inputs, l.hidden = call.hidden, l.width = call.width;
+  l.steps = call.longest(), l.batch = call.batch, l.inputs = call.inputs, l.hidden = call.hidden, l.width = call.width;
   l.padded_hidden = call.padded_hidden(), l.padded_width = call.padded_width();
-  l.x = floats(x), l.x_step = x.stride(step), l.x_sequence = x.stride(1 - step);
+  const Strides of_x(call, x);
+  l.x = floats(x), l.x_step = of_x.step, l.x_sequence = of_x.sequence;
   if (call.reset) {
+    const Strides of_reset(call, *call.reset);
     l.reset = static_cast<const bool*>(call.reset->data_ptr());
-    l.reset_step = call.reset->stride(step), l.reset_sequence = call.reset->stride(1 - step);
+    l.reset_step = of_reset.step, l.reset_sequence = of_reset.sequence;
   }
-  if (call.lengths) l.lengths = static_cast<const int64_t*>(call.lengths->data_ptr());
-  l.out = mutable_floats(out) + d * call.width, l.out_step = out.stride(step), l.out_sequence = out.stride(1 - step);
-  if (saved.numel()) l.saved = mutable_floats(saved) + d * (saved.numel() / directions);
+  l.starts = call.starts.data();
+  if (!call.order.empty()) l.order = call.order.data();
+  if (!call.sorted.empty()) l.lengths = call.sorted.data();
+  if (out) {
+    const Strides of_out(call, *out);
+    l.out = mutable_floats(*out) + d * call.width, l.out_step = of_out.step, l.out_sequence = of_out.sequence;
+  }
+  if (saved.numel()) {
+    const int64_t last = saved.dim() - 1;
+    l.saved = mutable_floats(saved) + d * (saved.numel() / directions);
+    l.kept = saved.size(last - 1), l.keep_out = l.kept > call.kept_of_gates();
+    l.saved_sequence = saved.stride(last - 2), l.saved_step = last == 4 ? saved.stride(1) : kPacked;
+  }
   l.zeros = p.zeros(std::max({l.padded_hidden, l.padded_width, l.inputs}));
 }
 
@@ -277,7 +383,7 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
   std::vector<std::atomic<int64_t>> claimed(blocks);
   for (auto& c : claimed) c = 0;
   std::atomic<int64_t> done{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t member, int64_t) {
+  parallel(0, threads, 1, [&](int64_t member, int64_t) {
     const int64_t own = member * blocks / threads;
     for (int64_t step = done.load(std::memory_order_acquire) / blocks; step < steps; ++step) {
       for (int64_t i = 0; i < blocks; ++i) {
@@ -295,10 +401,10 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
 
 // Whether cores divide the units between them, each keeping its part of large weights in its cache, rather
 // than the sequences.
-bool by_units(const RecurrentLayer& l) {
+bool by_units(const RecurrentLayer& l, int64_t sequences) {
   const int64_t threads = torch::stable::get_num_threads();
   return threads > 1 && !l.projected && 4 * l.padded_hidden * l.width >= kSharedWeights &&
-         l.batch <= kMostSharingSequences * threads;
+         sequences <= kMostSharingSequences * threads;
 }
 
 // Blocks of units for a team, multiples of `least`.
@@ -322,58 +428,63 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
   if (l.projected) l.m = p.zeros(l.batch * l.padded_hidden);
   if (call.h0) {
     const float* from = floats(*call.h0) + d * l.batch * l.width;
-    for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.width, l.width, l.h + b * l.padded_width);
+    for (int64_t q = 0; q < l.batch; ++q)
+      std::copy_n(from + call.caller(q) * l.width, l.width, l.h + q * l.padded_width);
   }
   if (call.c0) {
     const float* from = floats(*call.c0) + d * l.batch * l.hidden;
-    for (int64_t b = 0; b < l.batch; ++b) std::copy_n(from + b * l.hidden, l.hidden, l.c + b * l.padded_hidden);
+    for (int64_t q = 0; q < l.batch; ++q)
+      std::copy_n(from + call.caller(q) * l.hidden, l.hidden, l.c + q * l.padded_hidden);
   }
   const bool fused = call.fused_inputs();
-  const int64_t per_step = 4 * l.batch * l.padded_hidden;
-  const int64_t chunk =
-      fused ? l.steps : std::clamp<int64_t>(kChunkFloats / per_step, 1, std::max<int64_t>(1, l.steps));
-  float* projected = fused ? nullptr : p.memory(h_n, chunk * per_step);
+  const std::vector<int64_t> bounds = cut_steps(call, fused ? call.rows + 1 : kChunkFloats / (4 * l.padded_hidden));
+  const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
+  float* projected = fused ? nullptr : p.memory(h_n, 4 * l.padded_hidden * most_rows(call, bounds));
   std::vector<const float*> rows;
-  for (int64_t s0 = 0; s0 < l.steps; s0 += chunk) {
-    const int64_t steps = std::min(chunk, l.steps - s0);
-    auto time = [&](int64_t step) { return l.reversed ? l.steps - 1 - s0 - step : s0 + step; };
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t place_of = l.reversed ? chunks - 1 - c : c, t0 = bounds[place_of], t1 = bounds[place_of + 1];
     if (!fused) {
-      l.projected_x = projected, l.projected_rows = steps * l.batch;
-      l.projected_step = std::min(time(0), time(steps - 1));
       rows.clear();
-      for (int64_t t = l.projected_step; t < l.projected_step + steps; ++t)
-        for (int64_t b = 0; b < l.batch; ++b) rows.push_back(l.x + t * l.x_step + b * l.x_sequence);
+      for (int64_t t = t0; t < t1; ++t)
+        for (int64_t q = 0; q < call.active(t); ++q) rows.push_back(l.x + place(l, t, q, l.x_step, l.x_sequence));
       const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
+      l.projected_x = projected, l.projected_rows = count, l.projected_first = call.starts[t0];
       for_each_item(items, [&](int64_t i) {
         const int64_t first = i * count / items, some = (i + 1) * count / items - first;
         k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(l, some)));
       });
     }
-    if (by_units(l)) {
-      const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
-      run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
-        for (int64_t b = 0; b < l.batch; b += kMaxRows)
-          k.forward_step(l, time(step), b, std::min(kMaxRows, l.batch - b), blocks.begin(i), blocks.end(i),
-                         thread_scratch(k.forward_scratch(l)));
-      });
-    } else {
-      const Tiles tiles(l.batch);
-      for_each_item(tiles.count, [&](int64_t i) {
-        float* scratch = thread_scratch(k.forward_scratch(l));
-        for (int64_t step = 0; step < steps; ++step) {
-          k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
-          if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i), scratch);
-        }
-      });
+    std::vector<Stretch> stretches = cut_by_activity(call, t0, t1);
+    if (l.reversed) std::reverse(stretches.begin(), stretches.end());
+    for (const Stretch& s : stretches) {
+      const int64_t steps = s.end - s.begin;
+      auto time = [&](int64_t i) { return l.reversed ? s.end - 1 - i : s.begin + i; };
+      if (by_units(l, s.count)) {
+        const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
+        run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
+          for (int64_t b = 0; b < s.count; b += kMaxRows)
+            k.forward_step(l, time(step), b, std::min(kMaxRows, s.count - b), blocks.begin(i), blocks.end(i),
+                           thread_scratch(k.forward_scratch(l)));
+        });
+      } else {
+        const Tiles tiles(s.count);
+        for_each_item(tiles.count, [&](int64_t i) {
+          float* scratch = thread_scratch(k.forward_scratch(l));
+          for (int64_t step = 0; step < steps; ++step) {
+            k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
+            if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i), scratch);
+          }
+        });
+      }
     }
   }
-  for (int64_t b = 0; b < l.batch; ++b) {
-    const int64_t length = l.lengths ? l.lengths[b] : l.steps;
-    std::copy_n(l.h + length % 2 * parity + b * l.padded_width, l.width,
-                mutable_floats(h_n) + (d * l.batch + b) * l.width);
-    if (call.mode == kLSTM)
-      std::copy_n(l.c + b * l.padded_hidden, l.hidden, mutable_floats(c_n) + (d * l.batch + b) * l.hidden);
-    for (int64_t t = length; t < l.steps; ++t) std::fill_n(l.out + t * l.out_step + b * l.out_sequence, l.width, 0.f);
+  for (int64_t q = 0; q < l.batch; ++q) {
+    const int64_t length = call.length(q), row = d * l.batch + call.caller(q);
+    std::copy_n(l.h + length % 2 * parity + q * l.padded_width, l.width, mutable_floats(h_n) + row * l.width);
+    if (call.mode == kLSTM) std::copy_n(l.c + q * l.padded_hidden, l.hidden, mutable_floats(c_n) + row * l.hidden);
+    if (call.packed) continue;
+    for (int64_t t = length; t < call.steps; ++t)
+      std::fill_n(l.out + place(l, t, q, l.out_step, l.out_sequence), l.width, 0.f);
   }
 }
 
@@ -381,24 +492,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, M
                                                            Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
                                                            Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r,
                                                            Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
-                                                           bool keep) {
-  const Call call =
-      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
-               lengths, mode, batch_first);
+                                                           bool keep, bool keep_out, int64_t rows) {
+  Call call = describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r),
+                       reset, lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Tensor out = new_output(x, call.sequence(directions * call.width), wide);
   const Tensor h_n = torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide);
   const Tensor c_n =
       torch::stable::new_empty(x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
-  const int64_t kept = mode == kLSTM ? 5 : 4;
-  const Tensor saved =
-      new_output(x, keep ? Ints{directions, call.steps, call.batch, kept, call.padded_hidden()} : Ints{0}, wide);
+  STD_TORCH_CHECK(rows == -1 ? !keep || !call.packed : rows == call.rows, "recurrent_layer: expected ", call.rows,
+                  " rows, the steps of all sequences together, got ", rows);
+  const int64_t kept = call.kept_of_gates() + keep_out, units = call.padded_hidden();
+  Ints size = rows == -1 ? Ints{directions, call.steps, call.batch, kept, units} : Ints{directions, rows, kept, units};
+  const Tensor saved = new_output(x, keep ? size : Ints{0}, wide);
+  number_sequences(call);
   if (call.batch > 0) {
-    const Tensor rows = as_rows(x);
+    const Tensor from = as_rows(x);
     for (int64_t d = 0; d < directions; ++d) {
       Prepared p;
-      describe_layer(call, d, rows, out, saved, p);
+      describe_layer(call, d, from, out, saved, p);
       pack_weights(call, d, p);
       run_forward(call, d, p, h_n, c_n);
     }
@@ -413,9 +526,8 @@ struct DirectionGrads {
   Maybe b_ih, b_hh, w_hr;
 };
 
-// Rows of a chunk: which there are, and what was read for each.
+// Rows of a chunk: what was read for each.
 struct ChunkRows {
-  std::vector<int32_t> row_of;
   std::vector<const float*> x, h, m;
   std::vector<float*> grad_x;
 };
@@ -475,20 +587,22 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   const RecurrentTable& k = recurrent_kernels();
   RecurrentLayer& l = p.layer;
   const DirectionWeights& w = call.directions[d];
-  const int64_t hidden = l.padded_hidden, step = call.step_dim(), columns = 4 * hidden;
+  const int64_t hidden = l.padded_hidden, columns = 4 * hidden;
   const int64_t x_end = call.gates * hidden, h_begin = columns - call.gates * hidden;
 
   RecurrentBackward b{};
   if (want.grad_out) {
-    b.grad_out = floats(*want.grad_out) + d * call.width * want.grad_out->stride(2);
-    b.grad_step = want.grad_out->stride(step), b.grad_sequence = want.grad_out->stride(1 - step);
+    const Strides of_grad(call, *want.grad_out);
+    b.grad_out = floats(*want.grad_out) + d * call.width * want.grad_out->stride(want.grad_out->dim() - 1);
+    b.grad_step = of_grad.step, b.grad_sequence = of_grad.sequence;
   }
   if (call.h0) b.h0 = floats(*call.h0) + d * l.batch * l.width;
   if (call.c0) b.c0 = floats(*call.c0) + d * l.batch * l.hidden;
   auto state = [&](const Maybe& from, int64_t size, int64_t row) {
     float* to = p.zeros(l.batch * row);
     if (from)
-      for (int64_t i = 0; i < l.batch; ++i) std::copy_n(floats(*from) + (d * l.batch + i) * size, size, to + i * row);
+      for (int64_t q = 0; q < l.batch; ++q)
+        std::copy_n(floats(*from) + (d * l.batch + call.caller(q)) * size, size, to + q * row);
     return to;
   };
   b.dh = state(want.grad_h_n, l.width, l.padded_width);
@@ -510,8 +624,8 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   if (l.projected) b.columns_r = pack_columns(*w.w_hr, 1, l.width, false);
   const float* columns_x = want.grad_x ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
 
-  const int64_t per_step = l.batch * columns;
-  const int64_t chunk = std::clamp<int64_t>(kChunkFloats / per_step, 1, l.steps), most = chunk * l.batch;
+  const std::vector<int64_t> bounds = cut_steps(call, kChunkFloats / columns);
+  const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1, most = most_rows(call, bounds);
   b.gates = p.memory(want.rows, ceil_div(columns, k.panel) * k.panel * most);
   if (l.projected) {
     b.dy = p.memory(want.rows, ceil_div(l.padded_width, k.panel) * k.panel * most);
@@ -525,57 +639,58 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
     if (l.projected) of_m.emplace(k.panel, 0, l.padded_width, l.padded_width, l.hidden);
   }
   ChunkRows rows;
-  rows.row_of.resize(most);
-  const Tiles tiles(l.batch);
-  const int64_t chunks = ceil_div(l.steps, chunk);
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t place = l.reversed ? c : chunks - 1 - c;
-    const int64_t t0 = place * l.steps / chunks, t1 = (place + 1) * l.steps / chunks;
+    const int64_t place_of = l.reversed ? c : chunks - 1 - c, t0 = bounds[place_of], t1 = bounds[place_of + 1];
+    const int64_t count = call.starts[t1] - call.starts[t0], previous = l.reversed ? 1 : -1;
     rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear();
-    int32_t count = 0;
     for (int64_t t = t0; t < t1; ++t)
-      for (int64_t q = 0; q < l.batch; ++q) {
-        const int64_t length = l.lengths ? l.lengths[q] : l.steps;
-        rows.row_of[(t - t0) * l.batch + q] = t < length ? count : -1;
-        if (t >= length) continue;
-        ++count;
-        rows.x.push_back(l.x + t * l.x_step + q * l.x_sequence);
-        const bool first = t == (l.reversed ? length - 1 : 0);
-        const bool fresh = l.reset && l.reset[t * l.reset_step + q * l.reset_sequence];
+      for (int64_t q = 0; q < call.active(t); ++q) {
+        rows.x.push_back(l.x + place(l, t, q, l.x_step, l.x_sequence));
+        const bool first = t == (l.reversed ? call.length(q) - 1 : 0);
+        const bool fresh = l.reset && l.reset[place(l, t, q, l.reset_step, l.reset_sequence)];
         rows.h.push_back(fresh || (first && !b.h0) ? l.zeros
-                         : first ? b.h0 + q * l.width
-                                 : l.out + (l.reversed ? t + 1 : t - 1) * l.out_step + q * l.out_sequence);
-        if (columns_x)
-          rows.grad_x.push_back(mutable_floats(*want.grad_x) + t * want.grad_x->stride(step) +
-                                q * want.grad_x->stride(1 - step));
+                         : first                   ? b.h0 + call.caller(q) * l.width
+                         : l.keep_out ? l.saved + place(l, t + previous, q, l.saved_step, l.saved_sequence) +
+                                            (l.kept - 1) * hidden
+                                      : l.out + place(l, t + previous, q, l.out_step, l.out_sequence));
+        if (columns_x) {
+          const Strides of_grad(call, *want.grad_x);
+          rows.grad_x.push_back(mutable_floats(*want.grad_x) + place(l, t, q, of_grad.step, of_grad.sequence));
+        }
       }
-    if (count == 0) continue;
     if (l.projected)
       for (int64_t i = 0; i < count; ++i) rows.m.push_back(b.my + i * hidden);
-    b.rows = count, b.first_step = t0, b.row_of = rows.row_of.data();
+    b.rows = count, b.first_row = call.starts[t0];
 
-    auto time = [&](int64_t i) { return l.reversed ? t0 + i : t1 - 1 - i; };
-    const bool last = c == chunks - 1 && !to_the_end;
-    if (by_units(l)) {
-      const UnitBlocks blocks(hidden, k.panel, 4);
-      run_team(t1 - t0 + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
-        const int64_t begin = blocks.begin(block), end = blocks.end(block);
-        for (int64_t q = 0; q < l.batch; q += kMaxRows) {
-          const int64_t n = std::min(kMaxRows, l.batch - q);
-          if (i > 0) k.backward_state(l, b, time(i - 1), q, n, begin, end);
-          if (i < t1 - t0) k.backward_gates(l, b, time(i), q, n, begin, end, nullptr);
-        }
-      });
-    } else {
-      const int64_t scratch_size = k.backward_scratch(l);
-      for_each_item(tiles.count, [&](int64_t item) {
-        float* scratch = thread_scratch(scratch_size);
-        const int64_t b0 = tiles.begin(item), n = tiles.size(item);
-        for (int64_t i = 0; i < t1 - t0; ++i) {
-          k.backward_gates(l, b, time(i), b0, n, 0, hidden, scratch);
-          if (!last || i + 1 < t1 - t0) k.backward_state(l, b, time(i), b0, n, 0, l.padded_width);
-        }
-      });
+    std::vector<Stretch> stretches = cut_by_activity(call, t0, t1);
+    if (!l.reversed) std::reverse(stretches.begin(), stretches.end());
+    for (size_t at = 0; at < stretches.size(); ++at) {
+      const Stretch& s = stretches[at];
+      const int64_t steps = s.end - s.begin;
+      auto time = [&](int64_t i) { return l.reversed ? s.begin + i : s.end - 1 - i; };
+      const bool last = c == chunks - 1 && at + 1 == stretches.size() && !to_the_end;
+      if (by_units(l, s.count)) {
+        const UnitBlocks blocks(hidden, k.panel, 4);
+        run_team(steps + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
+          const int64_t begin = blocks.begin(block), end = blocks.end(block);
+          for (int64_t q = 0; q < s.count; q += kMaxRows) {
+            const int64_t n = std::min(kMaxRows, s.count - q);
+            if (i > 0) k.backward_state(l, b, time(i - 1), q, n, begin, end);
+            if (i < steps) k.backward_gates(l, b, time(i), q, n, begin, end, nullptr);
+          }
+        });
+      } else {
+        const Tiles tiles(s.count);
+        const int64_t scratch_size = k.backward_scratch(l);
+        for_each_item(tiles.count, [&](int64_t item) {
+          float* scratch = thread_scratch(scratch_size);
+          const int64_t b0 = tiles.begin(item), n = tiles.size(item);
+          for (int64_t i = 0; i < steps; ++i) {
+            k.backward_gates(l, b, time(i), b0, n, 0, hidden, scratch);
+            if (!last || i + 1 < steps) k.backward_state(l, b, time(i), b0, n, 0, l.padded_width);
+          }
+        });
+      }
     }
     // Everything that all steps of the chunk contribute to, in one list of items.
     const int64_t x_items = of_x ? of_x->items() : 0, h_items = of_h ? of_h->items() : 0;
@@ -596,8 +711,8 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
 
   auto put_state = [&](const Maybe& to, const float* from, int64_t size, int64_t row) {
     if (to)
-      for (int64_t i = 0; i < l.batch; ++i)
-        std::copy_n(from + i * row, size, mutable_floats(*to) + (d * l.batch + i) * size);
+      for (int64_t q = 0; q < l.batch; ++q)
+        std::copy_n(from + q * row, size, mutable_floats(*to) + (d * l.batch + call.caller(q)) * size);
   };
   put_state(want.grad_h0, b.dh, l.width, l.padded_width);
   put_state(want.grad_c0, b.dc, l.hidden, hidden);
@@ -616,22 +731,27 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor x, Maybe h0, Maybe c0, Tensor w_ih,
                          Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r, Maybe w_hh_r, Maybe b_ih_r,
-                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Tensor out, Tensor saved, int64_t mode,
+                         Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Maybe out, Tensor saved, int64_t mode,
                          bool batch_first, bool need_x, bool need_state, bool need_weights) {
-  const Call call =
-      describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r), reset,
-               lengths, mode, batch_first);
+  Call call = describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r),
+                       reset, lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   check_tensor(out, call.sequence(directions * call.width), "out");
   check_tensor(grad_out, call.sequence(directions * call.width), "grad_out");
   check_tensor(grad_h_n, {directions, call.batch, call.width}, "grad_h_n");
   check_tensor(grad_c_n, {directions, call.batch, call.hidden}, "grad_c_n");
-  check_tensor(saved, {directions, call.steps, call.batch, mode == kLSTM ? 5 : 4, call.padded_hidden()}, "saved");
-  STD_TORCH_CHECK(saved.scalar_type() == wide && saved.is_contiguous() && out.is_contiguous(),
+  const int64_t kept = call.kept_of_gates() + !out, units = call.padded_hidden();
+  if (saved.dim() == 4)
+    check_tensor(saved, {directions, call.rows, kept, units}, "saved");
+  else
+    check_tensor(saved, {directions, call.steps, call.batch, kept, units}, "saved");
+  STD_TORCH_CHECK(!call.packed || saved.dim() == 4, "recurrent_layer: saved does not fit packed sequences");
+  STD_TORCH_CHECK(saved.scalar_type() == wide && saved.is_contiguous() && (!out || out->is_contiguous()),
                   "recurrent_layer_backward: expected the forward's own out and saved");
+  number_sequences(call);
 
-  const Tensor wide_out = as_floats(out);
+  const Maybe wide_out = out ? Maybe(as_floats(*out)) : Maybe();
   BackwardCall want{};
   want.rows = as_rows(x);
   want.need_weights = need_weights;
@@ -640,13 +760,13 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
   if (grad_c_n) want.grad_c_n = as_contiguous(*grad_c_n);
   if (need_x) {
     // Its memory has first what the input's has: whoever computed that wants it so.
-    if (x.stride(0) < x.stride(1)) {
+    if (!call.packed && x.stride(0) < x.stride(1)) {
       Tensor made = new_output(x, Ints{x.size(1), x.size(0), call.inputs}, wide);
       want.grad_x = torch::stable::transpose(made, 0, 1);
     } else {
       want.grad_x = new_output(x, call.sequence(call.inputs), wide);
     }
-    if (lengths || call.batch * call.steps == 0) torch::stable::zero_(*want.grad_x);
+    if ((lengths && !call.packed) || call.batch * call.steps == 0) torch::stable::zero_(*want.grad_x);
   }
   auto like = [&](const Tensor& t) {
     Ints size;

@@ -117,9 +117,12 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
   const float* weights = rows_of(packed);
   const int64_t parity = batch * padded(width), done = step & 1;
 
+  const FlushDenormals flush;  // on this thread, which works alone where the weights are few
   RecurrentLayer l{};
   l.mode = static_cast<int32_t>(mode);
   l.projected = width < hidden;
+  const int64_t starts[3] = {0, batch, 2 * batch};
+  l.starts = starts;
   l.steps = 2, l.batch = batch, l.hidden = hidden, l.width = width;  // the second step is as the first
   l.padded_hidden = padded(hidden), l.padded_width = padded(width);
   l.out = static_cast<float*>(out.data_ptr()), l.out_sequence = width;
@@ -142,7 +145,7 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
     };
     const int64_t blocks = l.padded_hidden / k.lanes;
     if (parts.end > kFloatsOfOneThread && torch::stable::get_num_threads() > 1)
-      torch::stable::parallel_for(0, blocks, ceil_div(blocks, torch::stable::get_num_threads()), units);
+      parallel(0, blocks, ceil_div(blocks, torch::stable::get_num_threads()), units);
     else
       units(0, blocks);
     if (l.projected) {

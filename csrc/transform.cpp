@@ -47,16 +47,15 @@ void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
   const int64_t work = windows * t.k * t.m * t.count * t.columns;
   if (!images || !rows || !work) return;
   // The windows of a row may overlap in `out`: one thread, in order.
-  torch::stable::parallel_for(0, images * rows, std::max<int64_t>(1, kOfOneThread / work),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const int64_t image = i / rows, row = i % rows;
-                                  const float* x_row = from + image * x.stride(0) + row * x.stride(1);
-                                  float* out_row = to + image * out.stride(0) + row * out.stride(1);
-                                  for (int64_t w = 0; w < windows; ++w)
-                                    transform_kernels().run(t, x_row + w * x.stride(2), out_row + w * out.stride(2));
-                                }
-                              });
+  parallel(0, images * rows, std::max<int64_t>(1, kOfOneThread / work), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / rows, row = i % rows;
+      const float* x_row = from + image * x.stride(0) + row * x.stride(1);
+      float* out_row = to + image * out.stride(0) + row * out.stride(1);
+      for (int64_t w = 0; w < windows; ++w)
+        transform_kernels().run(t, x_row + w * x.stride(2), out_row + w * out.stride(2));
+    }
+  });
 }
 
 // Floats of both factors that one thread copies side by side: what a second-level cache holds.

@@ -6,7 +6,10 @@ import contextlib
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,6 +288,92 @@ def test_packed_equals_lengths(kind, more):
     assert_same((padded, last), ours(drawn.data["x"], lengths=drawn.lengths), 1e-6)
 
 
+EXTREME = """
+import torch, cnnlstm_fast as cf
+from torch.nn.utils.rnn import pack_sequence
+def high():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+layer = cf.{kind}(64, 128, bidirectional=True, num_layers=2)
+def step(sequences):
+    with torch.set_grad_enabled({train}):
+        out, _ = layer(pack_sequence(sequences))
+        if {train}:
+            out.data.sum().backward()
+step([torch.randn(9, 64)] * 3)
+before = high()
+step([torch.randn(3000, 64)] + [torch.randn(8, 64)] * 255)
+print(high() - before)
+"""
+
+
+@kinds
+@pytest.mark.parametrize("train", [False, True])
+@needs_extension
+def test_packed_sequences_take_no_more_than_their_steps(kind, train):
+    """5,040 steps, which padded would be 768,000: a result of 750 MiB and gates of many times that."""
+    run = subprocess.run(
+        [sys.executable, "-c", EXTREME.format(kind=kind, train=train)],
+        cwd=Path(cf.__file__).parents[1], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 200
+
+
+@kinds
+@needs_extension
+def test_lengths_keep_no_more_than_their_steps(kind):
+    layer = getattr(cf, kind)(16, 32, bidirectional=True)
+    lengths = torch.tensor([300] + [4] * 63)
+    kept = {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = torch.randn(300, 64, 16)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out, _ = layer(x, lengths=lengths)
+    params = sum(p.untyped_storage().nbytes() for p in layer.parameters())
+    gates = 2 * int(lengths.sum()) * 6 * 32 * 4
+    assert (
+        sum(kept.values())
+        <= x.untyped_storage().nbytes() + params + gates + lengths.untyped_storage().nbytes()
+    )
+    out.sum().backward()
+
+
+@kinds
+def test_packed_is_differentiable_twice(kind):
+    ours, twin = pair(kind, bidirectional=True)
+    found = []
+    for module in (ours, twin):
+        torch.manual_seed(3)
+        sequences = [r(n, 5).requires_grad_() for n in (2, 6, 1)]
+        out, _ = module(rnn.pack_sequence([s * 1 for s in sequences], enforce_sorted=False))
+        grads = torch.autograd.grad(out.data.pow(2).sum(), sequences, create_graph=True)
+        penalty = sum(g.pow(2).sum() for g in grads)
+        found.append(torch.autograd.grad(penalty, [*sequences, *module.parameters()], allow_unused=True))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(
+            mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-4, atol=1e-4
+        )
+
+
+@kinds
+@needs_extension
+@pytest.mark.parametrize("name", ["bias_hh_l0", "x"])
+def test_a_second_derivative_minds_every_change(kind, name):
+    """A bias, and the batch-first input, that only a backward of the backward reads."""
+    ours, _ = pair(kind, batch_first=True)
+    x = r(3, 6, 5).requires_grad_() * 1
+    out, _ = ours(x)
+    with torch.no_grad():
+        (x if name == "x" else getattr(ours, name)).add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*create_graph"):
+        torch.autograd.grad(out.sum(), ours.weight_hh_l0, create_graph=True)
+
+
 def test_packed_and_lengths_do_not_go_together():
     ours, _ = pair("LSTM")
     packed = rnn.pack_sequence([r(6, 5), r(2, 5)])
@@ -383,6 +472,139 @@ def test_functional_call_and_ensembles(kind):
     stacked = torch.func.vmap(call, in_dims=(0, 0, None))(params, buffers, x)
     for i, model in enumerate(models):
         torch.testing.assert_close(stacked[0][i], model(x)[0])
+
+
+IN_PLACE = {
+    "one layer": {},
+    "dropout": {"num_layers": 2, "dropout": 0.5},
+    "bidirectional": {"bidirectional": True},
+    "batch first": {"batch_first": True},
+    "batch first, both ways": {"num_layers": 2, "batch_first": True, "bidirectional": True},
+    "no bias": {"bias": False},
+    "projected": {"proj_size": 3},
+    "projected both ways": {"proj_size": 3, "bidirectional": True},
+}
+CHANGED = (
+    "out",
+    "h_n",
+    "c_n",
+    "x",
+    "h_0",
+    "c_0",
+    "weight_ih_l0",
+    "weight_hh_l0",
+    "bias_ih_l0",
+    "weight_hr_l0",
+)
+
+
+def change(module, target, packed, frozen, mkldnn, state, x, states):
+    """Gradients where ``target`` is changed in place between forward and backward, None where it raises."""
+    x, states = x.clone().requires_grad_(), [s.clone().requires_grad_() for s in states]
+    module.zero_grad()
+    inputs, given = x * 1, [s * 1 for s in states]
+    if packed:
+        inputs = rnn.pack_padded_sequence(inputs, torch.tensor([4, 3, 1]), module.batch_first)
+    hx = None if not state else given[0] if module.mode == "GRU" else tuple(given)
+    torch.manual_seed(0)
+    with torch.backends.mkldnn.flags(enabled=mkldnn):
+        out, last = module(inputs, hx)
+    last = (last,) if module.mode == "GRU" else last
+    if packed:
+        out, inputs = out.data, inputs.data
+    tensors = {"out": out, "x": inputs, **dict(zip(("h_n", "c_n"), last, strict=False))}
+    tensors |= dict(zip(("h_0", "c_0"), given, strict=False)) if state else {}
+    tensors |= dict(module.named_parameters())
+    loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + sum(s.sum() for s in last)
+    if target in tensors:
+        with torch.no_grad():
+            tensors[target].add_(1.0)
+    leaves = [x, *states, *(() if frozen else module.parameters())]
+    try:
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    except RuntimeError as error:
+        assert "modified" in str(error)
+        found = None
+    finally:
+        if target in dict(module.named_parameters()):
+            with torch.no_grad():
+                tensors[target].sub_(1.0)
+    return found
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", IN_PLACE)
+@kinds
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@needs_extension
+def test_in_place_changes_before_the_backward(kind, name, packed, frozen):
+    """What PyTorch's layers allow is allowed, and what changes a gradient is never silent."""
+    more = IN_PLACE[name]
+    if kind == "GRU" and "proj_size" in more:
+        return
+    ours, twin = pair(kind, **more)
+    ours.requires_grad_(not frozen), twin.requires_grad_(not frozen)
+    x = r(3, 4, 5) if ours.batch_first else r(4, 3, 5)
+    rows = ours.num_layers * (1 + ours.bidirectional)
+    states = [r(rows, 3, ours.proj_size or 7), r(rows, 3, 7)]
+    for mkldnn, state in ((True, False), (True, True), (False, True)):
+        args = packed, frozen, mkldnn, state, x, states
+        clean = change(ours, None, *args)
+        for target in CHANGED:
+            found = change(ours, target, *args)
+            if change(twin, target, *args) is not None:
+                assert found is not None, f"{target} may be changed, state {state}"
+            for mine, expected in zip(found or (), clean, strict=found is not None):
+                torch.testing.assert_close(mine, expected, msg=f"{target}, state {state}")
+            if target == "x" and not frozen and not ours.batch_first:
+                assert found is None
+
+
+class Steps(nn.Module):
+    """Frames, a chain along time, and a recurrent layer."""
+
+    def __init__(self, rnn, given):
+        super().__init__()
+        self.given = given
+        frame = cf.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.frames = cf.TimeDistributed(frame)
+        self.signal = cf.Sequential(nn.Conv1d(72, 5, 3, padding=1), nn.ReLU())
+        self.rnn = rnn
+        self.fc = nn.Linear(7, 2)
+
+    def forward(self, x, h_0):
+        steps = self.signal(self.frames(x).transpose(1, 2)).transpose(1, 2)
+        hx = h_0 if self.rnn.mode == "GRU" else (h_0, h_0)
+        out, _ = self.rnn(steps, hx) if self.given else self.rnn(input=steps)
+        return self.fc(out[:, -1])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("rnn", [cf.LSTM, cf.GRU, nn.LSTM, nn.GRU])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fx_takes_them_as_leaves(rnn, given):
+    """One node each, as PyTorch's own, by the plain tracer; hooks run once, when the module runs."""
+    model = Steps(rnn(5, 7, 2, batch_first=True), given).eval()
+    called = []
+    model.rnn.register_forward_hook(lambda m, args, out: (called.append(m), (out[0] * 2, out[1]))[1])
+    if rnn in (nn.LSTM, nn.GRU):
+        model = cf.accelerate(model)
+    args = r(3, 4, 3, 8, 8), r(2, 3, 7)
+    traced = torch.fx.symbolic_trace(model)
+    assert not called
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert targets == ["frames", "signal.0", "signal.1", "rnn", "fc"]
+    torch.testing.assert_close(traced(*args), model(*args))
+    assert len(called) == 2
+    copied = copy.deepcopy(traced).train()
+    copied(*args).sum().backward()
+    model.train()(*args).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    for name, p in copied.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-5)
+    assert "__module__" not in vars(model.rnn)
+    pickle.loads(pickle.dumps(model.frames))
 
 
 @kinds

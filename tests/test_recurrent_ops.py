@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import SEED, assert_close_as_torch, needs_extension, repeat_with_instruction_set
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from cnnlstm_fast.ops import recurrent as op
 
@@ -435,6 +436,54 @@ WRONG = {
 }
 
 
+LENGTHS = torch.tensor([3, 1])  # of packed data (4, 5)
+WRONG_PACKED = {
+    "no lengths": (dict(lengths=None), {}, "3-d"),
+    "rising lengths": (dict(lengths=LENGTHS.flip(0)), {}, "fall"),
+    "too few rows": (dict(lengths=torch.tensor([3, 2])), {}, "sum"),
+    "too many rows": (dict(lengths=torch.tensor([2, 1])), {}, "sum"),
+    "a negative length": (dict(lengths=torch.tensor([5, -1])), {}, "0 to"),
+    "lengths that wrap": (dict(lengths=torch.tensor([2**62, 2**62])), {}, "0 to"),
+    "resets": (dict(reset=torch.zeros(4, dtype=torch.bool)), {}, "no reset"),
+    "batch first": ({}, dict(batch_first=True), "batch_first"),
+    "rows not told": ({}, dict(rows=-1), "4 rows"),
+    "other rows": ({}, dict(rows=5), "4 rows"),
+    "a state of more sequences": (dict(h0=torch.zeros(1, 4, 8)), {}, "h0"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PACKED)
+def test_the_op_checks_packed_data(wrong):
+    changed, options, message = WRONG_PACKED[wrong]
+    tensors, *_ = Case("LSTM", 3, 2, 5, 8).draw()
+    given = tensors | {"x": torch.randn(4, 5), "reset": None, "lengths": LENGTHS}
+    options = dict(mode=op.MODES["LSTM"], batch_first=False, keep=True, keep_out=True, rows=4) | options
+    *_, saved = op.forward_op(*given.values(), *(options | dict(batch_first=False, rows=4)).values())
+    with pytest.raises(RuntimeError, match=message):
+        op.forward_op(*(given | changed).values(), *options.values())
+    if "rows" not in options or options["rows"] == 4:
+        with pytest.raises(RuntimeError, match=message):
+            op.backward_op(
+                None, None, None, *(given | changed).values(), None, saved, options["mode"],
+                options["batch_first"], True, True, True,
+            )  # fmt: skip
+
+
+def test_the_backward_takes_what_the_forward_kept():
+    tensors, *_ = Case("LSTM", 3, 2, 5, 8).draw()
+    given = [tensors[n] for n in NAMES]
+    rest = op.MODES["LSTM"], False, True, True, True
+    for keep_out, rows in itertools.product((False, True), (-1, 4)):
+        out, *_, saved = op.forward_op(*given, None, LENGTHS, op.MODES["LSTM"], False, True, keep_out, rows)
+        args = (None, None, None, *given, None)
+        op.backward_op(*args, LENGTHS, None if keep_out else out, saved, *rest)
+        with pytest.raises(RuntimeError, match="saved"):
+            op.backward_op(*args, LENGTHS, out if keep_out else None, saved, *rest)
+        if rows == 4:
+            with pytest.raises(RuntimeError, match="saved"):
+                op.backward_op(*args, torch.tensor([3, 2]), out, saved, *rest)
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_op_checks_its_arguments(wrong):
     changed, message = WRONG[wrong]
@@ -442,6 +491,67 @@ def test_the_op_checks_its_arguments(wrong):
     given = tensors | {"reset": None, "lengths": None} | changed
     with pytest.raises(RuntimeError, match=message):
         op.forward_op(*given.values(), op.MODES["LSTM"], False, False)
+
+
+PACKED = {
+    "few units": dict(steps=30, batch=70, inputs=33, hidden=40),
+    "units shared": dict(steps=9, batch=300, inputs=20, hidden=272),
+    "many inputs": dict(steps=40, batch=21, inputs=1100, hidden=130),
+    "one long sequence": dict(steps=400, batch=40, inputs=140, hidden=24),
+}
+
+
+@modes
+@pytest.mark.parametrize("shape", PACKED.values(), ids=PACKED)
+def test_rows_of_any_lengths(mode, shape):
+    """Packed data, and padded data of which only valid steps are kept: the forward's bits, all gradients.
+
+    With the outputs kept twice or read again. Lengths are far from even, so that threads are dealt out anew.
+    """
+    case = Case(mode, directions=2, **shape)
+    tensors, *_ = case.draw()
+    given = [tensors[n] for n in NAMES]
+    long, rest = case.steps, torch.rand(case.batch - 1).pow(3).mul(case.steps).long() + 1
+    lengths = torch.cat([torch.tensor([long]), rest if case.steps < 400 else rest.clamp(max=5)])
+    lengths = lengths[torch.randperm(case.batch)]
+    rows, kind = int(lengths.sum()), op.MODES[mode]
+    out, h_n, c_n, saved = op.forward_op(*given, None, lengths, kind, False, True)
+    grads = torch.randn_like(out), torch.randn_like(h_n), torch.randn_like(c_n) if c_n.numel() else None
+    expected = op.backward_op(*grads, *given, None, lengths, out, saved, kind, False, True, True, True)
+    order = lengths.argsort(descending=True, stable=True)
+
+    def packed(t):
+        return None if t is None else pack_padded_sequence(t[:, order], lengths[order]).data
+
+    def states(*found):
+        return [None if t is None else t[:, order] for t in found]
+
+    x, h0, c0, *weights = given
+    for keep_out in (False, True):
+        again = op.forward_op(*given, None, lengths, kind, False, True, keep_out, rows)
+        for name, a, b in zip(("out", "h_n", "c_n"), again, (out, h_n, c_n), strict=False):
+            assert torch.equal(a, b), name
+        kept = None if keep_out else again[0]
+        found = op.backward_op(*grads, *given, None, lengths, kept, again[3], kind, False, True, True, True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item() if b.numel() else 0)
+        inputs = packed(x), *states(h0, c0), *weights, None, lengths[order]
+        again = op.forward_op(*inputs, kind, False, True, keep_out, rows)
+        assert torch.equal(again[0], packed(out))
+        assert again[3].shape[1] == rows
+        for a, b in zip(again[1:3], states(h_n, c_n) if mode == "LSTM" else states(h_n), strict=False):
+            assert torch.equal(a, b)
+        kept = None if keep_out else again[0]
+        found = op.backward_op(
+            packed(grads[0]), *states(*grads[1:]), *inputs, kept, again[3], kind, False, True, True, True
+        )
+        wanted = (
+            packed(expected[0]),
+            *(t if t.dim() < 3 else t[:, order] for t in expected[1:3]),
+            *expected[3:],
+        )
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item() if b.numel() else 0)
 
 
 @modes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from cnnlstm_fast import functional_recurrent as functional
+from cnnlstm_fast.nn.leaf import Leaf
 from cnnlstm_fast.nn.stream import Stream
 
 # ``reset`` and ``lengths`` are meant as keywords; they are no keyword-only arguments because PyTorch's
@@ -21,7 +22,7 @@ from cnnlstm_fast.nn.stream import Stream
 __all__ = ["GRU", "LSTM"]
 
 
-class _Recurrent(nn.RNNBase):
+class _Recurrent(Leaf, nn.RNNBase):
     """What LSTM and GRU share: everything but the form of a state."""
 
     #: The module that this one stands in for.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cnnlstm_fast import patterns
 from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
+from cnnlstm_fast.nn.leaf import Leaf
 
 __all__ = ["TimeDistributed"]
 
@@ -16,7 +17,7 @@ __all__ = ["TimeDistributed"]
 CHUNK_BYTES = 4 * 2**20
 
 
-class TimeDistributed(nn.Module):
+class TimeDistributed(Leaf, nn.Module):
     """Apply ``module`` to every time step: fold time into the batch, run, unfold.
 
     A chain of layers inside (an ``nn.Sequential`` or a single layer) is fused as in

@@ -3,7 +3,8 @@
 Schema terms (``D`` directions, ``B`` batch, ``T`` steps, ``I`` inputs, ``H`` hidden units, ``P`` the
 width of the output: ``proj_size`` or ``H``):
 
-- ``x``: (B, T, I) if ``batch_first`` else (T, B, I), any strides.
+- ``x``: (B, T, I) if ``batch_first`` else (T, B, I), any strides; on the CPU also a ``PackedSequence``'s
+  data, (rows, I), with ``lengths`` that fall and ``rows`` in all.
 - ``h0`` (D, B, P), ``c0`` (D, B, H; LSTM only): the initial state; None is zeros.
 - the weights of each direction as :class:`torch.nn.LSTM` and :class:`torch.nn.GRU` shape and order
   them; those of the reverse direction (``_r``) are None in a unidirectional layer.
@@ -12,19 +13,25 @@ width of the output: ``proj_size`` or ``H``):
 - ``lengths``: (B,) int64 on the CPU, 0 to T. Steps past a sequence's end give zeros and leave the state;
   the reverse direction begins at the last valid step.
 - ``mode``: a value of :data:`MODES`.
-- ``keep``: also return what the backward reads.
+- ``keep``: also return what the backward reads, and with ``keep_out`` (on the CPU) the outputs too, so that
+  it does not read ``out``, which its owner may change.
+- ``rows``: how many steps all sequences have together, if only these are to be kept (on the CPU); -1: T * B.
 
-The forward gives ``out`` (B, T, D * P) or (T, B, D * P), ``h_n`` (D, B, P), ``c_n`` (D, B, H; empty for a
-GRU), and ``saved``, empty or float32 of :func:`saved_shape`: an LSTM's activated gates i, f, g, o and cells,
-a GRU's gates r, z, n and W_hn h + b_hn, with the units padded to a multiple of :data:`UNIT_GROUP`.
+The forward gives ``out`` as ``x`` but with D * P features, ``h_n`` (D, B, P), ``c_n`` (D, B, H; empty for a
+GRU), and ``saved``, empty or float32 of :func:`saved_shape`: an LSTM's activated gates i, f, g, o
+and cells, a GRU's gates r, z, n and W_hn h + b_hn, and then the outputs, with the units padded to a multiple
+of :data:`UNIT_GROUP`. Rows are those of all sequences' first steps, of the longest one's first, then those of
+the second steps.
 
 The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import _VF, Tensor
 
 MODES = {"LSTM": 0, "GRU": 1}
 UNIT_GROUP = 16
@@ -36,11 +43,12 @@ _WEIGHTS = (
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
 _lib.define(
     f"recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, "
-    "int mode, bool batch_first, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int mode, bool batch_first, bool keep, bool keep_out=False, int rows=-1) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "recurrent_layer_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor? h0, "
-    f"Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, Tensor out, Tensor saved, int mode, "
+    f"Tensor? c0, {_WEIGHTS}, Tensor? reset, Tensor? lengths, Tensor? out, Tensor saved, int mode, "
     "bool batch_first, bool need_x, bool need_state, bool need_weights) -> ("
     + ", ".join(["Tensor"] * 13)
     + ")"
@@ -50,22 +58,33 @@ forward_op = torch.ops.cnnlstm_fast.recurrent_layer.default
 backward_op = torch.ops.cnnlstm_fast.recurrent_layer_backward.default
 
 
-def saved_shape(mode: int, directions: int, steps: int, batch: int, hidden: int) -> list[int]:
-    """Shape of what a forward keeps: (D, T, B, 5 for an LSTM or 4 for a GRU, padded H)."""
+def saved_shape(
+    mode: int, directions: int, steps: int, batch: int, hidden: int, keep_out: bool = False, rows: int = -1
+) -> list[int]:
+    """Shape of what a forward keeps: (D, T, B, n, padded H), or (D, rows, n, padded H).
+
+    n is 5 for an LSTM and 4 for a GRU, and one more with ``keep_out``.
+    """
     padded = -(-hidden // UNIT_GROUP) * UNIT_GROUP
-    return [directions, steps, batch, 5 if mode == MODES["LSTM"] else 4, padded]
+    sequences = [steps, batch] if rows == -1 else [rows]
+    return [directions, *sequences, (5 if mode == MODES["LSTM"] else 4) + keep_out, padded]
 
 
 @torch.library.register_fake("cnnlstm_fast::recurrent_layer", lib=_lib)
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, *rest):
-    mode, batch_first, keep = rest[-3:]
+def _(
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r,
+    reset, lengths, mode, batch_first, keep, keep_out=False, rows=-1,
+):  # fmt: skip
     directions = 1 if w_ih_r is None else 2
-    (batch, steps) = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    if x.dim() == 2:
+        batch, steps = lengths.shape[0], x.shape[0]
+    else:
+        batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
     width, hidden = w_hh.shape[1], w_hh.shape[0] // (4 if mode == MODES["LSTM"] else 3)
     c_n = [directions, batch, hidden] if mode == MODES["LSTM"] else [0]
-    saved = saved_shape(mode, directions, steps, batch, hidden) if keep else [0]
+    saved = saved_shape(mode, directions, steps, batch, hidden, keep_out, rows) if keep else [0]
     return (
-        x.new_empty([x.shape[0], x.shape[1], directions * width]),
+        x.new_empty([*x.shape[:-1], directions * width]),
         x.new_empty([directions, batch, width]),
         x.new_empty(c_n),
         x.new_empty(saved, dtype=torch.float32),
@@ -81,48 +100,94 @@ def _(grad_out, grad_h_n, grad_c_n, x, h0, c0, *rest):
 
     state = (like(h0, need_state), like(c0, need_state))
     grad_x = like(x, need_x)
-    if need_x and x.device.type == "cpu" and x.stride(0) < x.stride(1):
+    if need_x and x.device.type == "cpu" and x.dim() == 3 and x.stride(0) < x.stride(1):
         grad_x = x.new_empty([x.shape[1], x.shape[0], x.shape[2]]).transpose(0, 1)
     return grad_x, *state, *(like(w, need_weights) for w in weights)
 
 
 class RecurrentLayerFunction(torch.autograd.Function):
-    """Autograd around the op; entered only when a gradient is needed. Returns out, h_n, c_n."""
+    """Autograd around the op; entered only when a gradient is needed. Returns out, h_n, c_n.
+
+    What the backward does not read may be changed in place meanwhile, as with PyTorch's own layers.
+    """
 
     @staticmethod
     def forward(ctx, x, h0, c0, *args):
-        # args: the ten weights, reset, lengths, mode, batch_first. One method instead of setup_context,
-        # which costs 15 us: under torch.func, which needs that, the reference plan runs.
-        weights, (reset, lengths, mode, batch_first) = args[:10], args[10:]
-        out, h_n, c_n, saved = forward_op(x, h0, c0, *weights, reset, lengths, mode, batch_first, True)
+        # args: the ten weights, reset, lengths, mode, batch_first, keep_out, rows. One method instead of
+        # setup_context, which costs 15 us: under torch.func, which needs that, the reference plan runs.
+        weights, (reset, lengths, mode, batch_first, keep_out, rows) = args[:10], args[10:]
+        more = (keep_out, rows) if keep_out or rows != -1 else ()
+        out, h_n, c_n, saved = forward_op(x, h0, c0, *weights, reset, lengths, mode, batch_first, True, *more)
         ctx.mode, ctx.batch_first = mode, batch_first
         ctx.set_materialize_grads(False)
         if mode != MODES["LSTM"]:
             ctx.mark_non_differentiable(c_n)
-        ctx.save_for_backward(x, h0, c0, *weights, reset, lengths, out, saved)
+        inputs = (x, h0, c0, *weights)
+        reads = _reads(ctx.needs_input_grad[:13], mode, x.dim() == 2 or x.shape[int(batch_first)] > 1)
+        own_x = own_h0 = None
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if reads[0] and not x.is_contiguous():  # batch first: PyTorch computes with a copy
+                reads[0], own_x = False, x.detach().clone()
+            if h0 is not None and mode != MODES["LSTM"] and not reads[1]:
+                own_h0 = h0.detach().clone()
+        ctx.unread = [None if read else _Unread(t) for t, read in zip(inputs, reads, strict=True)]
+        ctx.save_for_backward(
+            *(t if read else None for t, read in zip(inputs, reads, strict=True)),
+            reset, lengths, None if keep_out else out, saved, own_x, own_h0,
+        )  # fmt: skip
         return out, h_n, c_n
 
     @staticmethod
     def backward(ctx, grad_out, grad_h_n, grad_c_n):
-        *inputs, reset, lengths, out, saved = ctx.saved_tensors
-        nothing = (None,) * 4  # reset, lengths, mode, batch_first
+        *read, reset, lengths, out, saved, own_x, own_h0 = ctx.saved_tensors
+        nothing = (None,) * 6  # reset, lengths, mode, batch_first, keep_out, rows
         needs = ctx.needs_input_grad[:13]
         if ctx.mode != MODES["LSTM"]:
             grad_c_n = None
         grads_in = (grad_out, grad_h_n, grad_c_n)
         if all(g is None for g in grads_in):
             return *(None,) * 13, *nothing
-        if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+        again = torch.is_grad_enabled()  # create_graph=True: a backward that can be differentiated
+        inputs = [t if u is None else u.value(again) for t, u in zip(read, ctx.unread, strict=True)]
+        if again:
             grads = _differentiable_backward(
                 grads_in, inputs, reset, lengths, ctx.mode, ctx.batch_first, needs
             )
         else:
+            inputs[0] = inputs[0] if own_x is None else own_x
+            inputs[1] = inputs[1] if own_h0 is None else own_h0
             need_x, need_state, need_weights = needs[0], any(needs[1:3]), any(needs[3:])
             grads = backward_op(
                 *grads_in, *inputs, reset, lengths, out, saved, ctx.mode, ctx.batch_first,
                 need_x, need_state, need_weights,
             )  # fmt: skip
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def _reads(needs: Sequence[bool], mode: int, many_steps: bool) -> list[bool]:
+    """Of x, h0, c0 and the ten weights, whose values the backward reads; its shape it reads of all."""
+    if torch.compiler.is_compiling():  # a graph has no versions to mind
+        return [True] * 13
+    of_weights = any(needs[3:])
+    direction = [needs[0], many_steps or any(needs[1:3]), False, False, True]
+    return [of_weights, of_weights, mode == MODES["LSTM"], *direction, *direction]
+
+
+class _Unread:
+    """An input that only a backward of the backward reads."""
+
+    def __init__(self, t: Tensor | None):
+        self.t = t
+        self.version = None if t is None or t.is_inference() else t._version
+
+    def value(self, checked: bool) -> Tensor | None:
+        if checked and self.version is not None and self.t is not None and self.t._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: a tensor of shape {tuple(self.t.shape)} is at version {self.t._version}, "
+                f"expected version {self.version}, because create_graph=True"
+            )
+        return self.t
 
 
 def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first, needs):
@@ -141,6 +206,11 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
         "lengths": lengths,
     }
 
+    packed, sizes = x.dim() == 2, None
+    if packed:
+        sizes = (lengths > torch.arange(int(lengths[0])).unsqueeze(1)).sum(1)
+        x, _ = _VF._pad_packed_sequence(x, sizes, False, 0.0, len(sizes))
+
     def zeros(size):
         return x.new_zeros([directions, x.shape[0 if batch_first else 1], size])
 
@@ -155,6 +225,8 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
         results = (out, h_n, c_n)
     else:
         results = reference.gru(x, h0, params, **options)
+    if packed:
+        results = _VF._pack_padded_sequence(results[0], lengths, False)[0], *results[1:]
     pairs = [(r, g) for r, g in zip(results, grads_in, strict=False) if g is not None]
     wanted = [i for i, need in enumerate(needs) if need]
     found = torch.autograd.grad(

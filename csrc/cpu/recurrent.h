@@ -9,9 +9,14 @@ enum RecurrentMode : int32_t { kLSTM = 0, kGRU = 1 };
 
 constexpr int64_t kUnitGroup = 16;  // hidden units are padded to a multiple of this
 constexpr int64_t kMaxRows = 64;    // most sequences that one call of a step works on
+constexpr int64_t kPacked = -1;     // in place of a step's stride: what `starts` says
 
 // One direction of one layer, everything float32. Strides in elements; T steps, B sequences, I inputs, H
 // hidden units, P outputs per step (H, or fewer when projected). "Padded" is rounded up to kUnitGroup.
+//
+// Kernels number sequences from the longest to the shortest, so that the first ones take part in a step. What
+// belongs to step t of sequence q lies at t * step + order[q] * sequence, or at (starts[t] + q) * sequence where
+// the step's stride is kPacked.
 //
 // The pre-activations of a unit are four columns: i, f, g, o of an LSTM; n (of the input), r, z, n (of the
 // state) of a GRU. A GRU's inputs have the first three, its state the last three.
@@ -24,19 +29,23 @@ struct RecurrentLayer {
   int64_t x_step, x_sequence;
   const bool* reset;  // null: none
   int64_t reset_step, reset_sequence;
+  const int64_t* starts;   // T + 1: how many sequences all steps before have together
+  const int64_t* order;    // the caller's numbers of sequences; null: as the kernels number them
   const int64_t* lengths;  // null: all T
   float* out;              // outputs contiguous
   int64_t out_step, out_sequence;
-  float* saved;  // (T, B, 5 or 4, padded H), null: nothing is kept
+  float* saved;  // rows of `kept` times padded H, null: nothing is kept
+  int64_t saved_step, saved_sequence, kept;
+  bool keep_out;  // the last of them is the output
 
   const float* packed_x;  // pack_gates of w_ih; null: inputs are projected ahead
   const float* packed_h;  // pack_gates of w_hh
   const float* packed_r;  // pack_columns of w_hr, transposed
   const float* bias;      // [unit / lanes][4][lanes]
 
-  // Not null: project_inputs of all sequences in projected_rows / B steps from projected_step on.
+  // Not null: project_inputs of projected_rows rows, of which projected_first come before (see `starts`).
   const float* projected_x;
-  int64_t projected_rows, projected_step;
+  int64_t projected_rows, projected_first;
   const float* w_ih;  // as it is, its rows and its order of gates
   int64_t w_ih_stride;
   const int32_t* order_x;
@@ -46,6 +55,12 @@ struct RecurrentLayer {
   float* m;            // [B][padded H], the output before its projection
   const float* zeros;  // as many as the widest of all rows
 };
+
+// Where something of step t of sequence q begins. Internal to each file: see above.
+static inline int64_t place(const RecurrentLayer& l, int64_t t, int64_t q, int64_t step, int64_t sequence) {
+  if (step == kPacked) return (l.starts[t] + q) * sequence;
+  return t * step + (l.order ? l.order[q] : q) * sequence;
+}
 
 // What the backward of one direction needs beside the forward's description.
 struct RecurrentBackward {
@@ -59,11 +74,10 @@ struct RecurrentBackward {
   const float* columns_h;  // pack_columns of w_hh: k over the state's gate columns
   const float* columns_r;  // pack_columns of w_hr: k over outputs
 
-  // Gradients of the pre-activations of a chunk of steps, [column / panel][row][panel], of rows that are
-  // listed in row_of [step - first step][B], -1 where a sequence is not in that step.
+  // Gradients of the pre-activations of a chunk of steps, [column / panel][row][panel]; row 0 is starts' number
+  // `first_row`.
   float* gates;
-  int64_t rows, first_step;
-  const int32_t* row_of;
+  int64_t rows, first_row;
   float* dy;  // projected: [column / panel][row][panel], gradients of the outputs
   float* my;  // projected: [row][padded H], outputs before their projection
 };

@@ -60,6 +60,8 @@ def make(spec):
             return (torch.rand(shape, generator=generator) < 0.2).to(dtype)
         if spec["fill"] == "steps":
             return torch.randint(0, spec["most"] + 1, shape, generator=generator).to(dtype)
+        if spec["fill"] == "most":
+            return torch.full(shape, spec["most"], dtype=dtype)
         t = torch.randn(shape, generator=generator) / (4 if spec["fill"] == "small" else 1)
         if spec["fill"] == "specials":
             special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 3e38])
@@ -395,43 +397,62 @@ def _layer(rng: random.Random) -> dict:
     width = rng.randint(1, hidden) if mode == 0 and rng.random() < 0.3 else hidden
     steps, batch = rng.choice((1, 2, 5, 8)), rng.choice((0, 1, 2, 3, 9))
     dtype, bias = rng.choice(("float32", "float32", "bfloat16")), rng.random() < 0.7
+    packed = rng.random() < 0.2  # sequences of one length, so that their data are whole steps
+    batch_first &= not packed
     leading = [batch, steps] if batch_first else [steps, batch]
+    fill = "most" if packed else "steps"
     ways = [_weights(rng, dtype, mode, inputs, hidden, width, bias) for _ in range(directions)]
     weights = [w for way in ways for w in way.values()] + [None] * 5
     states = {"h0": [directions, batch, width], "c0": [directions, batch, hidden]}
     return {
-        "x": tensor(rng, [*leading, inputs], dtype),
+        "x": tensor(rng, [*([steps * batch] if packed else leading), inputs], dtype),
         **{
             n: tensor(rng, size, dtype) if rng.random() < 0.6 and not (n == "c0" and mode) else None
             for n, size in states.items()
         },
         **dict(zip(WEIGHTS, weights, strict=False)),
-        "reset": tensor(rng, leading, "bool", "bits") if rng.random() < 0.4 else None,
-        "lengths": {**tensor(rng, [batch], "int64", "steps"), "most": steps} if rng.random() < 0.4 else None,
+        "reset": tensor(rng, leading, "bool", "bits") if rng.random() < 0.4 and not packed else None,
+        "lengths": {**tensor(rng, [batch], "int64", fill), "most": steps}
+        if packed or rng.random() < 0.4
+        else None,
         "mode": mode,
         "batch_first": batch_first,
     }
 
 
+def _layer_rows(rng: random.Random, a: dict) -> int:
+    """A right value of ``rows``."""
+    if len(a["x"]["size"]) == 2:
+        return a["x"]["size"][0]
+    steps, batch, _ = a["x"]["size"]
+    return -1 if a["lengths"] or rng.random() < 0.5 else steps * batch
+
+
 def _layer_forward(rng: random.Random) -> dict:
-    return {**_layer(rng), "keep": rng.random() < 0.5}
+    a = _layer(rng)
+    flags = {"keep": rng.random() < 0.5, "keep_out": rng.random() < 0.5}
+    return {**a, **flags, "rows": _layer_rows(rng, a)}
 
 
-def _layer_sizes(a: dict) -> tuple[list[int], list[int], list[int]]:
+def _layer_sizes(a: dict, keep_out: bool, kept_rows: int) -> tuple[list[int], list[int], list[int]]:
     """Sizes of h_n, c_n and of what is kept; of specs."""
-    steps, batch = a["x"]["size"][:2][:: -1 if a["batch_first"] else 1]
+    if len(a["x"]["size"]) == 2:
+        steps, batch = a["lengths"]["most"], a["lengths"]["size"][0]
+    else:
+        steps, batch = a["x"]["size"][:2][:: -1 if a["batch_first"] else 1]
     rows, width = a["w_hh"]["size"]
     hidden, directions = rows // GATES[a["mode"]], 1 if a["w_ih_r"] is None else 2
-    kept = saved_shape(a["mode"], directions, steps, batch, hidden)
+    kept = saved_shape(a["mode"], directions, steps, batch, hidden, keep_out, kept_rows)
     return [directions, batch, width], [directions, batch, hidden], kept
 
 
 def _layer_backward(rng: random.Random) -> dict:
     """With results and gates that no forward made."""
     a = _layer(rng)
-    h, c, kept = _layer_sizes(a)
+    keep_out = rng.random() < 0.5
+    h, c, kept = _layer_sizes(a, keep_out, _layer_rows(rng, a))
     dtype = a["x"]["dtype"]
-    out = [*a["x"]["size"][:2], h[0] * h[2]]
+    out = [*a["x"]["size"][:-1], h[0] * h[2]]
     grads = {"grad_out": out, "grad_h_n": h, "grad_c_n": c}
     mode, batch_first = a.pop("mode"), a.pop("batch_first")
     return {
@@ -439,7 +460,7 @@ def _layer_backward(rng: random.Random) -> dict:
             n: tensor(rng, size, dtype) if rng.random() < 0.7 and not (n == "grad_c_n" and mode) else None
             for n, size in grads.items()
         },
-        **a, "out": _plain(rng, out, dtype), "saved": _plain(rng, kept),
+        **a, "out": None if keep_out else _plain(rng, out, dtype), "saved": _plain(rng, kept),
         "mode": mode, "batch_first": batch_first,
         **{f"need_{which}": rng.random() < 0.7 for which in ("x", "state", "weights")},
     }  # fmt: skip
@@ -451,6 +472,11 @@ def _check_layer(a: dict, results: tuple) -> str | None:
     if not results[0].numel() or a["x"].dtype != torch.float32 or max(t.abs().max() for t in floats) > 100:
         return None  # large weights make the recurrence chaotic
     hidden, width = a["w_hh"].shape[0] // GATES[a["mode"]], a["w_hh"].shape[1]
+    lengths = a["lengths"]
+    if x.dim() == 2:
+        if (lengths != lengths[0]).any():
+            return None
+        x, lengths = x.view(-1, len(lengths), x.shape[1]), None
     batch = x.shape[0 if a["batch_first"] else 1]
     state = [
         x.new_zeros(directions, batch, size) if a[name] is None else a[name].double()
@@ -458,7 +484,7 @@ def _check_layer(a: dict, results: tuple) -> str | None:
     ]
     options = dict(
         bidirectional=directions == 2, batch_first=a["batch_first"], bias=a["b_ih"] is not None,
-        reset=a["reset"], lengths=a["lengths"],
+        reset=a["reset"], lengths=lengths,
     )  # fmt: skip
     params = [a[name].double() for name in WEIGHTS if a[name] is not None]
     if a["mode"] == 0:
@@ -466,6 +492,7 @@ def _check_layer(a: dict, results: tuple) -> str | None:
         true, _ = reference.lstm(x, tuple(state), params, proj_size=projected, **options)
     else:
         true, _ = reference.gru(x, state[0], params, **options)
+    true = true.flatten(0, 1) if a["x"].dim() == 2 else true
     return _near(results[0], true.contiguous(), 2**12)
 
 
