@@ -401,8 +401,7 @@ def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: fl
         space.see("raised", type(error))
     finally:
         for hooks in GLOBAL_HOOKS:
-            if isinstance(hooks, dict):
-                hooks.clear()
+            hooks.clear()
         torch.set_grad_enabled(True)
     return space.seen
 
@@ -653,7 +652,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=10, help="stop after so many that fail")
     parser.add_argument("--whole", action="store_true", help="do not shrink")
     parser.add_argument("--journal", type=Path, default=ROOT / "build" / "program.py")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "programs.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "programs.json", help="is added to")
     asked = parser.parse_args()
     for path in (asked.journal, asked.output):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -691,7 +690,8 @@ def main() -> int:
         "programs a second": round(ran / seconds, 1), "failed": len({f["program"] for f in findings}),
         "counts": dict(sorted(counts.items())), "classes": dict(sorted(classes.items())),
     }  # fmt: skip
-    asked.output.write_text(json.dumps(result, indent=1) + "\n")
+    runs = json.loads(asked.output.read_text()) if asked.output.exists() else []
+    asked.output.write_text(json.dumps([*runs, result], indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "classes"}))
     return bool(findings)
 
