@@ -56,8 +56,7 @@ PATIENCE = 120
 
 def begin_at_any_size() -> None:
     """Let models be fused however small they are; the environment's CNNLSTM_FAST_LEAST says the same."""
-    names = "capture", "resting", "plans"
-    capture, resting, plans = (sys.modules.get(f"cnnlstm_fast.{name}") for name in names)
+    capture, resting, plans = (getattr(cf, name, None) for name in ("capture", "resting", "plans"))
     if hasattr(capture, "OVERHEAD_US"):
         capture.OVERHEAD_US = 0
         why_not = capture.Recipe._why_not_deferred
@@ -372,7 +371,7 @@ class Writer:
 
 # ---------------------------------------------------------------- running them
 
-GLOBAL_HOOKS = [v for name, v in vars(nn.modules.module).items() if re.match("_global_.*hooks", name)]
+GLOBAL_HOOKS = [v for name, v in vars(nn.modules.module).items() if re.match("_global_.*ward.*hooks", name)]
 
 
 def plain(model: nn.Module) -> nn.Module:
