@@ -336,7 +336,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
         'if y.requires_grad:\n    y.register_post_accumulate_grad_hook(lambda t: None)',
         'if y.requires_grad:\n    see("gradient inside", torch.autograd.grad(y.sum(), u, retain_graph=True))',
         'if y.requires_grad:\n    see("gradient inside", torch.autograd.grad(y.sum(), y, retain_graph=True))',
-        'if y.requires_grad:\n    y.grad_fn.register_hook(lambda given, grads: see("gradient given", grads[0]))',
+        'if y.requires_grad:\n    y.grad_fn.register_hook(lambda _, grads: see("gradient given", grads[0]))',
     ),
     "breaks off": (
         'if self.calls == 4:\n    raise ValueError("stop")',
