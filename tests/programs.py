@@ -17,6 +17,7 @@ import argparse
 import collections
 import datetime
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -394,14 +395,11 @@ def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: fl
     space.__dict__.update(SEED=seed, DTYPE=dtype, NUDGE=nudge)
     exec(code, space.__dict__)
     space.NOISE.manual_seed(seed + int(nudge * 1e12))
-    try:
+    with space.caught():
         space.drive(wrap)
-    except Exception as error:
-        space.see("raised", type(error))
-    finally:
-        for hooks in GLOBAL_HOOKS:
-            hooks.clear()
-        torch.set_grad_enabled(True)
+    for hooks in GLOBAL_HOOKS:
+        hooks.clear()
+    torch.set_grad_enabled(True)
     return space.seen
 
 
@@ -430,7 +428,8 @@ class Judge:
     def difference(self, seen: list[tuple]) -> tuple[str, str] | None:
         """What differs first, as its kind and in words."""
         end = len(self.plain)
-        for at, ((name, value), (other, found)) in enumerate(zip(self.plain, seen, strict=False)):
+        pairs = itertools.zip_longest(self.plain, seen, fillvalue=("the end", None))
+        for at, ((name, value), (other, found)) in enumerate(pairs):
             if name == "raised in backward" or (name == "raised" != other and value is RuntimeError):
                 end = at  # what PyTorch refuses may work; and it leaves gradients half done
                 break
@@ -445,8 +444,6 @@ class Judge:
                     return "other answers", f"{name}: {found!r} where {value!r} was"
             elif why := self.unlike(name, value, found):
                 return "other answers", f"{name}: {why}"
-        if end == len(self.plain) != len(seen):
-            return "other answers", f"{len(seen)} values are seen where {end} were"
         for at, ((name, value), (_, found)) in enumerate(zip(self.plain[:end], seen, strict=False)):
             if isinstance(value, tuple) and (why := self.wrong(at, name, found[2])):
                 return "other values", f"{name}: {why}"
