@@ -363,6 +363,8 @@ class Writer:
                 body = [Node(step, label) for step in calls[name].splitlines()]
                 body[:0] = Node("model.zero_grad()"), Node("out = model(x)")
             nodes.append(Node("with caught():", "", tuple(body)))
+            if keeps and rng.random() < 0.5:
+                nodes.append(Node("with caught():", "", (Node('see("kept", model.kept)'),)))
             if rng.random() < between:
                 text = self.fill(rng.choice(grammar.BETWEEN), **words)
                 nodes.append(Node("with caught():", "", (Node(text, "between calls"),)))
