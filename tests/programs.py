@@ -17,6 +17,7 @@ import argparse
 import collections
 import datetime
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -360,6 +361,8 @@ class Writer:
                 body = [Node(step, label) for step in calls[name].splitlines()]
                 body[:0] = Node("model.zero_grad()"), Node("out = model(x)")
             nodes.append(Node("with caught():", "", tuple(body)))
+            if keeps and rng.random() < 0.5:
+                nodes.append(Node("with caught():", "", (Node('see("kept", model.kept)'),)))
             if rng.random() < between:
                 text = self.fill(rng.choice(grammar.BETWEEN), **words)
                 nodes.append(Node("with caught():", "", (Node(text, "between calls"),)))
@@ -369,7 +372,7 @@ class Writer:
 
 # ---------------------------------------------------------------- running them
 
-GLOBAL_HOOKS = [v for name, v in vars(nn.modules.module).items() if re.match("_global_.*hooks", name)]
+GLOBAL_HOOKS = [v for name, v in vars(nn.modules.module).items() if re.match("_global_.*ward.*hooks", name)]
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -392,15 +395,11 @@ def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: fl
     space.__dict__.update(SEED=seed, DTYPE=dtype, NUDGE=nudge)
     exec(code, space.__dict__)
     space.NOISE.manual_seed(seed + int(nudge * 1e12))
-    try:
+    with space.caught():
         space.drive(wrap)
-    except Exception as error:
-        space.see("raised", type(error))
-    finally:
-        for hooks in GLOBAL_HOOKS:
-            if isinstance(hooks, dict):
-                hooks.clear()
-        torch.set_grad_enabled(True)
+    for hooks in GLOBAL_HOOKS:
+        hooks.clear()
+    torch.set_grad_enabled(True)
     return space.seen
 
 
@@ -429,7 +428,8 @@ class Judge:
     def difference(self, seen: list[tuple]) -> tuple[str, str] | None:
         """What differs first, as its kind and in words."""
         end = len(self.plain)
-        for at, ((name, value), (other, found)) in enumerate(zip(self.plain, seen, strict=False)):
+        pairs = itertools.zip_longest(self.plain, seen, fillvalue=("the end", None))
+        for at, ((name, value), (other, found)) in enumerate(pairs):
             if name == "raised in backward" or (name == "raised" != other and value is RuntimeError):
                 end = at  # what PyTorch refuses may work; and it leaves gradients half done
                 break
@@ -444,8 +444,6 @@ class Judge:
                     return "other answers", f"{name}: {found!r} where {value!r} was"
             elif why := self.unlike(name, value, found):
                 return "other answers", f"{name}: {why}"
-        if end == len(self.plain) != len(seen):
-            return "other answers", f"{len(seen)} values are seen where {end} were"
         for at, ((name, value), (_, found)) in enumerate(zip(self.plain[:end], seen, strict=False)):
             if isinstance(value, tuple) and (why := self.wrong(at, name, found[2])):
                 return "other values", f"{name}: {why}"
@@ -650,7 +648,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=10, help="stop after so many that fail")
     parser.add_argument("--whole", action="store_true", help="do not shrink")
     parser.add_argument("--journal", type=Path, default=ROOT / "build" / "program.py")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "programs.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "programs.json", help="is added to")
     asked = parser.parse_args()
     for path in (asked.journal, asked.output):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -688,7 +686,8 @@ def main() -> int:
         "programs a second": round(ran / seconds, 1), "failed": len({f["program"] for f in findings}),
         "counts": dict(sorted(counts.items())), "classes": dict(sorted(classes.items())),
     }  # fmt: skip
-    asked.output.write_text(json.dumps(result, indent=1) + "\n")
+    runs = json.loads(asked.output.read_text()) if asked.output.exists() else []
+    asked.output.write_text(json.dumps([*runs, result], indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "classes"}))
     return bool(findings)
 

@@ -30,7 +30,7 @@ def test_a_minute_of_programs(tmp_path):
                "--output", str(output), "--journal", str(tmp_path / "program.py")]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr[-2000:]}"
-    found = json.loads(output.read_text())
+    (found,) = json.loads(output.read_text())
     assert found["failed"] == 0 and found["programs"] > 20
     assert found["counts"]["fused"] > found["programs"] / 10, "hardly any program was fused"
 
