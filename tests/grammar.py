@@ -297,7 +297,6 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "asks for more": (
         'see("shape", [*y.shape, y.dim(), y.numel()])', 'see("stride", [*y.stride(), y.is_contiguous()])',
         'see("grad", [y.requires_grad, y.is_leaf, y.grad_fn is None])',
-        'see("type", type(y) is torch.Tensor)',
         'see("dtype", str(y.dtype) if DTYPE is torch.float32 else None)',
         'see("type", isinstance(y, nn.Parameter))', 'see("offset", y.storage_offset())',
         'see("length", len(y))', 'see("base", y.is_inference())', 'see("hash", hash(y) == hash(y))',

@@ -259,10 +259,10 @@ def _versions(*tensors: Tensor | None) -> list[int]:
 
 def _exchange(value: Deferred, true: Tensor) -> bool:
     """Let the Python object ``value`` be the tensor ``true``, unless C code holds on to one of them."""
-    try:
-        torch._C._swap_tensor_impl(value, true)
-    except RuntimeError:
-        return False
+    with no_function():
+        if value._use_count() > 1 or true._use_count() > 1:  # type: ignore[attr-defined]
+            return False
+    torch._C._swap_tensor_impl(value, true)
     for name in ("_chain", "_at", "_slot"):
         del value.__dict__[name]
     value.__dict__.update(true.__dict__)
