@@ -1,6 +1,5 @@
 // cnnlstm_fast::conv_block and its backward on the CPU: checks, allocation, threads. The schema and
 // the meaning of every argument stand in cnnlstm_fast/ops/conv_block.py, the arithmetic in cpu/.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,7 +13,9 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "limits.h"
 #include "memory.h"
+#include "op.h"
 #include "threads.h"
 #include "winograd_conv.h"
 
@@ -168,18 +169,10 @@ bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride,
   return (windows - 1) * stride - padding < size;
 }
 
-// Whether a tensor of these sizes is one that a machine may have; products of sizes then do not overflow.
-bool fits(std::initializer_list<int64_t> sizes) {
-  int64_t left = int64_t{1} << 46;
-  for (int64_t size : sizes) left /= std::max<int64_t>(size, 1);
-  return left > 0;
-}
-
 struct Call {
   Block block;
   Ints conv, order;
-  bool keeps_codes;   // whether a backward of such a block reads codes
-  bool keeps_slopes;  // and slopes of its activation
+  bool keeps_slopes;  // whether a backward of such a block reads slopes of its activation
 };
 
 Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t activation, const Floats& act,
@@ -191,6 +184,8 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
                   "conv_block: the kernels compute float32 and bfloat16 only");
   STD_TORCH_CHECK(weight.scalar_type() == dtype, "conv_block: input and weight differ in dtype");
   STD_TORCH_CHECK(weight.is_cpu(), "conv_block: input and weight are on different devices");
+  elements("an input", x);
+  elements("a weight", weight);
   STD_TORCH_CHECK(
       conv.size() == 7 || conv.size() == 9,
       "conv_block: conv must be [stride, padding, dilation (h, w each), groups, more padding after (h, w)]");
@@ -228,8 +223,8 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
   b.ow = out_length(b.w + after_w, b.kw, b.sw, b.pw, b.dw, false);
   STD_TORCH_CHECK(b.h >= 1 && b.w >= 1 && b.oh >= 1 && b.ow >= 1, "conv_block: an input of ", b.h, "x", b.w,
                   " is too small for the kernel");
-  STD_TORCH_CHECK(fits({b.n, b.co, b.oh, b.ow}) && fits({b.c, b.h + 2 * b.ph, b.w + 2 * b.pw}), "conv_block: a map of ",
-                  b.oh, "x", b.ow, " is too large");
+  elements("a map", {b.n, b.co, b.oh, b.ow});
+  elements("an input with its padding", {b.c, b.h + 2 * b.ph + after_h, b.w + 2 * b.pw + after_w});
   const Ints p = pool.empty() ? Ints{1, 1, 1, 1, 0, 0, 1, 1, 0} : pool;
   b.pool_kh = p[0], b.pool_kw = p[1], b.pool_sh = p[2], b.pool_sw = p[3], b.pool_ph = p[4], b.pool_pw = p[5];
   b.pool_dh = p[6], b.pool_dw = p[7];
@@ -260,7 +255,9 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
     stride *= size[order[i]];
   }
   const bool curved = activation > kHardtanh;
-  return {b, conv, order, !pool.empty() || (activation != kNone && !curved), curved};
+  b.pooled = !pool.empty();
+  b.coded = b.pooled || (activation != kNone && !curved);
+  return {b, conv, order, curved};
 }
 
 // The convolution alone, its map channels-last.
@@ -382,11 +379,11 @@ bool goes_by_planes(const Block& b, const Outputs& out) {
   const bool pointwise = b.kh * b.kw * b.sh * b.sw * b.groups == 1 && b.padded_h == b.h && b.padded_w == b.w;
   const bool planes =
       b.x_stride[3] == 1 && b.out_stride[3] == 1 && (b.h == 1 || (b.x_stride[2] == b.w && b.out_stride[2] == b.w));
-  return pointwise && !has_pool(b) && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
+  return pointwise && !b.pooled && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
 }
 
 bool goes_depthwise(const Block& b, const Outputs& out) {
-  return b.groups == b.c && b.groups > 1 && !has_pool(b) && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
+  return b.groups == b.c && b.groups > 1 && !b.pooled && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
          b.dtype == kFloat32 && !out.codes && !out.kept && b.sw <= b.padded_w &&
          kernels().depthwise_scratch(b, 1) <= kItemFloats;
 }
@@ -558,7 +555,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
         "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
   check_plan(plan, b);
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
-  const Tensor codes = new_output(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  const Tensor codes = new_output(x, keep && b.coded ? codes_size(b) : Ints{0}, ScalarType::Byte);
   const Tensor slopes = new_output(x, keep && call.keeps_slopes ? in_order(b, order) : Ints{0}, x.scalar_type());
   if (b.n > 0) {
     const Outputs outputs{out.data_ptr(), codes_pointer(codes), slopes.numel() ? slopes.data_ptr() : nullptr};
@@ -911,7 +908,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
   }
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_cpu() && codes.is_contiguous(),
                   "conv_block_backward: codes must be contiguous uint8 on the CPU");
-  if (call.keeps_codes) {
+  if (b.coded) {
     const Ints size = codes_size(b);
     STD_TORCH_CHECK(codes.dim() == 5, "conv_block_backward: expected 5-d codes, got ", codes.dim(), "-d");
     for (int i = 0; i < 5; ++i)
@@ -987,6 +984,7 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, 
   STD_TORCH_CHECK(
       weight.dim() == 4 && weight.size(0) >= 1 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
       "fold_norm: expected a 4-d weight in float32 or bfloat16");
+  elements("a weight", weight);
   const int64_t co = weight.size(0), taps = weight.numel() / co;
   const int32_t type = dtype == ScalarType::Float ? kFloat32 : kBFloat16;
   const Parameter b(bias, co, 0), g(gamma, co, 1), shift(beta, co, 0), m(mean, co, 0), v(var, co, 1);
@@ -1018,17 +1016,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   check_plan(plan, b);
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
                   "conv_norm_block: expected a mean and a variance, or neither");
-  const bool given = given_mean.has_value(), pooled = !pool.empty();
+  const bool given = given_mean.has_value();
   const int64_t image = b.oh * b.ow * b.co, places = b.n * b.oh * b.ow, size = x.element_size();
   STD_TORCH_CHECK(given || places > 1, "conv_norm_block: expected more than 1 value per channel");
   const Parameter added(bias, b.co, 0), g(gamma, b.co, 1), shift_by(beta, b.co, 0);
   const Parameter known_mean(given_mean, b.co, 0), known_var(given_var, b.co, 1);
 
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
-  const Tensor codes = new_output(x, keep && pooled ? codes_size(b) : Ints{0}, ScalarType::Byte);
-  const Tensor kept = new_output(x, keep && pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
+  const Tensor codes = new_output(x, keep && b.pooled ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  const Tensor kept = new_output(x, keep && b.pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
   // The map, where it is read again: to normalise it, or by the backward.
-  const bool stored = !given || (keep && !pooled);
+  const bool stored = !given || (keep && !b.pooled);
   const int64_t chunk = images_per_chunk(b, plan);
   const bool in_parts = chunk < b.n || b.n == 0;
   Tensor map = new_output(x, stored && in_parts ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
@@ -1091,7 +1089,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     }
     normalise(static_cast<const char*>(map.data_ptr()), 0, b.n);
   }
-  const bool returned = keep && (!pooled || (keep_map && !given));
+  const bool returned = keep && (!b.pooled || (keep_map && !given));
   return {out, codes, kept, returned ? map : torch::stable::new_empty(x, Ints{0}), stats};
 }
 
@@ -1104,7 +1102,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   const Block& b = call.block;
   const KernelTable& k = kernels();
   check_plan(plan, b);
-  const bool pooled = !pool.empty();
   const Ints expected = in_order(b, order), map_size{b.n, b.oh, b.ow, b.co};
   auto has_size = [](const Tensor& t, const Ints& size) {
     if (t.dim() != static_cast<int64_t>(size.size())) return false;
@@ -1117,11 +1114,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   auto is_kept = [&](const Tensor& t, const Ints& size) {
     return has_size(t, size) && t.is_cpu() && t.is_contiguous() && t.scalar_type() == x.scalar_type();
   };
-  STD_TORCH_CHECK((!pooled || is_kept(kept, expected)) && ((pooled && map.numel() == 0) || is_kept(map, map_size)),
+  STD_TORCH_CHECK((!b.pooled || is_kept(kept, expected)) && ((b.pooled && map.numel() == 0) || is_kept(map, map_size)),
                   "conv_norm_block_backward: what was kept has another size");
-  const Tensor& winners = pooled ? kept : map;
-  STD_TORCH_CHECK(!pooled || (has_size(codes, codes_size(b)) && codes.is_cpu() && codes.is_contiguous() &&
-                              codes.scalar_type() == ScalarType::Byte),
+  const Tensor& winners = b.pooled ? kept : map;
+  STD_TORCH_CHECK(!b.pooled || (has_size(codes, codes_size(b)) && codes.is_cpu() && codes.is_contiguous() &&
+                                codes.scalar_type() == ScalarType::Byte),
                   "conv_norm_block_backward: codes have another size");
   STD_TORCH_CHECK(has_size(stats, Ints{4, b.co}) && stats.is_cpu() && stats.is_contiguous() &&
                       stats.scalar_type() == ScalarType::Double,
@@ -1130,7 +1127,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   for (int i = 0; i < 4; ++i) {
     grad_stride[order[i]] = grad.stride(i);
     const int nchw[4] = {0, 2, 3, 1};
-    winner_stride[pooled ? order[i] : nchw[i]] = winners.stride(i);
+    winner_stride[b.pooled ? order[i] : nchw[i]] = winners.stride(i);
   }
 
   const double* stat = static_cast<const double*>(stats.data_ptr());
@@ -1207,6 +1204,7 @@ Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
   check_direct(b);
   const KernelTable& k = kernels();
   const int64_t taps = b.taps, width = k.patch_width(taps), lines = b.n * b.oh;
+  elements("the products of all pairs of taps", {32, taps + 1, width});
   const int64_t slices = std::min<int64_t>(lines, 32), per_slice = (taps + 1) * width;
   std::vector<double> sums(slices * per_slice);
   for_each_item(slices, [&](int64_t slice) {
@@ -1234,12 +1232,12 @@ Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
-  m.impl("conv_block", TORCH_BOX(&conv_block));
-  m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward));
-  m.impl("fold_norm", TORCH_BOX(&fold_norm));
-  m.impl("conv_norm_block", TORCH_BOX(&conv_norm_block));
-  m.impl("conv_norm_block_backward", TORCH_BOX(&conv_norm_block_backward));
-  m.impl("patch_moments", TORCH_BOX(&patch_moments));
+  m.impl("conv_block", CNNLSTM_FAST_OP(conv_block));
+  m.impl("conv_block_backward", CNNLSTM_FAST_OP(conv_block_backward));
+  m.impl("fold_norm", CNNLSTM_FAST_OP(fold_norm));
+  m.impl("conv_norm_block", CNNLSTM_FAST_OP(conv_norm_block));
+  m.impl("conv_norm_block_backward", CNNLSTM_FAST_OP(conv_norm_block_backward));
+  m.impl("patch_moments", CNNLSTM_FAST_OP(patch_moments));
 }
 
 }  // namespace cnnlstm_fast

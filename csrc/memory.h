@@ -1,12 +1,20 @@
-// Scratch memory of a thread, and large outputs.
+// Sizes, scratch memory of a thread, and large outputs.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 namespace cnnlstm_fast {
+
+// The elements of a tensor of these sizes. An error where they are more than 2^40, sizes of 0 taken for 1: whatever is
+// multiplied from sizes that were asked about neither overflows nor wraps. A tensor may have such sizes without any
+// memory behind them, where strides are 0.
+int64_t elements(const char* what, std::initializer_list<int64_t> sizes);
+int64_t elements(const char* what, const std::vector<int64_t>& sizes);
+int64_t elements(const char* what, const torch::stable::Tensor& t);
 
 // At least `floats` floats, aligned to a cache line, valid until this thread's next call. The memory
 // stays with the thread, since fresh pages cost more than most blocks; more than a few megabytes are

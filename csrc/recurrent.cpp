@@ -1,18 +1,20 @@
 // cnnlstm_fast::recurrent_layer and its backward on the CPU: checks, allocation, threads. The schema and the
 // meaning of every argument stand in cnnlstm_fast/ops/recurrent.py, the arithmetic in cpu/recurrent.inc.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <limits>
 #include <optional>
 #include <thread>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "limits.h"
 #include "memory.h"
+#include "op.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -130,6 +132,12 @@ Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<Dir
       if (w) STD_TORCH_CHECK(w->scalar_type() == call.dtype, "recurrent_layer: input and weights differ in dtype");
   }
   const int64_t count = static_cast<int64_t>(directions.size());
+  elements("an input", x);
+  elements("weights with their rows padded", {4, call.padded_hidden(), std::max(call.inputs, call.padded_width())});
+  elements("what a recurrent layer keeps",
+           {count, call.steps, call.batch, 5, std::max(call.padded_hidden(), call.padded_width())});
+  STD_TORCH_CHECK(call.batch <= std::numeric_limits<int32_t>::max(), "recurrent_layer: a batch of ", call.batch,
+                  " sequences is too large");
   check_tensor(h0, {count, call.batch, call.width}, "h0");
   check_tensor(c0, {count, call.batch, call.hidden}, "c0");
   for (const Maybe& s : {h0, c0})
@@ -277,6 +285,7 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
   std::vector<std::atomic<int64_t>> claimed(blocks);
   for (auto& c : claimed) c = 0;
   std::atomic<int64_t> done{0};
+  FirstError error;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t member, int64_t) {
     const int64_t own = member * blocks / threads;
     for (int64_t step = done.load(std::memory_order_acquire) / blocks; step < steps; ++step) {
@@ -284,13 +293,16 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
         const int64_t block = (own + i) % blocks;
         int64_t unclaimed = step;
         if (!claimed[block].compare_exchange_strong(unclaimed, step + 1)) continue;
-        run(step, block);
+        if (!error.free_of([&] { run(step, block); })) return;
         done.fetch_add(1, std::memory_order_release);
       }
-      for (int64_t spins = 0; done.load(std::memory_order_acquire) < (step + 1) * blocks; ++spins)
+      for (int64_t spins = 0; done.load(std::memory_order_acquire) < (step + 1) * blocks; ++spins) {
+        if (error.failed()) return;  // a block that is never done
         if (spins > 4096) std::this_thread::yield();
+      }
     }
   });
+  error.rethrow();
 }
 
 // Whether cores divide the units between them, each keeping its part of large weights in its cache, rather
@@ -681,8 +693,8 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
-  m.impl("recurrent_layer", TORCH_BOX(&recurrent_layer));
-  m.impl("recurrent_layer_backward", TORCH_BOX(&recurrent_layer_backward));
+  m.impl("recurrent_layer", CNNLSTM_FAST_OP(recurrent_layer));
+  m.impl("recurrent_layer_backward", CNNLSTM_FAST_OP(recurrent_layer_backward));
 }
 
 }  // namespace cnnlstm_fast

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <vector>
 
+#include "limits.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
