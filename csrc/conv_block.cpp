@@ -30,7 +30,9 @@ using Floats = std::vector<double>;
 enum Plan : int64_t { kDirect = 1, kChunked = 2, kWinograd = 3, kFFT = 4 };
 
 // Convolution maps of one chunk: what two cores' second-level caches hold beside weights and input.
-constexpr int64_t kChunkBytes = int64_t{2} << 20;
+const int64_t kChunkBytes = limit("CHUNK_BYTES", int64_t{2} << 20, 1);
+// And so many times the weights.
+const int64_t kChunkWeights = limit("CHUNK_WEIGHTS", 8, 0);
 constexpr int64_t kMaxScratchFloats = int64_t{1} << 30;
 
 // ---- Calls of PyTorch's own operators
@@ -354,7 +356,9 @@ Tensor new_like_input(const Tensor& x) {
 }
 
 // Scratch of one item: what a second-level cache holds beside the weights.
-constexpr int64_t kItemFloats = 96 * 1024;
+const int64_t kItemFloats = limit("ITEM_FLOATS", 96 * 1024, 1);
+// Rows of a depthwise convolution that need more are too long for it.
+constexpr int64_t kDepthwiseFloats = 96 * 1024;
 
 // Pooled rows per item: enough items for every thread, scratch that stays in cache.
 int64_t rows_per_item(const Block& b, int64_t scratch_of_row, int64_t scratch_of_two) {
@@ -385,11 +389,11 @@ bool goes_by_planes(const Block& b, const Outputs& out) {
 bool goes_depthwise(const Block& b, const Outputs& out) {
   return b.groups == b.c && b.groups > 1 && !b.pooled && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
          b.dtype == kFloat32 && !out.codes && !out.kept && b.sw <= b.padded_w &&
-         kernels().depthwise_scratch(b, 1) <= kItemFloats;
+         kernels().depthwise_scratch(b, 1) <= kDepthwiseFloats;
 }
 
 // Multiply-adds that are worth an item.
-constexpr int64_t kItemWork = 1 << 16;
+const int64_t kItemWork = limit("ITEM_WORK", 1 << 16, 1);
 
 void forward_depthwise(const Block& b, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Outputs& out) {
@@ -453,15 +457,17 @@ void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, con
 int64_t images_per_chunk(const Block& b, int64_t plan) {
   if (plan == kFFT) return b.n;
   const int64_t size = b.dtype == kFloat32 ? 4 : 2;
-  const int64_t bytes = std::max(kChunkBytes, 8 * b.co * b.taps * size);
+  const int64_t bytes = std::max(kChunkBytes, kChunkWeights * b.co * b.taps * size);
   return std::clamp<int64_t>(bytes / (b.oh * b.ow * b.co * size), 1, b.n);
 }
 
 // Maps of a convolution for some images after others, (images, oh, ow, co) contiguous.
 class Maps {
  public:
-  Maps(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias)
-      : conv_(conv), plan_(plan), weight_(weight), bias_(bias) {
+  // `make` is new_output for maps that an op returns.
+  Maps(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias,
+       decltype(&new_temporary) make = new_temporary)
+      : conv_(conv), plan_(plan), weight_(weight), bias_(bias), make_(make) {
     if (plan == kWinograd) winograd_.emplace(weight, false);
   }
 
@@ -469,7 +475,7 @@ class Maps {
     const Call call = bare(x, weight_, conv_);
     const Block& b = call.block;
     if (plan_ != kChunked) {
-      const Tensor map = new_output(x, in_order(b, call.order), x.scalar_type());
+      const Tensor map = make_(x, in_order(b, call.order), x.scalar_type());
       if (plan_ == kDirect) {
         forward_direct(call, x, weight_, bias_, {map.data_ptr(), nullptr, nullptr});
         return map;
@@ -489,6 +495,7 @@ class Maps {
   const int64_t plan_;
   const Tensor weight_;
   const std::optional<Tensor> bias_;
+  decltype(&new_temporary) make_;
   std::optional<WinogradConvolution> winograd_;
 };
 
@@ -571,7 +578,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
 
 // ---- Backward
 
-constexpr int64_t kPlacesPerSum = 2048;
+// Sums of all slices of a weight's gradient.
+const int64_t kSliceFloats = limit("SLICE_FLOATS", int64_t{4} << 20, 1);
+const int64_t kPlacesPerSum = limit("PLACES_PER_SUM", 2048, 1);
 
 // Pooled rows [row0, row1) of each of `images` images, whose gradients go to rows of the map of their own: bands for
 // every thread where windows of two rows never meet.
@@ -690,7 +699,7 @@ class ChunkGrads {
     const int64_t n = part.size(0), c = part.size(1), h = part.size(2), w = part.size(3);
     if (need_[0]) {
       const bool in_place = lies_channels_last(*grad_x_);
-      const Tensor to = in_place ? *grad_x_ : torch::stable::new_empty(x_, Ints{n, h, w, c});
+      const Tensor to = in_place ? *grad_x_ : new_temporary(x_, Ints{n, h, w, c}, x_.scalar_type());
       float* data = static_cast<float*>(to.data_ptr()) + (in_place ? n0 * h * w * c : 0);
       if (!winograd_x_->run(seen_channels_first(raw), 2 - conv_[2], 2 - conv_[3], h, w, std::nullopt, data))
         finite_ = false;
@@ -796,7 +805,7 @@ ConvolutionGrads backward_chunked(const Call& call, int64_t plan, const Tensor& 
   const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
-    const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
+    const Tensor raw = new_temporary(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
     char* data = static_cast<char*>(raw.data_ptr());
     const int64_t size = raw.element_size();
     for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
@@ -825,7 +834,7 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     // any number of threads.
     const int64_t per_slice = b.co * (grad_weight ? patch : 0) + ceil_div(b.co, kMaxVector) * kMaxVector;
     const int64_t bias_floats = per_slice - b.co * (grad_weight ? patch : 0);
-    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
+    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>(kSliceFloats / per_slice, 4, 32));
     AlignedFloats sums(slices * per_slice);
     std::atomic<bool> finite{true};
     for_each_item(slices, [&](int64_t slice) {
@@ -976,7 +985,7 @@ Tensor new_doubles(const Tensor& like, const Ints& size) {
   return torch::stable::new_empty(like, size, ScalarType::Double);
 }
 
-constexpr int64_t kWeightsPerItem = 32 * 1024;
+const int64_t kWeightsPerItem = limit("WEIGHTS_PER_ITEM", 32 * 1024, 1);
 
 std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma,
                                      std::optional<Tensor> beta, Tensor mean, Tensor var, double eps) {
@@ -1029,7 +1038,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   const bool stored = !given || (keep && !b.pooled);
   const int64_t chunk = images_per_chunk(b, plan);
   const bool in_parts = chunk < b.n || b.n == 0;
-  Tensor map = new_output(x, stored && in_parts ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
+  const bool returned = keep && (!b.pooled || (keep_map && !given));
+  const auto make_map = returned ? new_output : new_temporary;
+  Tensor map = make_map(x, stored && in_parts ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
 
   // Rows: mean without the bias, biased variance, scale, shift.
   const Tensor stats = new_doubles(x, Ints{4, b.co});
@@ -1059,7 +1070,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   };
 
   std::vector<double> total(2 * b.co), part;
-  const Maps maps(conv, plan, weight, std::nullopt);
+  const Maps maps(conv, plan, weight, std::nullopt, make_map);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor found = maps.of(torch::stable::narrow(x, 0, n0, count));
@@ -1089,7 +1100,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     }
     normalise(static_cast<const char*>(map.data_ptr()), 0, b.n);
   }
-  const bool returned = keep && (!b.pooled || (keep_map && !given));
   return {out, codes, kept, returned ? map : torch::stable::new_empty(x, Ints{0}), stats};
 }
 
@@ -1181,7 +1191,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
         again = maps.of(torch::stable::narrow(x, 0, n0, count));
         from = static_cast<const char*>(again->data_ptr());
       }
-      const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
+      const Tensor raw = new_temporary(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
       char* to = static_cast<char*>(raw.data_ptr());
       for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
         k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),

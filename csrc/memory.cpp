@@ -3,13 +3,17 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "limits.h"
+#include "op.h"
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -136,7 +140,7 @@ float* thread_scratch(int64_t floats) {
   return static_cast<float*>(arena.data);
 }
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+// ---- What an op returns
 
 namespace {
 
@@ -145,8 +149,172 @@ const int64_t kPooledBytes = limit("POOL_BYTES", int64_t{4} << 20, 1);
 // What the C library maps afresh at every call. Huge pages for less may cost more, looking for them, than they save.
 const int64_t kHugeBytes = limit("HUGE_BYTES", int64_t{32} << 20, 1);
 // Whether every buffer is a mapping of its own between pages that nobody may touch, filled with NaN, and gone when it
-// is given back: whatever reads or writes beyond its ends, or later, ends the process.
+// is given back: whatever reads or writes beyond its ends, or later, ends the process. Results are PyTorch's alone.
 const bool kFenced = limit("FENCES", 0, 0) != 0;
+constexpr int64_t kMostTrackedBytes = int64_t{256} << 20;
+constexpr size_t kMostTracked = 64;
+
+// A mutex that a child process finds open, whatever other threads were about when it was forked.
+template <class Owner>
+std::mutex& forkable() {
+  static std::mutex* const mutex = [] {
+#if defined(__linux__)
+    pthread_atfork([] { forkable<Owner>().lock(); }, [] { forkable<Owner>().unlock(); },
+                   [] { forkable<Owner>().unlock(); });
+#endif
+    return new std::mutex;
+  }();
+  return *mutex;
+}
+
+void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kHugeBytes) return;
+  const int64_t begin = reinterpret_cast<int64_t>(t.data_ptr()), first = round_up(begin, kHugePage);
+  const int64_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// PyTorch's own error has no text where an allocation fails.
+Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype, int64_t bytes) {
+  try {
+    return torch::stable::new_empty(like, size, dtype);
+  } catch (const std::runtime_error&) {
+    STD_TORCH_CHECK(false, "cnnlstm_fast: there is no memory for a result of ", bytes, " bytes");
+  }
+}
+
+// Memory of PyTorch's own that large results were made of, to be made of again once nobody else holds it. A storage
+// whose memory were ours could be neither resized nor emptied; and of one that is PyTorch's only it can say who holds
+// it (ops/outputs.py). At most 256 MiB, held by others or not; what is dropped from here belongs to its result alone.
+class Outputs {
+ public:
+  static Outputs& outputs() {
+    static Outputs* const all = new Outputs;
+    return *all;
+  }
+
+  void recycle(bool on) { on_ = on && !kFenced; }
+
+  // A tensor of bytes whose storage, which has exactly so many, a result is to be made of, and is then tracked.
+  std::optional<Tensor> take(const Tensor& like, int64_t bytes) {
+    if (!on_ || bytes > kMostTrackedBytes) return std::nullopt;
+    std::vector<Tensor> same, dropped;
+    {
+      const std::lock_guard<std::mutex> lock(forkable<Outputs>());
+      for (size_t i = 0; i < tracked_.size();)
+        if (tracked_[i].numel() == bytes)
+          same.push_back(remove(i));
+        else
+          ++i;
+    }
+    std::optional<Tensor> found;
+    if (!same.empty()) {
+      std::vector<int64_t> state = holders_of(same);
+      for (size_t i = same.size(); i-- > 0 && !found;)  // what was used last may still be in a cache
+        if (state[i] == kNobody) {
+          found = same[i];
+          state[i] = kForeign;
+        }
+      for (size_t i = 0; i < same.size(); ++i)
+        if (state[i] != kForeign) add(same[i], dropped);
+    }
+    if (!found) {
+      found = new_empty(like, {bytes}, ScalarType::Byte, bytes);
+      advise_huge_pages(*found, bytes);
+    }
+    return found;
+  }
+
+  void track(const Tensor& t) {
+    std::vector<Tensor> dropped;
+    add(t, dropped);
+  }
+
+ private:
+  enum Holders : int64_t { kNobody = 0, kSomebody = 1, kForeign = 2 };
+
+  static std::vector<int64_t> holders_of(const std::vector<Tensor>& tensors) {
+    using torch::stable::detail::from;
+    StableIValue stack[1] = {from(tensors)};
+    std::vector<int64_t> found;
+    if (torch_call_dispatcher("cnnlstm_fast::holders", "", stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) {
+      found = torch::stable::detail::to<std::vector<int64_t>>(stack[0]);
+    } else if (!tensors.empty()) {  // Ctrl-C before its first line
+      holders_of({});
+    }
+    found.resize(tensors.size(), kSomebody);
+    return found;
+  }
+
+  Tensor remove(size_t at) {
+    const Tensor found = tracked_[at];
+    tracked_.erase(tracked_.begin() + at);
+    bytes_ -= found.numel();
+    return found;
+  }
+
+  // What has to make room is drawn by chance: a program that goes through more than there is room for, again and
+  // again in the same order, would otherwise never find any of it. It is dropped when the lock is open.
+  void add(const Tensor& t, std::vector<Tensor>& dropped) {
+    const std::lock_guard<std::mutex> lock(forkable<Outputs>());
+    while (!tracked_.empty() && (tracked_.size() == kMostTracked || bytes_ + t.numel() > kMostTrackedBytes)) {
+      chance_ = chance_ * 6364136223846793005u + 1442695040888963407u;
+      dropped.push_back(remove((chance_ >> 33) % tracked_.size()));
+    }
+    tracked_.push_back(t);
+    bytes_ += t.numel();
+  }
+
+  std::atomic<bool> on_{false};
+  std::vector<Tensor> tracked_;
+  int64_t bytes_ = 0;
+  uint64_t chance_ = 1;
+};
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& size) {
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t i = size.size(); i-- > 1;) stride[i - 1] = stride[i] * size[i];
+  return stride;
+}
+
+void recycle_outputs(bool on) {
+  Outputs::outputs().recycle(on);
+}
+
+}  // namespace
+
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  const int64_t bytes = elements("a result", size) * bytes_of(dtype);
+  if (bytes < kPooledBytes) return new_empty(like, size, dtype, bytes);
+  if (const std::optional<Tensor> memory = Outputs::outputs().take(like, bytes)) {
+    using torch::stable::detail::from;
+    // By way of a tensor of today's mode, inference or not, whose version counts that it is set.
+    const std::vector<int64_t> flat{bytes}, one{1}, strides = contiguous_strides(size);
+    const Tensor made = torch::stable::new_empty(like, {0}, ScalarType::Byte);
+    StableIValue stack[5] = {from(made), from(*memory), from(int64_t{0}), from(flat), from(one)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::set_", "source_Tensor_storage_offset", stack, TORCH_ABI_VERSION));
+    const Tensor set = torch::stable::detail::to<Tensor>(stack[0]);
+    AtenTensorHandle result;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__alloc_from_pool(set.get(), 0, torch::stable::detail::to<int32_t>(from(dtype)),
+                                                       static_cast<int64_t>(size.size()), size.data(), strides.data(),
+                                                       &result));
+    Outputs::outputs().track(*memory);
+    return Tensor(result);
+  }
+  const Tensor made = new_empty(like, size, dtype, bytes);
+  advise_huge_pages(made, bytes);
+  return made;
+}
+
+// ---- What an op works on
+
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+
+namespace {
+
 constexpr int64_t kPage = 4096;
 constexpr int64_t kSmallStep = int64_t{64} << 10;
 constexpr int64_t kMostIdleBytes = int64_t{256} << 20;
@@ -197,10 +365,6 @@ class Fenced {
 // freed after static objects are. Nothing here allocates: it may run where an error would have nowhere to go.
 class Pool {
  public:
-  Pool() {
-    pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); }, [] { pool().mutex_.unlock(); });
-  }
-
   static Pool& pool() {
     static Pool* const all = new Pool;
     return *all;
@@ -211,7 +375,7 @@ class Pool {
     if (kFenced) return Fenced::make(bytes);
     bytes = round_up(bytes, bytes < kHugeBytes ? kSmallStep : kHugePage);
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<std::mutex> lock(forkable<Pool>());
       for (int64_t i = count_ - 1; i >= 0; --i)
         if (idle_[i].bytes >= bytes && idle_[i].bytes <= bytes + bytes / 4) return remove(i);
     }
@@ -223,7 +387,7 @@ class Pool {
     for (bool kept = false; !kept;) {
       Buffer surplus;
       {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<std::mutex> lock(forkable<Pool>());
         if (count_ > 0 && (count_ == kMostIdle || idle_bytes_ + buffer.bytes > kMostIdleBytes)) {
           surplus = remove(0);
         } else if (buffer.bytes <= kMostIdleBytes) {
@@ -266,22 +430,19 @@ class Pool {
   }
 
   static constexpr int64_t kMostIdle = 256;
-  std::mutex mutex_;
   std::array<Buffer, kMostIdle> idle_;
   int64_t count_ = 0, idle_bytes_ = 0;
 };
 
 }  // namespace
 
-Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  const int64_t bytes = elements("a result", size) * bytes_of(dtype);
-  if (bytes < kPooledBytes) return torch::stable::new_empty(like, size, dtype);
+Tensor new_temporary(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  const int64_t bytes = elements("what a block works on", size) * bytes_of(dtype);
+  if (bytes < kPooledBytes) return new_empty(like, size, dtype, bytes);
   const Buffer buffer = Pool::pool().take(bytes);
-  STD_TORCH_CHECK(buffer.data, "cnnlstm_fast: there is no memory for a result of ", bytes, " bytes");
+  STD_TORCH_CHECK(buffer.data, "cnnlstm_fast: there is no memory for ", bytes, " bytes");
   try {
-    std::vector<int64_t> stride(size.size(), 1);
-    for (size_t i = size.size() - 1; i > 0; --i) stride[i - 1] = stride[i] * size[i];
-    return torch::stable::from_blob(buffer.data, size, stride, like.device(), dtype,
+    return torch::stable::from_blob(buffer.data, size, contiguous_strides(size), like.device(), dtype,
                                     [buffer](void*) { Pool::pool().give_back(buffer); });
   } catch (...) {
     Pool::pool().give_back(buffer);
@@ -291,11 +452,18 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarTy
 
 #else
 
-Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  elements("a result", size);
-  return torch::stable::new_empty(like, size, dtype);
+Tensor new_temporary(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  return new_output(like, size, dtype);
 }
 
 #endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
+  m.def("recycle_outputs(bool on) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CompositeExplicitAutograd, m) {
+  m.impl("recycle_outputs", CNNLSTM_FAST_OP(recycle_outputs));
+}
 
 }  // namespace cnnlstm_fast

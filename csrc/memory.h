@@ -35,10 +35,16 @@ class AlignedFloats {
   float* data_;
 };
 
-// A new, unwritten CPU tensor like `like` of the given size. Memory that the C library would give back to the
-// system each time returns to a small pool when its last owner lets go of it, since clearing fresh pages costs
-// as much as a convolution; what it would map afresh comes on huge pages, where there are any.
+// A new, unwritten CPU tensor like `like` of the given size, for an op to return: its storage is PyTorch's own, so that
+// it can be resized and emptied. Memory that the C library would give back to the system each time is used again when
+// nobody holds it any more, since clearing fresh pages costs as much as a convolution; what it would map afresh comes
+// on huge pages, where there are any.
 torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
                                  torch::headeronly::ScalarType dtype);
+
+// The same for what an op works on and never returns: such memory comes from a small pool of our own, and goes back to
+// it with its last owner.
+torch::stable::Tensor new_temporary(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
+                                    torch::headeronly::ScalarType dtype);
 
 }  // namespace cnnlstm_fast

@@ -27,14 +27,17 @@ using Maybe = std::optional<Tensor>;
 
 // Measured limits. More inputs than these, or these if sequences are few, are projected for many steps at
 // once instead of with the state. The bits are the same.
-constexpr int64_t kMostFusedInputs = 1024, kFewSequences = 4, kMostFusedInputsOfFew = 128;
+const int64_t kMostFusedInputs = limit("FUSED_INPUTS", 1024, 0), kFewSequences = 4,
+              kMostFusedInputsOfFew = limit("FUSED_INPUTS_OF_FEW", 128, 0);
 // So many weights of the state are shared by cores if sequences are not too many for a core.
-constexpr int64_t kSharedWeights = int64_t{1} << 18, kMostSharingSequences = 32;
+const int64_t kSharedWeights = limit("SHARED_WEIGHTS", int64_t{1} << 18, 1), kMostSharingSequences = 32;
 // Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
 // or two hold.
-constexpr int64_t kChunkFloats = int64_t{1} << 20;
+const int64_t kChunkFloats = limit("RECURRENT_CHUNK_FLOATS", int64_t{1} << 20, 1);
 // Gradients of pre-activations that meet all weights of the inputs at a time.
-constexpr int64_t kRowsFloats = int64_t{1} << 16;
+const int64_t kRowsFloats = limit("RECURRENT_ROWS_FLOATS", int64_t{1} << 16, 1);
+// Rows of a product that are worth an item.
+const int64_t kRowsOfItem = limit("RECURRENT_ROWS", 24, 1);
 
 int64_t padded(int64_t units) {
   return ceil_div(units, kUnitGroup) * kUnitGroup;
@@ -209,7 +212,7 @@ struct Prepared {
 
   float* zeros(int64_t floats) { return cleared.emplace_back(floats).data(); }
   float* memory(const Tensor& like, int64_t floats) {
-    return mutable_floats(held.emplace_back(new_output(like, {floats}, ScalarType::Float)));
+    return mutable_floats(held.emplace_back(new_temporary(like, {floats}, ScalarType::Float)));
   }
 };
 
@@ -355,7 +358,7 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
       rows.clear();
       for (int64_t t = l.projected_step; t < l.projected_step + steps; ++t)
         for (int64_t b = 0; b < l.batch; ++b) rows.push_back(l.x + t * l.x_step + b * l.x_sequence);
-      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
+      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, kRowsOfItem, 32 * kRowsOfItem);
       for_each_item(items, [&](int64_t i) {
         const int64_t first = i * count / items, some = (i + 1) * count / items - first;
         k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(l, some)));
@@ -592,7 +595,8 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
     // Everything that all steps of the chunk contribute to, in one list of items.
     const int64_t x_items = of_x ? of_x->items() : 0, h_items = of_h ? of_h->items() : 0;
     const int64_t m_items = of_m ? of_m->items() : 0, bias_items = want.need_weights ? ceil_div(columns, k.panel) : 0;
-    const int64_t row_items = columns_x ? shares(count, 24, std::max<int64_t>(48, kRowsFloats / x_end)) : 0;
+    const int64_t row_items =
+        columns_x ? shares(count, kRowsOfItem, std::max<int64_t>(2 * kRowsOfItem, kRowsFloats / x_end)) : 0;
     for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
       if (i < x_items) return of_x->add(i, rows.x.data(), b.gates, count);
       if ((i -= x_items) < h_items) return of_h->add(i, rows.h.data(), b.gates, count);

@@ -22,7 +22,7 @@ using Ints = std::vector<int64_t>;
 using Maybe = std::optional<Tensor>;
 
 // Weights that one core streams from its own cache sooner than a second one is woken.
-constexpr int64_t kFloatsOfOneThread = int64_t{1} << 19;
+const int64_t kFloatsOfOneThread = limit("STREAM_FLOATS", int64_t{1} << 19, 1);
 
 int64_t padded(int64_t units) {
   return ceil_div(units, kUnitGroup) * kUnitGroup;

@@ -19,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Multiply-adds that are not worth a second thread.
-constexpr int64_t kOfOneThread = 1 << 17;
+const int64_t kOfOneThread = limit("TRANSFORM_WORK", 1 << 17, 1);
 
 void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
   STD_TORCH_CHECK(x.dim() == 6 && out.dim() == 6 && matrix.dim() == 2, "transform_windows: wrong dimensions");
@@ -62,9 +62,9 @@ void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
 }
 
 // Floats of both factors that one thread copies side by side: what a second-level cache holds.
-constexpr int64_t kFactors = 64 * 1024;
-// Products that are summed in one chain.
-constexpr int64_t kChain = 1024;
+const int64_t kFactors = limit("PRODUCT_FLOATS", 64 * 1024, 1);
+// Products that are summed in one chain, and the fewest that are worth copying.
+const int64_t kChain = limit("PRODUCT_CHAIN", 1024, 1), kFewProducts = limit("PRODUCTS", 16, 1);
 
 void add_products(Tensor grad, Tensor x, Tensor out) {
   STD_TORCH_CHECK(grad.dim() == 3 && x.dim() == 3 && out.dim() == 4, "add_products: wrong dimensions");
@@ -82,7 +82,7 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
   for (int64_t i = 0; i < 4; ++i)
     STD_TORCH_CHECK(out.size(i) <= 1 || out.stride(i) != 0, "add_products: places of out overlap");
   if (!rows || !outputs || !taps || !channels || !places) return;
-  const int64_t most = std::clamp<int64_t>(kFactors / (outputs + channels), 16, kChain);
+  const int64_t most = std::max(kFewProducts, std::min(kChain, kFactors / (outputs + channels)));
   const float* grad_data = static_cast<const float*>(grad.data_ptr());
   const float* x_data = static_cast<const float*>(x.data_ptr());
   float* to = static_cast<float*>(out.data_ptr());
@@ -106,7 +106,7 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
 Tensor new_spectra(Tensor like, std::vector<int64_t> size) {
   STD_TORCH_CHECK(!size.empty() && like.is_cpu() && like.scalar_type() == ScalarType::Float,
                   "new_spectra: expected a float32 tensor on the CPU and sizes");
-  return new_output(like, size, ScalarType::Float);
+  return new_temporary(like, size, ScalarType::Float);
 }
 
 }  // namespace

@@ -1,7 +1,14 @@
 """Large outputs: recycled once nobody holds them, and never before."""
 
+from __future__ import annotations
+
 import copy
+import pickle
+import resource
 import threading
+import time
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +18,7 @@ from torch import nn
 import cnnlstm_fast as cf
 from cnnlstm_fast import _ext
 from cnnlstm_fast.functional import conv_block
+from cnnlstm_fast.ops import outputs
 
 pytestmark = pytest.mark.skipif(not _ext.loaded, reason=f"the compiled kernels are missing: {_ext.error}")
 
@@ -268,3 +276,140 @@ os._exit(0)
 """
     ran = run_python(code)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- results as PyTorch's
+
+
+def results() -> dict[str, Callable[[], torch.Tensor]]:
+    """Large results of every op and gradients."""
+    images, weight = torch.randn(160, 3, 32, 32), torch.randn(32, 3, 3, 3)
+    steps, lstm, gru = torch.randn(400, 64, 48), cf.LSTM(48, 128), cf.GRU(48, 128)
+    normed = cf.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2))
+
+    def gradient(fn, x):
+        leaf = x.clone().requires_grad_()
+        fn(leaf).sum().backward()
+        return leaf.grad
+
+    def block(x, plan="direct", **more):
+        return conv_block(x, weight, padding=1, plan=plan, **more)
+
+    wide = torch.randn(160, 3, 64, 64)
+    return {
+        **{plan: lambda plan=plan: block(images, plan) for plan in ("direct", "chunked", "winograd", "fft")},
+        "bfloat16": lambda: conv_block(images.bfloat16(), weight.bfloat16(), padding=1, plan="direct"),
+        "norm": lambda: normed(images).detach(),
+        "gradient of an input": lambda: gradient(block, wide),
+        "gradient through a norm": lambda: gradient(normed, wide),
+        "LSTM": lambda: lstm(steps)[0].detach(),
+        "GRU": lambda: gru(steps)[0].detach(),
+        "gradient through time": lambda: gradient(lambda x: lstm(x)[0], steps),
+    }
+
+
+@pytest.mark.parametrize("which", results())
+def test_results_are_resized_and_emptied_as_pytorchs(which):
+    make = results()[which]
+    result = make()
+    assert result.numel() * result.element_size() >= 2**22
+    expected = result.clone()
+    storage = result.untyped_storage()
+    assert storage.resizable() and storage.nbytes() == result.numel() * result.element_size()
+    size = storage.nbytes()
+    storage.resize_(0)  # as FSDP empties what it can make again
+    assert storage.nbytes() == 0
+    other = make()
+    storage.resize_(size)
+    result.copy_(expected)
+    assert torch.equal(other, make()) and torch.equal(result, expected)
+    result.resize_(2 * result.numel())[expected.numel() :] = 7
+    assert torch.equal(
+        result[: expected.numel()].view(expected.shape), expected.flatten().view(expected.shape)
+    )
+    out = make()
+    torch.cat([expected, expected], out=out.resize_(0))
+    assert torch.equal(out, torch.cat([expected, expected]))
+    emptied = make()
+    emptied.set_()
+    assert emptied.numel() == 0
+    assert torch.equal(pickle.loads(pickle.dumps(other)), other)
+
+
+@sizes
+def test_whoever_holds_a_result_keeps_it(images):
+    """Views, storages, arrays, capsules, saved tensors, shared memory and weak references alike."""
+    x, w = inputs(images)
+    expected = large(x, w)
+    holders = {
+        "view": lambda y: y[3:],
+        "detached": lambda y: y.detach(),
+        "data": lambda y: y.data,
+        "storage": lambda y: y.untyped_storage(),
+        "weak reference": lambda y: weakref.ref(y.untyped_storage()),
+        "array": lambda y: y.numpy(),
+        "memory view": lambda y: memoryview(y.numpy()),
+        "capsule": torch.utils.dlpack.to_dlpack,
+        "saved": lambda y: (y.requires_grad_() * y).sum(),
+        "closure": lambda y: lambda: y,
+        "shared": lambda y: y.share_memory_(),
+        "set": lambda y: torch.empty(0).set_(y),
+        "other type": lambda y: y.view(torch.int32),
+    }
+    held = {name: hold(large(x, w)) for name, hold in holders.items()}
+    for _ in range(2):
+        others = [large(-x, w) for _ in range(len(holders))]
+        del others
+    assert torch.equal(held["view"], expected[3:])
+    for name in ("detached", "data", "shared", "set"):
+        assert torch.equal(held[name], expected), name
+    assert torch.equal(torch.empty(0).set_(held["storage"], 0, expected.shape), expected)
+    assert held["weak reference"]() is None or torch.equal(
+        torch.empty(0).set_(held["weak reference"](), 0, expected.shape), expected
+    )
+    assert torch.equal(torch.from_numpy(held["array"]), expected)
+    assert torch.equal(
+        torch.frombuffer(held["memory view"].cast("B"), dtype=torch.float32), expected.flatten()
+    )
+    assert torch.equal(torch.from_dlpack(held["capsule"]), expected)
+    assert torch.equal(held["closure"](), expected)
+    assert torch.equal(held["other type"].view(torch.float32), expected)
+
+
+def test_a_result_is_of_the_mode_it_is_made_in():
+    x, w = inputs(128)
+    with torch.inference_mode():
+        assert large(x, w).is_inference()
+    plain = conv_block(x, w, padding=1, pool=POOL, plan="direct")
+    assert not plain.is_inference() and plain._version == 0 and plain._base is None
+    del plain
+    with torch.inference_mode():
+        assert large(x, w).is_inference()
+
+
+def test_an_interrupt_comes_when_the_op_is_done(monkeypatch):
+    x, w = inputs(128)
+    expected = large(x, w)
+    kept = expected.clone()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outputs, "_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found = large(x, w)
+        for _ in range(1000):  # until the interpreter looks
+            time.sleep(0.001)
+    assert torch.equal(found, kept)
+
+
+def test_pages_are_not_cleared_again():
+    """As many page faults as the whole output takes would cost as much as the convolution."""
+    x, w = inputs(1024)
+    for _ in range(3):
+        large(x, w)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        large(x, w)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 4 * 1000  # an output has 12,000 pages of 4 KiB

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from cnnlstm_fast import patterns
+from cnnlstm_fast.limits import limit
 
 __all__ = ["TimeDistributed"]
 
 #: Size of the largest map of a chunk. Larger maps get fresh pages from the system for every layer.
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = limit("FRAME_CHUNK_BYTES", 4 * 2**20, 1)
 
 
 class TimeDistributed(nn.Module):
