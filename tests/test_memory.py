@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import resource
+import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +21,12 @@ from torch import nn
 import cnnlstm_fast as cf
 from cnnlstm_fast import _ext
 from cnnlstm_fast.functional import conv_block
+from cnnlstm_fast.limits import limit
 from cnnlstm_fast.ops import outputs
 
 pytestmark = pytest.mark.skipif(not _ext.loaded, reason=f"the compiled kernels are missing: {_ext.error}")
 
+ROOT = Path(__file__).resolve().parents[1]
 POOL = nn.MaxPool2d(2)
 
 
@@ -413,3 +418,49 @@ def test_pages_are_not_cleared_again():
         large(x, w)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < 4 * 1000  # an output has 12,000 pages of 4 KiB
+
+
+# ---------------------------------------------------------------- fences
+
+
+@pytest.mark.parametrize(
+    "harm, ended",
+    [
+        ("", 0),
+        ("at[16] = 1", -signal.SIGSEGV),  # beyond the last cache line
+        ("at[7] = 1", -signal.SIGABRT),  # in the last cache line, beyond the buffer
+        ("at[-1] = 1", -signal.SIGABRT),
+        ("at[-1023] = 1", -signal.SIGSEGV),
+        ("del buffer; at[0] = 1", -signal.SIGSEGV),  # given back
+    ],
+)
+def test_an_overrun_of_a_buffer_is_reported(harm, ended):
+    code = f"""
+import ctypes, torch, cnnlstm_fast
+buffer = torch.ops.cnnlstm_fast.new_spectra(torch.zeros(1), [7])
+assert buffer.isnan().all()
+at = ctypes.cast(buffer.data_ptr(), ctypes.POINTER(ctypes.c_float))
+at[6] = 1
+{harm}
+"""
+    ran = run_python(code, CNNLSTM_FAST_FENCES="1", CNNLSTM_FAST_POOL_BYTES="1")
+    assert ran.returncode == ended, ran.stderr[-2000:]
+    assert ended != -signal.SIGABRT or "buffer of 28 bytes was written" in ran.stderr
+
+
+def test_limits_are_documented():
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "cnnlstm_fast").rglob("*.py")]
+    names = {n for f in sources for n in re.findall(r'\blimit\(\s*"([A-Z_]+)"', f.read_text())}
+    assert len(names) > 20 and not {n for n in names if f"`{n}`" not in page}
+
+
+@pytest.mark.parametrize("names", [{}, {"CNNLSTM_FAST_A": "5"}, {"CNNLSTM_FAST_A": "0"}])
+def test_limits_are_usual_least_or_asked_for(names, monkeypatch):
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    asked = {"5": 5, "0": 2}.get(names.get("CNNLSTM_FAST_A"))
+    monkeypatch.delenv("CNNLSTM_FAST_LEAST", raising=False)
+    assert limit("A", 9, 2) == (asked or 9)
+    monkeypatch.setenv("CNNLSTM_FAST_LEAST", "1")
+    assert limit("A", 9, 2) == (asked or 2)
