@@ -104,6 +104,7 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
 }
 
 Tensor new_spectra(Tensor like, std::vector<int64_t> size) {
+  elements("the result of new_spectra", size);
   STD_TORCH_CHECK(!size.empty() && like.is_cpu() && like.scalar_type() == ScalarType::Float,
                   "new_spectra: expected a float32 tensor on the CPU and sizes");
   return new_temporary(like, size, ScalarType::Float);
