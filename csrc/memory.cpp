@@ -273,6 +273,9 @@ class Outputs {
   uint64_t chance_ = 1;
 };
 
+// Made as the library is loaded, where no other thread can fork.
+[[maybe_unused]] const bool kOutputsMade = (Outputs::outputs(), &forkable<Outputs>());
+
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& size) {
   std::vector<int64_t> stride(size.size(), 1);
   for (size_t i = size.size(); i-- > 1;) stride[i - 1] = stride[i] * size[i];
@@ -435,6 +438,10 @@ class Pool {
 };
 
 }  // namespace
+
+namespace {
+[[maybe_unused]] const bool kPoolMade = (Pool::pool(), &forkable<Pool>());
+}
 
 Tensor new_temporary(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
   const int64_t bytes = elements("what a block works on", size) * bytes_of(dtype);

@@ -142,6 +142,7 @@ Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<Dir
   STD_TORCH_CHECK(call.batch <= std::numeric_limits<int32_t>::max(), "recurrent_layer: a batch of ", call.batch,
                   " sequences is too large");
   check_tensor(h0, {count, call.batch, call.width}, "h0");
+  STD_TORCH_CHECK(mode == kLSTM || !c0, "recurrent_layer: a GRU has no c0");
   check_tensor(c0, {count, call.batch, call.hidden}, "c0");
   for (const Maybe& s : {h0, c0})
     if (s) STD_TORCH_CHECK(s->scalar_type() == call.dtype, "recurrent_layer: input and state differ in dtype");
@@ -642,6 +643,7 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
   check_tensor(out, call.sequence(directions * call.width), "out");
   check_tensor(grad_out, call.sequence(directions * call.width), "grad_out");
   check_tensor(grad_h_n, {directions, call.batch, call.width}, "grad_h_n");
+  STD_TORCH_CHECK(mode == kLSTM || !grad_c_n, "recurrent_layer_backward: a GRU has no c_n");
   check_tensor(grad_c_n, {directions, call.batch, call.hidden}, "grad_c_n");
   check_tensor(saved, {directions, call.steps, call.batch, mode == kLSTM ? 5 : 4, call.padded_hidden()}, "saved");
   STD_TORCH_CHECK(saved.scalar_type() == wide && saved.is_contiguous() && out.is_contiguous(),

@@ -429,7 +429,7 @@ def _layer(rng: random.Random) -> dict:
     return {
         "x": tensor(rng, [*leading, inputs], dtype),
         **{
-            n: tensor(rng, size, dtype) if rng.random() < 0.6 and not (n == "c0" and mode) else None
+            n: tensor(rng, size, dtype) if rng.random() < (0.05 if n == "c0" and mode else 0.6) else None
             for n, size in states.items()
         },
         **dict(zip(WEIGHTS, weights, strict=False)),
@@ -463,7 +463,7 @@ def _layer_backward(rng: random.Random) -> dict:
     mode, batch_first = a.pop("mode"), a.pop("batch_first")
     return {
         **{
-            n: tensor(rng, size, dtype) if rng.random() < 0.7 and not (n == "grad_c_n" and mode) else None
+            n: tensor(rng, size, dtype) if rng.random() < (0.05 if n == "grad_c_n" and mode else 0.7) else None
             for n, size in grads.items()
         },
         **a, "out": _plain(rng, out, dtype), "saved": _plain(rng, kept),
