@@ -463,7 +463,9 @@ def _layer_backward(rng: random.Random) -> dict:
     mode, batch_first = a.pop("mode"), a.pop("batch_first")
     return {
         **{
-            n: tensor(rng, size, dtype) if rng.random() < (0.05 if n == "grad_c_n" and mode else 0.7) else None
+            n: tensor(rng, size, dtype)
+            if rng.random() < (0.05 if n == "grad_c_n" and mode else 0.7)
+            else None
             for n, size in grads.items()
         },
         **a, "out": _plain(rng, out, dtype), "saved": _plain(rng, kept),
