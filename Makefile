@@ -43,7 +43,7 @@ sanitize: $(VENV)/installed
 # The baseline kernels and all that is around them under AddressSanitizer and UndefinedBehaviorSanitizer: a
 # quarter of what there is to compile. The suites of the kernels follow, one in SHARE of every test's cases, with every
 # limit at its least and every buffer fenced (docs/contributing.md), so that small tensors go where large ones do.
-SHARE ?= 8
+SHARE ?= 12
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,ops conv_block conv_norm winograd conv_fft recurrent_ops properties)
 # (Those that would take minutes there, and what starts processes or compilers of its own.)
 LEFT_OUT := not every_instruction_set and not wrong_calls and not compile and not export and not graph_break and not opcheck and not bounded and not several_chunks and not shared_by_cores and not large
