@@ -1,6 +1,5 @@
 // cnnlstm_fast::conv_block and its backward on the CPU: checks, allocation, threads. The schema and
 // the meaning of every argument stand in cnnlstm_fast/ops/conv_block.py, the arithmetic in cpu/.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,7 +13,9 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "limits.h"
 #include "memory.h"
+#include "op.h"
 #include "threads.h"
 #include "winograd_conv.h"
 
@@ -29,7 +30,9 @@ using Floats = std::vector<double>;
 enum Plan : int64_t { kDirect = 1, kChunked = 2, kWinograd = 3, kFFT = 4 };
 
 // Convolution maps of one chunk: what two cores' second-level caches hold beside weights and input.
-constexpr int64_t kChunkBytes = int64_t{2} << 20;
+const int64_t kChunkBytes = limit("CHUNK_BYTES", int64_t{2} << 20, 1);
+// And so many times the weights.
+const int64_t kChunkWeights = limit("CHUNK_WEIGHTS", 8, 0);
 constexpr int64_t kMaxScratchFloats = int64_t{1} << 30;
 
 // ---- Calls of PyTorch's own operators
@@ -168,18 +171,10 @@ bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride,
   return (windows - 1) * stride - padding < size;
 }
 
-// Whether a tensor of these sizes is one that a machine may have; products of sizes then do not overflow.
-bool fits(std::initializer_list<int64_t> sizes) {
-  int64_t left = int64_t{1} << 46;
-  for (int64_t size : sizes) left /= std::max<int64_t>(size, 1);
-  return left > 0;
-}
-
 struct Call {
   Block block;
   Ints conv, order;
-  bool keeps_codes;   // whether a backward of such a block reads codes
-  bool keeps_slopes;  // and slopes of its activation
+  bool keeps_slopes;  // whether a backward of such a block reads slopes of its activation
 };
 
 Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t activation, const Floats& act,
@@ -191,6 +186,8 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
                   "conv_block: the kernels compute float32 and bfloat16 only");
   STD_TORCH_CHECK(weight.scalar_type() == dtype, "conv_block: input and weight differ in dtype");
   STD_TORCH_CHECK(weight.is_cpu(), "conv_block: input and weight are on different devices");
+  elements("an input", x);
+  elements("a weight", weight);
   STD_TORCH_CHECK(
       conv.size() == 7 || conv.size() == 9,
       "conv_block: conv must be [stride, padding, dilation (h, w each), groups, more padding after (h, w)]");
@@ -228,8 +225,8 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
   b.ow = out_length(b.w + after_w, b.kw, b.sw, b.pw, b.dw, false);
   STD_TORCH_CHECK(b.h >= 1 && b.w >= 1 && b.oh >= 1 && b.ow >= 1, "conv_block: an input of ", b.h, "x", b.w,
                   " is too small for the kernel");
-  STD_TORCH_CHECK(fits({b.n, b.co, b.oh, b.ow}) && fits({b.c, b.h + 2 * b.ph, b.w + 2 * b.pw}), "conv_block: a map of ",
-                  b.oh, "x", b.ow, " is too large");
+  elements("a map", {b.n, b.co, b.oh, b.ow});
+  elements("an input with its padding", {b.c, b.h + 2 * b.ph + after_h, b.w + 2 * b.pw + after_w});
   const Ints p = pool.empty() ? Ints{1, 1, 1, 1, 0, 0, 1, 1, 0} : pool;
   b.pool_kh = p[0], b.pool_kw = p[1], b.pool_sh = p[2], b.pool_sw = p[3], b.pool_ph = p[4], b.pool_pw = p[5];
   b.pool_dh = p[6], b.pool_dw = p[7];
@@ -260,7 +257,9 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
     stride *= size[order[i]];
   }
   const bool curved = activation > kHardtanh;
-  return {b, conv, order, !pool.empty() || (activation != kNone && !curved), curved};
+  b.pooled = !pool.empty();
+  b.coded = b.pooled || (activation != kNone && !curved);
+  return {b, conv, order, curved};
 }
 
 // The convolution alone, its map channels-last.
@@ -357,7 +356,9 @@ Tensor new_like_input(const Tensor& x) {
 }
 
 // Scratch of one item: what a second-level cache holds beside the weights.
-constexpr int64_t kItemFloats = 96 * 1024;
+const int64_t kItemFloats = limit("ITEM_FLOATS", 96 * 1024, 1);
+// Rows of a depthwise convolution that need more are too long for it.
+constexpr int64_t kDepthwiseFloats = 96 * 1024;
 
 // Pooled rows per item: enough items for every thread, scratch that stays in cache.
 int64_t rows_per_item(const Block& b, int64_t scratch_of_row, int64_t scratch_of_two) {
@@ -382,17 +383,17 @@ bool goes_by_planes(const Block& b, const Outputs& out) {
   const bool pointwise = b.kh * b.kw * b.sh * b.sw * b.groups == 1 && b.padded_h == b.h && b.padded_w == b.w;
   const bool planes =
       b.x_stride[3] == 1 && b.out_stride[3] == 1 && (b.h == 1 || (b.x_stride[2] == b.w && b.out_stride[2] == b.w));
-  return pointwise && !has_pool(b) && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
+  return pointwise && !b.pooled && planes && b.c <= kMostPlanes && b.dtype == kFloat32 && !out.codes && !out.kept;
 }
 
 bool goes_depthwise(const Block& b, const Outputs& out) {
-  return b.groups == b.c && b.groups > 1 && !has_pool(b) && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
+  return b.groups == b.c && b.groups > 1 && !b.pooled && b.x_stride[3] == 1 && b.out_stride[3] == 1 &&
          b.dtype == kFloat32 && !out.codes && !out.kept && b.sw <= b.padded_w &&
-         kernels().depthwise_scratch(b, 1) <= kItemFloats;
+         kernels().depthwise_scratch(b, 1) <= kDepthwiseFloats;
 }
 
 // Multiply-adds that are worth an item.
-constexpr int64_t kItemWork = 1 << 16;
+const int64_t kItemWork = limit("ITEM_WORK", 1 << 16, 1);
 
 void forward_depthwise(const Block& b, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Outputs& out) {
@@ -456,15 +457,17 @@ void forward_direct(const Call& call, const Tensor& x, const Tensor& weight, con
 int64_t images_per_chunk(const Block& b, int64_t plan) {
   if (plan == kFFT) return b.n;
   const int64_t size = b.dtype == kFloat32 ? 4 : 2;
-  const int64_t bytes = std::max(kChunkBytes, 8 * b.co * b.taps * size);
+  const int64_t bytes = std::max(kChunkBytes, kChunkWeights * b.co * b.taps * size);
   return std::clamp<int64_t>(bytes / (b.oh * b.ow * b.co * size), 1, b.n);
 }
 
 // Maps of a convolution for some images after others, (images, oh, ow, co) contiguous.
 class Maps {
  public:
-  Maps(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias)
-      : conv_(conv), plan_(plan), weight_(weight), bias_(bias) {
+  // `make` is new_output for maps that an op returns.
+  Maps(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias,
+       decltype(&new_temporary) make = new_temporary)
+      : conv_(conv), plan_(plan), weight_(weight), bias_(bias), make_(make) {
     if (plan == kWinograd) winograd_.emplace(weight, false);
   }
 
@@ -472,7 +475,7 @@ class Maps {
     const Call call = bare(x, weight_, conv_);
     const Block& b = call.block;
     if (plan_ != kChunked) {
-      const Tensor map = new_output(x, in_order(b, call.order), x.scalar_type());
+      const Tensor map = make_(x, in_order(b, call.order), x.scalar_type());
       if (plan_ == kDirect) {
         forward_direct(call, x, weight_, bias_, {map.data_ptr(), nullptr, nullptr});
         return map;
@@ -492,6 +495,7 @@ class Maps {
   const int64_t plan_;
   const Tensor weight_;
   const std::optional<Tensor> bias_;
+  decltype(&new_temporary) make_;
   std::optional<WinogradConvolution> winograd_;
 };
 
@@ -558,7 +562,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
         "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
   check_plan(plan, b);
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
-  const Tensor codes = new_output(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  const Tensor codes = new_output(x, keep && b.coded ? codes_size(b) : Ints{0}, ScalarType::Byte);
   const Tensor slopes = new_output(x, keep && call.keeps_slopes ? in_order(b, order) : Ints{0}, x.scalar_type());
   if (b.n > 0) {
     const Outputs outputs{out.data_ptr(), codes_pointer(codes), slopes.numel() ? slopes.data_ptr() : nullptr};
@@ -574,7 +578,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
 
 // ---- Backward
 
-constexpr int64_t kPlacesPerSum = 2048;
+// Sums of all slices of a weight's gradient.
+const int64_t kSliceFloats = limit("SLICE_FLOATS", int64_t{4} << 20, 1);
+const int64_t kPlacesPerSum = limit("PLACES_PER_SUM", 2048, 1);
 
 // Pooled rows [row0, row1) of each of `images` images, whose gradients go to rows of the map of their own: bands for
 // every thread where windows of two rows never meet.
@@ -693,7 +699,7 @@ class ChunkGrads {
     const int64_t n = part.size(0), c = part.size(1), h = part.size(2), w = part.size(3);
     if (need_[0]) {
       const bool in_place = lies_channels_last(*grad_x_);
-      const Tensor to = in_place ? *grad_x_ : torch::stable::new_empty(x_, Ints{n, h, w, c});
+      const Tensor to = in_place ? *grad_x_ : new_temporary(x_, Ints{n, h, w, c}, x_.scalar_type());
       float* data = static_cast<float*>(to.data_ptr()) + (in_place ? n0 * h * w * c : 0);
       if (!winograd_x_->run(seen_channels_first(raw), 2 - conv_[2], 2 - conv_[3], h, w, std::nullopt, data))
         finite_ = false;
@@ -799,7 +805,7 @@ ConvolutionGrads backward_chunked(const Call& call, int64_t plan, const Tensor& 
   const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
-    const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
+    const Tensor raw = new_temporary(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
     char* data = static_cast<char*>(raw.data_ptr());
     const int64_t size = raw.element_size();
     for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
@@ -828,7 +834,7 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     // any number of threads.
     const int64_t per_slice = b.co * (grad_weight ? patch : 0) + ceil_div(b.co, kMaxVector) * kMaxVector;
     const int64_t bias_floats = per_slice - b.co * (grad_weight ? patch : 0);
-    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>((int64_t{4} << 20) / per_slice, 4, 32));
+    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>(kSliceFloats / per_slice, 4, 32));
     AlignedFloats sums(slices * per_slice);
     std::atomic<bool> finite{true};
     for_each_item(slices, [&](int64_t slice) {
@@ -911,7 +917,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
   }
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.is_cpu() && codes.is_contiguous(),
                   "conv_block_backward: codes must be contiguous uint8 on the CPU");
-  if (call.keeps_codes) {
+  if (b.coded) {
     const Ints size = codes_size(b);
     STD_TORCH_CHECK(codes.dim() == 5, "conv_block_backward: expected 5-d codes, got ", codes.dim(), "-d");
     for (int i = 0; i < 5; ++i)
@@ -979,7 +985,7 @@ Tensor new_doubles(const Tensor& like, const Ints& size) {
   return torch::stable::new_empty(like, size, ScalarType::Double);
 }
 
-constexpr int64_t kWeightsPerItem = 32 * 1024;
+const int64_t kWeightsPerItem = limit("WEIGHTS_PER_ITEM", 32 * 1024, 1);
 
 std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma,
                                      std::optional<Tensor> beta, Tensor mean, Tensor var, double eps) {
@@ -987,6 +993,7 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, 
   STD_TORCH_CHECK(
       weight.dim() == 4 && weight.size(0) >= 1 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
       "fold_norm: expected a 4-d weight in float32 or bfloat16");
+  elements("a weight", weight);
   const int64_t co = weight.size(0), taps = weight.numel() / co;
   const int32_t type = dtype == ScalarType::Float ? kFloat32 : kBFloat16;
   const Parameter b(bias, co, 0), g(gamma, co, 1), shift(beta, co, 0), m(mean, co, 0), v(var, co, 1);
@@ -1018,20 +1025,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   check_plan(plan, b);
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
                   "conv_norm_block: expected a mean and a variance, or neither");
-  const bool given = given_mean.has_value(), pooled = !pool.empty();
+  const bool given = given_mean.has_value();
   const int64_t image = b.oh * b.ow * b.co, places = b.n * b.oh * b.ow, size = x.element_size();
   STD_TORCH_CHECK(given || places > 1, "conv_norm_block: expected more than 1 value per channel");
   const Parameter added(bias, b.co, 0), g(gamma, b.co, 1), shift_by(beta, b.co, 0);
   const Parameter known_mean(given_mean, b.co, 0), known_var(given_var, b.co, 1);
 
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
-  const Tensor codes = new_output(x, keep && pooled ? codes_size(b) : Ints{0}, ScalarType::Byte);
-  const Tensor kept = new_output(x, keep && pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
+  const Tensor codes = new_output(x, keep && b.pooled ? codes_size(b) : Ints{0}, ScalarType::Byte);
+  const Tensor kept = new_output(x, keep && b.pooled ? in_order(b, order) : Ints{0}, x.scalar_type());
   // The map, where it is read again: to normalise it, or by the backward.
-  const bool stored = !given || (keep && !pooled);
+  const bool stored = !given || (keep && !b.pooled);
   const int64_t chunk = images_per_chunk(b, plan);
   const bool in_parts = chunk < b.n || b.n == 0;
-  Tensor map = new_output(x, stored && in_parts ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
+  const bool returned = keep && (!b.pooled || (keep_map && !given));
+  const auto make_map = returned ? new_output : new_temporary;
+  Tensor map = make_map(x, stored && in_parts ? Ints{b.n, b.oh, b.ow, b.co} : Ints{0}, x.scalar_type());
 
   // Rows: mean without the bias, biased variance, scale, shift.
   const Tensor stats = new_doubles(x, Ints{4, b.co});
@@ -1061,7 +1070,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   };
 
   std::vector<double> total(2 * b.co), part;
-  const Maps maps(conv, plan, weight, std::nullopt);
+  const Maps maps(conv, plan, weight, std::nullopt, make_map);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor found = maps.of(torch::stable::narrow(x, 0, n0, count));
@@ -1091,7 +1100,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     }
     normalise(static_cast<const char*>(map.data_ptr()), 0, b.n);
   }
-  const bool returned = keep && (!pooled || (keep_map && !given));
   return {out, codes, kept, returned ? map : torch::stable::new_empty(x, Ints{0}), stats};
 }
 
@@ -1104,7 +1112,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   const Block& b = call.block;
   const KernelTable& k = kernels();
   check_plan(plan, b);
-  const bool pooled = !pool.empty();
   const Ints expected = in_order(b, order), map_size{b.n, b.oh, b.ow, b.co};
   auto has_size = [](const Tensor& t, const Ints& size) {
     if (t.dim() != static_cast<int64_t>(size.size())) return false;
@@ -1117,11 +1124,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   auto is_kept = [&](const Tensor& t, const Ints& size) {
     return has_size(t, size) && t.is_cpu() && t.is_contiguous() && t.scalar_type() == x.scalar_type();
   };
-  STD_TORCH_CHECK((!pooled || is_kept(kept, expected)) && ((pooled && map.numel() == 0) || is_kept(map, map_size)),
+  STD_TORCH_CHECK((!b.pooled || is_kept(kept, expected)) && ((b.pooled && map.numel() == 0) || is_kept(map, map_size)),
                   "conv_norm_block_backward: what was kept has another size");
-  const Tensor& winners = pooled ? kept : map;
-  STD_TORCH_CHECK(!pooled || (has_size(codes, codes_size(b)) && codes.is_cpu() && codes.is_contiguous() &&
-                              codes.scalar_type() == ScalarType::Byte),
+  const Tensor& winners = b.pooled ? kept : map;
+  STD_TORCH_CHECK(!b.pooled || (has_size(codes, codes_size(b)) && codes.is_cpu() && codes.is_contiguous() &&
+                                codes.scalar_type() == ScalarType::Byte),
                   "conv_norm_block_backward: codes have another size");
   STD_TORCH_CHECK(has_size(stats, Ints{4, b.co}) && stats.is_cpu() && stats.is_contiguous() &&
                       stats.scalar_type() == ScalarType::Double,
@@ -1130,7 +1137,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   for (int i = 0; i < 4; ++i) {
     grad_stride[order[i]] = grad.stride(i);
     const int nchw[4] = {0, 2, 3, 1};
-    winner_stride[pooled ? order[i] : nchw[i]] = winners.stride(i);
+    winner_stride[b.pooled ? order[i] : nchw[i]] = winners.stride(i);
   }
 
   const double* stat = static_cast<const double*>(stats.data_ptr());
@@ -1184,7 +1191,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
         again = maps.of(torch::stable::narrow(x, 0, n0, count));
         from = static_cast<const char*>(again->data_ptr());
       }
-      const Tensor raw = new_output(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
+      const Tensor raw = new_temporary(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
       char* to = static_cast<char*>(raw.data_ptr());
       for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
         k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),
@@ -1207,6 +1214,7 @@ Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
   check_direct(b);
   const KernelTable& k = kernels();
   const int64_t taps = b.taps, width = k.patch_width(taps), lines = b.n * b.oh;
+  elements("the products of all pairs of taps", {32, taps + 1, width});
   const int64_t slices = std::min<int64_t>(lines, 32), per_slice = (taps + 1) * width;
   std::vector<double> sums(slices * per_slice);
   for_each_item(slices, [&](int64_t slice) {
@@ -1234,12 +1242,12 @@ Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
-  m.impl("conv_block", TORCH_BOX(&conv_block));
-  m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward));
-  m.impl("fold_norm", TORCH_BOX(&fold_norm));
-  m.impl("conv_norm_block", TORCH_BOX(&conv_norm_block));
-  m.impl("conv_norm_block_backward", TORCH_BOX(&conv_norm_block_backward));
-  m.impl("patch_moments", TORCH_BOX(&patch_moments));
+  m.impl("conv_block", CNNLSTM_FAST_OP(conv_block));
+  m.impl("conv_block_backward", CNNLSTM_FAST_OP(conv_block_backward));
+  m.impl("fold_norm", CNNLSTM_FAST_OP(fold_norm));
+  m.impl("conv_norm_block", CNNLSTM_FAST_OP(conv_norm_block));
+  m.impl("conv_norm_block_backward", CNNLSTM_FAST_OP(conv_norm_block_backward));
+  m.impl("patch_moments", CNNLSTM_FAST_OP(patch_moments));
 }
 
 }  // namespace cnnlstm_fast

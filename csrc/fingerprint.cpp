@@ -1,10 +1,11 @@
 // Whether memory has changed: a number of what tensors hold.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstring>
 #include <vector>
+
+#include "op.h"
 
 namespace cnnlstm_fast {
 namespace {
@@ -52,7 +53,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CompositeExplicitAutograd, m) {
-  m.impl("fingerprint", TORCH_BOX(&fingerprint));
+  m.impl("fingerprint", CNNLSTM_FAST_OP(fingerprint));
 }
 
 }  // namespace cnnlstm_fast

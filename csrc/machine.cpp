@@ -1,5 +1,4 @@
 // What this machine is and can do: the chosen instruction set and its measured arithmetic peak.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <chrono>
@@ -7,6 +6,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "op.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -21,7 +21,7 @@ double fma_peak(double seconds) {
   using Clock = std::chrono::steady_clock;
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> rate(threads, 0.0);
-  parallel(0, threads, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(0, threads, 1, [&](int64_t begin, int64_t end) {
     const auto start = Clock::now();
     double flops = 0, spent = 0;
     do {
@@ -43,8 +43,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&isa));
-  m.impl("fma_peak", TORCH_BOX(&fma_peak));
+  m.impl("isa", CNNLSTM_FAST_OP(isa));
+  m.impl("fma_peak", CNNLSTM_FAST_OP(fma_peak));
 }
 
 }  // namespace cnnlstm_fast

@@ -1,12 +1,20 @@
-// Scratch memory of a thread, and large outputs.
+// Sizes, scratch memory of a thread, and large outputs.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 namespace cnnlstm_fast {
+
+// The elements of a tensor of these sizes. An error where they are more than 2^40, sizes of 0 taken for 1: whatever is
+// multiplied from sizes that were asked about neither overflows nor wraps. A tensor may have such sizes without any
+// memory behind them, where strides are 0.
+int64_t elements(const char* what, std::initializer_list<int64_t> sizes);
+int64_t elements(const char* what, const std::vector<int64_t>& sizes);
+int64_t elements(const char* what, const torch::stable::Tensor& t);
 
 // At least `floats` floats, aligned to a cache line, valid until this thread's next call. The memory
 // stays with the thread, since fresh pages cost more than most blocks; more than a few megabytes are
@@ -27,10 +35,16 @@ class AlignedFloats {
   float* data_;
 };
 
-// A new, unwritten CPU tensor like `like` of the given size. Memory that the C library would give back to the
-// system each time returns to a small pool when its last owner lets go of it, since clearing fresh pages costs
-// as much as a convolution; what it would map afresh comes on huge pages, where there are any.
+// A new, unwritten CPU tensor like `like` of the given size, for an op to return: its storage is PyTorch's own, so that
+// it can be resized and emptied. Memory that the C library would give back to the system each time is used again when
+// nobody holds it any more, since clearing fresh pages costs as much as a convolution; what it would map afresh comes
+// on huge pages, where there are any.
 torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
                                  torch::headeronly::ScalarType dtype);
+
+// The same for what an op works on and never returns: such memory comes from a small pool of our own, and goes back to
+// it with its last owner.
+torch::stable::Tensor new_temporary(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
+                                    torch::headeronly::ScalarType dtype);
 
 }  // namespace cnnlstm_fast

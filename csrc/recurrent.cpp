@@ -1,6 +1,5 @@
 // cnnlstm_fast::recurrent_layer and its backward on the CPU: checks, allocation, threads. The schema and the
 // meaning of every argument stand in cnnlstm_fast/ops/recurrent.py, the arithmetic in cpu/recurrent.inc.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,12 +7,15 @@
 #include <atomic>
 #include <deque>
 #include <numeric>
+#include <limits>
 #include <optional>
 #include <thread>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "limits.h"
 #include "memory.h"
+#include "op.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -26,14 +28,17 @@ using Maybe = std::optional<Tensor>;
 
 // Measured limits. More inputs than these, or these if sequences are few, are projected for many steps at
 // once instead of with the state. The bits are the same.
-constexpr int64_t kMostFusedInputs = 1024, kFewSequences = 4, kMostFusedInputsOfFew = 128;
+const int64_t kMostFusedInputs = limit("FUSED_INPUTS", 1024, 0), kFewSequences = 4,
+              kMostFusedInputsOfFew = limit("FUSED_INPUTS_OF_FEW", 128, 0);
 // So many weights of the state are shared by cores if sequences are not too many for a core.
-constexpr int64_t kSharedWeights = int64_t{1} << 18, kMostSharingSequences = 32;
+const int64_t kSharedWeights = limit("SHARED_WEIGHTS", int64_t{1} << 18, 1), kMostSharingSequences = 32;
 // Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
 // or two hold.
-constexpr int64_t kChunkFloats = int64_t{1} << 20;
+const int64_t kChunkFloats = limit("RECURRENT_CHUNK_FLOATS", int64_t{1} << 20, 1);
 // Gradients of pre-activations that meet all weights of the inputs at a time.
-constexpr int64_t kRowsFloats = int64_t{1} << 16;
+const int64_t kRowsFloats = limit("RECURRENT_ROWS_FLOATS", int64_t{1} << 16, 1);
+// Rows of a product that are worth an item.
+const int64_t kRowsOfItem = limit("RECURRENT_ROWS", 24, 1);
 
 int64_t padded(int64_t units) {
   return ceil_div(units, kUnitGroup) * kUnitGroup;
@@ -156,7 +161,14 @@ Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<Dir
       if (w) STD_TORCH_CHECK(w->scalar_type() == call.dtype, "recurrent_layer: input and weights differ in dtype");
   }
   const int64_t count = static_cast<int64_t>(directions.size());
+  elements("an input", x);
+  elements("weights with their rows padded", {4, call.padded_hidden(), std::max(call.inputs, call.padded_width())});
+  elements("what a recurrent layer keeps",
+           {count, call.steps, call.batch, 5, std::max(call.padded_hidden(), call.padded_width())});
+  STD_TORCH_CHECK(call.batch <= std::numeric_limits<int32_t>::max(), "recurrent_layer: a batch of ", call.batch,
+                  " sequences is too large");
   check_tensor(h0, {count, call.batch, call.width}, "h0");
+  STD_TORCH_CHECK(mode == kLSTM || !c0, "recurrent_layer: a GRU has no c0");
   check_tensor(c0, {count, call.batch, call.hidden}, "c0");
   for (const Maybe& s : {h0, c0})
     if (s) STD_TORCH_CHECK(s->scalar_type() == call.dtype, "recurrent_layer: input and state differ in dtype");
@@ -294,7 +306,7 @@ struct Prepared {
 
   float* zeros(int64_t floats) { return cleared.emplace_back(floats).data(); }
   float* memory(const Tensor& like, int64_t floats) {
-    return mutable_floats(held.emplace_back(new_output(like, {floats}, ScalarType::Float)));
+    return mutable_floats(held.emplace_back(new_temporary(like, {floats}, ScalarType::Float)));
   }
 };
 
@@ -383,20 +395,24 @@ void run_team(int64_t steps, int64_t blocks, const F& run) {
   std::vector<std::atomic<int64_t>> claimed(blocks);
   for (auto& c : claimed) c = 0;
   std::atomic<int64_t> done{0};
-  parallel(0, threads, 1, [&](int64_t member, int64_t) {
+  FirstError error;
+  in_parallel(0, threads, 1, [&](int64_t member, int64_t) {
     const int64_t own = member * blocks / threads;
     for (int64_t step = done.load(std::memory_order_acquire) / blocks; step < steps; ++step) {
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t block = (own + i) % blocks;
         int64_t unclaimed = step;
         if (!claimed[block].compare_exchange_strong(unclaimed, step + 1)) continue;
-        run(step, block);
+        if (!error.free_of([&] { run(step, block); })) return;
         done.fetch_add(1, std::memory_order_release);
       }
-      for (int64_t spins = 0; done.load(std::memory_order_acquire) < (step + 1) * blocks; ++spins)
+      for (int64_t spins = 0; done.load(std::memory_order_acquire) < (step + 1) * blocks; ++spins) {
+        if (error.failed()) return;  // a block that is never done
         if (spins > 4096) std::this_thread::yield();
+      }
     }
   });
+  error.rethrow();
 }
 
 // Whether cores divide the units between them, each keeping its part of large weights in its cache, rather
@@ -447,7 +463,7 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
       rows.clear();
       for (int64_t t = t0; t < t1; ++t)
         for (int64_t q = 0; q < call.active(t); ++q) rows.push_back(l.x + place(l, t, q, l.x_step, l.x_sequence));
-      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, 24, 768);
+      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, kRowsOfItem, 32 * kRowsOfItem);
       l.projected_x = projected, l.projected_rows = count, l.projected_first = call.starts[t0];
       for_each_item(items, [&](int64_t i) {
         const int64_t first = i * count / items, some = (i + 1) * count / items - first;
@@ -695,7 +711,8 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
     // Everything that all steps of the chunk contribute to, in one list of items.
     const int64_t x_items = of_x ? of_x->items() : 0, h_items = of_h ? of_h->items() : 0;
     const int64_t m_items = of_m ? of_m->items() : 0, bias_items = want.need_weights ? ceil_div(columns, k.panel) : 0;
-    const int64_t row_items = columns_x ? shares(count, 24, std::max<int64_t>(48, kRowsFloats / x_end)) : 0;
+    const int64_t row_items =
+        columns_x ? shares(count, kRowsOfItem, std::max<int64_t>(2 * kRowsOfItem, kRowsFloats / x_end)) : 0;
     for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
       if (i < x_items) return of_x->add(i, rows.x.data(), b.gates, count);
       if ((i -= x_items) < h_items) return of_h->add(i, rows.h.data(), b.gates, count);
@@ -740,6 +757,7 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
   check_tensor(out, call.sequence(directions * call.width), "out");
   check_tensor(grad_out, call.sequence(directions * call.width), "grad_out");
   check_tensor(grad_h_n, {directions, call.batch, call.width}, "grad_h_n");
+  STD_TORCH_CHECK(mode == kLSTM || !grad_c_n, "recurrent_layer_backward: a GRU has no c_n");
   check_tensor(grad_c_n, {directions, call.batch, call.hidden}, "grad_c_n");
   const int64_t kept = call.kept_of_gates() + !out, units = call.padded_hidden();
   if (saved.dim() == 4)
@@ -801,8 +819,8 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
-  m.impl("recurrent_layer", TORCH_BOX(&recurrent_layer));
-  m.impl("recurrent_layer_backward", TORCH_BOX(&recurrent_layer_backward));
+  m.impl("recurrent_layer", CNNLSTM_FAST_OP(recurrent_layer));
+  m.impl("recurrent_layer_backward", CNNLSTM_FAST_OP(recurrent_layer_backward));
 }
 
 }  // namespace cnnlstm_fast

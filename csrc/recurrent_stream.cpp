@@ -1,6 +1,5 @@
 // A stack of recurrent layers one step at a time on the CPU: weights packed once, states in place. The
 // schema stands in cnnlstm_fast/ops/recurrent_stream.py; the arithmetic is that of whole sequences.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -9,7 +8,9 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "limits.h"
 #include "memory.h"
+#include "op.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -21,7 +22,7 @@ using Ints = std::vector<int64_t>;
 using Maybe = std::optional<Tensor>;
 
 // Weights that one core streams from its own cache sooner than a second one is woken.
-constexpr int64_t kFloatsOfOneThread = int64_t{1} << 19;
+const int64_t kFloatsOfOneThread = limit("STREAM_FLOATS", int64_t{1} << 19, 1);
 
 int64_t padded(int64_t units) {
   return ceil_div(units, kUnitGroup) * kUnitGroup;
@@ -57,6 +58,8 @@ void check_float(const Tensor& t, const Ints& size, const char* name) {
 
 Tensor recurrent_stream_pack(Tensor w_ih, Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, int64_t mode) {
   const RecurrentTable& k = recurrent_kernels();
+  STD_TORCH_CHECK((mode == kLSTM || mode == kGRU) && w_ih.dim() == 2 && w_hh.dim() == 2,
+                  "recurrent_stream: expected mode 0 or 1 and 2-d weights");
   const int64_t gates = gates_of(mode), rows = w_hh.size(0), hidden = rows / gates, width = w_hh.size(1);
   const int64_t inputs = w_ih.size(1), units = padded(hidden);
   check_float(w_ih, {gates * hidden, inputs}, "w_ih");
@@ -66,6 +69,7 @@ Tensor recurrent_stream_pack(Tensor w_ih, Tensor w_hh, Maybe b_ih, Maybe b_hh, M
   if (w_hr) check_float(*w_hr, {width, hidden}, "w_hr");
   STD_TORCH_CHECK(w_hr ? mode == kLSTM && width < hidden : width == hidden,
                   "recurrent_stream: only an LSTM is projected, to fewer units");
+  elements("weights", {gates, hidden, std::max(inputs, width)});
   const Parts parts(gates, inputs, hidden, width);
   const Tensor packed = torch::stable::new_zeros(w_ih, Ints{parts.end});
   float* to = static_cast<float*>(packed.data_ptr());
@@ -99,6 +103,7 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
                       (mode == kLSTM ? width <= hidden : width == hidden),
                   "recurrent_stream: sizes do not fit");
   const int64_t layers = h.size(0), batch = x.size(0), inputs = x.size(1), gates = gates_of(mode);
+  elements("weights", {gates, hidden, std::max(inputs, width)});
   check_float(x, {batch, inputs}, "x");
   check_float(h, {layers, 2, batch, padded(width)}, "h");
   if (mode == kLSTM) check_float(c, {layers, batch, padded(hidden)}, "c");
@@ -145,7 +150,7 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
     };
     const int64_t blocks = l.padded_hidden / k.lanes;
     if (parts.end > kFloatsOfOneThread && torch::stable::get_num_threads() > 1)
-      parallel(0, blocks, ceil_div(blocks, torch::stable::get_num_threads()), units);
+      in_parallel(0, blocks, ceil_div(blocks, torch::stable::get_num_threads()), units);
     else
       units(0, blocks);
     if (l.projected) {
@@ -160,8 +165,8 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
-  m.impl("recurrent_stream_pack", TORCH_BOX(&recurrent_stream_pack));
-  m.impl("recurrent_stream_step", TORCH_BOX(&recurrent_stream_step));
+  m.impl("recurrent_stream_pack", CNNLSTM_FAST_OP(recurrent_stream_pack));
+  m.impl("recurrent_stream_step", CNNLSTM_FAST_OP(recurrent_stream_step));
 }
 
 }  // namespace cnnlstm_fast

@@ -1,6 +1,5 @@
 // Products of one small matrix with windows of images, which may overlap, and those that give a weight's gradient
 // of its spectra. The schemas stand in cnnlstm_fast/ops/conv_fft.py.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,7 +7,9 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "limits.h"
 #include "memory.h"
+#include "op.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -18,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Multiply-adds that are not worth a second thread.
-constexpr int64_t kOfOneThread = 1 << 17;
+const int64_t kOfOneThread = limit("TRANSFORM_WORK", 1 << 17, 1);
 
 void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
   STD_TORCH_CHECK(x.dim() == 6 && out.dim() == 6 && matrix.dim() == 2, "transform_windows: wrong dimensions");
@@ -30,6 +31,8 @@ void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
     STD_TORCH_CHECK(x.size(i) == out.size(i), "transform_windows: x and out differ in dimension ", i);
   STD_TORCH_CHECK(x.size(3) == matrix.size(0) && out.size(3) == matrix.size(1),
                   "transform_windows: the matrix does not fit the windows");
+  for (const Tensor* t : {&x, &matrix, &out}) elements("an argument of transform_windows", *t);
+  elements("the work of transform_windows", {x.size(1), x.size(2), x.size(3), x.size(4), x.size(5), matrix.size(1)});
   const int64_t images = x.size(0), rows = x.size(1), windows = x.size(2);
   const Transform t{static_cast<const float*>(matrix.data_ptr()),
                     matrix.stride(0),
@@ -47,7 +50,7 @@ void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
   const int64_t work = windows * t.k * t.m * t.count * t.columns;
   if (!images || !rows || !work) return;
   // The windows of a row may overlap in `out`: one thread, in order.
-  parallel(0, images * rows, std::max<int64_t>(1, kOfOneThread / work), [&](int64_t begin, int64_t end) {
+  in_parallel(0, images * rows, std::max<int64_t>(1, kOfOneThread / work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / rows, row = i % rows;
       const float* x_row = from + image * x.stride(0) + row * x.stride(1);
@@ -59,9 +62,9 @@ void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
 }
 
 // Floats of both factors that one thread copies side by side: what a second-level cache holds.
-constexpr int64_t kFactors = 64 * 1024;
-// Products that are summed in one chain.
-constexpr int64_t kChain = 1024;
+const int64_t kFactors = limit("PRODUCT_FLOATS", 64 * 1024, 1);
+// Products that are summed in one chain, and the fewest that are worth copying.
+const int64_t kChain = limit("PRODUCT_CHAIN", 1024, 1), kFewProducts = limit("PRODUCTS", 16, 1);
 
 void add_products(Tensor grad, Tensor x, Tensor out) {
   STD_TORCH_CHECK(grad.dim() == 3 && x.dim() == 3 && out.dim() == 4, "add_products: wrong dimensions");
@@ -75,8 +78,11 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
                       x.size(1) == rows && x.size(2) == channels,
                   "add_products: expected a gradient (places, ", rows, ", ", outputs, ") and windows (places + ",
                   taps - 1, ", ", rows, ", ", channels, ")");
+  for (const Tensor* t : {&grad, &x, &out}) elements("an argument of add_products", *t);
+  for (int64_t i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(out.size(i) <= 1 || out.stride(i) != 0, "add_products: places of out overlap");
   if (!rows || !outputs || !taps || !channels || !places) return;
-  const int64_t most = std::clamp<int64_t>(kFactors / (outputs + channels), 16, kChain);
+  const int64_t most = std::max(kFewProducts, std::min(kChain, kFactors / (outputs + channels)));
   const float* grad_data = static_cast<const float*>(grad.data_ptr());
   const float* x_data = static_cast<const float*>(x.data_ptr());
   float* to = static_cast<float*>(out.data_ptr());
@@ -98,22 +104,18 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
 }
 
 Tensor new_spectra(Tensor like, std::vector<int64_t> size) {
-  int64_t left = int64_t{1} << 40;
-  for (int64_t s : size) {
-    STD_TORCH_CHECK(s >= 0, "new_spectra: a size of ", s, " is negative");
-    left /= std::max<int64_t>(s, 1);
-  }
-  STD_TORCH_CHECK(left > 0 && !size.empty() && like.is_cpu() && like.scalar_type() == ScalarType::Float,
-                  "new_spectra: expected a float32 tensor on the CPU and sizes that a machine may have");
-  return new_output(like, size, ScalarType::Float);
+  elements("the result of new_spectra", size);
+  STD_TORCH_CHECK(!size.empty() && like.is_cpu() && like.scalar_type() == ScalarType::Float,
+                  "new_spectra: expected a float32 tensor on the CPU and sizes");
+  return new_temporary(like, size, ScalarType::Float);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
-  m.impl("transform_windows", TORCH_BOX(&transform_windows));
-  m.impl("add_products", TORCH_BOX(&add_products));
-  m.impl("new_spectra", TORCH_BOX(&new_spectra));
+  m.impl("transform_windows", CNNLSTM_FAST_OP(transform_windows));
+  m.impl("add_products", CNNLSTM_FAST_OP(add_products));
+  m.impl("new_spectra", CNNLSTM_FAST_OP(new_spectra));
 }
 
 }  // namespace cnnlstm_fast

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <vector>
 
+#include "limits.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -14,24 +15,26 @@ namespace {
 using torch::stable::Tensor;
 
 // Scratch of one item: what a second-level cache holds.
-constexpr int64_t kItemFloats = 160 * 1024;
+const int64_t kItemFloats = limit("WINOGRAD_ITEM_FLOATS", 160 * 1024, 1);
 // Every item reads all weights, which are larger than any item's inputs where there are many channels.
-constexpr int64_t kLeastTiles = 48;
+const int64_t kLeastTiles = limit("WINOGRAD_TILES", 48, 1);
 // Weights that come from memory or nearly: for each item twice the tiles.
-constexpr int64_t kLargeWeightFloats = 3 * 1024 * 1024;
+const int64_t kLargeWeightFloats = limit("WINOGRAD_LARGE_WEIGHT", 3 * 1024 * 1024, 1);
 // Pooled rows of an item where windows overlap: what the next item computes again is little of it.
-constexpr int64_t kOverlappingRows = 8;
+const int64_t kOverlappingRows = limit("WINOGRAD_OVERLAPPING_ROWS", 8, 1);
 // Transformed inputs and gradients of one part of a weight's gradient.
-constexpr int64_t kPartFloats = 512 * 1024;
+const int64_t kPartFloats = limit("WINOGRAD_PART_FLOATS", 512 * 1024, 1);
+// And so many times the sums, which pass through memory once for every part.
+const int64_t kPartSums = limit("WINOGRAD_PART_SUMS", 2, 0);
 // Groups of channels that share gradients while those are in the first-level cache.
-constexpr int64_t kMostGroups = 8;
+const int64_t kMostGroups = limit("WINOGRAD_GROUPS", 8, 1);
 
 int64_t group_up(int64_t channels) {
   return ceil_div(channels, kCodeGroup) * kCodeGroup;
 }
 
 Tensor new_floats(const Tensor& like, int64_t count) {
-  return new_output(like, std::vector<int64_t>{count}, torch::headeronly::ScalarType::Float);
+  return new_temporary(like, std::vector<int64_t>{count}, torch::headeronly::ScalarType::Float);
 }
 
 // x with its channels contiguous.
@@ -141,8 +144,8 @@ void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, in
   const Tensor input = with_channels_inside(x);
   const Winograd g = describe(input, co_, grad.size(1), grad.size(2), ph, pw);
   const int64_t tiles = g.n * g.tiles_h * g.tiles_w, per_tile = kWinogradPlaces * (group_up(c_) + group_up(co_));
-  // The sums pass through memory once for every part.
-  const int64_t most = std::max<int64_t>(kLeastTiles, std::max<int64_t>(kPartFloats, 2 * sums_.numel()) / per_tile);
+  const int64_t most =
+      std::max<int64_t>(kLeastTiles, std::max<int64_t>(kPartFloats, kPartSums * sums_.numel()) / per_tile);
   const int64_t parts = ceil_div(tiles, most);
   const float* from = static_cast<const float*>(input.data_ptr());
   const float* grads = static_cast<const float*>(grad.data_ptr());

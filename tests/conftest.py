@@ -45,7 +45,19 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes: set CNNLSTM_FAST_LONG=1"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    _take_share(config, items)
     _measure_few(items)
+
+
+def _take_share(config, items):
+    """Of every test's cases one in CNNLSTM_FAST_SHARE: which ones, the seed decides."""
+    share = int(os.environ.get("CNNLSTM_FAST_SHARE", "1"))
+    tests = collections.defaultdict(list)
+    for item in items:
+        tests[item.path, getattr(item, "originalname", item.name)].append(item)
+    taken = {id(item) for cases in tests.values() for item in cases[SEED % min(share, len(cases)) :: share]}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in taken])
+    items[:] = [item for item in items if id(item) in taken]
 
 
 #: Of how many cases of every parametrized test coverage is measured.

@@ -6,6 +6,7 @@ import copy
 import random
 from dataclasses import replace
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from helpers import (
     LAYOUTS,
     Block,
     PoolCase,
+    assert_block,
     assert_close_as_torch,
     fused_plans,
     needs_extension,
@@ -511,3 +513,18 @@ def test_a_bias_may_change_before_the_backward_of_a_folded_norm():
         conv.bias.add_(1.0)
     for got, true in zip(torch.autograd.grad(y.sum(), wanted), expected, strict=True):
         torch.testing.assert_close(got, true, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("plan", ["direct", "chunked", "winograd"])
+@needs_extension
+def test_a_pool_of_one_element(plan, training, activation):
+    """Host and kernels say alike whether there is a pool."""
+    block = Block(3, 5, (9, 8), 20, (3, 3), padding=(1, 1), activation=activation)
+    block = replace(block, pool=PoolCase((1, 1), (1, 1), (0, 0), (1, 1)))
+    tensors = normal_tensors(block, torch.float32)
+    norm = random_norm(block, training)
+    assert_normed(block, tensors, norm, plan=plan)
+    grad = torch.randn(block.out_shape()) * helpers.decided(block, tensors)
+    assert_block(block, tensors, grad, plan=plan)

@@ -777,6 +777,23 @@ print("the end")
 
 
 @needs_extension
+@pytest.mark.parametrize("plan", (1, 2))
+def test_a_curved_activation_without_a_pool_has_no_codes(plan):
+    """The backward op then takes a gradient that has met the slopes, whatever activation it is told."""
+    x, weight = torch.randn(5, 32, 17, 40), torch.randn(96, 1, 2, 21)
+    conv, grad = [5, 3, 0, 1, 3, 1, 32], torch.randn(3, 5, 96, 8)
+    codes, order, needs = torch.empty(0, dtype=torch.uint8), [2, 0, 1, 3], (True, True, False)
+    plain = op.backward_op(grad, x, weight, codes, conv, 0, [], [], order, plan, *needs)
+    for activation, numbers in [(3, [0.1]), (4, [0.7]), *((a, []) for a in range(5, 10))]:
+        found = op.backward_op(grad, x, weight, codes, conv, activation, numbers, [], order, plan, *needs)
+        assert all(map(torch.equal, found, plain))
+        alone = op.backward_op(
+            grad, x, weight, codes, conv, activation, numbers, [], order, plan, True, False, False
+        )
+        assert torch.equal(alone[0], plain[0])
+
+
+@needs_extension
 def test_wrong_calls_of_the_ops_never_crash():
     """In a process of their own, so that a crash is seen: each wrong call is a RuntimeError."""
     ran = run_python(_WRONG_CALLS)

@@ -554,6 +554,21 @@ def test_rows_of_any_lengths(mode, shape):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item() if b.numel() else 0)
 
 
+def test_a_gru_has_no_cells():
+    """Given some, it had written their gradient from nowhere."""
+    tensors, *_ = Case("GRU", 3, 2, 5, 8).draw()
+    given = list(tensors.values())
+    out, h_n, _, saved = op.forward_op(*given, None, None, op.MODES["GRU"], False, True)
+    cells = list((tensors | {"c0": torch.randn_like(h_n)}).values())
+    rest = (None, None, out, saved, op.MODES["GRU"], False, True, True, True)
+    with pytest.raises(RuntimeError, match="no c0"):
+        op.forward_op(*cells, None, None, op.MODES["GRU"], False, True)
+    with pytest.raises(RuntimeError, match="no c0"):
+        op.backward_op(torch.ones_like(out), None, None, *cells, *rest)
+    with pytest.raises(RuntimeError, match="no c_n"):
+        op.backward_op(torch.ones_like(out), None, torch.ones_like(h_n), *given, *rest)
+
+
 @modes
 def test_nothing_to_do(mode):
     """An empty batch gives empty results and zero gradients."""

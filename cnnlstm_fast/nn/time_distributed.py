@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from cnnlstm_fast import patterns
 from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
 from cnnlstm_fast.nn.leaf import Leaf
+from cnnlstm_fast.limits import limit
 
 __all__ = ["TimeDistributed"]
 
 #: Size of the largest map of a chunk. Larger maps get fresh pages from the system for every layer.
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = limit("FRAME_CHUNK_BYTES", 4 * 2**20, 1)
 
 
 class TimeDistributed(Leaf, nn.Module):

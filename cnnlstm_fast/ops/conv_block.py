@@ -210,4 +210,4 @@ def library_backward(grad, x, weight, conv, needs):
 
 
 # These register the kernels of the ops above, and the ops that those call.
-from cnnlstm_fast.ops import conv_block_cuda, conv_fft  # noqa: E402, F401
+from cnnlstm_fast.ops import conv_block_cuda, conv_fft, outputs  # noqa: E402, F401

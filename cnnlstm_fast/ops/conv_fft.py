@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnnlstm_fast.limits import limit
 from cnnlstm_fast.ops.conv_block import library_backward
 from cnnlstm_fast.ops.python_inside import noting
 from cnnlstm_fast.reference import conv_block_by_args
@@ -176,7 +177,7 @@ def transforms(hop: int, taps: int) -> Transforms:
 # ---- The steps, each with its adjoint. Axes of an image are turned: (N, C, other, transformed).
 
 #: Bytes of the windows and of the spectra that are worked on at a time.
-_WINDOW_BYTES, _SPECTRUM_BYTES = 2**22, 2**21
+_WINDOW_BYTES, _SPECTRUM_BYTES = limit("WINDOW_BYTES", 2**22, 1), limit("SPECTRUM_BYTES", 2**21, 1)
 
 
 class _Chunk(NamedTuple):

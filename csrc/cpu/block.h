@@ -44,13 +44,10 @@ struct Block {
   int64_t code_groups;         // groups of 16 channels
   int64_t padded_h, padded_w;  // input with the convolution's padding
   int64_t taps;                // per output channel: c / groups * kh * kw
+  bool pooled;                 // there is a pool, be it of one element
+  bool coded;                  // a backward of this block reads winner codes
   bool by_planes;              // a pointwise convolution of planes into planes, without a pool, codes and `kept`
 };
-
-// Static: a file's own copy (see above).
-static inline bool has_pool(const Block& b) {
-  return b.pool_kh * b.pool_kw > 1 || b.pool_sh * b.pool_sw > 1 || b.pool_ph + b.pool_pw > 0;
-}
 
 // Rows of a map whose channels are contiguous: where `finish` reads a library's convolution.
 struct MapRows {

@@ -73,6 +73,7 @@ double block_error(int activation, int64_t c, int64_t co, int64_t kernel, int64_
   b.oh = length(b.h, kernel, 1, b.ph), b.ow = length(b.w, kernel, 1, b.pw);
   b.pool_kh = b.pool_kw = b.pool_sh = b.pool_sw = window, b.pool_dh = b.pool_dw = 1;
   b.out_h = length(b.oh, window, window, 0), b.out_w = length(b.ow, window, window, 0);
+  b.pooled = b.coded = window > 1;
   b.activation = activation, b.dtype = kFloat32, b.act[0] = 0.2f, b.act[1] = 0.9f;
   const int64_t x_stride[4] = {c * b.h * b.w, b.h * b.w, b.w, 1};
   const int64_t out_stride[4] = {co * b.out_h * b.out_w, 1, b.out_w * co, co};
