@@ -538,6 +538,11 @@ void forward_chunked(const Call& call, int64_t plan, const Tensor& x, const Tens
   }
 }
 
+// The plan for these values of the weight; may be called for those that `plan` takes.
+int64_t plan_for(int64_t plan, const Tensor& weight) {
+  return plan == kWinograd && !winograd_suits(weight) ? kChunked : plan;
+}
+
 void check_plan(int64_t plan, const Block& b) {
   STD_TORCH_CHECK(plan >= kDirect && plan <= kFFT, "conv_block: unknown plan ", plan);
   STD_TORCH_CHECK(plan != kWinograd || (b.dtype == kFloat32 && b.kh == 3 && b.kw == 3 && b.sh == 1 && b.sw == 1 &&
@@ -557,6 +562,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
         bias->dim() == 1 && bias->size(0) == b.co && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
         "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
   const Tensor codes = new_output(x, keep && call.keeps_codes ? codes_size(b) : Ints{0}, ScalarType::Byte);
   const Tensor slopes = new_output(x, keep && call.keeps_slopes ? in_order(b, order) : Ints{0}, x.scalar_type());
@@ -918,6 +924,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
     STD_TORCH_CHECK(codes.numel() == 0, "conv_block_backward: this block has no codes");
   }
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
 
   if (b.n > 0 && plan != kDirect) {
     const ConvolutionGrads found =
@@ -1050,6 +1057,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   const Block& b = call.block;
   const KernelTable& k = kernels();
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
                   "conv_norm_block: expected a mean and a variance, or neither");
   const bool given = given_mean.has_value(), pooled = !pool.empty();
@@ -1122,6 +1130,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   const Block& b = call.block;
   const KernelTable& k = kernels();
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
   const bool pooled = !pool.empty();
   const Ints expected = in_order(b, order), map_size{b.n, b.oh, b.ow, b.co};
   auto has_size = [](const Tensor& t, const Ints& size) {
@@ -1251,14 +1260,21 @@ Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
     }
     for (int64_t i = 0; i < taps; ++i)
       for (int64_t j = 0; j < taps; ++j)
-        products[i * taps + j] += sum[std::min(i, j) * width + std::max(i, j)] - here * off[i] * off[j] +
-                                  apart[i] * apart[j] * count * share;
+        products[i * taps + j] +=
+            sum[std::min(i, j) * width + std::max(i, j)] - here * off[i] * off[j] + apart[i] * apart[j] * count * share;
     for (int64_t i = 0; i < taps; ++i)
       mean[i] = std::isfinite(apart[i]) ? mean[i] + apart[i] * share : mean[i] + pivots[slice * taps + i] + off[i];
     count += here;
   }
   for (int64_t i = 0; i < taps * taps; ++i) products[i] /= count;
   return moments;
+}
+
+bool suits_winograd(Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+                      weight.scalar_type() == ScalarType::Float && weight.is_cpu(),
+                  "suits_winograd: expected a float32 weight (co, c, 3, 3) on the CPU");
+  return winograd_suits(weight);
 }
 
 }  // namespace
@@ -1270,6 +1286,7 @@ STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("conv_norm_block", TORCH_BOX(&conv_norm_block));
   m.impl("conv_norm_block_backward", TORCH_BOX(&conv_norm_block_backward));
   m.impl("patch_moments", TORCH_BOX(&patch_moments));
+  m.impl("suits_winograd", TORCH_BOX(&suits_winograd));
 }
 
 }  // namespace cnnlstm_fast

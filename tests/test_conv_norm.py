@@ -147,7 +147,7 @@ def test_outliers(pool, plan, where, first):
     tensors["x"] += random.choice((0.0, 30.0))
     OUTLIERS[where](tensors["x"]).add_(random.choice((-1e3, -1e2, 1e2, 1e3)))
     needs = ("weight", "bias") if first else ("x", "weight", "bias")
-    # A tile's or a window's results share the rounding of its loudest place, so that a single channel may suffer.
+    # Results of a tile or a window share the rounding of its loudest place: a single channel may suffer.
     by_channel = plan in ("direct", "chunked") and pool is None
     assert_normed(block, tensors, random_norm(block, True), plan=plan, needs=needs, by_channel=by_channel)
 
