@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "library_limits.h"
 #include "memory.h"
 #include "threads.h"
 #include "winograd_conv.h"
@@ -73,28 +74,23 @@ Tensor plain(const Tensor& t) {
   return torch::stable::view(torch::stable::contiguous(t), sizes(t));
 }
 
-// Whether the library's channels-last convolutions may crash, or read what was never written.
-bool is_column(const Tensor& x, int64_t out_width) {
-  return x.size(3) == 1 || out_width == 1;
-}
-
-// Whether the library's channels-last gradient of this weight may be wrong and write beyond its memory.
-bool writes_beyond(const Tensor& x, const Tensor& weight, const Ints& conv) {
-  const bool pointwise = weight.size(2) * weight.size(3) == 1;
-  if (x.scalar_type() == ScalarType::BFloat16) return pointwise || conv[4] * conv[5] > 1 || conv[6] > 1;
-  return pointwise && conv[0] * conv[1] > 1 && weight.size(1) < kMaxVector;
+Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 // The map, channels-last; most convolutions are fastest on such inputs.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv,
                    int64_t out_width) {
   using torch::stable::detail::from;
-  const bool column = is_column(input, out_width);
-  const Tensor x = pad_after(column ? plain(input) : channels_last(input), conv);
-  const Tensor w = column ? plain(weight) : usual(weight);
+  const LibraryLimits limits = library_limits(input, weight, conv, out_width);
+  const ScalarType dtype = input.scalar_type(), inner = limits.as_float ? ScalarType::Float : dtype;
+  const Tensor x = as_dtype(pad_after(limits.contiguous ? plain(input) : channels_last(input), conv), inner);
+  const Tensor w = as_dtype(limits.contiguous ? plain(weight) : usual(weight), inner);
+  std::optional<Tensor> added = bias;
+  if (added) added = as_dtype(*added, inner);
   StableIValue stack[9] = {from(x),
                            from(w),
-                           from(bias),
+                           from(added),
                            from(Ints{conv[0], conv[1]}),
                            from(Ints{conv[2], conv[3]}),
                            from(Ints{conv[4], conv[5]}),
@@ -102,21 +98,27 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
                            from(Ints{0, 0}),
                            from(conv[6])};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
-  return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
+  return channels_last(as_dtype(torch::stable::detail::to<Tensor>(stack[0]), dtype));
 }
 
 struct ConvolutionGrads {
   Tensor x, weight, bias;
 };
 
-ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Ints& conv,
+// `map` is the gradient of the map, (n, co, oh, ow).
+ConvolutionGrads convolution_backward(const Tensor& map, const Tensor& part, const Tensor& weight, const Ints& conv,
                                       bool need_x, bool need_weight) {
   using torch::stable::detail::from;
-  const Tensor x = pad_after(input, conv);
+  const LibraryLimits limits = library_limits(part, weight, conv, map.size(3));
+  const bool as_is = limits.contiguous_grad;
+  const ScalarType dtype = part.scalar_type(), inner = limits.as_float ? ScalarType::Float : dtype;
+  const Tensor grad = as_dtype(as_is ? plain(map) : map, inner);
+  const Tensor input = as_dtype(as_is ? plain(part) : channels_last(part), inner), x = pad_after(input, conv);
+  const Tensor w = as_dtype(as_is ? plain(weight) : usual(weight), inner);
   const bool mask[3] = {need_x, need_weight, false};
   StableIValue stack[11] = {from(grad),
                             from(x),
-                            from(weight),
+                            from(w),
                             from(std::optional<Ints>(Ints{weight.size(0)})),
                             from(Ints{conv[0], conv[1]}),
                             from(Ints{conv[2], conv[3]}),
@@ -126,10 +128,12 @@ ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& input, c
                             from(conv[6]),
                             from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack, TORCH_ABI_VERSION));
-  Tensor grad_x = torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor grad_x = torch::stable::detail::to<Tensor>(stack[0]),
+         grad_weight = torch::stable::detail::to<Tensor>(stack[1]);
+  const Tensor bias = torch::stable::detail::to<Tensor>(stack[2]);
   if (need_x && conv.size() > 7)
     for (int dim : {2, 3}) grad_x = torch::stable::narrow(grad_x, dim, 0, input.size(dim));
-  return {grad_x, torch::stable::detail::to<Tensor>(stack[1]), torch::stable::detail::to<Tensor>(stack[2])};
+  return {need_x ? as_dtype(grad_x, dtype) : grad_x, need_weight ? as_dtype(grad_weight, dtype) : grad_weight, bias};
 }
 
 // The map by Fourier transforms (cnnlstm_fast/ops/conv_fft.py), written into (n, oh, ow, co), contiguous.
@@ -664,11 +668,8 @@ class ChunkGrads {
       if (need_[1]) weight_sum_.add(*to_weight);
       return;
     }
-    Tensor map = seen_channels_first(raw);
-    const bool as_is = writes_beyond(part, weight_, conv_) || is_column(part, raw.size(2));
-    if (as_is) map = plain(map);
-    const Tensor input = as_is ? plain(part) : channels_last(part), weight = as_is ? plain(weight_) : usual(weight_);
-    const ConvolutionGrads found = convolution_backward(map, input, weight, conv_, need_[0], need_[1]);
+    const ConvolutionGrads found =
+        convolution_backward(seen_channels_first(raw), part, weight_, conv_, need_[0], need_[1]);
     if (need_[0] && all) {
       grad_x_ = lies_channels_last(x_) ? channels_last(found.x) : torch::stable::contiguous(found.x);
     } else if (need_[0]) {
