@@ -393,7 +393,10 @@ _OTHERS_SETS = {
 
 
 def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
-    """Run the marked tests in a process whose kernels, and the library's, are those of ``isa``; skip without any."""
+    """Run the marked tests in a process whose kernels, and the library's, are those of ``isa``.
+
+    Skip where there are none.
+    """
     if forced := os.environ.get("CNNLSTM_FAST_ISA"):
         pytest.skip(f"this run is itself forced to {forced}")
     root = Path(cnnlstm_fast.__file__).parents[1]
@@ -407,8 +410,8 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     if asked.stdout.strip() != isa:
         assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
         pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")
-    # Under `make test` malloc is poisoned and these kernels are the run's own: the same tests, run already, but for
-    # those in bfloat16, where the library has arithmetic of its own above this set.
+    # Under `make test` malloc is poisoned and these kernels are the run's own: the same tests, already run, but
+    # for those in bfloat16, where the library has arithmetic of its own above this set.
     if isa == torch.ops.cnnlstm_fast.isa() and os.environ.get("MALLOC_PERTURB_"):
         chosen = pytest_args.index("-k") + 1 if "-k" in pytest_args else None
         also = "bfloat16" if chosen is None else f"bfloat16 and ({pytest_args[chosen]})"

@@ -6,7 +6,7 @@ from helpers import needs_extension, run_python
 
 pytestmark = needs_extension
 
-# Blocks of the plan `chunked` in bfloat16, forward and backward, between two marks in what the library says it runs.
+# Blocks of the plan `chunked` in bfloat16, forward and backward.
 _BLOCKS = """
 import sys, torch
 from cnnlstm_fast.functional import conv_block
