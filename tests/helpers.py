@@ -410,7 +410,7 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     if asked.stdout.strip() != isa:
         assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
         pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")
-    # Under `make test` malloc is poisoned and these kernels are the run's own: the same tests, already run, but
+    # Under `make test` malloc is poisoned and these kernels the run's own: the same tests, already run, but
     # for those in bfloat16, where the library has arithmetic of its own above this set.
     if isa == torch.ops.cnnlstm_fast.isa() and os.environ.get("MALLOC_PERTURB_"):
         chosen = pytest_args.index("-k") + 1 if "-k" in pytest_args else None
