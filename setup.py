@@ -18,6 +18,7 @@ TARGET_TORCH = "0x020b000000000000"  # 2.11
 sources = [
     "csrc/conv_block.cpp",
     "csrc/fingerprint.cpp",
+    "csrc/library_limits.cpp",
     "csrc/limits.cpp",
     "csrc/machine.cpp",
     "csrc/memory.cpp",

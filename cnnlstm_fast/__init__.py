@@ -1,6 +1,6 @@
 """Fast CNN-to-RNN models in PyTorch: drop-in modules over fused kernels."""
 
-from cnnlstm_fast import doctor, functional, reference
+from cnnlstm_fast import backends, doctor, functional, reference
 from cnnlstm_fast.accelerate import accelerate
 from cnnlstm_fast.explain import explain
 from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeDistributed
@@ -16,6 +16,7 @@ __all__ = [
     "TimeDistributed",
     "ToSequence",
     "accelerate",
+    "backends",
     "doctor",
     "explain",
     "functional",

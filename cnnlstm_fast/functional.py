@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from cnnlstm_fast import plans, reference
+from cnnlstm_fast import backends, plans, reference
 from cnnlstm_fast.errors import WrongDtype, WrongShape, WrongValue
 from cnnlstm_fast.functional_recurrent import gru, lstm
 from cnnlstm_fast.ops import conv_block as op
-from cnnlstm_fast.ops import conv_norm
+from cnnlstm_fast.ops import conv_fft, conv_norm
 from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, finish_layout
 
 __all__ = ["conv_block", "gru", "lstm"]
@@ -76,7 +76,8 @@ def conv_block(
     watched = plans.observer
     if watched is not None:
         known = decision.spec if decision.behind is None else None
-        watched.block_begins(known, x, weight, norm, activation, pool, layout, decision.plan, decision.reason)
+        plan, reason = _as_run(decision, x, weight)
+        watched.block_begins(known, x, weight, norm, activation, pool, layout, plan, reason)
     if decision.plan == "reference":
         if remembers and decision.by_sizes:
             _leave_to_pytorch(_call_key(x, weight, bias, *rest), weight.shape)
@@ -149,6 +150,18 @@ def decide(
     return decision, x, weight, bias
 
 
+def _as_run(decision: Decision, x: Tensor, weight: Tensor) -> tuple[str, str]:
+    """Plan and reason, where the values of these tensors decide too; the ops look at them in every call."""
+    plan, spec = decision.plan, decision.spec
+    if plan == "winograd" and not op.suits_winograd_op(weight):
+        return "chunked", "a tap is nearly zero for a whole channel: rounding by tiles could show"
+    if plan == "fft":
+        assert spec is not None
+        if conv_fft.is_uneven(*_as_2d(x, weight, weight.dim()), spec.conv_args):
+            return "chunked", "quiet places beside loud ones: rounding by windows could show"
+    return plan, decision.reason
+
+
 def _wanted(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple:
     """Which tensors there are, and which of them want a gradient."""
     tensors = (x, weight, bias, *(() if norm is None else plans.norm_tensors(norm)))
@@ -166,6 +179,8 @@ def run_again(
     """
     spec = decision.spec
     if spec is None or decision.plan == "reference" or plans.observer is not None:
+        return None
+    if decision.plan in plans.TRANSFORMS and not backends.allow_transforms:
         return None
     if _wanted(x, weight, bias, norm) != decision.wanted:
         return None
@@ -209,6 +224,7 @@ def _call_key(
     key = (
         x.shape, x.dtype, device, x.requires_grad, weight.shape, weight.dtype, weight.requires_grad,
         None if bias is None else (bias.shape, bias.dtype, bias.requires_grad), torch.is_grad_enabled(),
+        backends.allow_transforms,
         stride, padding, dilation, groups, layout,
         norm if norm is None else (type(norm), *[getattr(norm, name, None) for name in _NORM_ATTRIBUTES]),
         activation if activation is None or isinstance(activation, str) else type(activation),

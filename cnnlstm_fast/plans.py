@@ -20,11 +20,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from cnnlstm_fast import _ext
+from cnnlstm_fast import _ext, backends
 from cnnlstm_fast.errors import WrongShape
 from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
 
 PLANS = ("auto", "direct", "chunked", "winograd", "fft", "reference")
+#: Those whose rounding is that of the loudest place nearby (:data:`cnnlstm_fast.backends.allow_transforms`).
+TRANSFORMS = ("winograd", "fft")
 
 
 class Observer(Protocol):
@@ -278,6 +280,7 @@ class _Sizes(NamedTuple):
         last: the input is channels-last, which the library reads slower than its own layouts.
         any_batch: the batch's size is not to be asked: under the compiler that is a guard.
         work: multiplications of one pass; of one image under ``any_batch``.
+        transforms: whether convolutions may be computed by transforms.
     """
 
     spec: BlockSpec
@@ -302,6 +305,7 @@ class _Sizes(NamedTuple):
     last: bool
     any_batch: bool
     work: int
+    transforms: bool
 
     def smaller(self, outputs: int) -> bool:
         """Whether the map is known to have fewer elements."""
@@ -565,6 +569,7 @@ def _by_sizes(
     needs_x: bool,
     norm: str | None,
     last: bool,
+    transforms: bool,
 ) -> tuple[str | None, str, str, str]:
     """What follows from sizes alone: (why nothing is fused or None, forward plan, backward plan, reason).
 
@@ -583,7 +588,7 @@ def _by_sizes(
         return "the pool has windows without an element", *reference, ""
     if norm == "batch" and shape[0] == 0:
         return "an empty batch has no statistics", *reference, ""
-    if _fft_pays(spec, shape, weight_shape, dtype):
+    if transforms and _fft_pays(spec, shape, weight_shape, dtype):
         return None, *_choice("fft", "a large kernel: products of spectra take fewer multiplications")
     out_channels, channels_per_group, kh, kw = weight_shape
     taps = channels_per_group * kh * kw
@@ -597,14 +602,14 @@ def _by_sizes(
         tall=channels_per_group * kw == 1 and kh >= 16,
         depthwise=spec.groups == out_channels and channels_per_group == 1 and spec.groups > 1,
         bridge=spec.layout not in ("channels_first", "channels_last"), last=last, any_batch=any_batch,
-        work=taps * out_channels * conv[0] * conv[1] * (1 if any_batch else shape[0]),
+        work=taps * out_channels * conv[0] * conv[1] * (1 if any_batch else shape[0]), transforms=transforms,
     )  # fmt: skip
     return None, *_ruled(s, weight_shape)
 
 
 def _ruled(s: _Sizes, weight_shape: tuple) -> _Choice:
     spec, training, norm, dtype = s.spec, s.training, s.norm, s.dtype
-    if _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s)):
+    if s.transforms and _has_winograd(spec, weight_shape, dtype) and (choice := _winograd_or_none(s)):
         return choice
     if _is_long_signal(s):
         return _choice("direct", "a long kernel along a signal: the library is far from the machine's peak")
@@ -691,9 +696,12 @@ def choose(
         )
         mode = None if norm is None else "batch" if of_batch(norm) else "given"
         by_sizes = _by_sizes if torch.compiler.is_compiling() else _by_sizes_cached
-        why_not, forward, backward, reason = by_sizes(
-            spec, x.shape, weight.shape, x.dtype, training, needs_x, mode, _lies_channels_last(x)
-        )
+        sizes = spec, x.shape, weight.shape, x.dtype, training, needs_x, mode, _lies_channels_last(x)
+        why_not, forward, backward, reason = by_sizes(*sizes, backends.allow_transforms)
+        if not backends.allow_transforms and by_sizes(*sizes, True)[1] in TRANSFORMS:
+            reason += "; cnnlstm_fast.backends.allow_transforms is False"
+    if why_not is None and plan in TRANSFORMS and not backends.allow_transforms:
+        why_not = "cnnlstm_fast.backends.allow_transforms is False"
     if why_not is None and (plan != "auto" or x.device.type == "cpu"):
         why_not_plan = _WHY_NOT.get(forward if plan == "auto" else plan)
         why_not = why_not_plan(spec, x, weight) if why_not_plan else None

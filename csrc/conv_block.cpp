@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "library_limits.h"
 #include "limits.h"
 #include "memory.h"
 #include "op.h"
@@ -76,28 +77,23 @@ Tensor plain(const Tensor& t) {
   return torch::stable::view(torch::stable::contiguous(t), sizes(t));
 }
 
-// Whether the library's channels-last convolutions may crash, or read what was never written.
-bool is_column(const Tensor& x, int64_t out_width) {
-  return x.size(3) == 1 || out_width == 1;
-}
-
-// Whether the library's channels-last gradient of this weight may be wrong and write beyond its memory.
-bool writes_beyond(const Tensor& x, const Tensor& weight, const Ints& conv) {
-  const bool pointwise = weight.size(2) * weight.size(3) == 1;
-  if (x.scalar_type() == ScalarType::BFloat16) return pointwise || conv[4] * conv[5] > 1 || conv[6] > 1;
-  return pointwise && conv[0] * conv[1] > 1 && weight.size(1) < kMaxVector;
+Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 // The map, channels-last; most convolutions are fastest on such inputs.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& conv,
                    int64_t out_width) {
   using torch::stable::detail::from;
-  const bool column = is_column(input, out_width);
-  const Tensor x = pad_after(column ? plain(input) : channels_last(input), conv);
-  const Tensor w = column ? plain(weight) : usual(weight);
+  const LibraryLimits limits = library_limits(input, weight, conv, out_width);
+  const ScalarType dtype = input.scalar_type(), inner = limits.as_float ? ScalarType::Float : dtype;
+  const Tensor x = as_dtype(pad_after(limits.contiguous ? plain(input) : channels_last(input), conv), inner);
+  const Tensor w = as_dtype(limits.contiguous ? plain(weight) : usual(weight), inner);
+  std::optional<Tensor> added = bias;
+  if (added) added = as_dtype(*added, inner);
   StableIValue stack[9] = {from(x),
                            from(w),
-                           from(bias),
+                           from(added),
                            from(Ints{conv[0], conv[1]}),
                            from(Ints{conv[2], conv[3]}),
                            from(Ints{conv[4], conv[5]}),
@@ -105,21 +101,27 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
                            from(Ints{0, 0}),
                            from(conv[6])};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
-  return channels_last(torch::stable::detail::to<Tensor>(stack[0]));
+  return channels_last(as_dtype(torch::stable::detail::to<Tensor>(stack[0]), dtype));
 }
 
 struct ConvolutionGrads {
   Tensor x, weight, bias;
 };
 
-ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Ints& conv,
-                                      bool need_x, bool need_weight, bool need_bias) {
+// `map` is the gradient of the map, (n, co, oh, ow).
+ConvolutionGrads convolution_backward(const Tensor& map, const Tensor& part, const Tensor& weight, const Ints& conv,
+                                      bool need_x, bool need_weight) {
   using torch::stable::detail::from;
-  const Tensor x = pad_after(input, conv);
-  const bool mask[3] = {need_x, need_weight, need_bias};
+  const LibraryLimits limits = library_limits(part, weight, conv, map.size(3));
+  const bool as_is = limits.contiguous_grad;
+  const ScalarType dtype = part.scalar_type(), inner = limits.as_float ? ScalarType::Float : dtype;
+  const Tensor grad = as_dtype(as_is ? plain(map) : map, inner);
+  const Tensor input = as_dtype(as_is ? plain(part) : channels_last(part), inner), x = pad_after(input, conv);
+  const Tensor w = as_dtype(as_is ? plain(weight) : usual(weight), inner);
+  const bool mask[3] = {need_x, need_weight, false};
   StableIValue stack[11] = {from(grad),
                             from(x),
-                            from(weight),
+                            from(w),
                             from(std::optional<Ints>(Ints{weight.size(0)})),
                             from(Ints{conv[0], conv[1]}),
                             from(Ints{conv[2], conv[3]}),
@@ -129,10 +131,12 @@ ConvolutionGrads convolution_backward(const Tensor& grad, const Tensor& input, c
                             from(conv[6]),
                             from(torch::headeronly::HeaderOnlyArrayRef<bool>(mask, 3))};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack, TORCH_ABI_VERSION));
-  Tensor grad_x = torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor grad_x = torch::stable::detail::to<Tensor>(stack[0]),
+         grad_weight = torch::stable::detail::to<Tensor>(stack[1]);
+  const Tensor bias = torch::stable::detail::to<Tensor>(stack[2]);
   if (need_x && conv.size() > 7)
     for (int dim : {2, 3}) grad_x = torch::stable::narrow(grad_x, dim, 0, input.size(dim));
-  return {grad_x, torch::stable::detail::to<Tensor>(stack[1]), torch::stable::detail::to<Tensor>(stack[2])};
+  return {need_x ? as_dtype(grad_x, dtype) : grad_x, need_weight ? as_dtype(grad_weight, dtype) : grad_weight, bias};
 }
 
 // The map by Fourier transforms (cnnlstm_fast/ops/conv_fft.py), written into (n, oh, ow, co), contiguous.
@@ -542,6 +546,11 @@ void forward_chunked(const Call& call, int64_t plan, const Tensor& x, const Tens
   }
 }
 
+// The plan for these values of the weight; may be called for those that `plan` takes.
+int64_t plan_for(int64_t plan, const Tensor& weight) {
+  return plan == kWinograd && !winograd_suits(weight) ? kChunked : plan;
+}
+
 void check_plan(int64_t plan, const Block& b) {
   STD_TORCH_CHECK(plan >= kDirect && plan <= kFFT, "conv_block: unknown plan ", plan);
   STD_TORCH_CHECK(plan != kWinograd || (b.dtype == kFloat32 && b.kh == 3 && b.kw == 3 && b.sh == 1 && b.sw == 1 &&
@@ -561,6 +570,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
         bias->dim() == 1 && bias->size(0) == b.co && bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
         "conv_block: expected a bias of shape (", b.co, ",) in the input's dtype, on its device");
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
   const Tensor out = new_output(x, in_order(b, order), x.scalar_type());
   const Tensor codes = new_output(x, keep && b.coded ? codes_size(b) : Ints{0}, ScalarType::Byte);
   const Tensor slopes = new_output(x, keep && call.keeps_slopes ? in_order(b, order) : Ints{0}, x.scalar_type());
@@ -652,24 +662,20 @@ class ChunkGrads {
     const bool all = count == x_.size(0);
     const Tensor part = torch::stable::narrow(const_cast<Tensor&>(x_), 0, n0, count);
     if (need_[0] && !grad_x_ && (!all || plan_ != kChunked)) grad_x_ = new_like_input(x_);
+    if (need_[2]) add_bias(raw);
     if (plan_ == kWinograd) return add_winograd(part, raw, n0);
     if (plan_ == kFFT) return add_fft(part, raw, n0);
     if (plan_ == kDirect) {
-      std::optional<Tensor> to_x, to_weight, to_bias;
+      std::optional<Tensor> to_x, to_weight;
       if (need_[0]) to_x = torch::stable::narrow(*grad_x_, 0, n0, count);
       if (need_[1]) to_weight = torch::stable::new_empty(weight_, sizes(weight_));
-      if (need_[2]) to_bias = torch::stable::new_empty(weight_, Ints{weight_.size(0)});
       backward_direct(bare(part, weight_, conv_), raw, Ints{raw.stride(0), 1, raw.stride(1), raw.stride(2)}, part,
-                      weight_, torch::stable::new_empty(x_, Ints{0}), to_x, to_weight, to_bias);
+                      weight_, torch::stable::new_empty(x_, Ints{0}), to_x, to_weight, std::nullopt);
       if (need_[1]) weight_sum_.add(*to_weight);
-      if (need_[2]) bias_sum_.add(*to_bias);
       return;
     }
-    Tensor map = seen_channels_first(raw);
-    const bool as_is = writes_beyond(part, weight_, conv_) || is_column(part, raw.size(2));
-    if (as_is) map = plain(map);
-    const Tensor input = as_is ? plain(part) : channels_last(part), weight = as_is ? plain(weight_) : usual(weight_);
-    const ConvolutionGrads found = convolution_backward(map, input, weight, conv_, need_[0], need_[1], need_[2]);
+    const ConvolutionGrads found =
+        convolution_backward(seen_channels_first(raw), part, weight_, conv_, need_[0], need_[1]);
     if (need_[0] && all) {
       grad_x_ = lies_channels_last(x_) ? channels_last(found.x) : torch::stable::contiguous(found.x);
     } else if (need_[0]) {
@@ -677,7 +683,6 @@ class ChunkGrads {
       torch::stable::copy_(to, found.x);
     }
     if (need_[1]) weight_sum_.add(found.weight);
-    if (need_[2]) bias_sum_.add(found.bias);
   }
 
   // No element where none was asked for. None at all if sums by Winograd are not finite, and the library is to say
@@ -690,8 +695,11 @@ class ChunkGrads {
     }
     if (!finite_) return std::nullopt;
     auto nothing = [&] { return torch::stable::new_empty(x_, Ints{0}); };
-    return ConvolutionGrads{need_[0] ? *grad_x_ : nothing(), need_[1] ? weight_sum_.result() : nothing(),
-                            need_[2] ? bias_sum_.result() : nothing()};
+    const Tensor bias = need_[2] ? torch::stable::new_empty(weight_, Ints{weight_.size(0)}) : nothing();
+    const int32_t dtype = bias.scalar_type() == ScalarType::Float ? kFloat32 : kBFloat16;
+    for (size_t c = 0; c < bias_sum_.size(); ++c)
+      kernels().from_float(static_cast<float>(bias_sum_[c]), bias.data_ptr(), c, dtype);
+    return ConvolutionGrads{need_[0] ? *grad_x_ : nothing(), need_[1] ? weight_sum_.result() : nothing(), bias};
   }
 
  private:
@@ -709,7 +717,6 @@ class ChunkGrads {
       }
     }
     if (need_[1]) winograd_weight_->add(part, raw, conv_[2], conv_[3]);
-    if (need_[2]) add_bias(raw);
   }
 
   void add_fft(const Tensor& part, const Tensor& raw, int64_t n0) {
@@ -718,28 +725,22 @@ class ChunkGrads {
     if (need_[1]) to_weight = torch::stable::new_empty(weight_, sizes(weight_));
     if (need_[0] || need_[1]) convolution_fft_backward(seen_channels_first(raw), part, weight_, conv_, to_x, to_weight);
     if (need_[1]) weight_sum_.add(*to_weight);
-    if (need_[2]) add_bias(raw);
   }
 
-  // The sum of a map's gradient (images, oh, ow, co) in float32.
+  // The sum of a map's gradient (images, oh, ow, co).
   void add_bias(const Tensor& raw) {
     const KernelTable& k = kernels();
     const int64_t co = raw.size(3), places = raw.numel() / co, items = ceil_div(places, kPlacesPerSum);
-    std::vector<double> sums(items * 2 * co);
-    std::vector<float> pivot(ceil_div(co, kMaxVector) * kMaxVector);
-    float* data = static_cast<float*>(raw.data_ptr());
+    const int32_t dtype = raw.scalar_type() == ScalarType::Float ? kFloat32 : kBFloat16;
+    std::vector<double> sums(items * co);
+    const char* data = static_cast<const char*>(raw.data_ptr());
+    const int64_t item_bytes = kPlacesPerSum * co * raw.element_size();
     for_each_item(items, [&](int64_t i) {
-      float* at = data + i * kPlacesPerSum * co;
-      k.copy_and_sum(at, at, std::min(kPlacesPerSum, places - i * kPlacesPerSum), co, kFloat32, pivot.data(),
-                     sums.data() + i * 2 * co);
+      k.sum_rows(data + i * item_bytes, std::min(kPlacesPerSum, places - i * kPlacesPerSum), co, dtype,
+                 sums.data() + i * co);
     });
-    const Tensor total = torch::stable::new_empty(weight_, Ints{co});
-    for (int64_t o = 0; o < co; ++o) {
-      double sum = 0;
-      for (int64_t i = 0; i < items; ++i) sum += sums[i * 2 * co + o];
-      static_cast<float*>(total.data_ptr())[o] = static_cast<float>(sum);
-    }
-    bias_sum_.add(total);
+    bias_sum_.resize(co);
+    for (int64_t i = 0; i < items * co; ++i) bias_sum_[i % co] += sums[i];
   }
 
   // A sum in single precision of tensors that may be bfloat16.
@@ -788,7 +789,8 @@ class ChunkGrads {
   const Tensor x_, weight_;
   const bool need_[3];
   std::optional<Tensor> grad_x_;
-  Sum weight_sum_, bias_sum_;
+  Sum weight_sum_;
+  std::vector<double> bias_sum_;
   std::optional<WinogradConvolution> winograd_x_;
   std::optional<WinogradWeightGrad> winograd_weight_;
   bool finite_ = true;
@@ -832,16 +834,17 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     const int64_t patch = s.patch.vectors * lanes, scratch = k.backward_weight_scratch(b, s.patch);
     // A fixed number of slices, each summed on its own and then added up in order: the same bits with
     // any number of threads.
-    const int64_t per_slice = b.co * (grad_weight ? patch : 0) + ceil_div(b.co, kMaxVector) * kMaxVector;
-    const int64_t bias_floats = per_slice - b.co * (grad_weight ? patch : 0);
-    const int64_t slices = std::min<int64_t>(b.n, std::clamp<int64_t>(kSliceFloats / per_slice, 4, 32));
+    const int64_t per_slice = grad_weight ? b.co * patch : 0;
+    const int64_t slices =
+        std::min<int64_t>(b.n, std::clamp<int64_t>(kSliceFloats / std::max<int64_t>(per_slice, 1), 4, 32));
     AlignedFloats sums(slices * per_slice);
+    std::vector<double> bias_sums(grad_bias ? slices * b.co : 0);
     std::atomic<bool> finite{true};
     for_each_item(slices, [&](int64_t slice) {
       float* sum = sums.data() + slice * per_slice;
       for (int64_t n = slice * b.n / slices; n < (slice + 1) * b.n / slices; ++n)
         if (!k.backward_weight(b, s.patch, x.data_ptr(), grad.data_ptr(), grad_stride.data(), codes_pointer(codes), n,
-                               grad_weight ? sum + bias_floats : nullptr, grad_bias ? sum : nullptr,
+                               grad_weight ? sum : nullptr, grad_bias ? bias_sums.data() + slice * b.co : nullptr,
                                thread_scratch(scratch)))
           finite = false;
     });
@@ -849,16 +852,16 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
     if (grad_weight && joined > 1)
       joined_grad = torch::stable::new_empty(weight, Ints{b.co, b.c / b.groups, b.kh, b.kw});
     for_each_item(b.co, [&](int64_t c) {
-      auto put_total = [&](int64_t at, void* to, int64_t index) {
+      auto put_total = [&](const auto& from, int64_t step, int64_t at, void* to, int64_t index) {
         double total = 0;
-        for (int64_t slice = 0; slice < slices; ++slice) total += sums[slice * per_slice + at];
+        for (int64_t slice = 0; slice < slices; ++slice) total += from[slice * step + at];
         k.from_float(static_cast<float>(total), to, index, b.dtype);
       };
-      if (grad_bias) put_total(c, grad_bias->data_ptr(), c);
+      if (grad_bias) put_total(bias_sums, b.co, c, grad_bias->data_ptr(), c);
       if (!grad_weight) return;
       void* to = joined_grad->data_ptr();
       for (int64_t i = 0; i < patch; ++i)
-        if (s.tap[i] >= 0) put_total(bias_floats + c * patch + i, to, c * b.taps + s.tap[i]);
+        if (s.tap[i] >= 0) put_total(sums, per_slice, c * patch + i, to, c * b.taps + s.tap[i]);
     });
     if (grad_weight && joined > 1) {
       const int64_t size = weight.element_size();
@@ -928,6 +931,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_block_backward(Tensor grad, Tensor x, Te
     STD_TORCH_CHECK(codes.numel() == 0, "conv_block_backward: this block has no codes");
   }
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
 
   if (b.n > 0 && plan != kDirect) {
     const ConvolutionGrads found =
@@ -981,6 +985,44 @@ class Parameter {
   double otherwise_;
 };
 
+// Mean and biased variance of every channel, part by part: T. Chan, G. Golub and R. LeVeque, Algorithms for computing
+// the sample variance (1983).
+class Moments {
+ public:
+  explicit Moments(int64_t channels) : channels_(channels), mean_(channels), squares_(channels) {}
+
+  // Copies rows of channels, and adds them.
+  void copy_and_add(const char* from, char* to, int64_t places, int32_t dtype) {
+    const int64_t parts = ceil_div(places, kPlacesPerSum);
+    const int64_t part_bytes = kPlacesPerSum * channels_ * (dtype == kFloat32 ? 4 : 2);
+    std::vector<double> found(parts * 2 * channels_);
+    auto size_of = [&](int64_t i) { return std::min(kPlacesPerSum, places - i * kPlacesPerSum); };
+    for_each_item(parts, [&](int64_t i) {
+      double* means = found.data() + i * 2 * channels_;
+      kernels().copy_and_measure(from + i * part_bytes, to + i * part_bytes, size_of(i), channels_, dtype, means,
+                                 means + channels_);
+    });
+    for (int64_t i = 0; i < parts; ++i) {
+      const double *means = found.data() + i * 2 * channels_, *squares = means + channels_;
+      const double count = static_cast<double>(size_of(i)), share = count / (count_ + count);
+      for (int64_t c = 0; c < channels_; ++c) {
+        const double apart = means[c] - mean_[c];
+        squares_[c] += squares[c] + apart * apart * count_ * share;
+        // An infinity stays one, as in a sum.
+        mean_[c] = std::isfinite(apart) ? mean_[c] + apart * share : mean_[c] + means[c];
+      }
+      count_ += count;
+    }
+  }
+  double mean(int64_t c) const { return mean_[c]; }
+  double var(int64_t c) const { return squares_[c] / count_; }
+
+ private:
+  const int64_t channels_;
+  double count_ = 0;
+  std::vector<double> mean_, squares_;
+};
+
 Tensor new_doubles(const Tensor& like, const Ints& size) {
   return torch::stable::new_empty(like, size, ScalarType::Double);
 }
@@ -1023,6 +1065,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   const Block& b = call.block;
   const KernelTable& k = kernels();
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
                   "conv_norm_block: expected a mean and a variance, or neither");
   const bool given = given_mean.has_value();
@@ -1045,7 +1088,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   // Rows: mean without the bias, biased variance, scale, shift.
   const Tensor stats = new_doubles(x, Ints{4, b.co});
   double* stat = static_cast<double*>(stats.data_ptr());
-  PerChannel pivot(b.co), scale(b.co), shift(b.co);
+  PerChannel scale(b.co), shift(b.co);
   auto set_statistics = [&](int64_t c, double mean, double var) {
     const double factor = g[c] / std::sqrt(var + eps);
     scale[c] = static_cast<float>(factor);
@@ -1069,7 +1112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     });
   };
 
-  std::vector<double> total(2 * b.co), part;
+  Moments moments(b.co);
   const Maps maps(conv, plan, weight, std::nullopt, make_map);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
@@ -1078,26 +1121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     if (given) normalise(data, n0, count);
     if (!stored) continue;
     if (!in_parts) map = plain(found);
-    char* map_data = static_cast<char*>(map.data_ptr());
-    if (n0 == 0)
-      for (int64_t c = 0; c < b.co; ++c) {
-        pivot[c] = k.to_float(data, c, b.dtype);
-        if (!std::isfinite(pivot[c])) pivot[c] = 0;
-      }
-    const int64_t here = count * b.oh * b.ow, sums = ceil_div(here, kPlacesPerSum);
-    part.assign(sums * 2 * b.co, 0);
-    for_each_item(sums, [&](int64_t i) {
-      const int64_t at = i * kPlacesPerSum;
-      k.copy_and_sum(data + at * b.co * size, map_data + (n0 * image + at * b.co) * size,
-                     std::min(kPlacesPerSum, here - at), b.co, b.dtype, pivot.data(), part.data() + i * 2 * b.co);
-    });
-    for (int64_t i = 0; i < sums * 2 * b.co; ++i) total[i % (2 * b.co)] += part[i];
+    moments.copy_and_add(data, static_cast<char*>(map.data_ptr()) + n0 * image * size, count * b.oh * b.ow, b.dtype);
   }
   if (!given) {
-    for (int64_t c = 0; c < b.co; ++c) {
-      const double off = total[c] / places, var = total[b.co + c] / places - off * off;
-      set_statistics(c, pivot[c] + off, var < 0 ? 0 : var);  // NaN stays
-    }
+    for (int64_t c = 0; c < b.co; ++c) set_statistics(c, moments.mean(c), moments.var(c));
     normalise(static_cast<const char*>(map.data_ptr()), 0, b.n);
   }
   return {out, codes, kept, returned ? map : torch::stable::new_empty(x, Ints{0}), stats};
@@ -1112,6 +1139,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   const Block& b = call.block;
   const KernelTable& k = kernels();
   check_plan(plan, b);
+  plan = plan_for(plan, weight);
   const Ints expected = in_order(b, order), map_size{b.n, b.oh, b.ow, b.co};
   auto has_size = [](const Tensor& t, const Ints& size) {
     if (t.dim() != static_cast<int64_t>(size.size())) return false;
@@ -1166,8 +1194,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
     found[c] = inverse * (total[b.co + c] + sum * (mean[c] - stat[c]));
     found[b.co + c] = sum;
     if (given) continue;  // the statistics don't depend on z
-    constant[c] = static_cast<float>(-scale[c] * sum / places);
-    slope[c] = static_cast<float>(-scale[c] * inverse * found[c] / places);
+    const double by_z = -scale[c] * inverse * found[c] / places;
+    slope[c] = static_cast<float>(by_z);
+    constant[c] = static_cast<float>(-scale[c] * sum / places + by_z * (mean[c] - stat[c]));
   }
   norm.constant = constant.data();
   norm.slope = slope.data();
@@ -1216,27 +1245,45 @@ Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
   const int64_t taps = b.taps, width = k.patch_width(taps), lines = b.n * b.oh;
   elements("the products of all pairs of taps", {32, taps + 1, width});
   const int64_t slices = std::min<int64_t>(lines, 32), per_slice = (taps + 1) * width;
-  std::vector<double> sums(slices * per_slice);
+  std::vector<double> sums(slices * per_slice), pivots(slices * taps);
   for_each_item(slices, [&](int64_t slice) {
     const int64_t end = (slice + 1) * lines / slices;
     for (int64_t line = slice * lines / slices; line < end;) {
       const int64_t n = line / b.oh, row0 = line % b.oh, row1 = std::min(b.oh, row0 + end - line);
-      k.patch_products(b, x.data_ptr(), n, row0, row1, sums.data() + slice * per_slice,
+      k.patch_products(b, x.data_ptr(), n, row0, row1, pivots.data() + slice * taps, sums.data() + slice * per_slice,
                        thread_scratch(k.patch_scratch(b)));
       line += row1 - row0;
     }
   });
-  for (int64_t slice = 1; slice < slices; ++slice)
-    for (int64_t i = 0; i < per_slice; ++i) sums[i] += sums[slice * per_slice + i];
-  const Tensor moments = new_doubles(x, Ints{taps + 1, taps});
-  double* to = static_cast<double*>(moments.data_ptr());
-  const double places = static_cast<double>(lines * b.ow);
-  auto sum = [&](int64_t i, int64_t j) { return sums[std::min(i, j) * width + std::max(i, j)] / places; };
-  for (int64_t i = 0; i < taps; ++i) {
-    for (int64_t j = 0; j < taps; ++j) to[i * taps + j] = sum(i, j) - sum(i, taps) * sum(j, taps);
-    to[taps * taps + i] = sum(i, taps);
+  // Slices are merged as Moments merges parts.
+  const Tensor moments = torch::stable::new_zeros(x, Ints{taps + 1, taps}, ScalarType::Double);
+  double *products = static_cast<double*>(moments.data_ptr()), *mean = products + taps * taps;
+  double count = 0;
+  std::vector<double> off(taps), apart(taps);
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const double* sum = sums.data() + slice * per_slice;
+    const double here = sum[taps * width + taps], share = here / (count + here);
+    for (int64_t i = 0; i < taps; ++i) {
+      off[i] = sum[i * width + taps] / here;
+      apart[i] = pivots[slice * taps + i] + off[i] - mean[i];
+    }
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t j = 0; j < taps; ++j)
+        products[i * taps + j] +=
+            sum[std::min(i, j) * width + std::max(i, j)] - here * off[i] * off[j] + apart[i] * apart[j] * count * share;
+    for (int64_t i = 0; i < taps; ++i)
+      mean[i] = std::isfinite(apart[i]) ? mean[i] + apart[i] * share : mean[i] + pivots[slice * taps + i] + off[i];
+    count += here;
   }
+  for (int64_t i = 0; i < taps * taps; ++i) products[i] /= count;
   return moments;
+}
+
+bool suits_winograd(Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+                      weight.scalar_type() == ScalarType::Float && weight.is_cpu(),
+                  "suits_winograd: expected a float32 weight (co, c, 3, 3) on the CPU");
+  return winograd_suits(weight);
 }
 
 }  // namespace
@@ -1248,6 +1295,7 @@ STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("conv_norm_block", CNNLSTM_FAST_OP(conv_norm_block));
   m.impl("conv_norm_block_backward", CNNLSTM_FAST_OP(conv_norm_block_backward));
   m.impl("patch_moments", CNNLSTM_FAST_OP(patch_moments));
+  m.impl("suits_winograd", CNNLSTM_FAST_OP(suits_winograd));
 }
 
 }  // namespace cnnlstm_fast

@@ -66,6 +66,15 @@ void for_each_part(int64_t count, int64_t most, const F& run) {
 
 }  // namespace
 
+bool winograd_suits(const Tensor& weight) {
+  constexpr int64_t kSample = 16;
+  const WinogradTable& k = winograd_kernels();
+  const Tensor flat = torch::stable::contiguous(weight);
+  const float* data = static_cast<const float*>(flat.data_ptr());
+  const int64_t co = weight.size(0), c = weight.size(1);
+  return k.has_all_taps(data, co, c, kSample) || k.has_all_taps(data, co, c, std::max(co, c));
+}
+
 WinogradConvolution::WinogradConvolution(const Tensor& weight, bool of_map)
     : c_(weight.size(of_map ? 0 : 1)),
       co_(weight.size(of_map ? 1 : 0)),

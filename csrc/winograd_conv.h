@@ -9,6 +9,11 @@
 
 namespace cnnlstm_fast {
 
+// Whether rounding that is relative to the loudest place of a tile does a convolution by this weight (co, c, 3, 3) no
+// harm. Where a tap is nearly zero for a whole channel, that place may be one the channel does not see, and the rest of
+// the block may leave nothing of those that do.
+bool winograd_suits(const torch::stable::Tensor& weight);
+
 // A float32 convolution with stride 1 by one weight, for input after input.
 class WinogradConvolution {
  public:

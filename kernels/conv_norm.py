@@ -25,8 +25,8 @@ of the map, and z of the winners and codes come to it in training:
   2 in DIRECT, and 4 in CHUNKED unless the library's map lies so already.
 
 Statistics are those of z as a map of x's type holds it, so that they, the winners and the backward speak of
-the same numbers. Sums are about a pivot near the mean, merged as Chan et al. do it, in float32 within a
-program and in float64 among programs, in an order that the shapes alone decide: the same bits each run.
+the same numbers. Sums are about the mean of their own tile, in float32, and merged as Chan et al. do it, in
+float64: an outlier spoils nobody's. The shapes alone decide the order: the same bits each run.
 Terms are those of `kernels/conv_block.py` and of ``cnnlstm_fast/ops/conv_norm.py``.
 """
 
@@ -165,7 +165,7 @@ def statistics_kernel(
     TF32: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A split's places, pivot, sum of z - pivot and squares about its own mean, to partial[4, SPLITS, COUT].
+    """A split's places, sum of z and squares about its own mean, to partial[3, SPLITS, COUT].
 
     With STORE also the tiles of z, to map[M, COUT].
     """
@@ -180,10 +180,9 @@ def statistics_kernel(
     split = pid // GROUPS
     c = group * COUT_G + c_in_group
 
-    places = tl.full((BN,), 0.0, tl.float32)
-    pivot = tl.full((BN,), 0.0, tl.float32)
-    total = tl.full((BN,), 0.0, tl.float32)
-    squares = tl.full((BN,), 0.0, tl.float32)
+    places = tl.full((BN,), 0.0, tl.float64)
+    total = tl.full((BN,), 0.0, tl.float64)
+    squares = tl.full((BN,), 0.0, tl.float64)
     first = split * TILES_PER_SPLIT
     for t in range(first, tl.minimum(first + TILES_PER_SPLIT, (M + BM - 1) // BM)):
         m = t * BM + tl.arange(0, BM)
@@ -202,23 +201,23 @@ def statistics_kernel(
                 mask=m_ok[:, None] & c_ok[None, :],
             )
         here = tl.reduce(m_ok.to(tl.float32), 0, _add)
-        if t == first:
-            pivot = tl.reduce(tl.where(m_ok[:, None], z, 0.0), 0, _add) / here
-            pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+        pivot = tl.reduce(tl.where(m_ok[:, None], z, 0.0), 0, _add) / here
+        pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
         off = tl.where(m_ok[:, None], z - pivot[None, :], 0.0)
-        total_here = tl.reduce(off, 0, _add)
-        mean_here = total_here / here
-        off = tl.where(m_ok[:, None], off - mean_here[None, :], 0.0)
+        from_pivot = tl.reduce(off, 0, _add) / here  # what rounding left of the mean
+        off = tl.where(m_ok[:, None], off - from_pivot[None, :], 0.0)
+        here = here.to(tl.float64)
+        mean_here = pivot.to(tl.float64) + from_pivot.to(tl.float64)
         apart = mean_here - total / tl.maximum(places, 1.0)
-        squares += tl.reduce(off * off, 0, _add) + apart * apart * (places * (here / (places + here)))
-        total += total_here
+        squares += tl.reduce(off * off, 0, _add).to(tl.float64)
+        squares += apart * apart * (places * (here / (places + here)))
+        total += mean_here * here
         places += here
     to = partial_ptr + split * COUT + c
     row = SPLITS.to(OFFSET) * COUT
     tl.store(to, places, mask=c_ok)
-    tl.store(to + row, pivot, mask=c_ok)
-    tl.store(to + 2 * row, total, mask=c_ok)
-    tl.store(to + 3 * row, squares, mask=c_ok)
+    tl.store(to + row, total, mask=c_ok)
+    tl.store(to + 2 * row, squares, mask=c_ok)
 
 
 @triton.jit(do_not_specialize=["M", "SPLITS"])
@@ -242,10 +241,7 @@ def normalisation_kernel(
             s = s0 + tl.arange(0, BM)
             ok = (s < SPLITS)[:, None] & c_ok[None, :]
             at = partial_ptr + (s * COUT)[:, None] + c[None, :]
-            places = _load_float64(at, ok, 0.0)
-            mean += tl.reduce(
-                places * _load_float64(at + row, ok, 0.0) + _load_float64(at + 2 * row, ok, 0.0), 0, _add
-            )
+            mean += tl.reduce(_load_float64(at + row, ok, 0.0), 0, _add)
         mean = mean / M
         var = tl.full((BN,), 0.0, tl.float64)
         for s0 in range(0, SPLITS, BM):
@@ -253,9 +249,8 @@ def normalisation_kernel(
             ok = (s < SPLITS)[:, None] & c_ok[None, :]
             at = partial_ptr + (s * COUT)[:, None] + c[None, :]
             places = _load_float64(at, ok, 1.0)
-            apart = _load_float64(at + row, ok, 0.0) + _load_float64(at + 2 * row, ok, 0.0) / places
-            apart = tl.where(ok, apart - mean[None, :], 0.0)
-            var += tl.reduce(_load_float64(at + 3 * row, ok, 0.0) + places * apart * apart, 0, _add)
+            apart = tl.where(ok, _load_float64(at + row, ok, 0.0) / places - mean[None, :], 0.0)
+            var += tl.reduce(_load_float64(at + 2 * row, ok, 0.0) + places * apart * apart, 0, _add)
         var = var / M
     scale, shift = _scale_and_shift(mean, var, gamma_ptr, beta_ptr, c, c_ok, HAS_GAMMA, HAS_BETA, EPS)
     tl.store(stats_ptr + c, mean, mask=c_ok)
@@ -392,7 +387,9 @@ def grad_map_kernel(
     constant = share * _load_float64(sums_ptr + COUT + c, c_ok, 0.0)
     slope = share * _load_float64(sums_ptr + c, c_ok, 0.0)
     slope = slope / tl.sqrt(_load_float64(stats_ptr + COUT + c, c_ok, 1.0) + EPS)
-    mean = _load_float32(stats_ptr + c, c_ok)
+    exact_mean = _load_float64(stats_ptr + c, c_ok, 0.0)
+    mean = exact_mean.to(tl.float32)
+    constant += slope * (mean.to(tl.float64) - exact_mean)
     shift = _load_float32(stats_ptr + 3 * COUT + c, c_ok)
     scale = scale.to(tl.float32)
     du = _grad_of_argument(g, z * scale[None, :] + shift[None, :], ACTIVATION, ACT_A, ACT_B)
@@ -610,7 +607,7 @@ def _statistics(x, weight, conv, conv_hw, y, z_map, run) -> Tensor:
     args, options = _map_args(x, weight, conv, y, 128, places, x if z_map is None else z_map)
     tiles = _channel_tiles(args)
     splits, tiles_per_split = _splits(triton.cdiv(places, args["BM"]), tiles)
-    partial = x.new_empty([4, splits, weight.shape[0]], dtype=float32)
+    partial = x.new_empty([3, splits, weight.shape[0]], dtype=float64)
     args |= dict(
         map_ptr=x if z_map is None else z_map,
         partial_ptr=partial,

@@ -156,10 +156,12 @@ def assert_normed(
     grad: Tensor | None = None,
     our_grad=lambda g: g,
     our=ours,
+    by_channel: bool = False,
 ) -> dict[str, Tensor]:
     """Our block, by a function like :func:`ours`, against PyTorch's by the numbers rule; returns ours.
 
-    ``grad`` is in channels-first shape; ``our_grad`` may give ours other strides. A plan asked for what it
+    ``grad`` is in channels-first shape; ``our_grad`` may give ours other strides. ``by_channel`` holds every
+    output channel of the result and of the weight's gradient to the rule as well. A plan asked for what it
     does not take must say so, and returns nothing.
     """
     if reason := refusal(block, plan, tensors["x"].dtype):
@@ -196,4 +198,10 @@ def assert_normed(
             assert torch.equal(found, theirs[0]), what
         else:
             assert_close_as_torch(found, theirs, truth, what)
+        if by_channel and name in ("out", "weight"):
+            assert layout == "channels_first"
+            axis = 1 if name == "out" else 0
+            parts = [t.unbind(axis) for t in (found, truth, *theirs)]
+            for c, (part, true_part, *their_parts) in enumerate(zip(*parts, strict=True)):
+                assert_close_as_torch(part, their_parts, true_part, f"channel {c} of {what}")
     return mine

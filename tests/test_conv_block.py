@@ -32,6 +32,7 @@ from helpers import (
     plans,
     random_block,
     random_blocks,
+    refusal,
     repeat_with_instruction_set,
     run_python,
     strided,
@@ -583,6 +584,23 @@ def test_a_changed_input_is_noticed(plan):
         moved[name].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+
+
+@fused_plans
+@floats
+@pytest.mark.parametrize("pool", [None, POOL_2X2], ids=["no pool", "2x2"])
+@pytest.mark.parametrize("channels", [3, 16, 33])
+def test_a_bias_has_the_sum_of_all_gradients(plan, dtype, pool, channels):
+    """Rounded once, however many places there are, over the images of several chunks."""
+    block = Block(9, 4, (101, 67), channels, (3, 3), padding=(1, 1), activation=None, pool=pool)
+    if refusal(block, plan, dtype):
+        return
+    tensors = normal_tensors(block, dtype)
+    grad = (torch.randn(block.out_shape()) + 1).to(dtype)
+    found = evaluate(lambda **t: our_block(block, **t, plan=plan), tensors, grad, ("bias",))["bias"]
+    true = grad.double().sum((0, 2, 3))
+    off = (found.double() - true).abs()
+    assert (off <= 0.6 * torch.finfo(dtype).eps * true.abs()).all(), off / true.abs()
 
 
 @plans

@@ -682,3 +682,30 @@ def test_an_interrupt_before_the_kernel_begins(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="wrong sizes"):
         python_inside.call(refusing)
+
+
+@pytest.mark.parametrize("loud", [30.0, 1e3, 1e6], ids="{:g}".format)
+@pytest.mark.parametrize("where", ["row", "rows", "column", "place", "one image"])
+@pytest.mark.parametrize("axis", ["tall", "wide"])
+def test_loud_places_beside_quiet_ones(loud, where, axis):
+    """Clipped, so that nothing but the quiet ones' results counts."""
+    kernel = (21, 5) if axis == "tall" else (5, 21)
+    block = Block(2, 16, (50, 60), 16, kernel, padding=(2, 2), activation="hardtanh", bias=False)
+    tensors = normal_tensors(block, torch.float32)
+    x = tensors["x"].abs_()
+    rows = {"row": x[:, :, 25], "rows": x[:, :, :25]}
+    part = (rows | {"column": x[..., 31], "place": x[1, 3, 20, 33], "one image": x[1]})[where]
+    part.mul_(loud)
+    assert_block(block, tensors, gradient_for(block, tensors), plan="fft")
+
+
+def test_an_uneven_input_is_the_librarys_and_explain_says_so():
+    model = cf.Sequential(nn.Conv2d(32, 32, (21, 11), padding=(10, 5)), nn.Hardtanh(0, 20))
+    x = torch.rand(1, 32, 81, 100)
+    with torch.no_grad():
+        assert cf.explain(model, x).stages[1].plan == "fft"
+        x[:, :, 50:] = 0  # silence is no quiet place
+        assert cf.explain(model, x).stages[1].plan == "fft"
+        x[:, :, 20] = 1e4
+        stage = cf.explain(model, x).stages[1]
+    assert stage.plan == "chunked" and "quiet places" in stage.reason

@@ -21,6 +21,7 @@ from helpers import (
     normal_tensors,
     plans,
     random_blocks,
+    refusal,
     strided,
     torch_block,
 )
@@ -123,6 +124,65 @@ def test_means_far_from_zero(block, plan, training, first):
     assert_normed(
         block, tensors, norm, plan=plan, needs=("weight", "bias") if first else ("x", "weight", "bias")
     )
+
+
+OUTLIERS = {
+    "first place": lambda x: x[0, :, 0, 0],
+    "first place of one channel": lambda x: x[0, 0, 0, 0],
+    "first place of every image": lambda x: x[:, :, 0, 0],
+    "last place": lambda x: x[-1, :, -1, -1],
+    "anywhere": lambda x: x[:, :, random.randrange(x.shape[2]), random.randrange(x.shape[3])][1],
+}
+
+
+@pytest.mark.instruction_sets
+@pytest.mark.parametrize("pool", [None, POOL_2X2], ids=["no pool", "2x2"])
+@plans
+@pytest.mark.parametrize("where", OUTLIERS)
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_outliers(pool, plan, where, first):
+    """One place far from the others spoils no statistic, wherever it lies."""
+    # Behind a ReLU a channel may have but a few small values left, whose rounding is a matter of luck.
+    block = Block(4, random.choice((3, 16)), (21, 18), 33, (3, 3), padding=(1, 1), pool=pool,
+                  activation=None if pool is None else "relu")  # fmt: skip
+    tensors = normal_tensors(block, torch.float32)
+    tensors["x"] += random.choice((0.0, 30.0))
+    OUTLIERS[where](tensors["x"]).add_(random.choice((-1e3, -1e2, 1e2, 1e3)))
+    needs = ("weight", "bias") if first else ("x", "weight", "bias")
+    # Results of a tile or a window share the rounding of its loudest place: a single channel may suffer.
+    by_channel = plan in ("direct", "chunked") and pool is None
+    assert_normed(block, tensors, random_norm(block, True), plan=plan, needs=needs, by_channel=by_channel)
+
+
+@pytest.mark.parametrize("channels", [3, 16], ids=["few taps", "many taps"])
+@plans
+@pytest.mark.parametrize("ratio", [1e3, 1e4, 1e6], ids="{:g}".format)
+@pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
+def test_means_of_many_deviations(channels, plan, ratio, first):
+    block = Block(3, channels, (17, 14), 24, (3, 3))
+    tensors = normal_tensors(block, torch.float32)
+    tensors["x"] += ratio
+    needs = ("weight", "bias") if first else ("x", "weight", "bias")
+    # Of the gradients mostly rounding is left: what reaches the norm's parameters is what counts.
+    assert_normed(block, tensors, random_norm(block, True), plan=plan, needs=needs)
+
+
+@plans
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
+def test_what_is_not_finite_reaches_the_statistics_as_in_pytorch(plan, value, place):
+    block = replace(BLOCK, kernel=(1, 1), padding=(0, 0))  # so that one value reaches one place
+    if refusal(block, plan, torch.float32):
+        return
+    tensors = normal_tensors(block, torch.float32)
+    tensors["x"][place, 0, place, place] = value
+    norm = random_norm(block, True)
+    found, expected = (
+        run(lambda *a, fn=fn, k=k: fn(block, *a, **k), tensors, norm, None)
+        for fn, k in ((ours, {"plan": plan}), (eager, {}))
+    )
+    for name in ("out", "norm.running_mean", "norm.running_var"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @plans

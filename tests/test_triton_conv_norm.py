@@ -30,7 +30,7 @@ from helpers import (
 )
 from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
 from norms import assert_normed, ours, random_norm, run
-from test_conv_norm import BLOCKS
+from test_conv_norm import BLOCKS, OUTLIERS
 from test_triton_conv_block import (  # where there is no Triton, it skips this file too
     ORDERS,
     PLANS,
@@ -346,6 +346,18 @@ def test_means_far_from_zero(kernels, constants_of_the_kernels, keep_map, progra
     tensors["weight"] = tensors["weight"].abs()
     norm = random_norm(block, True)
     kernels.assert_normed(block, tensors, norm, plan=plan, keep_map=keep_map)
+
+
+@plans
+@pytest.mark.parametrize("programs", [1, 18, 512])
+@pytest.mark.parametrize("where", OUTLIERS)
+def test_outliers(kernels, constants_of_the_kernels, where, programs, plan):
+    """One place far from the others spoils no statistic, wherever it lies."""
+    constants_of_the_kernels("REDUCTION_PROGRAMS", programs)
+    block = replace(SMALL, n=5, size=(13, 9))
+    tensors = normal_tensors(block, torch.float32)
+    OUTLIERS[where](tensors["x"]).add_(random.choice((-1e4, 1e2, 1e3)))
+    kernels.assert_normed(block, tensors, random_norm(block, True), plan=plan)
 
 
 @plans

@@ -96,6 +96,91 @@ def test_blocks_of_real_size(block):
     assert_block(block, tensors, a_gradient(block, tensors), plan=PLAN)
 
 
+def _masked(weight: torch.Tensor, how: str, quiet: float) -> torch.Tensor:
+    """The weight with some taps ``quiet`` times as loud."""
+    if how == "causal":
+        weight[:, :, 1, 2:].mul_(quiet)
+        weight[:, :, 2].mul_(quiet)
+    elif how == "a corner":
+        weight[:, :, 2, 2].mul_(quiet)
+    elif how == "an input's":
+        weight[:, 5, 0].mul_(quiet)
+    else:
+        assert how == "an output's"
+        weight[7, :, :, 2].mul_(quiet)
+    return weight
+
+
+@pytest.mark.instruction_sets
+@pytest.mark.parametrize("how", ["causal", "a corner", "an input's", "an output's"])
+@pytest.mark.parametrize("quiet", [0.0, 1e-4])
+@pytest.mark.parametrize("plan", ["auto", PLAN])
+def test_what_no_tap_sees_is_not_heard(how, quiet, plan):
+    """Spikes where taps are zero, or nearly, and a ReLU over what the others make of them."""
+    block = Block(2, 32, (20, 23), 48, (3, 3), padding=(1, 1), bias=False)
+    tensors = normal_tensors(block, torch.float32)
+    tensors["weight"] = _masked(tensors["weight"].abs(), how, quiet)
+    tensors["x"] = tensors["x"].abs()
+    tensors["x"][:, 5 if how == "an input's" else slice(None), ::7, ::5] = -1e4
+    grad = a_gradient(block, tensors)
+    ours = assert_block(block, tensors, grad, plan=plan)
+    true = evaluate(
+        lambda **t: torch_block(block, **t), {k: t.double() for k, t in tensors.items()}, grad.double()
+    )
+    theirs = evaluate(lambda **t: torch_block(block, **t), tensors, grad)
+    seen = tensors["weight"].abs().amax((0, 1)) > 1e-2 * tensors["weight"].abs().max()
+    for name, part in (("weight", lambda t: t[:, :, seen]), ("out", lambda t: t[:, 7])):
+        assert_close_as_torch(part(ours[name]), part(theirs[name]), part(true[name]), name)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["given", "batch"])
+def test_what_no_tap_sees_is_not_heard_behind_a_norm(training):
+    block = Block(2, 32, (20, 23), 48, (3, 3), padding=(1, 1), bias=False)
+    tensors = normal_tensors(block, torch.float32)
+    tensors["weight"] = _masked(tensors["weight"].abs(), "causal", 0.0)
+    tensors["x"] = tensors["x"].abs()
+    tensors["x"][:, :, ::7, ::5] = -1e4
+    assert_normed(block, tensors, random_norm(block, training), plan=PLAN)
+
+
+def test_a_mask_that_comes_later():
+    """Weights may change without a trace; every call looks at them, and `explain` says what it saw."""
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    model, x = cf.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2)), torch.randn(2, 64, 28, 28)
+    assert cf.explain(model, x).stages[1].plan == PLAN
+    conv.weight.data[:, :, 2] = 0
+    stage = cf.explain(model, x).stages[1]
+    assert stage.plan == "chunked" and "nearly zero" in stage.reason
+    conv.weight.data[:, :, 2] = 1e-2
+    assert cf.explain(model, x).stages[1].plan == PLAN
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 24), (65, 130), (512, 257)])
+def test_random_weights_have_all_taps(shape):
+    for weight in (torch.randn(*shape, 3, 3), nn.Conv2d(*shape[::-1], 3).weight.detach()):
+        assert torch.ops.cnnlstm_fast.suits_winograd(weight)
+        assert torch.ops.cnnlstm_fast.suits_winograd(strided(weight, "channels_last"))
+        sparse = weight * (torch.rand(weight.shape) < 0.1)
+        if min(shape) > 100:
+            assert torch.ops.cnnlstm_fast.suits_winograd(sparse)
+        o, i, tap = random.randrange(shape[0]), random.randrange(shape[1]), random.randrange(9)
+        for at in ((slice(None), i), (o, slice(None)), (slice(None), slice(None))):
+            masked = weight.clone()
+            masked.flatten(2)[(*at, tap)] *= 1e-3
+            assert not torch.ops.cnnlstm_fast.suits_winograd(masked)
+
+
+@pytest.mark.parametrize("mean", [30.0, 1e3])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_gradients_of_a_weight_over_a_far_mean(mean, padding):
+    """Under a norm the gradients of a channel sum up to zero, so that the mean counts no longer."""
+    block = Block(8, 32, (15, 14), 48, (3, 3), padding=(padding, padding))
+    tensors = normal_tensors(block, torch.float32)
+    tensors["x"] += mean
+    for plan in (PLAN, "direct", "chunked"):
+        assert_normed(block, tensors, random_norm(block, True), plan=plan, by_channel=True)
+
+
 #: Pools whose windows end where tiles do, cross them, share rows of them, and leave rows out.
 POOLS = {
     "none": None,

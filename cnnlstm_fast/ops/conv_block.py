@@ -43,8 +43,13 @@ _lib.define(
     "bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
 
+_lib.define("suits_winograd(Tensor weight) -> bool")
+
 forward_op = torch.ops.cnnlstm_fast.conv_block.default
 backward_op = torch.ops.cnnlstm_fast.conv_block_backward.default
+#: Whether no tap of a weight (C_out, C, 3, 3) is nearly zero for a whole channel. Where one is, the ops above
+#: run the plan ``winograd`` as ``chunked``, since the rounding of a tile is that of its loudest place.
+suits_winograd_op = torch.ops.cnnlstm_fast.suits_winograd.default
 
 
 def caller(op: Callable, plan: int) -> Callable:

@@ -348,8 +348,28 @@ def _finite(t: Tensor) -> bool:
     return math.isfinite(t.sum())
 
 
+#: How many times as loud as the quiet ones the loudest place of an image may be.
+_MOST_CONTRAST = 64
+
+
+def is_uneven(x: Tensor, weight: Tensor, conv) -> bool:
+    """Whether images have quiet places beside loud ones, whose rounding a window gives all its places.
+
+    A place along the transformed axis is as loud as its largest value. The quiet ones are the lowest quarter
+    of those that are not zero. Where this is so, the library computes the convolution.
+    """
+    axis = 3 if _tiling_of(x, weight, conv).turned else 2
+    loud = x.abs().amax((1, axis))
+    some = loud > 0
+    at = (some.sum(1, keepdim=True) - 1).clamp_min(0) // 4
+    quiet = loud.where(some, math.inf).sort(1).values.gather(1, at)
+    return bool((loud.amax(1, keepdim=True) > _MOST_CONTRAST * quiet).any())
+
+
 @torch.no_grad()
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, map: Tensor) -> None:
+    if is_uneven(x, weight, conv):
+        return _library_map(x, weight, bias, conv, map)
     t = _tiling_of(x, weight, conv)
     matrices = transforms(t.hop, t.taps)
     images, kernels, out = _turned(t, x, weight, map.permute(0, 3, 1, 2))
@@ -367,16 +387,22 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, map: Tensor) 
         y = y[:, :, : part.shape[2]]
         part.copy_(y) if bias is None else torch.add(y, bias, out=part)
     if not _finite(map):  # a transform spreads a NaN over its window
-        map.copy_(conv_block_by_args(x, weight, bias, conv, 0, [], [], [0, 2, 3, 1]))
+        _library_map(x, weight, bias, conv, map)
+
+
+def _library_map(x: Tensor, weight: Tensor, bias: Tensor | None, conv, map: Tensor) -> None:
+    map.copy_(conv_block_by_args(x, weight, bias, conv, 0, [], [], [0, 2, 3, 1]))
 
 
 @torch.no_grad()
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, conv, grad_x: Tensor | None, grad_weight: Tensor | None
 ) -> None:
+    need_x, need_weight = grad_x is not None, grad_weight is not None
+    if need_weight and is_uneven(x, weight, conv):
+        return _library_gradients(grad, x, weight, conv, grad_x, grad_weight)
     t = _tiling_of(x, weight, conv)
     matrices = transforms(t.hop, t.taps)
-    need_x, need_weight = grad_x is not None, grad_weight is not None
     grads, images, kernels = _turned(t, grad, x, weight)
     grad_images = None if grad_x is None else _turned(t, grad_x.zero_())[0]
     shape, channels = kernels.shape, x.shape[1] * t.stride[0] * t.stride[1]
@@ -411,10 +437,17 @@ def _backward(
         _turned(t, grad_weight)[0].copy_(_weight_gradient(grad_spectra, t, shape))
     found = [g for g in (grad_x, grad_weight) if g is not None]
     if not all(map(_finite, found)):
-        again = library_backward(grad, x, weight, conv, [need_x, need_weight, False])
-        for ours, theirs in zip((grad_x, grad_weight), again, strict=False):
-            if ours is not None:
-                ours.copy_(theirs)
+        _library_gradients(grad, x, weight, conv, grad_x, grad_weight)
+
+
+def _library_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, conv, grad_x: Tensor | None, grad_weight: Tensor | None
+) -> None:
+    needs = [grad_x is not None, grad_weight is not None, False]
+    found = library_backward(grad, x, weight, conv, needs)
+    for ours, theirs in zip((grad_x, grad_weight), found, strict=False):
+        if ours is not None:
+            ours.copy_(theirs)
 
 
 _lib.impl("conv_fft", noting(_forward), "CPU")

@@ -115,10 +115,12 @@ struct KernelTable {
   void (*finish)(const Block&, const MapRows&, const Outputs&, int64_t image, int64_t row0, int64_t row1,
                  float* scratch);
 
-  // Batch norm. Copies `places` rows of `co` floats (or bfloat16) and adds per channel the sums of z - pivot
-  // and of its square to sums[0, co) and sums[co, 2 co). `to` may be `from`.
-  void (*copy_and_sum)(const void* from, void* to, int64_t places, int64_t co, int32_t dtype, const float* pivot,
-                       double* sums);
+  // Adds `places` rows of `channels` floats (or bfloat16) to sums[channels].
+  void (*sum_rows)(const void* from, int64_t places, int64_t channels, int32_t dtype, double* sums);
+  // Batch norm. Copies `places` rows of `co` floats (or bfloat16), at least one, and gives per channel their mean and
+  // the sum of squares about it. `to` may be `from`.
+  void (*copy_and_measure)(const void* from, void* to, int64_t places, int64_t co, int32_t dtype, double* means,
+                           double* squares);
   // Adds the sums of du and of du * (z - mean) over pooled rows of one image to sums[0, co) and [co, 2 co), where
   // du is the gradient of the activation's argument; `kept` holds that argument's z.
   int64_t (*norm_scratch)(const Block&);
@@ -131,12 +133,13 @@ struct KernelTable {
                       const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image, int64_t row0,
                       int64_t row1, const void* map, void* to, float* scratch);
 
-  // Adds the products of all pairs of taps, and of a last tap of ones, over the places of rows [row0, row1) of the
-  // convolution map to the upper triangle of sums [taps + 1][patch_width(taps)].
+  // Adds the products of all pairs of taps less their pivots, and of a last tap of ones, over the places of rows
+  // [row0, row1) of the convolution map to the upper triangle of sums [taps + 1][patch_width(taps)]. Where no place is
+  // in the sums yet, the first one gives the pivots.
   int64_t (*patch_width)(int64_t taps);
   int64_t (*patch_scratch)(const Block&);
-  void (*patch_products)(const Block&, const void* x, int64_t image, int64_t row0, int64_t row1, double* sums,
-                         float* scratch);
+  void (*patch_products)(const Block&, const void* x, int64_t image, int64_t row0, int64_t row1, double* pivot,
+                         double* sums, float* scratch);
 
   // The gradient of one image's convolution map, (oh, ow, co) contiguous, from the gradient of the
   // pooled map and the codes; rows as for norm_spread.
@@ -149,7 +152,7 @@ struct KernelTable {
   // sums over all places give, where 0 * inf is NaN.
   int64_t (*backward_weight_scratch)(const Block&, const Patch&);
   bool (*backward_weight)(const Block&, const Patch&, const void* x, const void* grad, const int64_t* grad_stride,
-                          const uint8_t* codes, int64_t image, float* grad_weight, float* grad_bias, float* scratch);
+                          const uint8_t* codes, int64_t image, float* grad_weight, double* grad_bias, float* scratch);
 
   // Input gradient of one image; `rows` is the weight as [tile][co][vectors of the tile], where a tile
   // is input_tile vectors of a patch (the last one fewer).

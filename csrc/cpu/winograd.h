@@ -9,6 +9,8 @@
 namespace cnnlstm_fast {
 
 constexpr int64_t kWinogradPlaces = 16;  // of a transformed tile; each is one matrix product over all channels
+// The quietest of nine taps is at least this share of the loudest, in root mean square.
+constexpr float kLeastTap = 1.f / 64;
 
 // A convolution with 3x3 taps and stride 1 of floats whose channels are contiguous. Strides are in floats.
 struct Winograd {
@@ -25,6 +27,11 @@ struct WinogradItem {
 
 struct WinogradTable {
   int64_t width;  // channels of a panel of weights, the last one may be narrower
+
+  // Whether a tile's rounding may be told by its loudest place: whether no tap is nearly zero for all outputs of an
+  // input, or for all inputs of an output, of `co` outputs over `c` inputs. Looks at `most` of either at most, which is
+  // enough for a yes.
+  bool (*has_all_taps)(const float* weight, int64_t co, int64_t c, int64_t most);
 
   // Transformed taps of panel `panel` of `co` channels over `c`, at their place in `to`, which has 16 * c *
   // (co rounded up to 16) floats: [panel][place][c][channel]. Tap (o, i, kh, kw) is at

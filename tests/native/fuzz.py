@@ -580,6 +580,8 @@ OPS = {op.name: op for op in (
     Op("conv_norm_block_backward", _norm_backward, _check_norm_backward),
     Op("fold_norm", _fold, _check_fold),
     Op("patch_moments", _moments, _check_moments),
+    Op("suits_winograd", lambda rng: {"weight": _plain(rng, [*rng.choices((1, 5, 16, 33), k=2), 3, 3])},
+       lambda a, results: None),
     Op("transform_windows", _windows, _check_windows),
     Op("add_products", _products, lambda a, results: None),
     Op("new_spectra", _new, lambda a, results: None),

@@ -1,0 +1,59 @@
+#include "library_limits.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "cpu/block.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace cnnlstm_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+bool cpu_has_amx() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;
+  return (d & kBFloat16Tiles) && (d & kTiles);
+#else
+  return false;
+#endif
+}
+
+// The library reads the name once, in capitals or not; those of sets with AMX say so.
+bool allowed_amx() {
+  const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (!most) most = std::getenv("DNNL_MAX_CPU_ISA");
+  std::string name = most ? most : "";
+  for (char& letter : name)
+    if (letter >= 'a' && letter <= 'z') letter = static_cast<char>(letter - 'a' + 'A');
+  return name.empty() || name == "ALL" || name == "DEFAULT" || name.find("AMX") != std::string::npos;
+}
+
+}  // namespace
+
+bool library_has_amx() {
+  static const bool has = [] {
+    const char* told = std::getenv("CNNLSTM_FAST_LIBRARY_ISA");
+    return (told && std::string(told) == "amx") || (cpu_has_amx() && allowed_amx());
+  }();
+  return has;
+}
+
+LibraryLimits library_limits(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
+                             const std::vector<int64_t>& conv, int64_t out_width) {
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  const bool pointwise = weight.size(2) * weight.size(3) == 1;
+  const bool column = x.size(3) == 1 || out_width == 1;
+  const bool beyond = half ? pointwise || conv[4] * conv[5] > 1 || conv[6] > 1
+                           : pointwise && conv[0] * conv[1] > 1 && weight.size(1) < kMaxVector;
+  const bool longer = conv[4] * (weight.size(2) - 1) >= x.size(2) || conv[5] * (weight.size(3) - 1) >= x.size(3);
+  return {column, column || beyond, half && (column || longer) && library_has_amx()};
+}
+
+}  // namespace cnnlstm_fast

@@ -1,0 +1,67 @@
+"""What the library's convolutions are given, where it has AMX: csrc/library_limits.h has the table."""
+
+from __future__ import annotations
+
+from helpers import needs_extension, run_python
+
+pytestmark = needs_extension
+
+# Blocks of the plan `chunked` in bfloat16, forward and backward.
+_BLOCKS = """
+import sys, torch
+from cnnlstm_fast.functional import conv_block
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+for n, c, co, groups, size, kernel, stride, padding, dilation in ({cases}):
+    options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, activation=None)
+    x = torch.randn(n, c, *size).bfloat16()
+    weight, bias = torch.randn(co, c // groups, *kernel).bfloat16(), torch.randn(co).bfloat16()
+    for channels_last in (False, True):
+        if channels_last:
+            x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        doubles = [t.detach().double().contiguous().requires_grad_() for t in (x, weight, bias)]
+        out = conv_block(*leaves, plan="chunked", **options)
+        true = conv_block(*doubles, plan="reference", **options)
+        grad = torch.randn(out.shape).bfloat16()
+        found = torch.autograd.grad(out, leaves, grad)
+        wanted = torch.autograd.grad(true, doubles, grad.double())
+        for mine, exact in zip((out, *found), (true, *wanted)):
+            assert mine.dtype == torch.bfloat16 and mine.isfinite().all()
+            error, norm = (mine.double() - exact).norm(), exact.norm()
+            assert error <= 2 * torch.finfo(torch.bfloat16).eps * norm, (size, kernel, error, norm)
+print("the end")
+"""
+#: n, c, c_out, groups, size, kernel, stride, padding, dilation
+COLUMNS = {
+    "input of one column": (2, 8, 33, 1, (12, 1), (3, 2), (3, 7), (1, 5), (1, 3)),
+    "map of one column": (2, 15, 24, 1, (28, 7), (4, 4), (3, 4), (0, 0), (2, 1)),
+    "map of one column, padded": (2, 1, 16, 1, (12, 4), (1, 5), (1, 3), (0, 1), (1, 1)),
+    "depthwise": (2, 4, 16, 4, (4, 1), (3, 1), (3, 2), (1, 1), (1, 2)),
+    "kernel longer than the image": (5, 8, 33, 1, (3, 7), (8, 8), (3, 1), (7, 4), (1, 1)),
+    "kernel wider than the image": (2, 8, 17, 1, (12, 5), (1, 7), (1, 1), (0, 4), (1, 1)),
+}
+OTHERS = {
+    "signal": (2, 8, 16, 1, (1, 30), (1, 5), (1, 1), (0, 2), (1, 1)),
+    "map of one row": (2, 32, 64, 1, (2, 26), (2, 2), (1, 1), (0, 0), (1, 1)),
+    "image": (2, 16, 32, 1, (9, 14), (3, 3), (1, 1), (1, 1), (1, 1)),
+}
+
+
+def _given(cases: dict) -> str:
+    """What the library said it was given, as if it had AMX."""
+    env = {"CNNLSTM_FAST_LIBRARY_ISA": "amx", "ONEDNN_VERBOSE": "1", "MALLOC_PERTURB_": "128"}
+    code = _BLOCKS.replace("{cases}", "".join(f"{case}, " for case in cases.values()))
+    ran = run_python(code, **env)
+    assert ran.stdout.endswith("the end\n"), f"exit status {ran.returncode}: {ran.stderr[-2000:]}"
+    return "\n".join(line for line in ran.stdout.splitlines() if ",convolution," in line)
+
+
+def test_amx_gets_no_columns_in_bfloat16():
+    """It read what nobody had written; they are float32 on their way."""
+    given = _given(COLUMNS)
+    assert "bf16:" not in given and given.count("src:f32") == 2 * 3 * len(COLUMNS)
+
+
+def test_amx_gets_all_else_as_it_is():
+    assert "src:f32" not in _given(OTHERS)
