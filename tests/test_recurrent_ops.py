@@ -103,7 +103,9 @@ def ours(case: Case, reset, lengths, x, *tensors) -> tuple[Tensor, ...]:
         x, reset = x.transpose(0, 1), None if reset is None else reset.T
     args = (x, *tensors, reset, lengths, mode, bf)
     if torch.is_grad_enabled():
-        out, *last = op.RecurrentLayerFunction.apply(*args)
+        steps, batch = x.shape[:2][:: -1 if bf else 1]
+        rows = random.choice((-1, steps * batch if lengths is None else int(lengths.sum())))
+        out, *last = op.RecurrentLayerFunction.apply(*args, random.random() < 0.5, rows)
     else:
         out, *last, saved = op.forward_op(*args, False)
         assert saved.numel() == 0

@@ -130,9 +130,9 @@ class RecurrentLayerFunction(torch.autograd.Function):
                 reads[0], own_x = False, x.detach().clone()
             if h0 is not None and mode != MODES["LSTM"] and not reads[1]:
                 own_h0 = h0.detach().clone()
-        ctx.unread = [None if read else _Unread(t) for t, read in zip(inputs, reads, strict=True)]
+        ctx.unread = {i: _Unread(t) for i, t in enumerate(inputs) if not reads[i] and t is not None}
         ctx.save_for_backward(
-            *(t if read else None for t, read in zip(inputs, reads, strict=True)),
+            *[t if read else None for t, read in zip(inputs, reads, strict=True)],
             reset, lengths, None if keep_out else out, saved, own_x, own_h0,
         )  # fmt: skip
         return out, h_n, c_n
@@ -148,7 +148,9 @@ class RecurrentLayerFunction(torch.autograd.Function):
         if all(g is None for g in grads_in):
             return *(None,) * 13, *nothing
         again = torch.is_grad_enabled()  # create_graph=True: a backward that can be differentiated
-        inputs = [t if u is None else u.value(again) for t, u in zip(read, ctx.unread, strict=True)]
+        inputs: list[Tensor | None] = list(read)
+        for i, unread in ctx.unread.items():
+            inputs[i] = unread.value(again)
         if again:
             grads = _differentiable_backward(
                 grads_in, inputs, reset, lengths, ctx.mode, ctx.batch_first, needs
@@ -176,12 +178,12 @@ def _reads(needs: Sequence[bool], mode: int, many_steps: bool) -> list[bool]:
 class _Unread:
     """An input that only a backward of the backward reads."""
 
-    def __init__(self, t: Tensor | None):
+    def __init__(self, t: Tensor):
         self.t = t
-        self.version = None if t is None or t.is_inference() else t._version
+        self.version = None if t.is_inference() else t._version
 
-    def value(self, checked: bool) -> Tensor | None:
-        if checked and self.version is not None and self.t is not None and self.t._version != self.version:
+    def value(self, checked: bool) -> Tensor:
+        if checked and self.version is not None and self.t._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 f"operation: a tensor of shape {tuple(self.t.shape)} is at version {self.t._version}, "
