@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
-#include <numeric>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <vector>

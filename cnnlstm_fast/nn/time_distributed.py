@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from cnnlstm_fast import patterns
 from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
-from cnnlstm_fast.nn.leaf import Leaf
 from cnnlstm_fast.limits import limit
+from cnnlstm_fast.nn.leaf import Leaf
 
 __all__ = ["TimeDistributed"]
 
