@@ -201,6 +201,8 @@ def _run(decision: Decision, x: Tensor, weight: Tensor, bias: Tensor | None, nor
     out = finish_layout(raw, decision.inner_layout, rank)
     if decision.behind is not None:
         out = reference.to_layout(decision.behind(out), decision.layout)
+        if decision.layout == "channels_first" and out.is_contiguous():  # one place or channel: in any layout
+            out = out.flatten().view(out.shape)
     return out.squeeze(reference.batch_dim(decision.layout)) if x.dim() == rank - 1 else out
 
 

@@ -3,7 +3,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstring>
-#include <vector>
+#include <optional>
 
 #include "op.h"
 
@@ -37,11 +37,13 @@ uint64_t hash(const char* data, int64_t bytes, uint64_t seed) {
   return all ^ (all >> 29);
 }
 
-int64_t fingerprint(const std::vector<Tensor>& tensors) {
+int64_t fingerprint(Tensor first, std::optional<Tensor> second, std::optional<Tensor> third,
+                    std::optional<Tensor> fourth) {
   uint64_t all = 0;
-  for (const Tensor& t : tensors) {
-    STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "fingerprint takes contiguous CPU tensors");
-    all = hash(static_cast<const char*>(t.const_data_ptr()), t.numel() * t.element_size(), all);
+  for (const std::optional<Tensor>& t : {std::optional<Tensor>(first), second, third, fourth}) {
+    if (!t) continue;
+    STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous(), "fingerprint takes contiguous CPU tensors");
+    all = hash(static_cast<const char*>(t->data_ptr()), t->numel() * t->element_size(), all);
   }
   return static_cast<int64_t>(all);
 }
@@ -49,10 +51,10 @@ int64_t fingerprint(const std::vector<Tensor>& tensors) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
-  m.def("fingerprint(Tensor[] tensors) -> int");
+  m.def("fingerprint(Tensor first, Tensor? second, Tensor? third, Tensor? fourth) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("fingerprint", CNNLSTM_FAST_OP(fingerprint));
 }
 

@@ -400,7 +400,7 @@ HOOKS = (
     '{conv}.weight.register_hook(lambda grad: see("gradient of weight", grad))',
     "self.lock = threading.Lock()", "self.near = weakref.proxy({conv})",
     "{conv}.forward = functools.partial(type({conv}).forward, {conv})",
-    '{conv}.register_load_state_dict_post_hook(lambda m, keys: see("loaded", m is self.c1))',
+    '{conv}.register_load_state_dict_post_hook(lambda m, keys: see("loaded", type(m) is type(self.c1)))',
     "{conv}._conv_forward = functools.partial(type({conv})._conv_forward, {conv})",
     "self.register_forward_hook(lambda m, i, o: None)",
     "self.register_forward_pre_hook(lambda m, i: (i[0] * 2,))",

@@ -610,7 +610,8 @@ def assert_close_as_torch(ours: Tensor, torch_ways, true: Tensor, what: str = ""
     ours, true = ours[finite], true[finite]
     error = (ours - true).norm().item()
     own = max((way[finite] - true).norm().item() for way in ways)
-    bound = 2 * own + 16 * eps * true.norm().item()
+    # float64 rounds too: the tail of GELU is the difference of nearly equal numbers.
+    bound = 2 * own + 16 * eps * true.norm().item() + 1e-17 * true.numel() ** 0.5
     assert error <= bound, (
         f"{what}: error {error:.3e} against float64, PyTorch's own {own:.3e}, allowed {bound:.3e} "
         f"(true norm {true.norm().item():.3e}, {true.numel()} elements, largest error "

@@ -534,6 +534,34 @@ def test_what_a_shape_does_not_tell(change):
         close(ours, theirs)
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("steps", ["norm", "norm and pool", "gelu"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_biases_may_change_before_the_backward(steps, mode, again):
+    """PyTorch's operators do not save them; second derivatives read what they were."""
+    chain = {
+        "norm": [nn.BatchNorm2d(6)],
+        "norm and pool": [nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)],
+        "gelu": [nn.GELU()],
+    }[steps]
+    plain, fast = pair(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *chain).train(mode == "train"))
+    for _ in range(3):
+        x, found = grid(2, 3, 8, 6), []
+        for model in (plain, fast):
+            given = x.clone().requires_grad_()
+            out = model(given)
+            with torch.no_grad():
+                model[0].bias.add_(0.125)
+            loss = (out * torch.arange(out.numel()).view(out.shape).cos()).sum()
+            grads = torch.autograd.grad(loss, [given, model[0].weight], create_graph=again)
+            if again:
+                total = sum(g.square().sum() for g in grads)
+                grads += torch.autograd.grad(total, [model[0].weight])
+            found.append(grads)
+        for ours, theirs in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_a_map_of_one_place_lies_as_pytorchs():
     """It is contiguous in any layout; its strides say which one the next convolution writes."""
     plain, fast = pair(nn.Sequential(

@@ -184,7 +184,7 @@ def calls():
 
 for op, given in calls():
     schema = getattr(ops, op).default._schema.arguments
-    given = {a.name: given[a.name] for a in schema}
+    given = {a.name: given.get(a.name, a.default_value) for a in schema}
     if any(given[a.name] is None and "Optional" not in str(a.type) for a in schema):
         continue
     try:

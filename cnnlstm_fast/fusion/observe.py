@@ -37,8 +37,12 @@ class Trace:
         values: weak references to the values between them; :func:`_nobody` where one became another.
         limit: the chain may not go beyond this value, because something else reads it.
         hands_on: that is a convolution.
-        recipe: what was learnt, once the session or the chain has ended.
+        recipe: what was learnt, once the session has ended.
+        others: further calls of the same convolution in that session.
     """
+
+    #: How many calls of a session are observed.
+    MOST = 16
 
     def __init__(self, session: Session, x: Tensor, conv: Conv, rank: int):
         self.rank, self.state = rank, "conv"
@@ -52,6 +56,7 @@ class Trace:
         self.operands: tuple | None = (x, *conv[:2])
         self.before = fingerprint(self.operands, by_reading=True)
         self.recipe: Recipe | None = None
+        self.others: list[Trace] = []
         session.traces.append(self)
 
     def note(self, value: Tensor) -> Tensor:
@@ -81,32 +86,28 @@ class Trace:
     def ends_at(self, at: int, hands_on: bool = False) -> None:
         if self.limit is None or at < self.limit:
             self.limit, self.hands_on = at, hands_on
-            if self.recipe is not None and hands_on:  # that was a result, which may be consumed late
-                self.recipe.hands_on = True
-                self.recipe.sizes.clear()
         self.operands = None
-
-    def alive(self) -> list[Observed]:
-        return [value for ref in self.values if type(value := ref()) is Observed]
-
-    def finish(self) -> Recipe | None:
-        """What was learnt, or None while somebody still holds a value that may yet be consumed."""
-        if self.recipe is None:
-            end = len(self.steps) if self.limit is None else self.limit
-            last = end + 1 if self.limit is None and self.state != "pooled" else end  # what may be consumed
-            if any(value._at < last for value in self.alive()):
-                return None
-            while end and self.steps[end - 1].kind == "identity":
-                end -= 1
-            self.recipe = Recipe(self.steps[:end], self.dtypes[:end], self.hands_on)
-            self.operands = None
-        return self.recipe
 
     def close(self) -> None:
         """The session ends: a value that is still held is the end of the block."""
-        for value in self.alive():
-            value._close()
-        self.finish()
+        for ref in self.values:
+            value = ref()
+            if type(value) is Observed:
+                value.close()
+        end = len(self.steps) if self.limit is None else self.limit
+        while end and self.steps[end - 1].kind == "identity":
+            end -= 1
+        self.recipe = Recipe(self.steps[:end], self.dtypes[:end], self.hands_on)
+        self.operands = None
+
+    def agreed(self) -> Recipe | None:
+        """What all calls of the session have shown alike, or None."""
+        assert self.recipe is not None
+        for other in self.others:
+            if other.recipe is None or other.recipe.calls() != self.recipe.calls():
+                return None
+            self.recipe.hands_on &= other.recipe.hands_on
+        return self.recipe
 
 
 class Observed(Tensor):
@@ -126,7 +127,7 @@ class Observed(Tensor):
             if first is None or step is None:
                 for value in tree_iter((args, kwargs)):
                     if type(value) is Observed:
-                        value._close(patterns.reads_channels_last(function, args, kwargs))
+                        value.close(patterns.reads_channels_last(function, args, kwargs))
                 return function(*args, **kwargs)
             trace = first._trace
             if not step.same_object:  # what autograd saves must not look as if the program held it
@@ -141,7 +142,7 @@ class Observed(Tensor):
                 return result
             return trace.note(result)
 
-    def _close(self, hands_on: bool = False) -> None:
+    def close(self, hands_on: bool = False) -> None:
         """Become a plain tensor: the chain ends here."""
         trace, at = self._trace, self._at
         self.__class__ = Tensor  # type: ignore[assignment]  # what it was before it was observed

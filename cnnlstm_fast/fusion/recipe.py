@@ -128,6 +128,12 @@ class Recipe:
         self.places = [0, *(i + 1 for i, step in enumerate(steps[:-1]) if not step.same_object)]
         self.sizes: dict[tuple, Sized] = {}
 
+    def calls(self) -> list[tuple]:
+        """What the steps call, and with which arguments beside tensors that may change."""
+        return [
+            (step.function, *(() if step.kind == "norm" else (step.args, step.kwargs))) for step in self.steps
+        ]
+
     def sized(self, function, x: Tensor, conv: Conv, handed: bool) -> Sized:
         """What is known of an input like ``x``, which PyTorch would have contiguous if it was handed on."""
         key = x.shape, x.stride(), handed
@@ -195,19 +201,18 @@ class Recipe:
 
 
 def fingerprint(tensors: Iterable[Tensor | None], by_reading: bool = False) -> tuple | None:
-    """A mark of what tensors hold, or None where there is no cheap one.
+    """A mark of what up to four tensors hold, or None where there is no cheap one.
 
     On the CPU it is a hash of their memory, which no way of writing escapes; elsewhere their versions.
     Inference tensors have none: of them, ``by_reading`` takes a sum.
     """
-    given = [t for t in tensors if t is not None]
+    given = [t.detach() if t.is_contiguous() else t.detach().contiguous() for t in tensors if t is not None]
     try:
-        if all([t.is_cpu for t in given]):
-            return (_hash([t if t.is_contiguous() else t.contiguous() for t in given]),)
+        if given and all([t.is_cpu for t in given]):
+            return (torch.ops.cnnlstm_fast.fingerprint.default(*given, *_NONE[len(given) :]),)
         return tuple([float(t.sum()) if by_reading and t.is_inference() else t._version for t in given])
     except (AttributeError, RuntimeError):  # no kernels, no version, another layout
         return None
 
 
-def _hash(tensors: list[Tensor]) -> int:
-    return torch.ops.cnnlstm_fast.fingerprint.default(tensors)
+_NONE = (None, None, None, None)

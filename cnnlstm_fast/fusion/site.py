@@ -118,19 +118,24 @@ class Site:
         context = context_of(x)
         key = (module.training, x.dtype, x.device.type, *context)
         known = self.known.get(key)
-        if known is None:
+        if known is None or (type(known) is Trace and known.recipe is None):
             self.runs_plain("is being observed: the first call in this mode")
             y = function(x, *conv)
-            if type(y) is Tensor:
-                trace = self.known[key] = Trace(running, x, conv, CONVS[function])
+            if type(y) is Tensor and (known is None or len(known.others) < Trace.MOST):
+                trace = Trace(running, x, conv, CONVS[function])
                 trace.note(y)
+                if known is None:
+                    self.known[key] = trace
+                else:
+                    known.others.append(trace)
             return y
         if type(known) is Trace:
-            recipe = known.finish()
+            recipe = known.agreed()
             if recipe is None:
-                self.runs_plain("is being observed: results of its first call are still held")
+                self.leave_alone("what follows it differs within one call of the model")
                 return function(x, *conv)
             known = self.known[key] = recipe
+        assert type(known) is Recipe
         given = x if type(x) is Handed else None
         if given is not None:
             x = given._plain
@@ -140,9 +145,7 @@ class Site:
                 given.settle()
                 x = given
             elif module.padding_mode == "zeros" and context.autocast is None:
-                self._leave_calls(
-                    module, x
-                )  # else x is not what the module was called with, or is to be cast
+                self._leave_calls(module, x)  # else x is not what came in, or is cast
             self.runs_plain(sized.why)
             return function(x, *conv)
         try:

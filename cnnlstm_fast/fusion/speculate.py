@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map
 
 from cnnlstm_fast import patterns
-from cnnlstm_fast.fusion.handoff import hand_on
+from cnnlstm_fast.fusion.handoff import Unviewed, hand_on
 from cnnlstm_fast.fusion.observe import QUESTIONS, Unowned, no_function
 from cnnlstm_fast.fusion.recipe import Context, Recipe, Sized, context_of, fingerprint
 from cnnlstm_fast.fusion.session import Session
@@ -27,7 +27,7 @@ class Chain:
         at: the value at hand: 0 is the convolution's, ``at`` that of the recipe's step ``at - 1``.
         result: the block's, until the last step gives it out.
         norm: the norm's arguments, as they were expected and then as they were given.
-        mark: of the norm's tensors, as the block has read them.
+        mark, read: of the norm's tensors, as the block has read them, and copies.
         batch: mean and unbiased variance of the batch, until the norm is called.
         versions: of the convolution's operands.
         values: weak references to all placeholders.
@@ -38,8 +38,8 @@ class Chain:
     """
 
     __slots__ = (
-        "__weakref__", "at", "batch", "context", "conv", "done", "function", "handed", "history", "mark",
-        "norm", "quiet", "ready", "recipe", "result", "session", "site", "sized", "values", "versions", "x",
+        "__weakref__", "at", "batch", "context", "conv", "done", "function", "handed", "history",
+        "mark", "norm", "quiet", "read", "ready", "recipe", "result", "session", "site", "sized", "values", "versions", "x",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +51,7 @@ class Chain:
         self.at = 0
         self.norm: Norm | None = recipe.norm
         self.mark: tuple | None = None
+        self.read: list[Tensor | None] = []
         self.batch: tuple[Tensor, Tensor] | None = None
         self.history: History | None = None
         self.values: list[weakref.ref] = []
@@ -64,6 +65,7 @@ class Chain:
         norm, module = self.norm, None
         if norm is not None:
             self.mark = fingerprint(norm.read)
+            self.read = [None if t is None else t.detach().clone() for t in norm.read]
             if norm.training and norm.running_mean is not None:
                 self.batch = (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))  # type: ignore[arg-type]
                 norm = norm._replace(running_mean=self.batch[0], running_var=self.batch[1], momentum=1.0)
@@ -170,11 +172,13 @@ class Chain:
         if self.history is not None:
             with self.undisturbed():
                 result = Link.apply(self.history, result, *self._held())
+        elif result._is_view():  # PyTorch's results are none
+            result = Unviewed.apply(result) if result.requires_grad else result.detach()
         hands_on = self.sized.hands_on and not result.is_contiguous()
         if hands_on:
             result = hand_on(result, self.recipe)
         if value is not None:
-            if not _exchange(value, result):
+            if not _exchange(value, result if self.history is not None or hands_on else result.detach()):
                 return None
             result = value
         if hands_on:
@@ -205,37 +209,63 @@ class Chain:
         Before the result is given out, they take the places of the placeholders. Afterwards, as in C code
         (``below``) that reads a placeholder, these stay where they are in the graph and get memory.
         """
-        late = self.done and self.history is not None
+        late, expected = self.done and self.history is not None, self.result
         if late:
             self.site.leave_alone("its values are used after the block has run")
         elif not self.done:
             self.site.surprise(self.recipe)
         self.done, self.result, self.ready = True, None, []
         held = {value._at: value for value in self._held()}
-        if _versions(self.x, *self.conv[:2]) != self.versions:
-            self.site.leave_alone("its operands are changed in place before its result is used")
-            raise RuntimeError(
-                "an operand of a convolution was changed in place before the convolution's result was used, "
-                "and not as in the calls that cf.accelerate has seen: the result cannot be computed any "
-                "more. From now on this convolution runs as it is"
-            )
-        x, conv, norm, history = self.x, self.conv, self.norm, self.history
+        x, conv, norm, history = self.x, self.conv, self._norm_as_read(), self.history
+        if _versions(x, *conv[:2]) != self.versions:
+            self._give_up()
         with self.context.entered(x.device.type):
             if history is not None:
                 # Views: where an operand depends on another, that path is not this block's.
-                operands: list[Any] = [t if t is None else t.view_as(t) for t in self._operands()]
-                history.operands = tuple(operands)
-                x, weight, bias, *affine = operands
-                conv = conv._replace(weight=weight, bias=bias)
+                operands: list[Any] = [t if t is None else t.view_as(t) for t in (x, *conv[:2])]
                 if norm is not None:
-                    norm = norm._replace(weight=affine[0], bias=affine[1])
+                    operands += [t if t is None else t.view_as(t) for t in norm[2:4]]
+                    norm = norm._replace(weight=operands[3], bias=operands[4])
+                history.operands = tuple(operands)
+                x, weight, bias, *_ = operands
+                conv = conv._replace(weight=weight, bias=bias)
             y = self.function(x.contiguous() if self.handed else x, *conv)
+            if expected is not None:
+                self._check(y.detach(), expected)
             for at in range(max(held, default=-1) + 1):
                 if at:
                     y = self._step(at - 1, y, norm)
                 if at in held:
                     y = held[at].settle(y, history, keep=late or below)
         self.history = None
+
+    def _norm_as_read(self) -> Norm | None:
+        """The norm's arguments with the values that the block has read."""
+        norm = self.norm
+        if norm is None or fingerprint(norm.read) == self.mark:
+            return norm
+        then: list[Any] = [
+            None if t is None or read is None else t + (read - t).detach()
+            for t, read in zip(norm.read, self.read, strict=True)
+        ]
+        if norm.training:
+            return norm._replace(weight=then[0], bias=then[1])
+        return norm._replace(**dict(zip(Norm._fields[:4], then, strict=True)))
+
+    def _check(self, y: Tensor, expected: Tensor) -> None:
+        """Whether a convolution's value, computed now, leads to the result that was computed then."""
+        with torch.no_grad():
+            error, size = (self.tail(0, y) - expected).float().norm(), expected.float().norm()
+        if error.isfinite() and error > 0.05 * size + 1e-6:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.site.leave_alone("its operands are changed in place before its result is used")
+        raise RuntimeError(
+            "an operand of a convolution was changed in place before the convolution's result was used, "
+            "and not as in the calls that cf.accelerate has seen: the result cannot be computed any "
+            "more. From now on this convolution runs as it is"
+        )
 
     def _step(self, number: int, y: Tensor, norm: Norm | None) -> Tensor:
         """A step that the program has taken, once more; batch statistics have been counted."""
@@ -247,9 +277,10 @@ class Chain:
 
     def tail(self, at: int, y: Tensor) -> Tensor:
         """The result from the value ``at``."""
+        norm = self._norm_as_read()
         for number in range(at, len(self.recipe.steps)):
             inplace = self.recipe.steps[number].found.inplace
-            y = self._step(number, y.clone() if inplace else y, self.norm)
+            y = self._step(number, y.clone() if inplace else y, norm)
         return y
 
 
@@ -390,7 +421,7 @@ class Deferred(Tensor):
             with args[0]._chain.undisturbed(), no_function():
                 return function(*args, **kwargs)
         _look_at(args, kwargs)
-        if function not in _ABOUT_THE_GRAPH:
+        if function in _NEEDS_MEMORY:
             args, kwargs = tree_map(_plain, (args, kwargs))
         with no_function():
             return function(*args, **kwargs)
@@ -429,11 +460,11 @@ def _look_at(args, kwargs, below: bool = False) -> None:
             value._chain.realize(below)
 
 
-#: What asks about a tensor's place in the graph, which only the object itself has.
-_ABOUT_THE_GRAPH = {
-    torch.autograd.grad, torch.autograd.backward, Tensor.backward, Tensor.register_hook, Tensor.retain_grad,
-    Tensor.register_post_accumulate_grad_hook,
-    *(getattr(Tensor, name).__get__ for name in ("grad", "grad_fn", "retains_grad")),
+#: What wants a tensor that is no subclass, to reach its memory or to write it down.
+_NEEDS_MEMORY = {
+    Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.untyped_storage, Tensor.storage, Tensor.data_ptr,
+    Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__,
+    *(getattr(Tensor, name).__get__ for name in ("data", "__cuda_array_interface__")),
 }  # fmt: skip
 
 

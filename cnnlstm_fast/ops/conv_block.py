@@ -125,6 +125,23 @@ def spread(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int],
     return spread_map.scatter_add(2, flat.flatten(2), values.flatten(2)).unflatten(2, tuple(conv_hw))
 
 
+class Unchecked:
+    """A small tensor that only second derivatives read, with what it held.
+
+    PyTorch's own operators do not save it, so that it may change in place before the backward.
+    """
+
+    def __init__(self, tensor: Tensor | None):
+        self.tensor = tensor
+        self.held = None if tensor is None else tensor.detach().clone()
+
+    def as_it_was(self) -> Tensor | None:
+        """The tensor in its place in the graph, with the values of then."""
+        if self.tensor is None or self.held is None:
+            return None
+        return self.tensor + (self.held - self.tensor).detach()
+
+
 class ConvBlockFunction(torch.autograd.Function):
     """Autograd around the op; entered only when a gradient is needed."""
 
@@ -140,7 +157,8 @@ class ConvBlockFunction(torch.autograd.Function):
         ctx.shapes = x.shape, weight.shape
         ctx.set_materialize_grads(False)
         if activation >= CURVED:  # a second derivative needs everything
-            ctx.save_for_backward(x, weight, codes, slopes, bias)
+            ctx.bias = Unchecked(bias)
+            ctx.save_for_backward(x, weight, codes, slopes)
         else:
             # What no gradient reads is not kept, and may change in place before the backward.
             need_x, need_weight, _ = ctx.needs_input_grad[:3]
@@ -160,7 +178,7 @@ class ConvBlockFunction(torch.autograd.Function):
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
             if curved:
-                grads = _recomputed_backward(grad, x, weight, curved[1], ctx.args, needs)
+                grads = _recomputed_backward(grad, x, weight, ctx.bias.as_it_was(), ctx.args, needs)
             else:
                 grads = _differentiable_backward(grad, x, weight, codes, ctx.args, needs)
         else:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnlstm_fast.ops.conv_block import new_like_input
+from cnnlstm_fast.ops.conv_block import Unchecked, new_like_input
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
 
@@ -171,22 +171,24 @@ class ConvNormFunction(torch.autograd.Function):
         )
         ctx.args = eps, conv, activation, act, pool, order, plan
         ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(x, weight, bias, gamma, beta, mean, var, codes, kept, kept_map, stats)
+        ctx.bias, ctx.beta = Unchecked(bias), Unchecked(beta)
+        ctx.save_for_backward(x, weight, gamma, mean, var, codes, kept, kept_map, stats)
         return raw, stats
 
     @staticmethod
     def backward(ctx, grad, _):
-        *inputs, mean, var, codes, kept, kept_map, stats = ctx.saved_tensors
+        x, weight, gamma, mean, var, codes, kept, kept_map, stats = ctx.saved_tensors
         eps, *args, plan = ctx.args
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+            inputs = [x, weight, ctx.bias.as_it_was(), gamma, ctx.beta.as_it_was()]
             inputs = [None if t is None else t.view_as(t) for t in inputs]
             wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
             x, weight, bias, *affine = inputs
             again = conv_block_by_args(x, weight, bias, *args, norm=(mean, var, *affine, eps))
             found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
             return *(next(found) if need else None for need in needs), *(None,) * 10
-        x, weight, bias, gamma, beta = inputs
+        bias, beta = ctx.bias.held, ctx.beta.held
         given = mean is not None
         dx, dweight, sums = backward_op(
             grad, x, weight, stats, codes, kept, kept_map, eps, *args, plan, given, needs[0], needs[1]

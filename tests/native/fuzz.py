@@ -582,6 +582,9 @@ OPS = {op.name: op for op in (
     Op("patch_moments", _moments, _check_moments),
     Op("suits_winograd", lambda rng: {"weight": _plain(rng, [*rng.choices((1, 5, 16, 33), k=2), 3, 3])},
        lambda a, results: None),
+    Op("fingerprint", lambda rng: {name: _plain(rng, rng.choices((1, 3, 17), k=2), rng.choice(list(DTYPES)))
+                                   for name in ("first", "second", "third", "fourth")},
+       lambda a, results: None),
     Op("transform_windows", _windows, _check_windows),
     Op("add_products", _products, lambda a, results: None),
     Op("new_spectra", _new, lambda a, results: None),
