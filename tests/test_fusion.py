@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from twins import grid, on_grid
 
 import cnnlstm_fast as cf
@@ -574,6 +575,38 @@ def test_a_map_of_one_place_lies_as_pytorchs():
                 ours, theirs = fast(x), plain(x)
             assert ours.stride() == theirs.stride()
             close(ours, theirs)
+
+
+def test_a_step_within_a_checkpoint():
+    """Behind a convolution that stands before it; which counts what its steps save."""
+
+    class Half(Block):
+        def forward(self, x):
+            self.calls += 1
+            y = self.conv(x)
+            if self.calls % 3 == 2:
+                return checkpoint(F.relu, y, use_reentrant=False)
+            return F.relu(y)
+
+    assert_alike(*pair(Half()))
+
+
+def test_a_convolution_that_is_used_in_two_ways():
+    """Its weight changes before the second use is looked at."""
+
+    class Twice(Block):
+        def forward(self, x):
+            z = F.relu(self.conv(x))
+            y = self.conv(x)
+            self.conv.weight.data.neg_()
+            return z + y
+
+    plain, fast = pair(Twice())
+    for mode in (torch.no_grad, torch.inference_mode):
+        for _ in range(4):
+            x = grid(2, 3, 8, 6)
+            with mode():
+                close(fast(x), plain(x))
 
 
 def test_partial_hooks_see_values():

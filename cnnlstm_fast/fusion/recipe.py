@@ -39,14 +39,26 @@ class Context(NamedTuple):
 
     @contextlib.contextmanager
     def entered(self, device: str) -> Iterator[None]:
-        """The same modes again, without anybody's ``__torch_function__``."""
+        """The same modes again, without anybody's ``__torch_function__`` and hooks on saved tensors."""
         with (
             torch._C.DisableTorchFunction(),
             torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.grad),
             torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None),
+            torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself)
+            if hooked()
+            else contextlib.nullcontext(),
         ):
             yield
+
+
+def hooked() -> bool:
+    """Whether hooks on saved tensors are active, as in checkpoints, which count them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 _USUAL = {

@@ -14,7 +14,7 @@ from cnnlstm_fast import functional, plans
 from cnnlstm_fast.fusion import session
 from cnnlstm_fast.fusion.handoff import Handed
 from cnnlstm_fast.fusion.observe import Observed, Trace
-from cnnlstm_fast.fusion.recipe import MEMORY, Recipe, context_of
+from cnnlstm_fast.fusion.recipe import MEMORY, Recipe, context_of, hooked
 from cnnlstm_fast.fusion.speculate import Chain
 from cnnlstm_fast.patterns import CONVS, Conv
 
@@ -108,7 +108,7 @@ class Site:
             return "a torch.func transform is active"
         if forward_ad._current_level >= 0:
             return "forward-mode derivatives are being computed"
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if hooked():
             return "hooks on saved tensors are active (checkpointing)"
         if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0:
             return "a mode that watches PyTorch's functions is active"

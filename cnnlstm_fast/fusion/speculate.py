@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from cnnlstm_fast import patterns
 from cnnlstm_fast.fusion.handoff import Unviewed, hand_on
 from cnnlstm_fast.fusion.observe import QUESTIONS, Unowned, no_function
-from cnnlstm_fast.fusion.recipe import Context, Recipe, Sized, context_of, fingerprint
+from cnnlstm_fast.fusion.recipe import Context, Recipe, Sized, context_of, fingerprint, hooked
 from cnnlstm_fast.fusion.session import Session
 from cnnlstm_fast.patterns import Conv, Norm
 
@@ -39,7 +39,8 @@ class Chain:
 
     __slots__ = (
         "__weakref__", "at", "batch", "context", "conv", "done", "function", "handed", "history",
-        "mark", "norm", "quiet", "read", "ready", "recipe", "result", "session", "site", "sized", "values", "versions", "x",
+        "mark", "norm", "quiet", "read", "ready", "recipe", "result", "session", "site", "sized",
+        "values", "versions", "x",
     )  # fmt: skip
 
     def __init__(
@@ -127,7 +128,7 @@ class Chain:
             return None
         steps = self.recipe.steps
         step = steps[at]
-        if function is not step.function or context_of(self.x) != self.context:
+        if function is not step.function or context_of(self.x) != self.context or hooked():
             return None
         if step.kind == "norm":
             if not self._norm_as_expected(args, kwargs):
@@ -221,10 +222,10 @@ class Chain:
             self._give_up()
         with self.context.entered(x.device.type):
             if history is not None:
-                # Views: where an operand depends on another, that path is not this block's.
-                operands: list[Any] = [t if t is None else t.view_as(t) for t in (x, *conv[:2])]
+                # Where an operand depends on another, that path is not this block's.
+                operands: list[Any] = [t if t is None else Unowned.apply(t) for t in (x, *conv[:2])]
                 if norm is not None:
-                    operands += [t if t is None else t.view_as(t) for t in norm[2:4]]
+                    operands += [t if t is None else Unowned.apply(t) for t in norm[2:4]]
                     norm = norm._replace(weight=operands[3], bias=operands[4])
                 history.operands = tuple(operands)
                 x, weight, bias, *_ = operands
@@ -314,7 +315,7 @@ class History:
     Attributes:
         chain: until its result is given out.
         needs: which operands want a gradient.
-        operands: views of them that ``true`` was computed from.
+        operands: aliases of them that ``true`` was computed from.
         true: by slot, what became of a placeholder: its chain, the steps before it and its true value.
         given: by slot, the gradient that ``Link`` gave in the backward that runs.
     """
