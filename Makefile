@@ -52,7 +52,7 @@ sanitize: $(VENV)/installed
 SHARE ?= 12
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,ops conv_block conv_norm winograd conv_fft recurrent_ops properties)
 # (Those that would take minutes there, and what starts processes or compilers of its own.)
-LEFT_OUT := not every_instruction_set and not wrong_calls and not compile and not export and not graph_break and not opcheck and not bounded and not several_chunks and not shared_by_cores and not large
+LEFT_OUT := not every_instruction_set and not wrong_calls and not compile and not export and not graph_break and not opcheck and not bounded and not several_chunks and not shared_by_cores and not large and not ctrl_c
 sanitize-subset: $(VENV)/installed
 	@if ! $${CXX:-g++} -print-file-name=libasan.so | grep -q /; then \
 		echo "left out: the compiler $${CXX:-g++} has no AddressSanitizer (libasan.so)"; \
