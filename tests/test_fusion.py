@@ -577,6 +577,27 @@ def test_a_map_of_one_place_lies_as_pytorchs():
             close(ours, theirs)
 
 
+def test_gradients_at_a_map_that_is_handed_on():
+    """Asked for within the forward, and by a hook."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3)
+            self.log, self.calls = [], 0
+
+        def forward(self, x):
+            self.calls += 1
+            y = F.relu(self.conv(x))
+            z = self.other(y)
+            if self.calls > 3 and z.requires_grad:
+                y.register_hook(lambda grad: self.log.append(grad.clone()))
+                self.log += torch.autograd.grad(z.sum(), y, retain_graph=True)
+            return F.relu(z)
+
+    assert_alike(*pair(Inside()))
+
+
 def test_a_step_within_a_checkpoint():
     """Behind a convolution that stands before it; which counts what its steps save."""
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from cnnlstm_fast import functional, plans
 from cnnlstm_fast.fusion import session
 from cnnlstm_fast.fusion.handoff import Handed
-from cnnlstm_fast.fusion.observe import Observed, Trace
+from cnnlstm_fast.fusion.observe import Observed, Trace, Unowned, no_function
 from cnnlstm_fast.fusion.recipe import MEMORY, Recipe, context_of, hooked
 from cnnlstm_fast.fusion.speculate import Chain
 from cnnlstm_fast.patterns import CONVS, Conv
@@ -138,7 +138,8 @@ class Site:
         assert type(known) is Recipe
         given = x if type(x) is Handed else None
         if given is not None:
-            x = given._plain
+            with no_function():  # in its place in the graph, where there is one
+                x = Unowned.apply(given) if context.grad and given.requires_grad else given._plain
         sized = known.sized(function, x, conv, given is not None)
         if not sized.shapes:
             if given is not None:
