@@ -598,6 +598,15 @@ def test_gradients_at_a_map_that_is_handed_on():
     assert_alike(*pair(Inside()))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_value_within_a_transform(grad):
+    def between(self, name, value):
+        if name == "conv":
+            self.log.append(torch.func.vmap(torch.tanh)(value))
+
+    assert_alike(*pair(Block(between).eval()), grad=grad)
+
+
 def test_a_step_within_a_checkpoint():
     """Behind a convolution that stands before it; which counts what its steps save."""
 

@@ -48,8 +48,17 @@ class Context(NamedTuple):
             torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself)
             if hooked()
             else contextlib.nullcontext(),
+            _outside_transforms()
+            if torch._C._are_functorch_transforms_active()
+            else contextlib.nullcontext(),
         ):
             yield
+
+
+def _outside_transforms() -> contextlib.AbstractContextManager:
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # loads what few need
+
+    return temporarily_clear_interpreter_stack()
 
 
 def hooked() -> bool:
