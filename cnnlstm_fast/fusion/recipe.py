@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast import functional, patterns
+from cnnlstm_fast.limits import limit
 from cnnlstm_fast.patterns import Conv, Norm
 
 #: How many shapes of inputs a convolution remembers.
@@ -19,7 +19,7 @@ MEMORY = 256
 
 #: Microseconds of PyTorch's own time that speculating costs, about. Blocks that would take less than
 #: twice that run as they are.
-OVERHEAD_US = 0.0 if os.environ.get("CNNLSTM_FAST_LEAST") == "1" else 40.0
+OVERHEAD_US = limit("BLOCK_US", 40, 0)
 #: Operations and bytes a microsecond of a slow core, for the same estimate.
 ARITHMETIC, BANDWIDTH = 5e4, 5e3
 
