@@ -1191,12 +1191,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   double* found = static_cast<double*>(grads.data_ptr());
   for (int64_t c = 0; c < b.co; ++c) {
     const double inverse = 1 / std::sqrt(stat[b.co + c] + eps), sum = total[c];
-    found[c] = inverse * (total[b.co + c] + sum * (mean[c] - stat[c]));
+    // The kernels took the mean as a float; an infinite sum has nothing to mend.
+    const double off = mean[c] - stat[c];
+    found[c] = inverse * (total[b.co + c] + (std::isfinite(sum) ? sum * off : 0));
     found[b.co + c] = sum;
     if (given) continue;  // the statistics don't depend on z
     const double by_z = -scale[c] * inverse * found[c] / places;
     slope[c] = static_cast<float>(by_z);
-    constant[c] = static_cast<float>(-scale[c] * sum / places + by_z * (mean[c] - stat[c]));
+    constant[c] = static_cast<float>(-scale[c] * sum / places + (std::isfinite(by_z) ? by_z * off : 0));
   }
   norm.constant = constant.data();
   norm.slope = slope.data();

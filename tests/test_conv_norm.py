@@ -187,6 +187,30 @@ def test_what_is_not_finite_reaches_the_statistics_as_in_pytorch(plan, value, pl
 
 @plans
 @modes
+@pytest.mark.parametrize("pool", [None, POOL_2X2], ids=["no pool", "pool"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_in_the_gradient_reaches_what_pytorchs_does(plan, training, pool, value):
+    block = replace(BLOCK, pool=pool)
+    tensors, norm, grad = (
+        normal_tensors(block, torch.float32),
+        random_norm(block, training),
+        torch.randn(block.out_shape()),
+    )
+    grad.view(-1)[random.randrange(grad.numel())] = value
+    found = run(lambda *a: ours(block, *a, plan=plan), tensors, norm, grad)
+    expected = run(lambda *a: eager(block, *a), tensors, norm, grad)
+    true = run(
+        lambda *a: eager(block, *a),
+        {k: t.double() for k, t in tensors.items()},
+        copy.deepcopy(norm).double(),
+        grad.double(),
+    )
+    for name in ("x", "weight", "bias", "norm.weight", "norm.bias"):
+        assert_close_as_torch(found[name], expected[name], true[name], name)
+
+
+@plans
+@modes
 @pytest.mark.parametrize("how", ["sliced", "channels_last", "expanded"])
 def test_strided_input(plan, training, how):
     tensors = normal_tensors(BLOCK, torch.float32)

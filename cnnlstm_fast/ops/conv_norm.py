@@ -194,8 +194,8 @@ class ConvNormFunction(torch.autograd.Function):
             grad, x, weight, stats, codes, kept, kept_map, eps, *args, plan, given, needs[0], needs[1]
         )
         dbias = None
-        if needs[2]:  # under statistics of the batch it cancels
-            dbias = (sums[1] * stats[2]).to(bias.dtype) if given else torch.zeros_like(bias)
+        if needs[2]:  # under statistics of the batch it cancels, unless a sum is infinite or NaN
+            dbias = (sums[1] * (stats[2] if given else 0)).to(bias.dtype)
         return (
             dx if needs[0] else None,
             dweight if needs[1] else None,
