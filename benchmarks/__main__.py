@@ -1,12 +1,14 @@
-"""``python -m benchmarks run | blocks | gpu | soak | plot | show | publish``."""
+"""``python -m benchmarks run | blocks | calibrate | regret | gpu | soak | plot | show | publish``."""
 
 from __future__ import annotations
 
 import enum
 import json
+import secrets
 import sys
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import blocks as block_races
+from benchmarks import calibrate as calibration
 from benchmarks import dispatch, gpu, growth, memory, roofline, trace
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
 from benchmarks.race import WrongResult, race
-from benchmarks.results import Report, read
+from benchmarks.results import Device, Report, read
 from benchmarks.soak import soak as run_soak
 from benchmarks.tables import show
+from cnnlstm_fast.planning import rates
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnlstm_fast against its peers.")
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -198,6 +202,83 @@ def blocks(
                 report.failures.append(str(error))
         report.roofline.append(roofline.measure())
     _finish(report, output or report.path, as_json)
+
+
+Blocks = Annotated[int, typer.Option("--blocks", min=1, help="Random blocks, each in both modes.")]
+RaceSeed = Annotated[int, typer.Option(help="Of the blocks and their inputs; random without it.")]
+
+
+def _race_plans(
+    count: int, seed: int, dtypes: list[str], keep: Path | None, unlisted: float = 0.5
+) -> list[calibration.Race]:
+    kinds = [getattr(torch, dtype) for dtype in dtypes]
+    with _progress() as progress:
+        task = progress.add_task("blocks", total=2 * count * len(kinds))
+        tell = partial(progress.update, task)
+        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted)
+    if keep is not None:
+        calibration.write_races(keep, races)
+    return races
+
+
+@app.command()
+def calibrate(
+    count: Blocks = 400,
+    seed: RaceSeed = -1,
+    races: Annotated[
+        list[Path] | None, typer.Option(help="Races kept earlier, to be fitted instead; repeatable.")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="Where the races go, as lines of JSON.")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="Rates to begin at, and to keep where no race says more.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File of rates; without it the package's own for this processor.")
+    ] = None,
+) -> None:
+    """Race every plan of random blocks and fit the rates by which plans are chosen on this processor."""
+    if races:
+        raced = [one for path in races for one in calibration.read_races(path)]
+    else:
+        seed = seed if seed >= 0 else secrets.randbelow(2**31)
+        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep)
+    given = {} if prior is None else rates.read(prior).plans
+    path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
+    calibration.write(path, calibration.content(raced, Device.here(), given))
+    console.print(f"{len(raced)} races; written: {path}")
+
+
+@app.command()
+def regret(
+    count: Blocks = 60,
+    seed: RaceSeed = -1,
+    races: Annotated[list[Path] | None, typer.Option(help="Races kept earlier; repeatable.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Where the races go, as lines of JSON.")] = None,
+    of: Annotated[str | None, typer.Option(help="Rates; without it those of this processor.")] = None,
+    unlisted: Annotated[float, typer.Option(help="Share of blocks that are like no model's.")] = 0.0,
+    most: Annotated[float, typer.Option(help="Exit with 1 where the mean is more.")] = 1.05,
+) -> None:
+    """Race every plan of fresh random blocks: what choosing by prediction costs over knowing."""
+    if races:
+        raced = [one for path in races for one in calibration.read_races(path)]
+    else:
+        seed = seed if seed >= 0 else secrets.randbelow(2**31)
+        raced = _race_plans(count, seed, ["float32"], keep, unlisted)
+    given = rates.here() if of is None else rates.read(of)
+    bad = False
+    for mode in ("inference", "training"):
+        for dtype in sorted({one.dtype for one in raced}):
+            found = calibration.regret([r for r in raced if (r.mode, r.dtype) == (mode, dtype)], given)
+            bad = bad or found.mean > most
+            console.print(
+                f"{mode}, {dtype}, {found.races} blocks by {given.name}: chosen over fastest "
+                f"{found.mean:.3f}, at most {found.worst:.2f}; over PyTorch at most "
+                f"{found.over_pytorch:.2f}; PyTorch alone {found.pytorch:.3f}"
+            )
+            for line in found.lines:
+                console.print(f"  {line}", highlight=False)
+    if bad:
+        raise typer.Exit(1)
 
 
 def _finish(report: Report, path: Path | None, as_json: bool) -> None:

@@ -276,18 +276,27 @@ _FLOPS_PER_MS = 2.5e8
 _ELEMENTS_PER_MS = 5.0e5
 
 
+def draw_block(rng: random.Random) -> Block:
+    """One random block of a single image."""
+    family = rng.choices(list(_FAMILIES), [weight for weight, _ in _FAMILIES.values()])[0]
+    return Block(family, 1, **_FAMILIES[family][1](rng))
+
+
+def batch_for(block: Block, ms: float) -> int:
+    """Images of which eager takes about ``ms`` milliseconds; 0 where one takes much more."""
+    outputs = block.out_channels * prod(block.conv_size)
+    one = conv_flops(outputs, block.channels // block.groups, block.kernel) / _FLOPS_PER_MS
+    return round(ms / (one + outputs / _ELEMENTS_PER_MS))
+
+
 def draw_blocks(count: int, seed: int) -> list[Block]:
     """``count`` random blocks; the same for a seed on every machine."""
     rng = random.Random(seed)
-    weights = [weight for weight, _ in _FAMILIES.values()]
     blocks: dict[Block, None] = {}
     while len(blocks) < count:
-        family = rng.choices(list(_FAMILIES), weights)[0]
-        block = Block(family, 1, **_FAMILIES[family][1](rng))
-        outputs = block.out_channels * prod(block.conv_size)
-        one = conv_flops(outputs, block.channels // block.groups, block.kernel) / _FLOPS_PER_MS
-        one += outputs / _ELEMENTS_PER_MS
-        batch = round(exp(rng.uniform(log(5), log(20))) / one / (10 if family == "backbone" else 1))
+        block = draw_block(rng)
+        ms = exp(rng.uniform(log(5), log(20)))
+        batch = batch_for(block, ms / (10 if block.family == "backbone" else 1))
         if 1 <= batch <= 2048:
             blocks[replace(block, batch=batch)] = None
     return list(blocks)
@@ -302,7 +311,7 @@ class BlockResult:
         family: where such blocks come from.
         mode: ``"inference"`` or ``"training"`` (forward and backward; the input's gradient too, except
             for blocks that read images or signals, whose inputs have up to 9 channels).
-        plan, backward_plan, reason: as :mod:`cnnlstm_fast.plans` chose.
+        plan, backward_plan, reason: as :mod:`cnnlstm_fast.planning` chose.
         eager_ms, ours_ms: median over the turns.
         ratio: eager's time over ours, paired by round.
         rounds: how many.
@@ -322,15 +331,15 @@ class BlockResult:
 
 #: Blocks with more input channels than this stand behind another block, so training asks for the
 #: gradient of their input.
-_IMAGE_CHANNELS = 9
+IMAGE_CHANNELS = 9
 
 
-class _Side:
+class Side:
     """Eager or ours on one block; ``run((x, grad))`` is what is timed."""
 
     def __init__(self, block: Block, conv_block, weights: dict[str, Tensor], training: bool):
         self.block, self.training = block, training
-        self.needs_x = training and block.channels > _IMAGE_CHANNELS
+        self.needs_x = training and block.channels > IMAGE_CHANNELS
         self.weights = {n: w.clone().requires_grad_(training) for n, w in weights.items()}
         self.call = block.function(conv_block, training=training)
         norm = self.call.keywords["norm"]
@@ -366,7 +375,7 @@ def plan_of(call: partial, x: Tensor, weights: dict[str, Tensor]) -> tuple[str, 
     reason = decision.reason
     if decision.behind is not None and decision.plan != "reference":
         reason += f"; the {type(decision.behind).__name__} is PyTorch's own, behind the block"
-    return decision.plan, decision.backward_plan, reason
+    return decision.plan, decision.choice.backward, reason
 
 
 def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> BlockResult:
@@ -384,8 +393,8 @@ def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> B
     training = mode == "training"
     generator = torch.Generator().manual_seed(seed)
     weights = block.weights(generator)
-    theirs = _Side(block, cf.reference.conv_block, weights, training)
-    ours = _Side(block, cf.functional.conv_block, weights, training)
+    theirs = Side(block, cf.reference.conv_block, weights, training)
+    ours = Side(block, cf.functional.conv_block, weights, training)
     with torch.no_grad():
         like = theirs.call(torch.zeros(block.shape), **weights)
 
@@ -434,10 +443,10 @@ def _verify(block, weights, training, theirs, ours, batch, what: str) -> None:
 
     if training and block.norm:
         batch = batch[0], batch[1] * _decided(block, batch[0], weights)
-    true = _Side(block, cf.reference.conv_block, {n: w.double() for n, w in weights.items()}, training)
+    true = Side(block, cf.reference.conv_block, {n: w.double() for n, w in weights.items()}, training)
     expected = true.results((double(batch[0].detach()), double(batch[1])))
     other = {n: channels_last(w) for n, w in weights.items()}
-    other_way = _Side(block, cf.reference.conv_block, other, training)
+    other_way = Side(block, cf.reference.conv_block, other, training)
     ways = [
         errors(theirs.results(_copy(batch)), expected),
         errors(other_way.results((channels_last(batch[0].clone()), batch[1])), expected),
@@ -455,7 +464,7 @@ def _decided(block: Block, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """1 where no rounding changes which value of a window a result is, nor the slope there, else 0."""
     bare = replace(block, activation=None, pool=None, layout="channels_first")
     true = {n: w.double() for n, w in weights.items()}
-    z = _Side(bare, cf.reference.conv_block, true, True).call(x.detach().double(), **true)
+    z = Side(bare, cf.reference.conv_block, true, True).call(x.detach().double(), **true)
     rank = z.dim()
     z = z if rank == 4 else z.unsqueeze(2)
     kind, *sizes = block.pool or ("Max", (1, 1), (1, 1), (0, 0))

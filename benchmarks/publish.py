@@ -21,9 +21,9 @@ from benchmarks.cases import SYSTEMS
 from benchmarks.race import OURS, Result
 from benchmarks.results import FOLDER, Report, from_json, read
 from benchmarks.tables import GROWTH_COLUMNS, MIB, growth_rows, peak
-from cnnlstm_fast import plans
 from cnnlstm_fast.demo import plot as demo_plot
 from cnnlstm_fast.demo.report import Report as DemoReport
+from cnnlstm_fast.planning.choose import PLANS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/performance.md")
@@ -185,7 +185,7 @@ def _blocks(committed: Committed) -> str:
     path, report = committed.with_any("blocks")
     rows = []
     for mode in ("inference", "training"):
-        for plan in plans.PLANS[1:]:
+        for plan in PLANS:
             ratios = [b.ratio.p50 for b in report.blocks if (b.mode, b.plan) == (mode, plan)]
             if ratios:
                 figures = (_figure(f(ratios)) for f in (min, median, max))

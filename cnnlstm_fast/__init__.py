@@ -5,6 +5,7 @@ from cnnlstm_fast.accelerate import accelerate
 from cnnlstm_fast.explain import explain
 from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeDistributed
 from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed, ToSequence
+from cnnlstm_fast.planning.tuner import tune
 
 __all__ = [
     "GRU",
@@ -21,4 +22,5 @@ __all__ = [
     "explain",
     "functional",
     "reference",
+    "tune",
 ]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from cnnlstm_fast import _ext, plans
+from cnnlstm_fast import _ext
+from cnnlstm_fast.planning import support
 
 __all__ = ["Finding", "Report", "compile_kernels", "report"]
 
@@ -88,7 +89,7 @@ def compile_kernels() -> list:
     Raises:
         ImportError: Triton is not installed.
     """
-    if not plans.triton_available():
+    if not support.triton_available():
         raise ImportError("compiling the GPU kernels needs Triton: pip install triton")
     from cnnlstm_fast.kernels import aot
 
@@ -180,7 +181,7 @@ def _huge_pages() -> Finding:
 
 def _triton() -> Finding:
     needed = torch.cuda.is_available()
-    if not plans.triton_available():
+    if not support.triton_available():
         mend = "pip install triton (CUDA tensors run PyTorch's own operators until then)" if needed else ""
         return Finding("Triton", "missing", "not installed; only GPUs need it", mend)
     return Finding("Triton", "ok", _installed("triton") or "installed, version unknown")

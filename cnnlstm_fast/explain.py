@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from cnnlstm_fast import plans
+from cnnlstm_fast.planning import observer
 
 __all__ = ["Report", "Stage", "explain"]
 
@@ -174,7 +174,7 @@ class _Call:
 
 
 class Recorder:
-    """Listens to module calls (global hooks) and to :data:`cnnlstm_fast.plans.observer`.
+    """Listens to module calls (global hooks) and to :data:`cnnlstm_fast.planning.observer.current`.
 
     Attributes:
         alone: whether nobody else listens to all modules; only then blocks stay fused.
@@ -200,13 +200,13 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[None]:
         handles = [register_module_forward_pre_hook(self._before), register_module_forward_hook(self._after)]
-        before, plans.observer = plans.observer, self
+        before, observer.current = observer.current, self
         compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
         try:
             with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
                 yield
         finally:
-            plans.observer = before
+            observer.current = before
             for handle in handles:
                 handle.remove()
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from cnnlstm_fast import backends, plans, reference
+from cnnlstm_fast import backends, reference
 from cnnlstm_fast.errors import WrongDtype, WrongShape, WrongValue
 from cnnlstm_fast.functional_recurrent import gru, lstm
 from cnnlstm_fast.ops import conv_block as op
-from cnnlstm_fast.ops import conv_fft, conv_norm
+from cnnlstm_fast.ops import conv_norm
+from cnnlstm_fast.planning import observer, tuner
+from cnnlstm_fast.planning.choose import PLANS, Choice, choose
+from cnnlstm_fast.planning.support import (
+    folds,
+    keeps_map,
+    needs_gradient,
+    norm_tensors,
+    of_batch,
+    why_not_by_patches,
+    why_not_call,
+)
 from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, finish_layout
 
 __all__ = ["conv_block", "gru", "lstm"]
@@ -49,7 +61,7 @@ def conv_block(
         pool: an ``nn`` pooling module, or None.
         layout: how the result lies in memory, see :func:`cnnlstm_fast.reference.to_layout`.
         plan: ``"auto"``, ``"direct"``, ``"chunked"``, ``"winograd"``, ``"fft"`` or ``"reference"``
-            (:mod:`cnnlstm_fast.plans`).
+            (:data:`cnnlstm_fast.planning.choose.PLANS`).
 
     Returns:
         The pooled map in the shape of ``layout``, in the dtype that PyTorch would give.
@@ -65,21 +77,21 @@ def conv_block(
         raise TypeError(f"bias must be a tensor or None, got {type(bias).__name__}")
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    if plan not in plans.PLANS:
-        raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.PLANS)}")
+    if plan != "auto" and plan not in PLANS:
+        raise ValueError(f"unknown plan {plan!r}, expected one of auto, {', '.join(PLANS)}")
     rest = stride, padding, dilation, groups, norm, activation, pool, layout
-    remembers = plan == "auto" and plans.observer is None and not torch.compiler.is_compiling()
+    remembers = plan == "auto" and observer.current is None and not torch.compiler.is_compiling()
     if remembers and weight.shape in _left_weights:
         if _call_key(x, weight, bias, *rest) in _left_to_pytorch:
             return _reference(x, weight, bias, *rest)
     decision, x, weight, bias = decide(x, weight, bias, *rest, plan)
-    watched = plans.observer
+    watched = observer.current
     if watched is not None:
         known = decision.spec if decision.behind is None else None
         plan, reason = _as_run(decision, x, weight)
         watched.block_begins(known, x, weight, norm, activation, pool, layout, plan, reason)
     if decision.plan == "reference":
-        if remembers and decision.by_sizes:
+        if remembers and decision.choice.by_sizes:
             _leave_to_pytorch(_call_key(x, weight, bias, *rest), weight.shape)
         out = _reference(x, weight, bias, *rest)
     else:
@@ -94,8 +106,7 @@ class Decision(NamedTuple):
 
     Attributes:
         spec: None where the fused plans have no words for the block.
-        plan, backward_plan, reason: by :func:`cnnlstm_fast.plans.choose`.
-        by_sizes: PyTorch's operators run it, by a rule of sizes.
+        choice: by :func:`cnnlstm_fast.planning.choose.choose`.
         inner_layout: of the block.
         behind: a pool that runs as PyTorch's own behind the block, or None.
         layout: of the result.
@@ -103,14 +114,19 @@ class Decision(NamedTuple):
     """
 
     spec: BlockSpec | None
-    plan: str
-    backward_plan: str
-    reason: str
-    by_sizes: bool
+    choice: Choice
     inner_layout: str
     behind: nn.Module | None
     layout: str
     wanted: tuple
+
+    @property
+    def plan(self) -> str:
+        return self.choice.forward
+
+    @property
+    def reason(self) -> str:
+        return self.choice.reason
 
 
 def decide(
@@ -138,33 +154,54 @@ def decide(
         weight.shape, x.dim() < rank, stride, padding, dilation, groups, norm, activation, inside,
         inner_layout,
     )  # fmt: skip
-    chosen, backward_plan, by_sizes = "reference", "reference", False
+    choice = Choice("reference", "reference", reason)
     if spec is not None:
-        x4, weight4 = _as_2d(x, weight, rank)
-        chosen, backward_plan, reason = plans.choose(plan, spec, x4, weight4, bias, norm)
-        by_sizes = chosen == "reference" and plans.why_not_call(spec, x4, weight4, bias, norm) is None
+        rest = stride, padding, dilation, groups, norm, activation, pool, layout
+        block = Decision(spec, choice, inner_layout, behind, layout, ())
+        run = partial(_timed_run, block, (x, weight, bias), rest) if tuner.enabled else None
+        choice = choose(plan, spec, *_as_2d(x, weight, rank), bias, norm, run)
     elif plan not in ("auto", "reference"):
         raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
     wanted = () if spec is None else _wanted(x, weight, bias, norm)
-    decision = Decision(spec, chosen, backward_plan, reason, by_sizes, inner_layout, behind, layout, wanted)
+    decision = Decision(spec, choice, inner_layout, behind, layout, wanted)
     return decision, x, weight, bias
+
+
+def _timed_run(block: Decision, tensors: tuple, rest: tuple, plan: str) -> None:
+    """A block by ``plan``, backward too where a gradient is wanted, as a run that leaves no trace.
+
+    Args:
+        block: how other plans than PyTorch's operators run it.
+        tensors: input, weight and bias.
+        rest: the other arguments of the call.
+        plan: its name.
+    """
+    norm = rest[4]
+    leaves: Any = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    if norm is not None:
+        norm = copy.deepcopy(norm)
+        rest = (*rest[:4], norm, *rest[5:])
+    if plan == "reference":
+        out = _reference(*leaves, *rest)
+    else:
+        x, weight, bias = leaves
+        out = _run(block._replace(choice=Choice(plan, plan, "")), x, weight, bias, norm)
+    if out.requires_grad:
+        out.backward(torch.ones_like(out))
 
 
 def _as_run(decision: Decision, x: Tensor, weight: Tensor) -> tuple[str, str]:
     """Plan and reason, where the values of these tensors decide too; the ops look at them in every call."""
-    plan, spec = decision.plan, decision.spec
-    if plan == "winograd" and not op.suits_winograd_op(weight):
-        return "chunked", "a tap is nearly zero for a whole channel: rounding by tiles could show"
-    if plan == "fft":
-        assert spec is not None
-        if conv_fft.is_uneven(*_as_2d(x, weight, weight.dim()), spec.conv_args):
-            return "chunked", "quiet places beside loud ones: rounding by windows could show"
-    return plan, decision.reason
+    if decision.spec is not None:
+        values = _as_2d(x, weight, weight.dim())
+        if why_not := PLANS[decision.plan].why_not_values(decision.spec, *values):
+            return "chunked", why_not
+    return decision.plan, decision.reason
 
 
 def _wanted(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple:
     """Which tensors there are, and which of them want a gradient."""
-    tensors = (x, weight, bias, *(() if norm is None else plans.norm_tensors(norm)))
+    tensors = (x, weight, bias, *(() if norm is None else norm_tensors(norm)))
     return tuple([t if t is None else t.requires_grad for t in tensors])
 
 
@@ -178,15 +215,15 @@ def run_again(
     :func:`conv_block` is to be called.
     """
     spec = decision.spec
-    if spec is None or decision.plan == "reference" or plans.observer is not None:
+    if spec is None or decision.plan == "reference" or observer.current is not None:
         return None
-    if decision.plan in plans.TRANSFORMS and not backends.allow_transforms:
+    if PLANS[decision.plan].transforms and not backends.allow_transforms:
         return None
     if _wanted(x, weight, bias, norm) != decision.wanted:
         return None
     if bias is not None and bias.dtype != weight.dtype:
         return None
-    if plans.why_not_call(spec, *_as_2d(x, weight, weight.dim()), bias, norm) is not None:
+    if why_not_call(spec, *_as_2d(x, weight, weight.dim()), bias, norm) is not None:
         return None
     return _run(decision, x, weight, bias, norm)
 
@@ -196,7 +233,7 @@ def _run(decision: Decision, x: Tensor, weight: Tensor, bias: Tensor | None, nor
     rank, spec = weight.dim(), decision.spec
     assert spec is not None
     run = _fused if norm is None else _fused_with_norm
-    forward, backward = op.PLANS[decision.plan], op.PLANS[decision.backward_plan]
+    forward, backward = op.PLANS[decision.choice.forward], op.PLANS[decision.choice.backward]
     raw = run(spec, *_as_2d(x, weight, rank), bias, norm, forward, backward)
     out = finish_layout(raw, decision.inner_layout, rank)
     if decision.behind is not None:
@@ -226,7 +263,7 @@ def _call_key(
     key = (
         x.shape, x.dtype, device, x.requires_grad, weight.shape, weight.dtype, weight.requires_grad,
         None if bias is None else (bias.shape, bias.dtype, bias.requires_grad), torch.is_grad_enabled(),
-        backends.allow_transforms,
+        backends.allow_transforms, tuner.enabled,
         stride, padding, dilation, groups, layout,
         norm if norm is None else (type(norm), *[getattr(norm, name, None) for name in _NORM_ATTRIBUTES]),
         activation if activation is None or isinstance(activation, str) else type(activation),
@@ -263,27 +300,27 @@ def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor
 
 def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
     """The same of a block with a norm, whose running statistics are updated where it is training."""
-    gamma, beta, mean, var = tensors = plans.norm_tensors(norm)
-    trained = torch.is_grad_enabled() and plans.needs_gradient(weight, bias, gamma, beta)
-    of_batch = plans.of_batch(norm)
-    if plans.folds(norm):
+    gamma, beta, mean, var = tensors = norm_tensors(norm)
+    trained = torch.is_grad_enabled() and needs_gradient(weight, bias, gamma, beta)
+    by_batch = of_batch(norm)
+    if folds(norm):
         folded = conv_norm.fold(weight, bias, tensors, norm.eps, trained)
         return _fused(spec, x, *folded, None, plan, backward_plan)
-    if of_batch and plan == op.PLANS["direct"] and plans.why_not_by_patches(spec, x, weight) is None:
+    if by_batch and plan == op.PLANS["direct"] and why_not_by_patches(spec, x, weight) is None:
         weight, shift, mean, var = conv_norm.fold_batch(
             x, weight, bias, gamma, beta, norm.eps, spec.conv_args
         )
         raw = _fused(spec, x, weight, shift, None, plan, backward_plan)
     else:
-        statistics = (None, None) if of_batch else (mean, var)
+        statistics = (None, None) if by_batch else (mean, var)
         args = (x, weight, bias, gamma, beta, *statistics, norm.eps, spec.conv_args,
                 ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)  # fmt: skip
         if trained or (torch.is_grad_enabled() and x.requires_grad):
-            raw, stats = conv_norm.ConvNormFunction.apply(*args, plans.keeps_map(weight.shape))
+            raw, stats = conv_norm.ConvNormFunction.apply(*args, keeps_map(weight.shape))
         else:
             raw, *_, stats = conv_norm.forward_op(*args, False, False)
         mean, var = stats[0], stats[1]
-    if of_batch:
+    if by_batch:
         height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
         conv_norm.update_running(norm, bias, mean, var, x.shape[0] * height * width)
     return raw
@@ -503,7 +540,7 @@ def make_spec(
 
 def global_hooks() -> bool:
     """Whether hooks on all modules are set, by anyone but an observer that knows of fused ones."""
-    return _has_any_global_hook() and (plans.observer is None or not plans.observer.alone)
+    return _has_any_global_hook() and (observer.current is None or not observer.current.alone)
 
 
 def unhooked(module: nn.Module) -> bool:

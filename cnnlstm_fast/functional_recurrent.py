@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from cnnlstm_fast import plans, reference
+from cnnlstm_fast import reference
 from cnnlstm_fast.errors import WrongDevice, WrongDtype, WrongShape, WrongStates, WrongType, WrongValue
 from cnnlstm_fast.ops import recurrent as op
+from cnnlstm_fast.planning import observer
+from cnnlstm_fast.planning.recurrent import RECURRENT_PLANS, choose_recurrent
 
 __all__ = ["gru", "lstm"]
 
@@ -103,7 +105,7 @@ def lstm(
             before, and the reverse direction begins there. On another device than the CPU, and while
             compiling, the values are not checked but taken as the nearest that are allowed.
         plan: ``"auto"``, ``"fused"``, ``"library"`` (PyTorch's own, without ``reset`` and ``lengths``)
-            or ``"reference"`` (:mod:`cnnlstm_fast.plans`).
+            or ``"reference"`` (:mod:`cnnlstm_fast.planning.recurrent`).
 
     Returns:
         ``(out, (h_n, c_n))``: ``out`` is ``(T, B, D * H_out)``, ``(B, T, D * H_out)`` or
@@ -168,8 +170,8 @@ def run(
     plan: str = "auto",
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """What :func:`lstm` and :func:`gru` do: ``(out, final states)``."""
-    if plan not in plans.RECURRENT_PLANS:
-        raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(plans.RECURRENT_PLANS)}")
+    if plan not in RECURRENT_PLANS:
+        raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(RECURRENT_PLANS)}")
     if not isinstance(x, Tensor):
         raise WrongType(f"x must be a tensor, got {_said(x)}")
     if x.dim() not in (2, 3):
@@ -234,11 +236,11 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
         hx = None if hx is None else [s.to(low) for s in hx]
     plain = reset is None and lengths is None
     steps = _sizes(x, stack)[0] if batch_sizes is None else len(batch_sizes)
-    chosen, reason = plans.choose_recurrent(
+    chosen, reason = choose_recurrent(
         plan, x, [*params, *(hx or ())], plain=plain, gru_step=cell is GRU and steps == 1
     )
-    if plans.observer is not None:
-        plans.observer.layer_runs(chosen, reason)
+    if observer.current is not None:
+        observer.current.layer_runs(chosen, reason)
     if chosen == "library":
         return _library(cell, *given, stack, batch_sizes)
     if chosen == "fused":

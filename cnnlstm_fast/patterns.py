@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnnlstm_fast import functional, plans
+from cnnlstm_fast import functional
 from cnnlstm_fast.functional import unhooked
+from cnnlstm_fast.planning import observer
 
 __all__ = [
     "ANYTHING", "CONVS", "NOTHING", "WRITES", "Block", "Conv", "Found", "Norm", "Part", "as_block", "decide",
@@ -211,13 +212,13 @@ def steps(modules: Iterable[nn.Module]) -> list[Block | nn.Module]:
         result.append(Block(**slots))
         at = end
     result.extend(chain[at:])
-    if plans.observer is not None:
+    if observer.current is not None:
         reasons = dict(zip(map(id, chain), parts, strict=True))
         for step in result:
             if not isinstance(step, Block):
                 why = reasons[id(step)]
                 why = why if isinstance(why, str) else "belongs to no convolution before it"
-                plans.observer.as_is(step, f"{type(step).__name__} {why}")
+                observer.current.as_is(step, f"{type(step).__name__} {why}")
     return result
 
 

@@ -14,6 +14,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// Columns of a kernel; with 15 the first calls that never end were seen.
+constexpr int64_t kMostDepthwiseWidth = 12;
+
 bool cpu_has_amx() {
 #if defined(__x86_64__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -53,7 +56,8 @@ LibraryLimits library_limits(const torch::stable::Tensor& x, const torch::stable
   const bool beyond = half ? pointwise || conv[4] * conv[5] > 1 || conv[6] > 1
                            : pointwise && conv[0] * conv[1] > 1 && weight.size(1) < kMaxVector;
   const bool longer = conv[4] * (weight.size(2) - 1) >= x.size(2) || conv[5] * (weight.size(3) - 1) >= x.size(3);
-  return {column, column || beyond, half && (column || longer) && library_has_amx()};
+  const bool endless = half && conv[6] > 1 && weight.size(1) == 1 && weight.size(3) > kMostDepthwiseWidth;
+  return {column || endless, column || endless || beyond, half && (column || longer) && library_has_amx()};
 }
 
 }  // namespace cnnlstm_fast

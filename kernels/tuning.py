@@ -1,29 +1,21 @@
 """Which of a few tiles a kernel runs with: timed at the first call of its kind, kept in memory and on disk.
 
 No choice changes a bit of a result: none touches the length or the order of a sum. So any of them is right,
-and a lost or damaged file costs time alone. A file holds one choice and the call that it is for, as JSON;
-what does not validate is timed again and replaced. Files are replaced whole, so that processes may share the
-folder: ``cnnlstm_fast`` in the user's cache folder, or CNNLSTM_FAST_CACHE.
+and a lost or damaged file (:mod:`cnnlstm_fast.planning.tuner`) costs time alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-SCHEMA = 1
+from cnnlstm_fast.planning import tuner
 
 
 class Choice(NamedTuple):
@@ -32,13 +24,6 @@ class Choice(NamedTuple):
     programs: int
     tiles: dict[str, int]
     options: dict[str, int]
-
-
-def folder() -> Path:
-    """Where choices are kept."""
-    if chosen := os.environ.get("CNNLSTM_FAST_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnnlstm_fast"
 
 
 #: Choices by call, exactly as it was.
@@ -66,37 +51,14 @@ def choose(kernel: Any, args: dict, choices: Sequence[Choice], run: Callable[[Ch
 
 
 def choice_for(key: dict, choices: Sequence[Choice], seconds: Callable[[Choice], float]) -> Choice:
-    """The choice that is kept for ``key``, or else the one of fewest ``seconds``, which is then kept."""
-    path = folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
-    kept = _read(path, key, choices)
-    if kept is not None:
-        return kept
-    times = [seconds(choice) for choice in choices]
-    found = choices[times.index(min(times))]
-    _write(path, key, found)
-    return found
-
-
-def _read(path: Path, key: dict, choices: Sequence[Choice]) -> Choice | None:
-    """The choice in a file, if it is one of ``choices`` for ``key``."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return next((choice for choice in choices if found == _entry(key, choice)), None)
-
-
-def _write(path: Path, key: dict, choice: Choice) -> None:
-    """Replace a file at once; where nothing can be written, the choice lives as long as this process."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(_entry(key, choice), file)
-        os.replace(file.name, path)
-
-
-def _entry(key: dict, choice: Choice) -> dict:
-    return {"schema": SCHEMA, "call": key, "tiles": choice.tiles, "options": choice.options}
+    """The choice of fewest ``seconds`` for ``key``; they are kept."""
+    times = tuner.timed(
+        key,
+        choices,
+        lambda choice: {"tiles": choice.tiles, "options": choice.options},
+        lambda choices: [seconds(choice) for choice in choices],
+    )
+    return choices[times.index(min(times))]
 
 
 @lru_cache(maxsize=64)

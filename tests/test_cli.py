@@ -66,7 +66,7 @@ def test_doctor_compiles_kernels(spills, code, monkeypatch):
 
 
 def test_doctor_without_triton(monkeypatch):
-    monkeypatch.setattr("cnnlstm_fast.plans.triton_available", lambda: False)
+    monkeypatch.setattr("cnnlstm_fast.planning.support.triton_available", lambda: False)
     done = call("doctor", "--compile-kernels")
     assert done.exit_code == 1 and "pip install triton" in done.output
 

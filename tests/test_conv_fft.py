@@ -34,11 +34,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import plans
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.ops import conv_fft as op
 from cnnlstm_fast.ops import python_inside
 from cnnlstm_fast.ops.conv_block import PLANS, backward_op, forward_op
+from cnnlstm_fast.planning.choose import choose
 from cnnlstm_fast.spec import BlockSpec
 
 pytestmark = needs_extension
@@ -482,7 +482,7 @@ def test_a_call_under_inference_mode_leaves_nothing_that_training_cannot_use():
 def _planned(shape, weight_shape, stride=(1, 1), padding=(0, 0), dtype=torch.float32, **spec) -> str:
     spec = BlockSpec(stride=stride, padding=padding, **spec)
     x, weight = torch.empty(shape, dtype=dtype), torch.empty(weight_shape, dtype=dtype)
-    return plans.choose("auto", spec, x, weight, None)[0]
+    return choose("auto", spec, x, weight, None)[0]
 
 
 def test_large_kernels_are_chosen():

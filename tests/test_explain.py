@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import _ext, plans
+from cnnlstm_fast import _ext
 from cnnlstm_fast.fusion.recipe import Recipe
 from cnnlstm_fast.nn import time_distributed
+from cnnlstm_fast.planning import observer
 
 
 def names(report):
@@ -23,7 +24,7 @@ def stage(report, name):
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind():
     yield
-    assert plans.observer is None
+    assert observer.current is None
     assert not _has_any_global_hook()
 
 

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrizations, prune
 from twins import Ops, assert_compiles, assert_like_twin, grid, on_grid, real_strides
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import patterns, plans
+from cnnlstm_fast import patterns
 from cnnlstm_fast.nn import time_distributed
+from cnnlstm_fast.planning import choose
 
 
 class Tagged(nn.Conv2d):
@@ -523,7 +524,7 @@ def test_wrong_inputs_raise():
 @needs_extension
 @pytest.mark.parametrize("name", ["tutorial", "flatten", "atari", "signal"])
 def test_one_op_per_block_and_no_copies(name, monkeypatch):
-    monkeypatch.setattr(plans, "_by_sizes_cached", lambda *_: (None, "direct", "direct", "whatever the size"))
+    monkeypatch.setattr(choose, "cheapest", lambda *_: choose.Choice("direct", "direct", "whatever the size"))
     children, shape, sizes = CHAINS[name]
     ours, _ = pair(children())
     x = grid(*shape)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import plans
+from cnnlstm_fast.planning import observer
 from cnnlstm_fast.profiling import profile_models
 
 
@@ -70,7 +70,7 @@ def test_ranges_close_where_a_model_catches_what_a_part_raises(tmp_path):
     assert len(whole) == len(seconds) == 4
     for outer, inner in zip(whole, seconds, strict=True):
         assert outer["ts"] <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
-    assert plans.observer is None
+    assert observer.current is None
 
 
 def test_what_cannot_be_profiled_is_said():

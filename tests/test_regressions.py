@@ -371,3 +371,33 @@ def test_the_weight_gradient_of_a_strided_pointwise_convolution():
     """oneDNN's, of channels-last maps of less than a vector of channels, wrote beyond its memory."""
     run = run_python(_STRIDED_POINTWISE)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+_WIDE_DEPTHWISE = """
+import torch
+from torch import nn
+import cnnlstm_fast as cf
+from cnnlstm_fast.planning import choose
+for channels, kernel, width in ((16, 17, 100), (8, 15, 41), (16, 33, 100), (24, 13, 64)):
+    weight = torch.randn(channels, 1, 1, kernel, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(2, channels, 8, width, dtype=torch.bfloat16, requires_grad=True)
+    for plan in ("chunked", "direct", "auto"):
+        y = cf.functional.conv_block(x, weight, padding=(0, kernel // 2), groups=channels, plan=plan)
+        true = nn.functional.conv2d(x.double(), weight.double(), None, 1, (0, kernel // 2), 1, channels)
+        torch.testing.assert_close(y.double(), true.relu(), rtol=2e-2, atol=2e-2)
+        y.sum().backward()
+choose.GAIN_PERCENT = -(2**31)  # so that the first block hands its map on channels-last
+model = cf.accelerate(nn.Sequential(
+    nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, (1, 17), groups=16), nn.ReLU()
+).bfloat16().eval())
+with torch.no_grad():
+    for _ in range(3):
+        model(torch.randn(2, 3, 8, 100, dtype=torch.bfloat16))
+print("the end")
+"""
+
+
+def test_a_depthwise_convolution_of_a_wide_kernel():
+    """oneDNN's, of channels-last maps in bfloat16, never ended; contiguous ones do."""
+    ran = run_python(_WIDE_DEPTHWISE)
+    assert ran.stdout == "the end\n", ran.stderr[-2000:]

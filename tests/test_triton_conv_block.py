@@ -42,7 +42,8 @@ from helpers import (
 from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
 from torch import Tensor
 
-from cnnlstm_fast import plans as plans_module
+from cnnlstm_fast.planning import choose
+from cnnlstm_fast.planning.problem import Sizes
 from cnnlstm_fast.spec import BlockSpec, Pool
 
 triton = pytest.importorskip("triton", reason="needs Triton")
@@ -639,7 +640,8 @@ def test_tracing_shows_the_kernels(plan):
 
 def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=False, needs_x=False, **spec):
     spec = BlockSpec(**{"padding": (1, 1), "layout": "locations"} | spec)
-    return plans_module._by_bytes(spec, shape, weight_shape, dtype, tf32, training, needs_x)[:2]
+    sizes = Sizes(spec, shape, weight_shape, dtype, "cuda", None)
+    return choose.cheapest(sizes, training, needs_x, False, True, tf32, 1)[:2]
 
 
 POOL_2X2 = Pool((2, 2), (2, 2))

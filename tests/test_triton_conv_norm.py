@@ -45,8 +45,9 @@ from test_triton_conv_block import (  # where there is no Triton, it skips this 
 )
 from torch import Tensor
 
-from cnnlstm_fast import plans as plans_module
 from cnnlstm_fast.ops import conv_norm as op
+from cnnlstm_fast.planning import choose, costs_cuda, support
+from cnnlstm_fast.planning.problem import Sizes, conv_problem
 from cnnlstm_fast.spec import BlockSpec, Pool
 
 plans = pytest.mark.parametrize("plan", PLANS)
@@ -68,7 +69,7 @@ class Kernels:
             signal = block.rank == 3
             flat, tensors = as_2d(block, {"x": x, "weight": weight})
             affine = [tensors["x"], tensors["weight"], bias, norm.weight, norm.bias]
-            of_batch = plans_module.of_batch(norm)
+            of_batch = support.of_batch(norm)
             statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
             given = [None if t is None else t.to(self.device) for t in (*affine, *statistics)]
             args = (*_op_args(flat), list(order), PLANS[plan])
@@ -738,7 +739,8 @@ def test_tracing_shows_the_kernels(plan, training):
 
 def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=True, norm="batch", **spec):
     spec = BlockSpec(**{"padding": (1, 1), "pool": Pool((2, 2), (2, 2))} | spec)
-    return plans_module._by_bytes(spec, shape, weight_shape, dtype, tf32, training, shape[1] > 4, norm)
+    sizes = Sizes(spec, shape, weight_shape, dtype, "cuda", norm)
+    return choose.cheapest(sizes, training, shape[1] > 4, False, True, tf32, 1)[:3]
 
 
 TUTORIAL_SIZES = (1280, 3, 28, 28), (64, 3, 3, 3)
@@ -769,9 +771,9 @@ def test_a_folded_norm_is_a_block_without_one():
 def test_costs_counted_by_hand():
     """The tutorial's block in bfloat16, bound by bytes all over, but for what it convolves."""
     spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
-    costs = plans_module.cuda_costs(
-        spec, *TUTORIAL_SIZES, torch.bfloat16, False, training=True, needs_x=False, norm="batch"
-    )
+    sizes = Sizes(spec, *TUTORIAL_SIZES, torch.bfloat16, "cuda", "batch")
+    problem = conv_problem(sizes, training=True, needs_x=False, channels_last=False, threads=1)
+    costs = costs_cuda.costs(problem, tf32=False)
     x, out, codes = 2 * 1280 * 3 * 28**2, 2 * 1280 * 64 * 14**2, 1280 * 64 * 14**2
     the_map = 4 * out
     convolved = 2 * 1280 * 64 * 28**2 * 27 / (180 * 0.2)
@@ -791,25 +793,25 @@ def test_the_plans_of_calls(monkeypatch):
     from torch._subclasses import FakeTensorMode
 
     seen = []
-    decide = plans_module._by_bytes
+    decide = choose.cheapest
 
-    def recorded(*args):
-        seen.append(args[-1])
-        return decide(*args)
+    def recorded(sizes, *args):
+        seen.append(sizes.norm)
+        return decide(sizes, *args)
 
-    monkeypatch.setattr(plans_module, "_by_bytes_cached", recorded)
+    monkeypatch.setattr(choose, "cheapest", recorded)
     spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
     with FakeTensorMode():
         x, weight = (torch.empty(shape, device="cuda") for shape in TUTORIAL_SIZES)
         norm = torch.nn.BatchNorm2d(64, device="cuda")
         for train, frozen in ((True, False), (False, False), (False, True)):
             norm.train(train).requires_grad_(not frozen)
-            plans_module.choose("auto", spec, x, weight, None, norm)
+            choose.choose("auto", spec, x, weight, None, norm)
         assert seen == ["batch", "given", "folded"]
         with torch.no_grad():
-            plans_module.choose("auto", spec, x, weight, None, norm.requires_grad_())
+            choose.choose("auto", spec, x, weight, None, norm.requires_grad_())
         assert seen[3:] == ["folded"]
-        assert plans_module.why_not_by_patches(spec, x, weight) is not None
+        assert support.why_not_by_patches(spec, x, weight) is not None
 
 
 # ---------------------------------------------------------------- on a device

@@ -589,7 +589,7 @@ def test_tracing_shows_the_kernels(mode):
 
 
 def test_what_the_kernels_do_not_take_is_said():
-    from cnnlstm_fast import plans
+    from cnnlstm_fast.planning import support
 
     x = torch.empty(3, 2, 4, device="meta")
 
@@ -597,8 +597,8 @@ def test_what_the_kernels_do_not_take_is_said():
         device = torch.device("cuda")
 
     w_ih = x.new_empty(80, 4)
-    assert "proj_size" in plans.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(80, 7)])
-    assert "units" in plans.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(4 * 1025, 1025)])
+    assert "proj_size" in support.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(80, 7)])
+    assert "units" in support.why_not_fused_recurrent(OnCuda, [w_ih, x.new_empty(4 * 1025, 1025)])
 
 
 # ---------------------------------------------------------------- on a device

@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 # These import Triton, without which the file is skipped above.
 from cnnlstm_fast.kernels import launching, tuning  # noqa: E402
 from cnnlstm_fast.kernels.tuning import Choice  # noqa: E402
+from cnnlstm_fast.planning import tuner  # noqa: E402
 
 CHOICES = [Choice(7 * m, {"BM": m}, {"num_warps": w}) for m, w in ((64, 8), (32, 4), (128, 8))]
 KEY = {"device": "a device", "kernel": "a kernel", "arguments": {"M": 1024, "x_ptr": "torch.float32"}}
@@ -52,8 +53,9 @@ def test_what_does_not_fit_the_device_is_not_chosen():
 
 
 def entry(**changes):
-    _, tiles, options = CHOICES[0]
-    return {"schema": tuning.SCHEMA, "call": KEY, "tiles": tiles, "options": options} | changes
+    choices = [{"tiles": choice.tiles, "options": choice.options} for choice in CHOICES]
+    whole = {"schema": tuner.SCHEMA, "call": KEY, "choices": choices, "seconds": [3.0, 2.0, 1.0]}
+    return whole | changes
 
 
 DAMAGED = {
@@ -62,9 +64,16 @@ DAMAGED = {
     "no JSON": b"\x00\xff" * 40,
     "a list": json.dumps([entry()]).encode(),
     "nested": b"[" * 100_000,
-    "another schema": json.dumps(entry(schema=tuning.SCHEMA + 1)).encode(),
+    "another schema": json.dumps(entry(schema=tuner.SCHEMA + 1)).encode(),
     "another call": json.dumps(entry(call=KEY | {"kernel": "b"})).encode(),
-    "a choice that is none": json.dumps(entry(tiles={"BM": 1 << 20})).encode(),
+    "a choice that is none": json.dumps(
+        entry(choices=[{"tiles": {"BM": 1 << 20}, "options": {}}] * 3)
+    ).encode(),
+    "a time too few": json.dumps(entry(seconds=[3.0, 2.0])).encode(),
+    "a time that is none": json.dumps(entry(seconds=[3.0, 2.0, "1.0"])).encode(),
+    "a time before it began": json.dumps(entry(seconds=[3.0, 2.0, -1.0])).encode(),
+    "not a number": json.dumps(entry(seconds=[3.0, 2.0, math.nan])).encode(),
+    "no times": json.dumps(entry(seconds=None)).encode(),
     "too much": json.dumps(entry(more=1)).encode(),
     "a pickle": pickle.dumps(entry()),
 }
@@ -92,21 +101,22 @@ def test_processes_share_a_folder(folder):
     code = """
 import random, sys
 from cnnlstm_fast.kernels import tuning
+from cnnlstm_fast.planning import tuner
 choices = [tuning.Choice(1, {"BM": m}, {"num_warps": 4}) for m in (16, 32, 64)]
 rng = random.Random(sys.argv[1])
 for round in range(400):
     key = {"call": rng.randrange(20)}
-    path = next(iter(tuning.folder().glob("*.json")), None)
+    path = next(iter(tuner.folder().glob("*.json")), None)
     if path is not None and rng.random() < 0.3:
         path.unlink(missing_ok=True)
-    found = tuning.choice_for(key, choices, lambda choice: choice.tiles["BM"] * (-1) ** key["call"])
+    found = tuning.choice_for(key, choices, lambda choice: float(choice.tiles["BM"]) ** (-1) ** key["call"])
     assert found == choices[0 if key["call"] % 2 == 0 else 2], found
 """
     running = [subprocess.Popen([sys.executable, "-c", code, seed]) for seed in "12"]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert not list(folder.glob("*.tmp"))
     for path in folder.glob("*.json"):
-        assert json.loads(path.read_text())["schema"] == tuning.SCHEMA
+        assert json.loads(path.read_text())["schema"] == tuner.SCHEMA
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ from test_numbers import SPECIAL_BLOCKS, assert_same_with_specials, with_special
 from torch import nn
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import plans
 from cnnlstm_fast.functional import conv_block, make_spec
+from cnnlstm_fast.planning.choose import choose
 
 pytestmark = needs_extension
 
@@ -395,7 +395,7 @@ def test_what_it_does_not_take(change):
 def test_it_is_chosen_where_it_pays(channels, size, chosen):
     weight = torch.randn(64, channels, 3, 3)
     spec, _ = make_spec(weight.shape, False, 1, 1, 1, 1, None, "relu", None, "channels_first")
-    plan, *_ = plans.choose("auto", spec, torch.randn(1, channels, size, size), weight, None)
+    plan, *_ = choose("auto", spec, torch.randn(1, channels, size, size), weight, None)
     assert (plan == PLAN) == chosen
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -17,11 +16,8 @@ from cnnlstm_fast.patterns import Conv, Norm
 #: How many shapes of inputs a convolution remembers.
 MEMORY = 256
 
-#: Microseconds of PyTorch's own time that speculating costs, about. Blocks that would take less than
-#: twice that run as they are.
+#: Microseconds that speculating costs, about. Blocks that save less run as they are.
 OVERHEAD_US = limit("BLOCK_US", 40, 0)
-#: Operations and bytes a microsecond of a slow core, for the same estimate.
-ARITHMETIC, BANDWIDTH = 5e4, 5e3
 
 
 class Context(NamedTuple):
@@ -177,7 +173,13 @@ class Recipe:
         try:
             decision = patterns.decide(x, conv, module, self.activation, self.pool, layout)
             shapes = self._shapes(function, x, conv, handed)
-            why = self._why_plain(decision, shapes[0][0], conv.weight, handed)
+            why = self._why_plain(decision, conv.weight, handed)
+            if why is None and handed and decision.plan == "reference" and _is_faulty(x, conv, shapes[0][0]):
+                why = "the library's convolutions of such channels-last maps have faults"
+            if why is None and handed:
+                other = patterns.decide(x.contiguous(), conv, module, self.activation, self.pool, layout)
+                if other.choice.us < decision.choice.us:
+                    why = f"faster on its input as PyTorch lays it out: {other.reason}"
             if why is None:
                 plan, why = decision.plan, decision.reason
             else:
@@ -189,20 +191,13 @@ class Recipe:
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
         return Sized(plan, why, key, shapes, layout, hands_on, decision)
 
-    def _why_plain(
-        self, decision: functional.Decision, size: tuple, weight: Tensor, handed: bool
-    ) -> str | None:
-        """Why a block whose convolution gives a map of ``size`` runs as it is; None where it does not."""
-        if decision.plan == "reference" and not handed:  # PyTorch's operators too are faster channels-last
-            return decision.reason
-        if weight.is_cpu and self._eager_us(size, weight) < 2 * OVERHEAD_US:
-            return "so small that calling it costs more than computing it"
+    def _why_plain(self, decision: functional.Decision, weight: Tensor, handed: bool) -> str | None:
+        """Why a block runs as it is; None where it does not."""
+        if decision.plan == "reference":
+            return None if handed else decision.reason  # PyTorch's operators too are faster channels-last
+        if weight.is_cpu and decision.choice.saves_us < OVERHEAD_US:
+            return f"calling it as a block costs more than it saves: {decision.reason}"
         return None
-
-    def _eager_us(self, shape: tuple, weight: Tensor) -> float:
-        """What PyTorch takes for the block on this machine's processor, roughly, beside its calls."""
-        outputs = math.prod(shape)
-        return outputs * (weight[0].numel() * 2 / ARITHMETIC + (1 + len(self.steps)) * 4 / BANDWIDTH)
 
     def _shapes(self, function, x: Tensor, conv: Conv, handed: bool) -> list[tuple]:
         """Shape and strides of all values but the last one."""
@@ -219,6 +214,12 @@ class Recipe:
                     y = step.run(y)
                 found.append((y.shape, y.stride()))
         return found
+
+
+def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:
+    """Whether PyTorch's own convolution is not to be given ``x`` channels-last: csrc/library_limits.h."""
+    strided_pointwise = conv.weight[0, 0].numel() == 1 and conv.stride not in (1, (1, 1))
+    return x.dtype != torch.float32 or min(x.shape[-1], map_shape[-1]) == 1 or strided_pointwise
 
 
 def fingerprint(tensors: Iterable[Tensor | None], by_reading: bool = False) -> tuple | None:

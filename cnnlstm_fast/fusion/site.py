@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from cnnlstm_fast import functional, plans
+from cnnlstm_fast import functional
 from cnnlstm_fast.fusion import session
 from cnnlstm_fast.fusion.handoff import Handed
 from cnnlstm_fast.fusion.observe import Observed, Trace, Unowned, no_function
 from cnnlstm_fast.fusion.recipe import MEMORY, Recipe, context_of, hooked
 from cnnlstm_fast.fusion.speculate import Chain
 from cnnlstm_fast.patterns import CONVS, Conv
+from cnnlstm_fast.planning import observer
 
 #: How often the flow behind a convolution may differ from the observed one before it is left alone.
 SURPRISES = 3
@@ -57,7 +58,7 @@ class Site:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         module: Any = self.module()
         kind: Any = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
-        if torch.compiler.is_compiling() or self.left_alone or plans.observer is not None or self.plain:
+        if torch.compiler.is_compiling() or self.left_alone or observer.current is not None or self.plain:
             if self._leaves(module, x):
                 return kind._conv_forward(module, x, weight, bias)
         running = session.current()
@@ -81,7 +82,7 @@ class Site:
         if self.left_alone:
             self.runs_plain(self.left_alone)
             return True
-        if self.plain and plans.observer is None and type(x) is Tensor:
+        if self.plain and observer.current is None and type(x) is Tensor:
             try:
                 return _call_key(module, x) in self.plain
             except (RuntimeError, TypeError):  # sparse and nested tensors have no strides, symbols no hash
@@ -176,8 +177,8 @@ class Site:
 
     def runs_plain(self, why: str) -> None:
         self.why_plain = why
-        if plans.observer is not None:
-            plans.observer.as_is(cast(nn.Module, self.module()), why)
+        if observer.current is not None:
+            observer.current.as_is(cast(nn.Module, self.module()), why)
 
 
 def _call_key(module: nn.Module, x: Tensor) -> tuple:

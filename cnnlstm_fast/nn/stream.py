@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast import functional_recurrent as functional
-from cnnlstm_fast import plans
 from cnnlstm_fast.errors import WrongDtype, WrongShape
 from cnnlstm_fast.ops import recurrent_stream as op
 from cnnlstm_fast.ops.recurrent import UNIT_GROUP
+from cnnlstm_fast.planning.support import why_not_fused_recurrent
 
 __all__ = ["Stream"]
 
@@ -52,7 +52,7 @@ class Stream:
         self._hidden = self._params[0].shape[0] // cell.gates
         self._widths = functional.state_sizes(cell, self._hidden, stack)
         self.batch = batch
-        why_not = plans.why_not_fused_recurrent(self._params[0], self._params)
+        why_not = why_not_fused_recurrent(self._params[0], self._params)
         self._packed: Tensor | None = None
         if (
             why_not is None

@@ -1,0 +1,429 @@
+"""How long one of each thing takes on this machine: races of every plan, and the rates that explain them.
+
+Random blocks, half of them like the field's (:mod:`benchmarks.blocks`) and half of sizes that nobody listed,
+run by every plan in turn. The rates of a plan are those that make the logarithm of predicted over measured
+time small (a robust least-squares fit, :func:`scipy.optimize.least_squares`); none can be negative.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import partial
+from math import exp, log, prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+from torch import Tensor
+
+import cnnlstm_fast as cf
+from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block
+from benchmarks.results import Device
+from cnnlstm_fast.planning import costs, rates
+from cnnlstm_fast.planning.choose import PLANS, least
+from cnnlstm_fast.planning.problem import ConvProblem, Sizes, conv_problem
+from cnnlstm_fast.planning.rates import Rates
+from cnnlstm_fast.spec import BlockSpec, Pool
+
+#: Milliseconds that a block takes by PyTorch, about: between these.
+_LEAST_MS, _MOST_MS = 0.1, 6.0
+#: Elements of a map at most.
+_MOST_ELEMENTS = 4e7
+#: Rounds, and seconds of a plan's turn in one.
+_ROUNDS, _TURN_S = 4, 0.003
+#: Kernels up to this side are never worth a Fourier transform, and racing one takes long.
+_LEAST_FFT_KERNEL = 7
+
+
+@dataclass(frozen=True)
+class Race:
+    """Every plan on one block.
+
+    Attributes:
+        block: what ran.
+        mode: ``"inference"`` or ``"training"``.
+        channels_last: whether the input lay channels-last.
+        needs_x: whether the gradient of the input was asked for.
+        dtype: name of the dtype.
+        forward, backward: median milliseconds by plan; those that cannot run it are missing.
+    """
+
+    block: Block
+    mode: str
+    channels_last: bool
+    needs_x: bool
+    dtype: str
+    forward: dict[str, float]
+    backward: dict[str, float]
+
+    def total(self, plan: str) -> float:
+        """Milliseconds of both ways."""
+        return self.forward[plan] + self.backward[plan]
+
+    def problem(self) -> ConvProblem:
+        """What the planner is asked, at the threads of this process."""
+        block, training = self.block, self.mode == "training"
+        pool, layout = None, block.layout
+        if block.pool is not None and block.pool[0] == "Max":
+            pool = Pool(*(_two(sizes, fill) for sizes, fill in zip(block.pool[1:], (1, 1, 0), strict=True)))
+        elif block.pool is not None:  # PyTorch's own, behind the block
+            layout = "channels_last" if len(block.size) == 2 else "channels_first"
+        spec = BlockSpec(
+            _two(block.stride, 1),
+            _two(block.padding, 0),
+            (1, 1),
+            block.groups,
+            block.activation,
+            pool,
+            layout,
+        )
+        norm = None if not block.norm else "batch" if training else "folded"
+        shape = torch.Size((block.batch, block.channels, *_two(block.size, 1)))
+        weight = torch.Size((block.out_channels, block.channels // block.groups, *_two(block.kernel, 1)))
+        sizes = Sizes(spec, shape, weight, getattr(torch, self.dtype), "cpu", norm)
+        return conv_problem(sizes, training, self.needs_x, self.channels_last, torch.get_num_threads())
+
+
+def _two(sizes: tuple[int, ...], fill: int) -> tuple[int, int]:
+    """Of a signal as of an image of one row."""
+    return (fill, *sizes)[-2:]  # type: ignore[return-value]
+
+
+def _draw_unlisted(rng: random.Random) -> dict:
+    """Sizes from wide ranges, of every kind of convolution."""
+
+    def between(low: int, high: int) -> int:
+        return round(exp(rng.uniform(log(low), log(high))))
+
+    kind = rng.choice(("dense",) * 4 + ("pointwise", "depthwise", "grouped", "strided", "image", "long"))
+    channels = rng.choice((8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512))
+    out_channels = rng.choice((8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512))
+    k, stride, groups = rng.choice((2, 3, 3, 3, 3, 4, 5, 7)), 1, 1
+    if kind == "image":
+        channels, stride, k = (
+            rng.choice((1, 1, 2, 3, 3, 4, 6, 9)),
+            rng.choice((1, 1, 2)),
+            rng.choice((3, 5, 7, 8, 11)),
+        )
+    elif kind == "pointwise":
+        k = 1
+    elif kind == "strided":
+        stride, k = 2, rng.choice((1, 3, 3, 4, 5))
+    elif kind == "depthwise":
+        groups, out_channels = channels, channels * rng.choice((1, 1, 2))
+        stride, k = rng.choice((1, 1, 2)), rng.choice((3, 3, 5, 7))
+    elif kind == "grouped":
+        groups = rng.choice((2, 4, 8))
+        channels, out_channels = (-(-c // groups) * groups for c in (channels, out_channels))
+    kernel: tuple[int, ...]
+    if rng.random() < 0.28:
+        size: tuple[int, ...] = (between(16, 4000),)
+        kernel = (rng.choice((9, 15, 25, 31, 51, 64, 101)) if kind == "long" else k,)
+        window = rng.choice((None, None, ((2,), (2,), (0,)), ((3,), (2,), (1,)), ((4,), (4,), (0,))))
+        layout = rng.choice(
+            ("channels_first", "channels_first", "locations", "locations", "locations_time_major")
+        )
+    else:
+        size, kernel = (between(4, 112), between(4, 160)), (k, k)
+        if kind == "long":
+            long = rng.choice((9, 11, 15, 21, 31))
+            kernel = rng.choice(((1, long), (long, 1), (5, long)))
+        elif rng.random() < 0.15:
+            kernel = rng.choice(((1, k), (k, 1)))
+        window = rng.choice((
+            None, None, ((2, 2), (2, 2), (0, 0)), ((2, 2), (2, 2), (0, 0)), ((2, 1), (2, 1), (0, 0)),
+            ((1, 2), (1, 2), (0, 0)), ((1, 4), (1, 4), (0, 0)), ((3, 3), (2, 2), (1, 1)),
+            ((4, 4), (4, 4), (0, 0)), ((2, 2), (2, 1), (0, 1)),
+        ))  # fmt: skip
+        layouts = ("features", "rows", "columns", "locations", "columns_time_major")
+        layout = rng.choice(("channels_first",) * 3 + ("channels_last",) * 2 + layouts)
+    return dict(
+        channels=channels, size=size, out_channels=out_channels, kernel=kernel,
+        stride=(stride,) * len(size) if rng.random() < 0.8 else (1, stride)[-len(size) :],
+        padding=tuple(side // 2 for side in kernel) if rng.random() < 0.8 else (0,) * len(size),
+        groups=groups, norm=rng.random() < 0.4, pool=window and ("Max", *window), layout=layout,
+        activation=rng.choice(
+            ("relu",) * 4 + (None, "leaky_relu", "hardtanh", "elu", "tanh", "silu", "gelu", "sigmoid")
+        ),
+    )  # fmt: skip
+
+
+def draw(
+    count: int, seed: int, unlisted: float = 0.5, ms: tuple[float, float] = (_LEAST_MS, _MOST_MS)
+) -> list[tuple[Block, bool]]:
+    """``count`` random blocks, and whether their input lies channels-last; the same for a seed everywhere.
+
+    Args:
+        count: how many.
+        seed: of the draws.
+        unlisted: share of blocks that are like no model's.
+        ms: milliseconds that a block takes by PyTorch, about: between these.
+    """
+    rng = random.Random(seed)
+    found: list[tuple[Block, bool]] = []
+    while len(found) < count:
+        if rng.random() < unlisted:
+            block = Block("unlisted", 1, **_draw_unlisted(rng))
+        else:
+            block = draw_block(rng)
+        if min(block.conv_size) < 1 or (block.pool is not None and not _pools(block)):
+            continue
+        batch = max(batch_for(block, exp(rng.uniform(log(ms[0]), log(ms[1])))), 1)
+        if batch <= 2048 and batch * block.out_channels * prod(block.conv_size) <= _MOST_ELEMENTS:
+            found.append((replace(block, batch=batch), len(block.size) == 2 and rng.random() < 0.3))
+    return found
+
+
+def _pools(block: Block) -> bool:
+    """Whether the pool's window fits the map."""
+    assert block.pool is not None
+    _, kernel, _, padding = block.pool
+    return all(s + 2 * p >= k for s, k, p in zip(block.conv_size, kernel, padding, strict=True))
+
+
+def race(
+    block: Block, mode: str, channels_last: bool, *, seed: int, dtype: torch.dtype = torch.float32
+) -> Race:
+    """Run every plan of a block in turn."""
+    training = mode == "training"
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: w.to(dtype) for name, w in block.weights(generator).items()}
+    x = torch.randn(block.shape, generator=generator).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    needs_x = training and block.channels > IMAGE_CHANNELS
+    grad: Tensor | None = None
+    sides = {}
+    for plan in PLANS:
+        if plan == "fft" and max(block.kernel) < _LEAST_FFT_KERNEL:
+            continue
+        side = Side(block, partial(cf.functional.conv_block, plan=plan), weights, training)
+        try:
+            with torch.inference_mode(not training):
+                y = side.call(x.detach().requires_grad_(needs_x), **side.weights)
+        except ValueError:  # cannot run here
+            continue
+        if training and grad is None:
+            grad = torch.randn(y.shape, generator=generator).to(dtype)
+        sides[plan] = side
+    forward: dict[str, list[float]] = {plan: [] for plan in sides}
+    backward: dict[str, list[float]] = {plan: [] for plan in sides}
+    plans = list(sides)
+    for turn in range(_ROUNDS):
+        first = turn % len(plans)
+        for plan in plans[first:] + plans[:first]:
+            times = list(_turn(sides[plan], x, grad, needs_x))[1:]
+            forward[plan].append(median(f for f, _ in times))
+            backward[plan].append(median(b for _, b in times))
+
+    def ms(times: dict[str, list[float]]) -> dict[str, float]:
+        return {plan: round(1e3 * median(found), 5) for plan, found in times.items()}
+
+    return Race(block, mode, channels_last, needs_x, str(dtype)[6:], ms(forward), ms(backward))
+
+
+def _turn(side: Side, x: Tensor, grad: Tensor | None, needs_x: bool) -> Iterator[tuple[float, float]]:
+    """Seconds forward and backward of two calls and more."""
+    end = time.perf_counter() + _TURN_S
+    count = 0
+    while count < 2 or time.perf_counter() < end:
+        count += 1
+        if grad is None:
+            with torch.inference_mode():
+                start = time.perf_counter()
+                y = side.call(x, **side.weights)
+                del y
+                yield time.perf_counter() - start, 0.0
+            continue
+        for weight in side.weights.values():
+            weight.grad = None
+        given = x.detach().requires_grad_(needs_x)
+        start = time.perf_counter()
+        y = side.call(given, **side.weights)
+        between = time.perf_counter()
+        y.backward(grad)
+        del y
+        yield between - start, time.perf_counter() - between
+
+
+#: Weight of the prior: a term that few races have stays near it.
+_PRIOR = 0.05
+#: Nanoseconds of a term that nothing is known of.
+_NOTHING = 1e-9
+#: Logarithm of predicted over measured beyond which a race counts less: somebody disturbed it.
+_SURPRISE = 0.2
+
+
+def fit(rows: Iterable[tuple[Mapping[str, float], float]], prior: Mapping[str, float]) -> dict[str, float]:
+    """Rates such that counts times rates are near measured nanoseconds.
+
+    Args:
+        rows: counts by term, and nanoseconds.
+        prior: rates to begin at, also for terms that no row has.
+    """
+    rows = list(rows)
+    terms = sorted({term for counts, _ in rows for term in counts} | set(prior))
+    counted = np.array([[counts.get(term, 0.0) for term in terms] for counts, _ in rows])
+    measured = np.array([ns for _, ns in rows])
+    share = counted / measured[:, None]
+    start = np.empty(len(terms))
+    for i, term in enumerate(terms):
+        present = share[:, i][share[:, i] > 0]
+        alone = 1 / (6 * np.quantile(present, 0.9)) if len(present) else _NOTHING
+        start[i] = log(prior.get(term) or alone)
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.log(counted @ np.exp(logs) / measured), _PRIOR * (logs - start)])
+
+    def jacobian(logs: np.ndarray) -> np.ndarray:
+        parts = counted * np.exp(logs)
+        return np.concatenate([parts / parts.sum(1, keepdims=True), _PRIOR * np.eye(len(terms))])
+
+    found = least_squares(residuals, start, jacobian, loss="soft_l1", f_scale=_SURPRISE, max_nfev=200)
+    return {term: float(f"{rate:.4g}") for term, rate in zip(terms, np.exp(found.x), strict=True)}
+
+
+#: Milliseconds of the blocks that show which terms there are.
+_SHOWN_MS = 300.0
+
+
+def _complete(plans: dict[str, dict[str, dict[str, float]]], dtype: str) -> None:
+    """Give a rate to terms that no race had: of larger tensors no more, of other kinds the slowest."""
+    for block, channels_last in draw(2000, seed=0, ms=(_LEAST_MS, _SHOWN_MS)):
+        for mode, needs_x in (("inference", False), ("training", False), ("training", True)):
+            problem = Race(block, mode, channels_last, needs_x, dtype, {}, {}).problem()
+            for plan, ways in plans.items():
+                for way, count in zip(ways.values(), costs.COUNTS[plan], strict=True):
+                    for term in count(problem).keys() - way.keys():
+                        begin, products, _ = term.partition("products")
+                        alike = [rate for other, rate in way.items() if other.startswith(begin + products)]
+                        way[term] = max(alike, default=0.0) if products else 0.0
+
+
+def fit_plans(races: list[Race], prior: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Rates by plan and way; ``prior`` likewise, or empty."""
+    problems = [race.problem() for race in races]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for plan, (forward, backward) in costs.COUNTS.items():
+        ran = [(race, p) for race, p in zip(races, problems, strict=True) if plan in race.forward]
+        if not ran:
+            continue
+        rows = {
+            "forward": [(forward(p), 1e6 * race.forward[plan]) for race, p in ran],
+            "backward": [(backward(p), 1e6 * race.backward[plan]) for race, p in ran if p.training],
+        }
+        found[plan] = {way: fit(row, prior.get(plan, {}).get(way, {})) for way, row in rows.items()}
+    _complete(found, races[0].dtype)
+    return {
+        plan: {way: dict(sorted(rates.items())) for way, rates in ways.items()}
+        for plan, ways in found.items()
+    }
+
+
+def content(races: list[Race], device: Device, prior: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of rates holds; ``prior`` is another one's ``plans``, where the races leave a term open."""
+    raced = sorted({race.dtype for race in races})
+    plans = {
+        dtype: fit_plans([race for race in races if race.dtype == dtype], prior.get(dtype, {}))
+        if dtype in raced
+        else prior[dtype]
+        for dtype in sorted({*raced, *prior})
+    }
+    return {
+        "schema": rates.SCHEMA,
+        "device": f"{device.cpu}, {device.cores} cores, {device.our_isa}",
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "races": len(races),
+        "plans": plans,
+    }
+
+
+def write_races(path: Path, races: Iterable[Race]) -> None:
+    """A line of JSON for each race, so that rates can be fitted again without racing."""
+    path.write_text("".join(json.dumps(asdict(race)) + "\n" for race in races))
+
+
+def read_races(path: Path) -> list[Race]:
+    """What :func:`write_races` wrote."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    races = [json.loads(line) for line in path.read_text().splitlines()]
+    for race in races:
+        race["block"] = Block(**{name: tuples(value) for name, value in race["block"].items()})
+    return [Race(**race) for race in races]
+
+
+@dataclass(frozen=True)
+class Regret:
+    """What choosing by prediction costs over knowing, on some races.
+
+    Attributes:
+        races: how many.
+        mean, worst: time of the chosen plan over the fastest one's, as a geometric mean and at most.
+        over_pytorch: the most that the chosen plan takes over PyTorch's operators.
+        pytorch: the same mean for PyTorch's operators alone.
+        lines: the worst ones, in words.
+    """
+
+    races: int
+    mean: float
+    worst: float
+    over_pytorch: float
+    pytorch: float
+    lines: list[str]
+
+
+def regret(races: list[Race], given: Rates, *, shown: int = 10) -> Regret:
+    """How well ``given`` rates choose among plans that were all raced."""
+    found = []
+    for race in races:
+        chosen = least(costs.predict(race.problem(), given, race.forward)).forward
+        best = min(map(race.total, race.forward))
+        taken = race.total(chosen)
+        found.append((taken / best, taken / race.total("reference"), race, chosen))
+    found.sort(key=lambda one: -one[0])
+    lines = [
+        f"{ratio:.2f} {race.mode}, {race.dtype}: {chosen}; "
+        + ", ".join(f"{plan} {race.total(plan):.3g} ms" for plan in race.forward)
+        + f": {race.block.describe()}{', channels-last input' if race.channels_last else ''}"
+        for ratio, _, race, chosen in found[:shown]
+    ]
+    theirs = [race.total("reference") / min(map(race.total, race.forward)) for race in races]
+    return Regret(
+        races=len(races),
+        mean=exp(sum(log(ratio) for ratio, *_ in found) / len(found)),
+        worst=found[0][0],
+        over_pytorch=max(over for _, over, *_ in found),
+        pytorch=exp(sum(map(log, theirs)) / len(theirs)),
+        lines=lines,
+    )
+
+
+def run(
+    count: int, seed: int, dtypes: Iterable[torch.dtype], tell: Callable[[int], None], unlisted: float = 0.5
+) -> list[Race]:
+    """Race every plan of ``count`` random blocks in both modes and each dtype; ``tell`` how many are done."""
+    races: list[Race] = []
+    for dtype in dtypes:
+        for at, (block, channels_last) in enumerate(draw(count, seed, unlisted)):
+            for mode in ("inference", "training"):
+                races.append(race(block, mode, channels_last, seed=seed + at, dtype=dtype))
+                tell(len(races))
+    return races
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """The file of rates, as :func:`cnnlstm_fast.planning.rates.read` reads it."""
+    path.write_text(json.dumps(found, indent=1) + "\n")

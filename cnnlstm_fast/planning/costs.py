@@ -1,0 +1,422 @@
+"""What each plan would cost on the CPU: counts of what it does, times nanoseconds for one of each.
+
+The counts follow from sizes alone and stand here; how long one takes stands in ``rates/*.json``, by kind of
+processor (:mod:`cnnlstm_fast.planning.rates`). A cost is the sum of counts times rates, so that who reads
+it sees what it is made of. The terms are those that XNNPACK's tile heuristic has (loads and multiply-adds),
+and passes over memory by what they fit into.
+
+Terms of a convolution:
+
+- ``products <kind>``: vectors of multiply-adds, with the padding that the registers need.
+- ``broadcasts``: elements of the input that are spread over a vector, once per 64 output channels.
+- ``tiles``: weight vectors loaded, once per tile of output positions.
+- ``weights``: elements of the weight, which are reordered in every call.
+
+Terms of passes: elements of the input ``x``, the convolution's ``map`` and the ``out``put, by where they fit:
+in cache, in ``memory``, or so ``large`` that their pages are fresh in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from cnnlstm_fast.planning.problem import ConvProblem
+from cnnlstm_fast.planning.rates import Rates
+from cnnlstm_fast.spec import LAYOUTS
+
+#: Output channels of a vector that the kernels and the library block by, and of a register tile.
+_LANES, _TILE_CHANNELS = 16, 64
+#: Output positions of a register tile.
+_TILE_POSITIONS = 6
+#: Bytes beyond which a tensor lies in memory, and beyond which the allocator gives its pages back.
+_CACHE_BYTES, _LARGE_BYTES = 1 << 20, 24 << 20
+#: Bytes of maps that ``chunked`` works on at a time, and how many times the weights: as in csrc.
+_CHUNK_BYTES, _CHUNK_WEIGHTS = 2 << 20, 8
+#: Channels up to which the library has a convolution of its own for images, and those of a wide group.
+_IMAGE_CHANNELS, _NARROW_GROUP = 3, 16
+#: Taps up to which batch statistics come from products of patches (:mod:`cnnlstm_fast.ops.conv_norm`).
+MOST_TAPS_BY_PATCHES = 64
+#: Taps above which a pooled block under batch statistics keeps its map instead of computing it again.
+MOST_TAPS_COMPUTED_AGAIN = 384
+
+#: Activations that are more than a comparison: their cost is per element and their own.
+_CURVED = ("elu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
+#: Those that do not keep the order of values, so that they come before the pool.
+_UNORDERED = ("silu", "gelu", "gelu_tanh")
+
+Counts = dict[str, float]
+
+
+def _up(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def _passes(counts: Counts, name: str, elements: float, size: int, times: float = 1) -> None:
+    """``times`` passes over ``elements`` of ``size`` bytes each."""
+    counts[name] = counts.get(name, 0) + times * elements
+    if elements * size > _CACHE_BYTES:
+        counts[f"{name} memory"] = counts.get(f"{name} memory", 0) + times * elements
+    if elements * size > _LARGE_BYTES:
+        counts[f"{name} large"] = counts.get(f"{name} large", 0) + times * elements
+
+
+def _kind(p: ConvProblem) -> str:
+    """Which of the library's convolutions this is; they run at different rates."""
+    groups = p.spec.groups
+    if p.depthwise:
+        return "depthwise" if p.out_channels == p.channels else "multiplied"
+    if groups > 1:
+        narrow = min(p.channels, p.out_channels) // groups % _NARROW_GROUP
+        return "narrow groups" if narrow else "groups"
+    if p.channels <= _IMAGE_CHANNELS:
+        return "image"
+    if p.kernel == (1, 1):
+        return "pointwise" if max(p.spec.stride) == 1 else "strided"
+    if max(p.spec.stride) > 1:
+        return "strided"
+    if p.height == 1 or p.kernel[0] == 1 or p.kernel[1] == 1:
+        return "row"
+    return "dense"
+
+
+def _library_products(p: ConvProblem) -> tuple[str, float, float, float]:
+    """Kind, vectors of multiply-adds, broadcasts and weight vectors of the library's convolution."""
+    kind, groups = _kind(p), p.spec.groups
+    positions = p.batch * p.conv[0] * p.conv[1]
+    area = p.kernel[0] * p.kernel[1]
+    if kind in ("depthwise", "multiplied"):
+        vectors = _up(p.out_channels, _LANES) / _LANES * area
+        return kind, positions * vectors, 0.0, p.batch * p.conv[0] * vectors
+    per_group = p.out_channels // groups
+    deep = p.channels // groups
+    if deep > _IMAGE_CHANNELS:
+        deep = _up(deep, _LANES if deep > _LANES else 4)
+    vectors = groups * _up(per_group, _LANES) / _LANES * deep * area
+    tiles = p.batch * p.conv[0] * -(-p.conv[1] // _TILE_POSITIONS)
+    blocks = groups * -(-per_group // _TILE_CHANNELS)
+    return kind, positions * vectors, positions * blocks * deep * area, tiles * vectors
+
+
+def _library(counts: Counts, p: ConvProblem, size: int, calls: float) -> None:
+    """The library's convolution in ``calls`` parts."""
+    kind, products, broadcasts, tiles = _library_products(p)
+    counts[f"products {kind}"] = products
+    counts["broadcasts"] = broadcasts
+    counts["tiles"] = tiles
+    lies = " last" if p.channels_last else ""  # where weights as they come do not fit the input's layout
+    counts[f"weights{lies}"] = p.out_channels * p.taps * calls
+    counts["library calls"] = calls
+
+
+def _elements(p: ConvProblem) -> tuple[float, float, float]:
+    """Of the input, of the convolution's map and of the result."""
+    x = p.batch * p.channels * p.height * p.width
+    of_map = p.batch * p.out_channels * p.conv[0] * p.conv[1]
+    return x, of_map, p.batch * p.out_channels * p.pooled[0] * p.pooled[1]
+
+
+def _is_copy(p: ConvProblem) -> bool:
+    """Whether PyTorch copies its map into the layout that is asked for."""
+    layout = p.spec.layout
+    if layout in ("channels_first", "features"):
+        return layout == "features" and p.channels_last
+    return layout != "channels_last" or not p.channels_last
+
+
+def reference_forward(p: ConvProblem) -> Counts:
+    size = p.dtype.itemsize
+    x, of_map, out = _elements(p)
+    counts: Counts = {}
+    _library(counts, p, size, 1)
+    lies = "last" if p.channels_last else "first"
+    _passes(counts, f"x {lies}", x, size)
+    _passes(counts, f"map {lies}", of_map, size)
+    activation = p.spec.activation
+    if activation is not None:
+        _passes(counts, "activation", of_map, size)
+        if activation in _CURVED:
+            counts["curve"] = of_map
+    if p.norm is not None:
+        _passes(counts, f"norm {p.norm}", of_map, size)
+    if p.spec.pool is not None:
+        counts[f"windows {lies}"] = out * p.spec.window
+        _passes(counts, f"out {lies}", out, size)
+    if _is_copy(p):
+        _passes(counts, "copied", out, size)
+    counts["calls"] = (
+        (activation is not None) + (p.norm is not None) + (p.spec.pool is not None) + _is_copy(p)
+    )
+    return counts
+
+
+def reference_backward(p: ConvProblem) -> Counts:
+    size = p.dtype.itemsize
+    counts = reference_forward(p)
+    kind, products = _kind(p), counts.pop(f"products {_kind(p)}")
+    broadcasts, tiles = counts.pop("broadcasts"), counts.pop("tiles")
+    counts[f"weight products {kind}"], counts["weight tiles"] = products, tiles
+    counts["weight broadcasts"] = broadcasts
+    if p.needs_x:
+        counts[f"input products {kind}"], counts["input tiles"] = products, tiles
+        counts["input broadcasts"] = broadcasts
+        counts["input weights"] = p.out_channels * p.taps
+        x, _, _ = _elements(p)
+        _passes(counts, "x gradient", x, size)
+        counts["library calls"] += 1
+    return counts
+
+
+def chunks(p: ConvProblem) -> float:
+    """Parts in which the library's convolution is called by ``chunked``."""
+    size = p.dtype.itemsize
+    of_image = p.out_channels * p.conv[0] * p.conv[1] * size
+    together = max(_CHUNK_BYTES, _CHUNK_WEIGHTS * p.out_channels * p.taps * size)
+    return -(-p.batch // min(max(together // of_image, 1), p.batch)) if p.batch else 0
+
+
+def _finish(counts: Counts, p: ConvProblem, out: float, of_map: float, size: int) -> None:
+    """What our kernels do behind a convolution while its map is in registers or cache."""
+    _passes(counts, "out", out, size)
+    if p.spec.pool is not None:
+        counts["windows"] = out * p.spec.window
+    activation = p.spec.activation
+    if activation in _CURVED:
+        counts["curve"] = of_map if activation in _UNORDERED else out
+    if p.norm in ("given", "batch"):
+        _passes(counts, f"norm {p.norm}", of_map, size)
+    elif p.norm == "folded":
+        counts["folds"] = 1
+    counts["calls"] = 1
+
+
+def _across(p: ConvProblem) -> bool:
+    """Whether the result's rows run across channels, so that vectors of channels are taken apart."""
+    return LAYOUTS[p.spec.layout][0][-1] != "C"
+
+
+def chunked_forward(p: ConvProblem) -> Counts:
+    size = p.dtype.itemsize
+    x, of_map, out = _elements(p)
+    counts: Counts = {}
+    _library(counts, p, size, chunks(p))
+    _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
+    counts["map"] = of_map
+    _finish(counts, p, out, of_map, size)
+    if _across(p):
+        counts["out across"] = out
+    return counts
+
+
+def chunked_backward(p: ConvProblem) -> Counts:
+    counts = chunked_forward(p)
+    kind = _kind(p)
+    products, broadcasts, tiles = (
+        counts.pop(f"products {kind}"),
+        counts.pop("broadcasts"),
+        counts.pop("tiles"),
+    )
+    counts[f"weight products {kind}"], counts["weight tiles"] = products, tiles
+    counts["weight broadcasts"] = broadcasts
+    if p.needs_x:
+        counts[f"input products {kind}"], counts["input tiles"] = products, tiles
+        counts["input broadcasts"] = broadcasts
+        counts["input weights"] = p.out_channels * p.taps * chunks(p)
+        x, _, _ = _elements(p)
+        _passes(counts, "x gradient", x, p.dtype.itemsize)
+    return counts
+
+
+def _joined(p: ConvProblem) -> int:
+    """Groups that ``direct`` joins into one whose output channels fill vectors."""
+    groups, per_group = p.spec.groups, p.out_channels // p.spec.groups
+    for joined in range(1, groups):
+        if groups % joined == 0 and per_group * joined % _LANES == 0:
+            return joined
+    return groups
+
+
+def _by_planes(p: ConvProblem) -> bool:
+    """Whether ``direct`` reads and writes images plane after plane, as they lie."""
+    plain = p.spec.pool is None and p.spec.layout == "channels_first" and not p.channels_last
+    return plain and not p.training and p.dtype.itemsize == 4
+
+
+def _by_patches(p: ConvProblem) -> bool:
+    """Whether batch statistics come from products of patches."""
+    few = p.taps <= MOST_TAPS_BY_PATCHES and p.spec.groups == 1 and p.dtype.itemsize == 4
+    return few and p.norm == "batch" and not p.needs_x
+
+
+def _idle(p: ConvProblem, items: float) -> float:
+    """By how much ``items`` of work that no two threads share take longer than if they were shared evenly."""
+    return p.threads * -(-items // p.threads) / items if items else 1.0
+
+
+def _direct_products(p: ConvProblem) -> tuple[str, float, float, float]:
+    rows = p.batch * p.conv[0] * _idle(p, p.batch * p.pooled[0])
+    positions = rows * p.conv[1]
+    if p.depthwise and _by_planes(p):
+        return "depthwise", positions * p.out_channels * p.taps / _LANES, 0.0, rows * p.out_channels * p.taps
+    joined = _joined(p)
+    groups = p.spec.groups // joined
+    per_group, taps = p.out_channels // groups, p.taps * joined
+    vectors = groups * (_up(per_group, _LANES) // _LANES) * taps
+    blocks = groups * -(-per_group // _TILE_CHANNELS)
+    tiles = rows * -(-p.conv[1] // _TILE_POSITIONS)
+    if _by_planes(p) and p.kernel == (1, 1) and max(*p.spec.stride, p.spec.groups) == 1:
+        return "planes", positions * vectors, positions * blocks * taps, tiles * vectors
+    kind = (
+        "large" if per_group * taps * 4 > _CACHE_BYTES else "strided" if max(p.spec.stride) > 1 else "dense"
+    )
+    return kind, positions * vectors, positions * blocks * taps, tiles * vectors
+
+
+def direct_forward(p: ConvProblem) -> Counts:
+    size = p.dtype.itemsize
+    x, of_map, out = _elements(p)
+    kind, products, broadcasts, tiles = _direct_products(p)
+    counts: Counts = {
+        f"products {kind}": products, "broadcasts": broadcasts, "tiles": tiles,
+        "weights": p.out_channels * p.taps * _joined(p),
+    }  # fmt: skip
+    _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
+    if p.height > 1 and p.kernel[0] > 1 and not p.depthwise:
+        counts["x again"] = x * (p.kernel[0] - 1) / p.spec.stride[0]
+    _finish(counts, p, out, of_map, size)
+    if _across(p):
+        counts["out across"] = out
+    if _by_patches(p):
+        positions = p.batch * p.conv[0] * p.conv[1]
+        counts["patches"] = positions * p.taps
+        counts["patch products"] = positions * p.taps * p.taps
+        counts["patch calls"] = 1
+        for name in [name for name in counts if name.startswith("norm")]:
+            del counts[name]
+    return counts
+
+
+def direct_backward(p: ConvProblem) -> Counts:
+    size = p.dtype.itemsize
+    x, of_map, out = _elements(p)
+    kind, products, broadcasts, _ = _direct_products(p)
+    share = 1 / p.spec.window if (p.spec.pool is not None and p.norm is None) or _by_patches(p) else 1.0
+    counts: Counts = {
+        f"weight products {kind}": products * share, "weight broadcasts": broadcasts * share,
+        "weights": p.out_channels * p.taps * _joined(p),
+    }  # fmt: skip
+    _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
+    _finish(counts, p, out, of_map, size)
+    if _across(p):
+        counts["out across"] = out
+    if p.needs_x:
+        counts[f"input products {kind}"] = products * share
+        counts["input broadcasts"] = broadcasts * share
+        _passes(counts, "x gradient", x, size)
+    again = p.norm == "batch" and p.spec.pool is not None and p.taps <= MOST_TAPS_COMPUTED_AGAIN
+    if again and not _by_patches(p):
+        counts[f"products {kind}"] = products
+    if _by_patches(p):
+        counts["patch calls"] = 1
+        for name in [name for name in counts if name.startswith("norm")]:
+            del counts[name]
+    return counts
+
+
+#: A tile of Winograd's F(2x2, 3x3): outputs each way, and products of a channel pair.
+_WINOGRAD_TILE, _WINOGRAD_PRODUCTS = 2, 16
+
+
+def _winograd_tiles(p: ConvProblem) -> float:
+    return p.batch * -(-p.conv[0] // _WINOGRAD_TILE) * -(-p.conv[1] // _WINOGRAD_TILE)
+
+
+def winograd_forward(p: ConvProblem) -> Counts:
+    size = p.dtype.itemsize
+    x, of_map, out = _elements(p)
+    tiles = _winograd_tiles(p)
+    deep, wide = _up(p.channels, _LANES), _up(p.out_channels, _LANES)
+    counts: Counts = {
+        "products": tiles * _WINOGRAD_PRODUCTS * p.channels * wide / _LANES,
+        "transformed x": tiles * deep, "transformed map": tiles * wide,
+        "weights": p.out_channels * p.taps,
+    }  # fmt: skip
+    _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
+    _finish(counts, p, out, of_map, size)
+    if _across(p):
+        counts["out across"] = out
+    return counts
+
+
+def winograd_backward(p: ConvProblem) -> Counts:
+    counts = winograd_forward(p)
+    counts["weight products"] = counts.pop("products")
+    if p.needs_x:
+        counts["input products"] = counts["weight products"]
+        counts["input weights"] = counts["weights"]
+        x, _, _ = _elements(p)
+        _passes(counts, "x gradient", x, p.dtype.itemsize)
+    return counts
+
+
+def fft_forward(p: ConvProblem) -> Counts:
+    """By windows of twice the kernel along the axis where it is longer (:mod:`cnnlstm_fast.ops.conv_fft`)."""
+    size = p.dtype.itemsize
+    x, of_map, out = _elements(p)
+    along = 1 if p.kernel[1] >= p.kernel[0] else 0
+    taps = -(-p.kernel[along] // p.spec.stride[along])
+    other = -(-p.kernel[1 - along] // p.spec.stride[1 - along])
+    hop = min(taps, p.conv[along])
+    windows = p.batch * -(-p.conv[along] // hop) * p.conv[1 - along]
+    rows = 1.5 * (hop + taps)
+    phases = p.spec.stride[0] * p.spec.stride[1]
+    weights = p.out_channels * p.channels * phases * other
+    seen = windows * p.spec.stride[1 - along] * p.channels * phases
+    counts: Counts = {
+        "products": windows * rows * weights / _LANES,
+        "transforms": (seen * (hop + taps) + windows * p.out_channels * hop) * rows / _LANES,
+        "weight transforms": weights * taps * rows / _LANES,
+        "spectra": (seen + windows * p.out_channels + 2 * weights) * rows,
+        "weights": p.out_channels * p.taps, "steps": 1,
+    }  # fmt: skip
+    _passes(counts, "x", x, size)
+    counts["map"] = of_map
+    _finish(counts, p, out, of_map, size)
+    if _across(p):
+        counts["out across"] = out
+    return counts
+
+
+def fft_backward(p: ConvProblem) -> Counts:
+    counts = fft_forward(p)
+    if p.needs_x:
+        for name in ("products", "transforms", "weight transforms", "spectra", "steps"):
+            counts[f"input {name}"] = counts[name]
+    return counts
+
+
+#: What a plan does in a forward and in a backward call.
+COUNTS: Mapping[str, tuple[Callable[[ConvProblem], Counts], Callable[[ConvProblem], Counts]]] = {
+    "reference": (reference_forward, reference_backward),
+    "direct": (direct_forward, direct_backward),
+    "chunked": (chunked_forward, chunked_backward),
+    "winograd": (winograd_forward, winograd_backward),
+    "fft": (fft_forward, fft_backward),
+}
+
+
+def nanoseconds(counts: Counts, rates: Mapping[str, float]) -> float:
+    """The sum of ``counts`` times ``rates``; a term without a rate costs nothing."""
+    return sum([count * rates.get(name, 0.0) for name, count in counts.items()])
+
+
+def predict(problem: ConvProblem, rates: Rates, plans: Iterable[str]) -> dict[str, float]:
+    """Nanoseconds that each plan takes, backward included where a gradient is wanted."""
+    share = rates.threads / problem.threads
+    found = {}
+    for plan in plans:
+        forward, backward = rates.of(problem.dtype, plan)
+        counts = COUNTS[plan]
+        found[plan] = share * nanoseconds(counts[0](problem), forward)
+        if problem.training:
+            found[plan] += share * nanoseconds(counts[1](problem), backward)
+    return found

@@ -1,0 +1,112 @@
+"""What is asked of the planner: one convolution block, its sizes, and which gradients are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cnnlstm_fast.spec import BlockSpec
+
+#: What a size that varies is taken for under the compiler, where to ask for it would fix it: images of a
+#: batch, and rows or columns.
+NOMINAL_BATCH, NOMINAL_EXTENT = 16, 64
+
+
+class Sizes(NamedTuple):
+    """What decides whether a plan can run a block.
+
+    Attributes:
+        spec: the block.
+        shape: of the input (N, C, H, W).
+        weight_shape: (Cout, C / groups, KH, KW).
+        dtype: of input, parameters and result.
+        device: the type of their device.
+        norm: None; ``"folded"`` (given statistics, into the weights), ``"given"`` (given ones, where the
+            norm's weight trains) or ``"batch"`` (statistics of the batch).
+    """
+
+    spec: BlockSpec
+    shape: Sequence[int]
+    weight_shape: Sequence[int]
+    dtype: torch.dtype
+    device: str
+    norm: str | None
+
+
+class ConvProblem(NamedTuple):
+    """One block on one input, as far as its cost depends on it.
+
+    Attributes:
+        spec: the block.
+        batch, channels, height, width: of the input (N, C, H, W).
+        out_channels, kernel: of the weight (Cout, C / groups, *kernel).
+        conv, pooled: (H, W) of the convolution's map and after the pool.
+        dtype, norm: as in :class:`Sizes`.
+        training: whether any gradient is wanted.
+        needs_x: whether the input's is.
+        channels_last: the input's channels are contiguous.
+        threads: that the kernels may use.
+    """
+
+    spec: BlockSpec
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: tuple[int, int]
+    conv: tuple[int, int]
+    pooled: tuple[int, int]
+    dtype: torch.dtype
+    norm: str | None
+    training: bool
+    needs_x: bool
+    channels_last: bool
+    threads: int
+
+    @property
+    def taps(self) -> int:
+        """Multiply-adds of one element of the map."""
+        return self.channels // self.spec.groups * self.kernel[0] * self.kernel[1]
+
+    @property
+    def depthwise(self) -> bool:
+        return self.spec.groups == self.channels > 1
+
+
+def conv_problem(
+    sizes: Sizes, training: bool, needs_x: bool, channels_last: bool, threads: int
+) -> ConvProblem:
+    """The problem of a block of these sizes."""
+    spec, (batch, channels, height, width) = sizes.spec, sizes.shape
+    size, kernel = (height, width), (sizes.weight_shape[2], sizes.weight_shape[3])
+    return ConvProblem(
+        spec, batch, channels, height, width, sizes.weight_shape[0], kernel,
+        spec.conv_size(size, kernel), spec.out_size(size, kernel),
+        sizes.dtype, sizes.norm, training, needs_x, channels_last, threads,
+    )  # fmt: skip
+
+
+def lies_channels_last(x: Tensor) -> bool:
+    """Whether an image's channels are contiguous, and that is not so of contiguous ones."""
+    # Not one expression: its value would be a symbol to compilers, where a branch is a guard.
+    return True if x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1 else False
+
+
+def nominal(
+    shape: Sequence[int], weight_shape: Sequence[int], groups: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of input and weight, with likely sizes where the compiler lets them vary."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # loads what only compilers need
+
+    def known(size: int, otherwise: int) -> int:
+        return size if has_static_value(size) else otherwise
+
+    per_group = known(weight_shape[1], -(-NOMINAL_EXTENT // groups))
+    kernel = known(weight_shape[2], 3), known(weight_shape[3], 3)
+    height, width = (known(shape[2 + i], max(NOMINAL_EXTENT, kernel[i])) for i in range(2))
+    weight = known(weight_shape[0], groups * per_group), per_group, *kernel
+    return (known(shape[0], NOMINAL_BATCH), groups * per_group, height, width), weight

@@ -1,0 +1,51 @@
+"""Which plan runs an LSTM or GRU, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cnnlstm_fast.planning.support import library_differentiates, why_not_fused_recurrent
+
+#: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
+RECURRENT_PLANS = ("auto", "fused", "library", "reference")
+
+
+def choose_recurrent(
+    plan: str, x: Tensor, params: Sequence[Tensor], *, plain: bool, gru_step: bool = False
+) -> tuple[str, str]:
+    """The plan for an LSTM or GRU: (its name, the reason in words).
+
+    ``plain`` says that neither resets nor lengths are given, which PyTorch's own layers take;
+    ``gru_step`` that this is a GRU and but one step.
+
+    Raises:
+        ValueError: ``plan`` names a plan that cannot run this call; the message says why.
+    """
+    if plan == "reference":
+        return "reference", "asked for"
+    if plan == "library":
+        if not plain:
+            raise ValueError(
+                'plan="library" cannot run here: PyTorch\'s own layers take neither reset nor lengths. '
+                'Pass plan="auto" to let the package choose'
+            )
+        return "library", "asked for"
+    why_not = why_not_fused_recurrent(x, params)
+    if plan == "fused":
+        if why_not:
+            raise ValueError(
+                f'plan="fused" cannot run here: {why_not}. Pass plan="auto" to let the package choose, '
+                'or plan="reference" for a loop over the steps'
+            )
+        return "fused", "asked for"
+    if why_not:
+        return ("library" if plain and library_differentiates() else "reference"), why_not
+    if x.device.type == "cuda" and plain:
+        return "library", "cuDNN's kernels serve the plain case"
+    if plain and gru_step and x.device.type == "cpu":
+        return "library", "one step of a GRU: PyTorch's own operators are as fast"
+    if plain:
+        return "fused", "all steps in one call, gates kept in registers"
+    return "fused", "resets and lengths are handled inside the kernels"

@@ -1,0 +1,196 @@
+"""Which of a few ways is the fastest: timed at the first call of its kind, kept in memory and on disk.
+
+Plans of blocks on the CPU where that was asked for (:class:`tune`), and tiles of Triton kernels always. A
+file holds one call, the ways that were timed and their seconds, as JSON; what does not validate is timed
+again and replaced. Files are replaced whole, so that processes may share the folder: ``cnnlstm_fast`` in the
+user's cache folder, or CNNLSTM_FAST_CACHE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+
+from cnnlstm_fast.planning import rates
+
+__all__ = ["tune"]
+
+SCHEMA = 2
+T = TypeVar("T")
+
+#: Whether plans of blocks are timed; set by :class:`tune`, CNNLSTM_FAST_TUNE=1 makes True the default.
+enabled: bool = os.environ.get("CNNLSTM_FAST_TUNE") == "1"
+
+
+class tune:
+    """Time the likely plans of a block at its first call of each size, and keep the fastest.
+
+    In the manner of ``torch.backends.cudnn.benchmark``: as a function for the rest of the process, or as a
+    context::
+
+        cnnlstm_fast.tune(True)
+        with cnnlstm_fast.tune():
+            model(x)
+
+    What was found is kept in files under the user's cache folder (``CNNLSTM_FAST_CACHE`` names another), by
+    shape, dtype, processor, threads and version, so that another process has the same plans and the same
+    bits. Nothing is timed while a model is compiled, exported or traced. CPU only: on CUDA plans follow
+    from bytes and arithmetic, and kernels time their tiles by themselves.
+
+    Args:
+        mode: True or False.
+    """
+
+    def __init__(self, mode: bool = True):
+        global enabled
+        self._before = enabled
+        enabled = bool(mode)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_) -> None:
+        global enabled
+        enabled = self._before
+
+
+def folder() -> Path:
+    """Where choices are kept."""
+    if chosen := os.environ.get("CNNLSTM_FAST_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnnlstm_fast"
+
+
+def timed(
+    key: dict,
+    choices: Sequence[T],
+    described: Callable[[T], Any],
+    seconds: Callable[[Sequence[T]], list[float]],
+) -> list[float]:
+    """How long each of ``choices`` takes, as it is kept for ``key``; else by ``seconds``, which is then kept.
+
+    Args:
+        key: what the call is, for JSON.
+        choices: to be timed.
+        described: a choice for JSON.
+        seconds: times them; infinite for one that the device cannot hold.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    path = folder() / f"{name}.json"
+    entry = {"schema": SCHEMA, "call": key, "choices": [described(choice) for choice in choices]}
+    entry = json.loads(json.dumps(entry))  # lists where there were tuples
+    kept = _read(path, entry)
+    if kept is None:
+        kept = [float(one) for one in seconds(choices)]
+        _write(path, entry | {"seconds": kept})
+    return kept
+
+
+def _read(path: Path, entry: dict) -> list[float] | None:
+    """The seconds in a file, if it is whole and for this ``entry``."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found != entry | {"seconds": found.get("seconds")}:
+        return None
+    seconds = found["seconds"]
+    if not isinstance(seconds, list) or len(seconds) != len(entry["choices"]):
+        return None
+    return seconds if all(type(s) is float and s > 0 for s in seconds) else None
+
+
+def _write(path: Path, entry: dict) -> None:
+    """Replace a file at once; where nothing can be written, the choice lives as long as this process."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(entry, file)
+        os.replace(file.name, path)
+
+
+# ---- Plans of blocks on the CPU
+
+#: A plan is timed if it promises to take at most so many times the best one's time; and how many of them.
+_LIKELY, _MOST_TIMED = 1.8, 3
+#: Rounds in which those are timed in turn, after one call each.
+_ROUNDS = 5
+#: A plan of ours must take less than this share of PyTorch's time: what is nearer is a tie.
+TIE = 0.97
+
+#: Seconds by plan and call, as they were found in this process.
+_known: dict[tuple, dict[str, float]] = {}
+_MOST_KNOWN = 4096
+
+
+def may_time() -> bool:
+    """Whether anything can be timed now: nobody compiles, exports, traces or transforms."""
+    return enabled and not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
+def shortlist(predicted: dict[str, float]) -> list[str]:
+    """The plans that are worth timing, PyTorch's operators first."""
+    least = min(predicted.values())
+    likely = [
+        plan for plan in sorted(predicted, key=predicted.__getitem__) if predicted[plan] <= _LIKELY * least
+    ]
+    return ["reference", *[plan for plan in likely[:_MOST_TIMED] if plan != "reference"]]
+
+
+def seconds_of(
+    call: tuple, key: Callable[[], dict], plans: list[str], run: Callable[[str], Any]
+) -> dict[str, float]:
+    """How long a call takes by each of some plans.
+
+    Args:
+        call: what that depends on, hashable.
+        key: the same for JSON.
+        plans: those to be timed.
+        run: runs the call by a plan, forward and backward as it will be.
+    """
+    known = _known.get(call)
+    if known is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        found = timed(_machine() | key(), plans, str, lambda plans: _in_turn(plans, run))
+        known = _known[call] = dict(zip(plans, found, strict=True))
+    return known
+
+
+def _in_turn(plans: Sequence[str], run: Callable[[str], Any]) -> list[float]:
+    for plan in plans:
+        run(plan)
+    times: dict[str, list[float]] = {plan: [] for plan in plans}
+    for turn in range(_ROUNDS):
+        for plan in [*plans[turn % len(plans) :], *plans[: turn % len(plans)]]:
+            start = time.perf_counter()
+            run(plan)
+            times[plan].append(time.perf_counter() - start)
+    return [median(found) for found in times.values()]
+
+
+@lru_cache(maxsize=1)
+def _machine() -> dict:
+    try:
+        ours = version("cnnlstm_fast")
+    except PackageNotFoundError:
+        ours = "unknown"
+    return {"rates": rates.name_here(), "version": ours, "torch": torch.__version__}
