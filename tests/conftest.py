@@ -101,3 +101,16 @@ def _fresh_state(request):
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def always_ours(monkeypatch):
+    """Blocks run by the cheapest of our plans, however fast PyTorch's operators are."""
+    from cnnlstm_fast import functional
+    from cnnlstm_fast.planning import choose
+
+    monkeypatch.setattr(choose, "GAIN_PERCENT", -(2**31))
+    choose.cheapest.cache_clear()
+    functional._left_to_pytorch.clear()
+    yield
+    choose.cheapest.cache_clear()

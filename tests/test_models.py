@@ -208,7 +208,7 @@ def test_frames_of_another_size(module):
 @needs_extension
 @systems
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
-def test_nothing_but_blocks_between_image_and_lstm(name, gradients):
+def test_nothing_but_blocks_between_image_and_lstm(name, gradients, always_ours):
     ours, _, x = make(name)
     with torch.set_grad_enabled(gradients), Ops() as ops:
         ours.features(x)

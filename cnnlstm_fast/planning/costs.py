@@ -34,6 +34,8 @@ _CACHE_BYTES, _LARGE_BYTES = 1 << 20, 24 << 20
 _CHUNK_BYTES, _CHUNK_WEIGHTS = 2 << 20, 8
 #: Channels up to which the library has a convolution of its own for images, and those of a wide group.
 _IMAGE_CHANNELS, _NARROW_GROUP = 3, 16
+#: Columns of a kernel up to which the library computes signals as it does images.
+_ROW_KERNEL = 14
 #: Taps up to which batch statistics come from products of patches (:mod:`cnnlstm_fast.ops.conv_norm`).
 MOST_TAPS_BY_PATCHES = 64
 #: Taps above which a pooled block under batch statistics keeps its map instead of computing it again.
@@ -75,7 +77,7 @@ def _kind(p: ConvProblem) -> str:
     if max(p.spec.stride) > 1:
         return "strided"
     if p.height == 1 or p.kernel[0] == 1 or p.kernel[1] == 1:
-        return "row"
+        return "long row" if p.kernel[1] > _ROW_KERNEL else "row"
     return "dense"
 
 
