@@ -30,6 +30,7 @@ bench: $(VENV)/built
 	mkdir -p build
 	$(BIN)/python -m benchmarks run --quick --output build/quick.json
 	$(BIN)/python -m benchmarks plot build/quick.json
+	$(BIN)/python -m benchmarks regret --blocks 60
 
 # On a machine with a CUDA device: its own Python and torch, no network. Results go under OUT, if set.
 # Where nothing can be installed, the kernels are linked to where an installation would put them.

@@ -243,8 +243,10 @@ def calibrate(
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
         raced = _race_plans(count, seed, ["float32", "bfloat16"], keep)
     given = {} if prior is None else rates.read(prior).plans
+    here = Device.here()
     path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
-    calibration.write(path, calibration.content(raced, Device.here(), given))
+    device = f"{here.cpu}, {here.cores} cores, {here.our_isa}"
+    calibration.write(path, calibration.content(raced, device, given))
     console.print(f"{len(raced)} races; written: {path}")
 
 
@@ -257,6 +259,7 @@ def regret(
     of: Annotated[str | None, typer.Option(help="Rates; without it those of this processor.")] = None,
     unlisted: Annotated[float, typer.Option(help="Share of blocks that are like no model's.")] = 0.0,
     most: Annotated[float, typer.Option(help="Exit with 1 where the mean is more.")] = 1.05,
+    output: Annotated[Path | None, typer.Option(help="Result file, as JSON.")] = None,
 ) -> None:
     """Race every plan of fresh random blocks: what choosing by prediction costs over knowing."""
     if races:
@@ -265,11 +268,11 @@ def regret(
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
         raced = _race_plans(count, seed, ["float32"], keep, unlisted)
     given = rates.here() if of is None else rates.read(of)
-    bad = False
+    report = Report.begin("regret")
     for mode in ("inference", "training"):
         for dtype in sorted({one.dtype for one in raced}):
             found = calibration.regret([r for r in raced if (r.mode, r.dtype) == (mode, dtype)], given)
-            bad = bad or found.mean > most
+            report.regrets.append(found)
             console.print(
                 f"{mode}, {dtype}, {found.races} blocks by {given.name}: chosen over fastest "
                 f"{found.mean:.3f}, at most {found.worst:.2f}; over PyTorch at most "
@@ -277,7 +280,9 @@ def regret(
             )
             for line in found.lines:
                 console.print(f"  {line}", highlight=False)
-    if bad:
+    if output is not None:
+        report.write(output)
+    if any(found.mean > most for found in report.regrets):
         raise typer.Exit(1)
 
 

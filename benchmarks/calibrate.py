@@ -26,7 +26,6 @@ from torch import Tensor
 
 import cnnlstm_fast as cf
 from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block
-from benchmarks.results import Device
 from cnnlstm_fast.planning import costs, rates
 from cnnlstm_fast.planning.choose import PLANS, least
 from cnnlstm_fast.planning.problem import ConvProblem, Sizes, conv_problem
@@ -328,7 +327,7 @@ def fit_plans(races: list[Race], prior: Mapping[str, Any]) -> dict[str, dict[str
     }
 
 
-def content(races: list[Race], device: Device, prior: Mapping[str, Any]) -> dict[str, Any]:
+def content(races: list[Race], device: str, prior: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of rates holds; ``prior`` is another one's ``plans``, where the races leave a term open."""
     raced = sorted({race.dtype for race in races})
     plans = {
@@ -339,7 +338,7 @@ def content(races: list[Race], device: Device, prior: Mapping[str, Any]) -> dict
     }
     return {
         "schema": rates.SCHEMA,
-        "device": f"{device.cpu}, {device.cores} cores, {device.our_isa}",
+        "device": device,
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
@@ -370,6 +369,8 @@ class Regret:
     """What choosing by prediction costs over knowing, on some races.
 
     Attributes:
+        mode, dtype: of the races.
+        rates: name of those by which plans were chosen.
         races: how many.
         mean, worst: time of the chosen plan over the fastest one's, as a geometric mean and at most.
         over_pytorch: the most that the chosen plan takes over PyTorch's operators.
@@ -377,6 +378,9 @@ class Regret:
         lines: the worst ones, in words.
     """
 
+    mode: str
+    dtype: str
+    rates: str
     races: int
     mean: float
     worst: float
@@ -386,7 +390,7 @@ class Regret:
 
 
 def regret(races: list[Race], given: Rates, *, shown: int = 10) -> Regret:
-    """How well ``given`` rates choose among plans that were all raced."""
+    """How well ``given`` rates choose among plans that were all raced; races of one mode and dtype."""
     found = []
     for race in races:
         chosen = least(costs.predict(race.problem(), given, race.forward)).forward
@@ -402,6 +406,9 @@ def regret(races: list[Race], given: Rates, *, shown: int = 10) -> Regret:
     ]
     theirs = [race.total("reference") / min(map(race.total, race.forward)) for race in races]
     return Regret(
+        mode=races[0].mode,
+        dtype=races[0].dtype,
+        rates=given.name,
         races=len(races),
         mean=exp(sum(log(ratio) for ratio, *_ in found) / len(found)),
         worst=found[0][0],

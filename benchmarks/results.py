@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from benchmarks.blocks import BlockResult
+from benchmarks.calibrate import Regret
 from benchmarks.dispatch import Dispatch, Step
 from benchmarks.growth import Point
 from benchmarks.memory import Memory
@@ -102,7 +103,7 @@ class Report(ResultFile):
         device, versions, threads: where and with what.
         commit: of the project; ends in ``+changes`` where the tree was not clean.
         date: UTC, ISO 8601.
-        mode: ``"quick"``, ``"full"`` or ``"blocks"``.
+        mode: ``"quick"``, ``"full"``, ``"blocks"`` or ``"regret"``.
         roofline: measured before and after the races, in this order.
         failures: cases whose result was wrong, and so were not timed.
     """
@@ -121,6 +122,7 @@ class Report(ResultFile):
     traces: list[Trace] = field(default_factory=list)
     blocks: list[BlockResult] = field(default_factory=list)
     growth: list[Point] = field(default_factory=list)
+    regrets: list[Regret] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 

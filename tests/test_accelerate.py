@@ -23,6 +23,7 @@ from cnnlstm_fast.fusion.observe import Observed
 from cnnlstm_fast.fusion.recipe import Recipe
 from cnnlstm_fast.fusion.site import Site
 from cnnlstm_fast.fusion.speculate import Deferred
+from cnnlstm_fast.planning.problem import lies_channels_last
 
 
 @pytest.fixture(autouse=True)
@@ -911,6 +912,31 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
         del got
         with torch.inference_mode():
             torch.testing.assert_close(fast(x), twin(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_map_is_handed_on_only_where_the_next_block_gains(monkeypatch):
+    """A block that would be slower on channels-last maps gets them as PyTorch lays them out."""
+    layouts, (run_block, decide) = [], (patterns.run_block, patterns.decide)
+
+    def noted(*args, layout, **kwargs):
+        layouts.append(layout)
+        return run_block(*args, layout=layout, **kwargs)
+
+    def slower(x, *args):
+        found = decide(x, *args)
+        return found._replace(choice=found.choice._replace(us=1.0 + 9.0 * lies_channels_last(x)))
+
+    monkeypatch.setattr(patterns, "run_block", noted)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
+    x = torch.randn(8, 3, 24, 22)
+    for given, expected in ((decide, "channels_last"), (slower, "channels_first")):
+        monkeypatch.setattr(patterns, "decide", given)
+        fast = cf.accelerate(model)
+        with torch.no_grad():
+            for _ in range(4):
+                layouts.clear()
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+        assert layouts[0] == expected
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["activation", "pool"])

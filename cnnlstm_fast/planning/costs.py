@@ -258,7 +258,8 @@ def _direct_products(p: ConvProblem) -> tuple[str, float, float, float]:
     rows = p.batch * p.conv[0] * _idle(p, p.batch * p.pooled[0])
     positions = rows * p.conv[1]
     if p.depthwise and _by_planes(p):
-        return "depthwise", positions * p.out_channels * p.taps / _LANES, 0.0, rows * p.out_channels * p.taps
+        along_rows = rows * _up(p.conv[1], _LANES) / _LANES  # vectors of one channel's places
+        return "depthwise", along_rows * p.out_channels * p.taps, 0.0, 0.0
     joined = _joined(p)
     groups = p.spec.groups // joined
     per_group, taps = p.out_channels // groups, p.taps * joined
@@ -285,7 +286,11 @@ def direct_forward(p: ConvProblem) -> Counts:
     if p.height > 1 and p.kernel[0] > 1 and not p.depthwise:
         counts["x again"] = x * (p.kernel[0] - 1) / p.spec.stride[0]
     _finish(counts, p, out, of_map, size)
-    if _across(p):
+    if kind == "depthwise":  # by rows of one channel, each in whole vectors
+        counts["plane rows"] = p.batch * p.conv[0] * p.out_channels
+        if "curve" in counts:
+            counts["curve"] *= _up(p.conv[1], _LANES) / p.conv[1]
+    elif _across(p):
         counts["out across"] = out
     if _by_patches(p):
         positions = p.batch * p.conv[0] * p.conv[1]
