@@ -12,6 +12,7 @@ from torch import Tensor
 from cnnlstm_fast import functional, patterns
 from cnnlstm_fast.limits import limit
 from cnnlstm_fast.patterns import Conv, Norm
+from cnnlstm_fast.planning.choose import gains_enough
 
 #: How many shapes of inputs a convolution remembers.
 MEMORY = 256
@@ -167,18 +168,21 @@ class Recipe:
         pooled = self.pool is not None
         layout = patterns.eager_layout(given, conv.weight, pooled, module, self.activation)
         hands_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
-        if hands_on:
-            layout = "channels_last"
         decision, shapes, plan = None, [], "reference"
+        parts = conv, module, self.activation, self.pool
         try:
-            decision = patterns.decide(x, conv, module, self.activation, self.pool, layout)
+            decision = patterns.decide(x, *parts, layout)
+            if hands_on:
+                handing = patterns.decide(x, *parts, "channels_last")
+                hands_on = handing.plan != "reference" and gains(handing, decision)
+                decision, layout = (handing, "channels_last") if hands_on else (decision, layout)
             shapes = self._shapes(function, x, conv, handed)
             why = self._why_plain(decision, conv.weight, handed)
             if why is None and handed and decision.plan == "reference" and _is_faulty(x, conv, shapes[0][0]):
                 why = "the library's convolutions of such channels-last maps have faults"
             if why is None and handed:
-                other = patterns.decide(x.contiguous(), conv, module, self.activation, self.pool, layout)
-                if other.choice.us < decision.choice.us:
+                other = patterns.decide(x.contiguous(), *parts, layout)
+                if not gains(decision, other):
                     why = f"faster on its input as PyTorch lays it out: {other.reason}"
             if why is None:
                 plan, why = decision.plan, decision.reason
@@ -214,6 +218,13 @@ class Recipe:
                     y = step.run(y)
                 found.append((y.shape, y.stride()))
         return found
+
+
+def gains(ours: functional.Decision, other: functional.Decision) -> bool:
+    """Whether to take ``ours`` and not ``other``: by a margin, where one is PyTorch's operators."""
+    if "reference" in (ours.plan, other.plan):
+        return gains_enough(ours.choice.us, other.choice.us)
+    return ours.choice.us <= other.choice.us
 
 
 def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:

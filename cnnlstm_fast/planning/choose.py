@@ -236,9 +236,14 @@ def least(nanoseconds: dict[str, float], gain: float | None = None, how: str = "
     theirs = nanoseconds["reference"]
     ours, name = min((ns, name) for name, ns in nanoseconds.items() if name != "reference")
     told = f"{how}{_said(ours)} by {name}, {_said(theirs)} by PyTorch"
-    if ours <= (1 - (GAIN_PERCENT / 100 if gain is None else gain)) * theirs:
+    if gains_enough(ours, theirs) if gain is None else ours <= (1 - gain) * theirs:
         return Choice(name, name, told, ours / 1e3, max(theirs - ours, 0.0) / 1e3)
     return Choice("reference", "reference", told, theirs / 1e3, by_sizes=True)
+
+
+def gains_enough(ours: float, theirs: float) -> bool:
+    """Whether a predicted cost is by ``GAIN_PERCENT`` less than another one."""
+    return ours <= (1 - GAIN_PERCENT / 100) * theirs
 
 
 def _said(nanoseconds: float) -> str:
