@@ -211,7 +211,7 @@ def _pair_of_layers(kind: str, shape: tuple[int, int, int], hidden: int, options
 
 
 def _layers(dtype: str, training: bool) -> list[Work]:
-    """The policies with resets and the batches of sentences whose targets issue 4 names."""
+    """Policies with resets, and batches of sentences."""
     found = []
     for name, kind, shape, hidden, options, masked in (
         ("LSTM resets 512-128", "LSTM", (128, 2, 512), 128, {}, "reset"),
