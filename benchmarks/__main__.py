@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import secrets
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict, replace
 from functools import partial
@@ -209,13 +211,13 @@ RaceSeed = Annotated[int, typer.Option(help="Of the blocks and their inputs; ran
 
 
 def _race_plans(
-    count: int, seed: int, dtypes: list[str], keep: Path | None, unlisted: float = 0.5
+    count: int, seed: int, dtypes: list[str], keep: Path | None, unlisted: float = 0.5, tune: bool = False
 ) -> list[calibration.Race]:
     kinds = [getattr(torch, dtype) for dtype in dtypes]
     with _progress() as progress:
         task = progress.add_task("blocks", total=2 * count * len(kinds))
         tell = partial(progress.update, task)
-        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted)
+        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted, tune)
     if keep is not None:
         calibration.write_races(keep, races)
     return races
@@ -258,6 +260,7 @@ def regret(
     keep: Annotated[Path | None, typer.Option(help="Where the races go, as lines of JSON.")] = None,
     of: Annotated[str | None, typer.Option(help="Rates; without it those of this processor.")] = None,
     unlisted: Annotated[float, typer.Option(help="Share of blocks that are like no model's.")] = 0.0,
+    tune: Annotated[bool, typer.Option("--tune", help="Judge what cnnlstm_fast.tune chooses.")] = False,
     most: Annotated[float, typer.Option(help="Exit with 1 where the mean is more.")] = 1.05,
     output: Annotated[Path | None, typer.Option(help="Result file, as JSON.")] = None,
 ) -> None:
@@ -266,7 +269,9 @@ def regret(
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
-        raced = _race_plans(count, seed, ["float32"], keep, unlisted)
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["CNNLSTM_FAST_CACHE"] = cache  # so that nothing is known yet
+            raced = _race_plans(count, seed, ["float32"], keep, unlisted, tune)
     given = rates.here() if of is None else rates.read(of)
     report = Report.begin("regret")
     for mode in ("inference", "training"):

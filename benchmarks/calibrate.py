@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 import cnnlstm_fast as cf
-from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block
+from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block, plan_of
 from cnnlstm_fast.planning import costs, rates
 from cnnlstm_fast.planning.choose import PLANS, least
 from cnnlstm_fast.planning.problem import ConvProblem, Sizes, conv_problem
@@ -53,6 +53,7 @@ class Race:
         needs_x: whether the gradient of the input was asked for.
         dtype: name of the dtype.
         forward, backward: median milliseconds by plan; those that cannot run it are missing.
+        tuned: what ``cnnlstm_fast.tune`` chose, where it was asked.
     """
 
     block: Block
@@ -62,6 +63,7 @@ class Race:
     dtype: str
     forward: dict[str, float]
     backward: dict[str, float]
+    tuned: str | None = None
 
     def total(self, plan: str) -> float:
         """Milliseconds of both ways."""
@@ -189,9 +191,24 @@ def _pools(block: Block) -> bool:
 
 
 def race(
-    block: Block, mode: str, channels_last: bool, *, seed: int, dtype: torch.dtype = torch.float32
+    block: Block,
+    mode: str,
+    channels_last: bool,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    tune: bool = False,
 ) -> Race:
-    """Run every plan of a block in turn."""
+    """Run every plan of a block in turn.
+
+    Args:
+        block: what runs.
+        mode: ``"inference"`` or ``"training"``.
+        channels_last: how the input lies.
+        seed: of weights and inputs.
+        dtype: of both.
+        tune: also let ``cnnlstm_fast.tune`` choose, anew.
+    """
     training = mode == "training"
     generator = torch.Generator().manual_seed(seed)
     weights = {name: w.to(dtype) for name, w in block.weights(generator).items()}
@@ -226,7 +243,13 @@ def race(
     def ms(times: dict[str, list[float]]) -> dict[str, float]:
         return {plan: round(1e3 * median(found), 5) for plan, found in times.items()}
 
-    return Race(block, mode, channels_last, needs_x, str(dtype)[6:], ms(forward), ms(backward))
+    tuned = None
+    if tune:
+        with cf.tune(), torch.set_grad_enabled(training):
+            side = Side(block, cf.functional.conv_block, weights, training)
+            tuned, *_ = plan_of(side.call, x.detach().requires_grad_(needs_x), side.weights)
+    kinds = channels_last, needs_x, str(dtype)[6:]
+    return Race(block, mode, *kinds, ms(forward), ms(backward), tuned)
 
 
 def _turn(side: Side, x: Tensor, grad: Tensor | None, needs_x: bool) -> Iterator[tuple[float, float]]:
@@ -393,7 +416,7 @@ def regret(races: list[Race], given: Rates, *, shown: int = 10) -> Regret:
     """How well ``given`` rates choose among plans that were all raced; races of one mode and dtype."""
     found = []
     for race in races:
-        chosen = least(costs.predict(race.problem(), given, race.forward)).forward
+        chosen = race.tuned or least(costs.predict(race.problem(), given, race.forward)).forward
         best = min(map(race.total, race.forward))
         taken = race.total(chosen)
         found.append((taken / best, taken / race.total("reference"), race, chosen))
@@ -419,14 +442,19 @@ def regret(races: list[Race], given: Rates, *, shown: int = 10) -> Regret:
 
 
 def run(
-    count: int, seed: int, dtypes: Iterable[torch.dtype], tell: Callable[[int], None], unlisted: float = 0.5
+    count: int,
+    seed: int,
+    dtypes: Iterable[torch.dtype],
+    tell: Callable[[int], None],
+    unlisted: float = 0.5,
+    tune: bool = False,
 ) -> list[Race]:
     """Race every plan of ``count`` random blocks in both modes and each dtype; ``tell`` how many are done."""
     races: list[Race] = []
     for dtype in dtypes:
         for at, (block, channels_last) in enumerate(draw(count, seed, unlisted)):
             for mode in ("inference", "training"):
-                races.append(race(block, mode, channels_last, seed=seed + at, dtype=dtype))
+                races.append(race(block, mode, channels_last, seed=seed + at, dtype=dtype, tune=tune))
                 tell(len(races))
     return races
 

@@ -132,6 +132,18 @@ def test_races_are_read_again(tmp_path):
     assert calibrate.read_races(tmp_path / "races") == races
 
 
+@needs_extension
+def test_a_race_has_every_plan(cache):
+    block = calibrate.Block("", 2, 12, (9, 11), 16, (3, 3), (1, 1), (1, 1), norm=True)
+    for mode in ("inference", "training"):
+        race = calibrate.race(block, mode, True, seed=3, tune=True)
+        assert set(race.forward) == set(PLANS) - {"fft"} and race.tuned in race.forward
+        assert all(race.forward[plan] > 0 for plan in race.forward)
+        assert all((race.backward[plan] > 0) == (mode == "training") for plan in race.backward)
+        found = calibrate.regret([race], rates.read(RATES[0]))
+        assert found.mean == found.worst == race.total(race.tuned) / min(map(race.total, race.forward))
+
+
 # ---------------------------------------------------------------- the choice
 
 
