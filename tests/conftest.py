@@ -1,8 +1,9 @@
-"""What every test gets: poisoned fresh memory, a seed of its own, two threads; and the report's header."""
+"""What every test gets: poisoned memory, a seed of its own, two threads; which cases run; the header."""
 
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import random
 import zlib
@@ -19,7 +20,7 @@ SEED = int(os.environ.setdefault("CNNLSTM_FAST_SEED", str(random.SystemRandom().
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "no_cover: coverage is not measured")
+    config.addinivalue_line("markers", "not_measured: coverage is not measured")
     config.addinivalue_line("markers", "long: takes minutes; runs with CNNLSTM_FAST_LONG=1")
     config.addinivalue_line(
         "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
@@ -45,36 +46,96 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes: set CNNLSTM_FAST_LONG=1"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    _take_combinations(config, items)
     _take_share(config, items)
     _measure_few(items)
+
+
+def _cases_of_tests(items):
+    tests = collections.defaultdict(list)
+    for item in items:
+        tests[item.path, getattr(item, "originalname", item.name)].append(item)
+    return tests
+
+
+def _keep(config, items, kept):
+    kept = {id(item) for item in kept}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def _take_combinations(config, items):
+    """Of a test of three parameters, cases that together have every pair of values; of more, every triple.
+
+    Which of those that do, the seed decides. CNNLSTM_FAST_EVERY_CASE=1 takes the whole product; cases for a
+    GPU, which run rarely, are always taken.
+    """
+    if os.environ.get("CNNLSTM_FAST_EVERY_CASE") == "1":
+        return
+    here = [item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("gpu")]
+    left_out = set()
+    for (path, name), cases in _cases_of_tests(here).items():
+        values = {c: [(of, id(value)) for of, value in c.callspec.params.items()] for c in cases}
+        choices = collections.Counter(of for of, _ in {*itertools.chain(*values.values())})
+        parameters = sum(count > 1 for count in choices.values())
+        if parameters < 3:
+            continue
+        found = {
+            c: {*itertools.combinations([v for v in of if choices[v[0]] > 1], min(parameters - 1, 3))}
+            for c, of in values.items()
+        }
+        missing = set().union(*found.values())
+        random.Random(f"{SEED} {path.name} {name}").shuffle(cases)
+        left_out.update(cases)
+        for new in range(max(map(len, found.values())), 0, -1):  # first those that add most
+            for case in cases:
+                if len(found[case] & missing) >= new:
+                    missing -= found[case]
+                    left_out.discard(case)
+    _keep(config, items, [item for item in items if item not in left_out])
 
 
 def _take_share(config, items):
     """Of every test's cases one in CNNLSTM_FAST_SHARE: which ones, the seed decides."""
     share = int(os.environ.get("CNNLSTM_FAST_SHARE", "1"))
-    tests = collections.defaultdict(list)
-    for item in items:
-        tests[item.path, getattr(item, "originalname", item.name)].append(item)
-    taken = {id(item) for cases in tests.values() for item in cases[SEED % min(share, len(cases)) :: share]}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in taken])
-    items[:] = [item for item in items if id(item) in taken]
+    tests = _cases_of_tests(items).values()
+    _keep(config, items, [c for cases in tests for c in cases[SEED % min(share, len(cases)) :: share]])
 
 
 #: Of how many cases of every parametrized test coverage is measured.
-MEASURED_CASES = 2
+MEASURED_CASES = 1
+MEASURED = pytest.StashKey[bool]()
 
 
 def _measure_few(items):
-    """Turn coverage off for most cases: under it Python takes up to twice as long, and they add nothing."""
-    tests = collections.defaultdict(list)
-    for item in items:
-        if not item.get_closest_marker("skip"):
-            tests[item.path, item.originalname].append(item)
-    for cases in tests.values():
+    """Under coverage Python takes up to twice as long, and more cases add nothing."""
+    for cases in _cases_of_tests(i for i in items if not i.get_closest_marker("skip")).values():
         every = -(-len(cases) // MEASURED_CASES)
-        for at, item in enumerate(cases):
-            if at % every:
-                item.add_marker("no_cover")
+        for item in cases[::every]:
+            item.stash[MEASURED] = not item.get_closest_marker("not_measured")
+
+
+def _coverage(config):
+    plugin = config.pluginmanager.get_plugin("_cov")
+    return plugin and getattr(plugin.cov_controller, "cov", None)
+
+
+def pytest_collection_finish(session):
+    """Imports are measured; from here on only the tests that are marked, not what pytest does in between."""
+    if coverage := _coverage(session.config):
+        coverage.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    coverage = _coverage(item.config) if item.stash.get(MEASURED, False) else None
+    if coverage:
+        coverage.start()
+    try:
+        return (yield)
+    finally:
+        if coverage:
+            coverage.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +158,10 @@ def _fresh_state(request):
     """Seed each test by the run's seed and its own name; give each two threads."""
     seed = zlib.crc32(f"{SEED} {request.node.nodeid}".encode())
     random.seed(seed)
-    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:  # or it would keep a stack for every kind of device that may yet come: 3 ms
+        torch.default_generator.manual_seed(seed)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(2)

@@ -23,7 +23,7 @@ PROGRAM_SEED = os.environ.get("CNNLSTM_FAST_PROGRAM_SEED", "3")
 SECONDS = os.environ.get("CNNLSTM_FAST_PROGRAM_SECONDS", "60")
 
 
-@pytest.mark.no_cover
+@pytest.mark.not_measured
 def test_a_minute_of_programs(tmp_path):
     """Random programs do the same plain, accelerated and compiled; what does not is printed as a script.
 
@@ -137,7 +137,7 @@ def some_programs(seed: int = SEED, count: int = 1000):
     return (programs.Writer(seed * 10**6 + at).write() for at in range(count))
 
 
-@pytest.mark.no_cover
+@pytest.mark.not_measured
 @pytest.mark.parametrize("wrong", [late_operands, late_statistics, reused_memory], ids=lambda f: f.__name__)
 def test_planted_faults_are_found(wrong, one_thread):
     """Each is found, and what is left of a program that shows it is a short script, which runs."""
@@ -155,7 +155,7 @@ def test_planted_faults_are_found(wrong, one_thread):
     assert "values seen" in ran.stdout, ran.stderr
 
 
-@pytest.mark.no_cover
+@pytest.mark.not_measured
 def test_rounding_is_no_fault(one_thread):
     """A model that rounds otherwise passes, in programs that change nothing behind autograd's back."""
     runner, ran = programs.Runner(rounded), 0
