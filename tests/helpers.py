@@ -402,7 +402,7 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     root = Path(cnnlstm_fast.__file__).parents[1]
     # glibc fills what malloc returns: the kernels' scratch memory is poisoned as well as tensors
     env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
-    env |= _OTHERS_SETS[isa]
+    env |= _OTHERS_SETS[isa] | {"CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "3")}
     asked = subprocess.run(
         [sys.executable, "-c", "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())"],
         env=env, cwd=root, capture_output=True, text=True, timeout=120,
@@ -420,7 +420,7 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider",
          "-m", "instruction_sets", *pytest_args],
-        env=env, cwd=root, capture_output=True, text=True, timeout=300,
+        env=env, cwd=root, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     nothing = ran.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and "-k" in pytest_args
     assert ran.returncode == 0 or nothing, f"{isa}: {ran.stdout[-4000:]}{ran.stderr[-2000:]}"

@@ -6,14 +6,12 @@ import copy
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
     ACTIVATIONS,
-    FUSED,
     LAYOUTS,
     STRIDED,
     Block,
@@ -26,14 +24,12 @@ from helpers import (
     fused_plans,
     in_layout,
     integer_tensors,
-    needs_extension,
     normal_tensors,
     our_block,
     plans,
     random_block,
     random_blocks,
     refusal,
-    repeat_with_instruction_set,
     run_python,
     strided,
     torch_block,
@@ -105,16 +101,6 @@ def test_other_dtypes_are_pytorchs(block, dtype):
     block = replace(block, activation=None, pool=None)
     tensors = normal_tensors(block, dtype)
     assert torch.equal(our_block(block, **tensors, plan="auto"), torch_block(block, **tensors))
-
-
-@needs_extension
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The marked tests once more with the kernels of each instruction set, chosen as the library loads."""
-    files = [
-        str(Path(__file__).with_name(f"test_{of}.py")) for of in ("conv_block", "layouts", "numbers", "ops")
-    ]
-    repeat_with_instruction_set(isa, "-k", " or ".join(FUSED), *files)
 
 
 # ------------------------------------------------------------- activations

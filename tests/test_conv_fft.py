@@ -23,7 +23,6 @@ from helpers import (
     needs_extension,
     normal_tensors,
     our_block,
-    repeat_with_instruction_set,
     run_python,
     strided,
     torch_block,
@@ -591,11 +590,6 @@ def test_a_loud_neighbour_is_not_heard():
     x[::2] *= 1e6
     beside = conv_block(x, weight, activation=None, plan="fft")[1:2]
     torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    repeat_with_instruction_set(isa, __file__)
 
 
 # ---------------------------------------------------------------- errors on their way

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import needs_extension, repeat_with_instruction_set
+from helpers import needs_extension
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
@@ -149,8 +149,3 @@ def test_all_parallel_work_flushes():
     sources = (Path(__file__).parents[1] / "csrc").rglob("*")
     direct = [p.name for p in sources if p.is_file() and "stable::parallel_for" in p.read_text()]
     assert direct == ["threads.h"]
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    repeat_with_instruction_set(isa, __file__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import SEED, assert_close_as_torch, needs_extension, repeat_with_instruction_set
+from helpers import SEED, assert_close_as_torch, needs_extension
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -580,9 +580,3 @@ def test_nothing_to_do(mode):
     grads = [torch.randn_like(t) for t in found.values()]
     for name, value in results(ours, case, drawn, grads).items():
         assert value.numel() == 0 or not value.any(), name
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The marked tests once more with the kernels of each instruction set, chosen as the library loads."""
-    repeat_with_instruction_set(isa, __file__)

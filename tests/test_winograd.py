@@ -6,7 +6,6 @@ import copy
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from helpers import (
     normal_tensors,
     our_block,
     random_blocks,
-    repeat_with_instruction_set,
     run_python,
     strided,
     torch_block,
@@ -421,11 +419,6 @@ for weight, conv, dtype in (
 print("the end")
 """)
     assert ran.stdout.strip() == "the end", ran.stderr[-2000:]
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    repeat_with_instruction_set(isa, str(Path(__file__)))
 
 
 def test_torch_and_ours_agree_on_shapes():
