@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import os
 import random
@@ -170,11 +171,25 @@ def _fresh_state(request):
 @pytest.fixture
 def always_ours(monkeypatch):
     """Blocks run by the cheapest of our plans, however fast PyTorch's operators are."""
+    with _gain(monkeypatch, -(2**31)):
+        yield
+
+
+@pytest.fixture
+def never_ours(monkeypatch):
+    """Blocks are left to PyTorch's operators, however slow they are."""
+    with _gain(monkeypatch, 100):
+        yield
+
+
+@contextlib.contextmanager
+def _gain(monkeypatch, percent: int):
     from cnnlstm_fast import functional
     from cnnlstm_fast.planning import choose
 
-    monkeypatch.setattr(choose, "GAIN_PERCENT", -(2**31))
+    monkeypatch.setattr(choose, "GAIN_PERCENT", percent)
     choose.cheapest.cache_clear()
     functional._left_to_pytorch.clear()
     yield
     choose.cheapest.cache_clear()
+    functional._left_to_pytorch.clear()

@@ -674,14 +674,13 @@ TINY = blocks.Block(
     [TINY, dataclasses.replace(TINY, norm=True), dataclasses.replace(TINY, channels=12, groups=2)],
     ids=lambda b: b.describe(),
 )
-def test_a_block_races_and_names_its_plan(monkeypatch, block, mode):
+def test_a_block_races_and_names_its_plan(monkeypatch, never_ours, block, mode):
     monkeypatch.setattr(blocks, "ROUNDS", 3)
     monkeypatch.setattr(blocks, "FLOOR", 0.0)
     found = blocks.race_block(block, mode, seed=random.randrange(10**6), turn_s=0.0)
     assert found.rounds == blocks.ROUNDS and found.reason
     assert found.ratio.p50 == pytest.approx(found.eager_ms / found.ours_ms, rel=2)
-    if block.groups > 1:
-        assert found.plan == "reference"
+    assert found.plan == "reference"
 
 
 AVERAGED = next(b for b in blocks.draw_blocks(400, 0) if b.pool is not None and b.pool[0] == "Avg")

@@ -279,9 +279,10 @@ def assert_same_outcome(program, parts, x, grad, tolerance, **options):
 def test_what_happens_between(program, train):
     parts = between.Parts().train(train)
     x = torch.randn(2, 4, 8, 10)
-    assert_same_outcome(program, parts, x, False, 1e-4)
+    tolerance = 5e-2 if "autocast" in program.__name__ else 1e-4  # bfloat16 rounds to 8e-3
+    assert_same_outcome(program, parts, x, False, tolerance)
     if "numpy" not in program.__name__:  # dynamo's numpy counts versions, and backward raises
-        assert_same_outcome(program, parts, x, True, 1e-4)
+        assert_same_outcome(program, parts, x, True, tolerance)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_huge_pages_never(monkeypatch):
 
 
 def test_compiling_gpu_kernels_without_triton(monkeypatch):
-    monkeypatch.setattr(doctor.plans, "triton_available", lambda: False)
+    monkeypatch.setattr(doctor.support, "triton_available", lambda: False)
     with pytest.raises(ImportError, match="pip install triton"):
         doctor.compile_kernels()
     assert doctor.report()["Triton"].status == "missing"

@@ -72,6 +72,8 @@ class Site:
         function, padding = _OWN[kind][3], module.padding
         if module.padding_mode != "zeros":
             x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        elif padding == "same" and torch.is_grad_enabled() and weight.requires_grad:
+            x, padding = _padded_after(x, module)
         conv = Conv(weight, bias, module.stride, padding, module.dilation, module.groups)
         return self._convolve(running, module, function, x, conv)
 
@@ -179,6 +181,19 @@ class Site:
         self.why_plain = why
         if observer.current is not None:
             observer.current.as_is(cast(nn.Module, self.module()), why)
+
+
+def _padded_after(x: Tensor, module: nn.Module) -> tuple[Tensor, Any]:
+    """Input and padding of ``padding="same"``, where one side may need one more.
+
+    PyTorch pads that side in a copy, which its graph keeps: the input itself may change in place later.
+    """
+    sides: Any = module._reversed_padding_repeated_twice
+    before, after = sides[0::2], sides[1::2]
+    if before == after:
+        return x, module.padding
+    pads = [side for b, a in zip(before, after, strict=True) for side in (0, a - b)]
+    return F.pad(x, pads), tuple(reversed(before))
 
 
 def _call_key(module: nn.Module, x: Tensor) -> tuple:
