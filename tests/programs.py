@@ -415,12 +415,16 @@ def far(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 #: What writes past the version counter: a backward after that, PyTorch's own too, reads what was not meant.
 UNSEEN_WRITES = re.compile(r"\.data\b|numpy\(\)|asarray|from_dlpack|inference_mode|raw\(|_storage\(\)")
 #: PyTorch's backward of a norm is wrong for gradients of some strides, as recurrent layers may give them.
-NORM_BEFORE_RECURRENT = re.compile(r"Norm\dd?\(.*nn\.(LSTM|GRU)\(", re.DOTALL)
+NORM_BEFORE_TRANSPOSE = re.compile(r"Norm\dd?\(.*(nn\.(LSTM|GRU)|flatten\(2\)\.transpose)\(", re.DOTALL)
 
 
 def _is_nothing(gradient: Any) -> bool:
     """Whether it is no gradient or zeros, between which second derivatives may choose."""
     return gradient is None or (isinstance(gradient, tuple) and not gradient[2].any())
+
+
+#: Names of values whose size says how large the terms of a gradient are.
+_TERMS = ("gradient", "parameter")
 
 
 class Judge:
@@ -429,13 +433,13 @@ class Judge:
     def __init__(self, code, seed: int, low: bool, source: str = ""):
         self.code, self.seed, self.steps = code, seed, "optimizer.step" in source.partition("def drive")[2]
         # Without gradients what an optimizer's step leads to is no more to be compared.
-        self.compares_gradients = not (UNSEEN_WRITES.search(source) or NORM_BEFORE_RECURRENT.search(source))
+        self.compares_gradients = not (UNSEEN_WRITES.search(source) or NORM_BEFORE_TRANSPOSE.search(source))
         self.eps = torch.finfo(torch.bfloat16 if low else torch.float32).eps
         self.plain = execute(code, plain, seed)
         self.ways: list[list[tuple]] = []
-        self.largest = 0.0  # gradient: one that cancels is as exact as its terms
+        self.largest = 0.0  # of what gradients are sums of: one that cancels is as exact as its terms
         for name, value in self.plain:
-            if isinstance(value, tuple) and value[2].is_floating_point() and name.startswith("gradient"):
+            if isinstance(value, tuple) and value[2].is_floating_point() and name.startswith(_TERMS):
                 norm = value[2][value[2].isfinite()].double().norm().item()
                 self.largest = max(self.largest, norm)
 
