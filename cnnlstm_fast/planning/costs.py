@@ -179,6 +179,8 @@ def chunks(p: ConvProblem) -> float:
 def _finish(counts: Counts, p: ConvProblem, out: float, of_map: float, size: int) -> None:
     """What our kernels do behind a convolution while its map is in registers or cache."""
     _passes(counts, "out", out, size)
+    if LAYOUTS[p.spec.layout][0][-1] != "C":  # rows run across channels: vectors of these are taken apart
+        counts["out across"] = out
     if p.spec.pool is not None:
         counts["windows"] = out * p.spec.window
     activation = p.spec.activation
@@ -191,11 +193,6 @@ def _finish(counts: Counts, p: ConvProblem, out: float, of_map: float, size: int
     counts["calls"] = 1
 
 
-def _across(p: ConvProblem) -> bool:
-    """Whether the result's rows run across channels, so that vectors of channels are taken apart."""
-    return LAYOUTS[p.spec.layout][0][-1] != "C"
-
-
 def chunked_forward(p: ConvProblem) -> Counts:
     size = p.dtype.itemsize
     x, of_map, out = _elements(p)
@@ -204,8 +201,6 @@ def chunked_forward(p: ConvProblem) -> Counts:
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
     counts["map"] = of_map
     _finish(counts, p, out, of_map, size)
-    if _across(p):
-        counts["out across"] = out
     return counts
 
 
@@ -290,8 +285,7 @@ def direct_forward(p: ConvProblem) -> Counts:
         counts["plane rows"] = p.batch * p.conv[0] * p.out_channels
         if "curve" in counts:
             counts["curve"] *= _up(p.conv[1], _LANES) / p.conv[1]
-    elif _across(p):
-        counts["out across"] = out
+        del counts["out across"]
     if _by_patches(p):
         positions = p.batch * p.conv[0] * p.conv[1]
         counts["patches"] = positions * p.taps
@@ -313,8 +307,6 @@ def direct_backward(p: ConvProblem) -> Counts:
     }  # fmt: skip
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
     _finish(counts, p, out, of_map, size)
-    if _across(p):
-        counts["out across"] = out
     if p.needs_x:
         counts[f"input products {kind}"] = products * share
         counts["input broadcasts"] = broadcasts * share
@@ -349,8 +341,6 @@ def winograd_forward(p: ConvProblem) -> Counts:
     }  # fmt: skip
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
     _finish(counts, p, out, of_map, size)
-    if _across(p):
-        counts["out across"] = out
     return counts
 
 
@@ -388,8 +378,6 @@ def fft_forward(p: ConvProblem) -> Counts:
     _passes(counts, "x", x, size)
     counts["map"] = of_map
     _finish(counts, p, out, of_map, size)
-    if _across(p):
-        counts["out across"] = out
     return counts
 
 
