@@ -306,7 +306,9 @@ def test_random_programs(part):
         dtype = rng.choice((torch.float32, torch.float64))
         parts = between.Parts().train(rng.random() < 0.5).to(dtype)
         tolerance = 5e-2 if between.AUTOCAST in text else 1e-3 if dtype == torch.float32 else 1e-8
-        x, grad = torch.randn(2, 4, 16, 16, dtype=dtype), rng.random() < 0.6 and between.AUTOCAST not in text
+        # A backward after a write past the version counter, PyTorch's own too, reads what was not meant.
+        unlike = any(words in text for words in (between.AUTOCAST, ".data.", "numpy"))
+        x, grad = torch.randn(2, 4, 16, 16, dtype=dtype), rng.random() < 0.6 and not unlike
         try:
             assert_same_outcome(space["program"], parts, x, grad, tolerance)
         except Exception:
