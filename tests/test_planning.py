@@ -218,6 +218,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tuner, "_known", {})
     monkeypatch.setattr(tuner, "enabled", False)
     functional._left_to_pytorch.clear()
+    choose._likely.cache_clear()
     return tmp_path / "cache"
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from interpreted import interpreter_and_cuda, kernels_of
 
+from cnnlstm_fast.planning import tuner
+
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 # These import Triton, without which the file is skipped above.
 from cnnlstm_fast.kernels import launching, tuning  # noqa: E402
 from cnnlstm_fast.kernels.tuning import Choice  # noqa: E402
-from cnnlstm_fast.planning import tuner  # noqa: E402
 
 CHOICES = [Choice(7 * m, {"BM": m}, {"num_warps": w}) for m, w in ((64, 8), (32, 4), (128, 8))]
 KEY = {"device": "a device", "kernel": "a kernel", "arguments": {"M": 1024, "x_ptr": "torch.float32"}}

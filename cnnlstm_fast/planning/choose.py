@@ -211,17 +211,27 @@ def _able(sizes: Sizes, transforms: bool = True) -> list[str]:
     ]
 
 
-def _fastest(call: tuple, run: Callable[[str], Any]) -> Choice:
-    """The same by timing those plans that are likely; arguments of :func:`cheapest` in a tuple."""
+@lru_cache(maxsize=_MEMORY)
+def _likely(*call) -> list[str]:
+    """The plans that are worth timing, PyTorch's operators first; arguments of :func:`cheapest`."""
     sizes, training, needs_x, channels_last, transforms, _, threads = call
     if why_not_sizes(sizes):
-        return cheapest(*call)
+        return ["reference"]
     problem = conv_problem(sizes, training, needs_x, channels_last, threads)
-    plans = tuner.shortlist(costs.predict(problem, rates.here(), _able(sizes, transforms)))
+    return tuner.shortlist(costs.predict(problem, rates.here(), _able(sizes, transforms)))
+
+
+def _fastest(call: tuple, run: Callable[[str], Any]) -> Choice:
+    """The same by timing those plans that are likely; arguments of :func:`cheapest` in a tuple."""
+    plans = _likely(*call)
     if len(plans) == 1:
         return cheapest(*call)
-    described = {"block": _described(sizes.spec), "call": [str(part) for part in (*sizes[1:], *call[1:])]}
-    seconds = tuner.seconds_of(call, lambda: described, plans, run)
+
+    def key() -> dict:
+        sizes, *rest = call
+        return {"block": _described(sizes.spec), "call": [str(part) for part in (*sizes[1:], *rest)]}
+
+    seconds = tuner.seconds_of(call, key, plans, run)
     return least({plan: 1e9 * s for plan, s in seconds.items()}, gain=1 - tuner.TIE, how="timed: ")
 
 

@@ -53,13 +53,13 @@ def _up(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _passes(counts: Counts, name: str, elements: float, size: int, times: float = 1) -> None:
-    """``times`` passes over ``elements`` of ``size`` bytes each."""
-    counts[name] = counts.get(name, 0) + times * elements
+def _passes(counts: Counts, name: str, elements: float, size: int) -> None:
+    """A pass over ``elements`` of ``size`` bytes each."""
+    counts[name] = elements
     if elements * size > _CACHE_BYTES:
-        counts[f"{name} memory"] = counts.get(f"{name} memory", 0) + times * elements
+        counts[f"{name} memory"] = elements
     if elements * size > _LARGE_BYTES:
-        counts[f"{name} large"] = counts.get(f"{name} large", 0) + times * elements
+        counts[f"{name} large"] = elements
 
 
 def _kind(p: ConvProblem) -> str:
@@ -99,7 +99,7 @@ def _library_products(p: ConvProblem) -> tuple[str, float, float, float]:
     return kind, positions * vectors, positions * blocks * deep * area, tiles * vectors
 
 
-def _library(counts: Counts, p: ConvProblem, size: int, calls: float) -> None:
+def _library(counts: Counts, p: ConvProblem, calls: float) -> None:
     """The library's convolution in ``calls`` parts."""
     kind, products, broadcasts, tiles = _library_products(p)
     counts[f"products {kind}"] = products
@@ -108,6 +108,18 @@ def _library(counts: Counts, p: ConvProblem, size: int, calls: float) -> None:
     lies = " last" if p.channels_last else ""  # where weights as they come do not fit the input's layout
     counts[f"weights{lies}"] = p.out_channels * p.taps * calls
     counts["library calls"] = calls
+
+
+def _library_gradients(counts: Counts, p: ConvProblem, calls: float) -> None:
+    """The library's gradients, in ``calls`` parts, in the place of its convolution."""
+    kind = _kind(p)
+    wanted = ("weight", "input") if p.needs_x else ("weight",)
+    for name in (f"products {kind}", "broadcasts", "tiles"):
+        count = counts.pop(name)
+        counts.update({f"{of} {name}": count for of in wanted})
+    if p.needs_x:
+        counts["input weights"] = p.out_channels * p.taps * calls
+        _passes(counts, "x gradient", _elements(p)[0], p.dtype.itemsize)
 
 
 def _elements(p: ConvProblem) -> tuple[float, float, float]:
@@ -129,7 +141,7 @@ def reference_forward(p: ConvProblem) -> Counts:
     size = p.dtype.itemsize
     x, of_map, out = _elements(p)
     counts: Counts = {}
-    _library(counts, p, size, 1)
+    _library(counts, p, 1)
     lies = "last" if p.channels_last else "first"
     _passes(counts, f"x {lies}", x, size)
     _passes(counts, f"map {lies}", of_map, size)
@@ -152,18 +164,9 @@ def reference_forward(p: ConvProblem) -> Counts:
 
 
 def reference_backward(p: ConvProblem) -> Counts:
-    size = p.dtype.itemsize
     counts = reference_forward(p)
-    kind, products = _kind(p), counts.pop(f"products {_kind(p)}")
-    broadcasts, tiles = counts.pop("broadcasts"), counts.pop("tiles")
-    counts[f"weight products {kind}"], counts["weight tiles"] = products, tiles
-    counts["weight broadcasts"] = broadcasts
+    _library_gradients(counts, p, 1)
     if p.needs_x:
-        counts[f"input products {kind}"], counts["input tiles"] = products, tiles
-        counts["input broadcasts"] = broadcasts
-        counts["input weights"] = p.out_channels * p.taps
-        x, _, _ = _elements(p)
-        _passes(counts, "x gradient", x, size)
         counts["library calls"] += 1
     return counts
 
@@ -197,7 +200,7 @@ def chunked_forward(p: ConvProblem) -> Counts:
     size = p.dtype.itemsize
     x, of_map, out = _elements(p)
     counts: Counts = {}
-    _library(counts, p, size, chunks(p))
+    _library(counts, p, chunks(p))
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
     counts["map"] = of_map
     _finish(counts, p, out, of_map, size)
@@ -206,20 +209,7 @@ def chunked_forward(p: ConvProblem) -> Counts:
 
 def chunked_backward(p: ConvProblem) -> Counts:
     counts = chunked_forward(p)
-    kind = _kind(p)
-    products, broadcasts, tiles = (
-        counts.pop(f"products {kind}"),
-        counts.pop("broadcasts"),
-        counts.pop("tiles"),
-    )
-    counts[f"weight products {kind}"], counts["weight tiles"] = products, tiles
-    counts["weight broadcasts"] = broadcasts
-    if p.needs_x:
-        counts[f"input products {kind}"], counts["input tiles"] = products, tiles
-        counts["input broadcasts"] = broadcasts
-        counts["input weights"] = p.out_channels * p.taps * chunks(p)
-        x, _, _ = _elements(p)
-        _passes(counts, "x gradient", x, p.dtype.itemsize)
+    _library_gradients(counts, p, chunks(p))
     return counts
 
 
