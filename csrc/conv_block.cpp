@@ -68,12 +68,12 @@ bool lies_channels_last(const Tensor& x) {
 
 // With its usual strides. The library takes a weight for channels-last whatever the stride of a dimension of size 1,
 // and then computes grouped convolutions wrongly and refuses to give gradients.
-Tensor usual(const Tensor& weight) {
+Tensor canonical_strides(const Tensor& weight) {
   return weight.is_contiguous() || lies_channels_last(weight) ? weight : torch::stable::contiguous(weight);
 }
 
 // Contiguous, and with the strides of that where a size of 1 would allow others.
-Tensor plain(const Tensor& t) {
+Tensor contiguous_strict(const Tensor& t) {
   return torch::stable::view(torch::stable::contiguous(t), sizes(t));
 }
 
@@ -87,8 +87,9 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
   using torch::stable::detail::from;
   const LibraryLimits limits = library_limits(input, weight, conv, out_width);
   const ScalarType dtype = input.scalar_type(), inner = limits.as_float ? ScalarType::Float : dtype;
-  const Tensor x = as_dtype(pad_after(limits.contiguous ? plain(input) : channels_last(input), conv), inner);
-  const Tensor w = as_dtype(limits.contiguous ? plain(weight) : usual(weight), inner);
+  const Tensor x =
+      as_dtype(pad_after(limits.contiguous ? contiguous_strict(input) : channels_last(input), conv), inner);
+  const Tensor w = as_dtype(limits.contiguous ? contiguous_strict(weight) : canonical_strides(weight), inner);
   std::optional<Tensor> added = bias;
   if (added) added = as_dtype(*added, inner);
   StableIValue stack[9] = {from(x),
@@ -115,9 +116,10 @@ ConvolutionGrads convolution_backward(const Tensor& map, const Tensor& part, con
   const LibraryLimits limits = library_limits(part, weight, conv, map.size(3));
   const bool as_is = limits.contiguous_grad;
   const ScalarType dtype = part.scalar_type(), inner = limits.as_float ? ScalarType::Float : dtype;
-  const Tensor grad = as_dtype(as_is ? plain(map) : map, inner);
-  const Tensor input = as_dtype(as_is ? plain(part) : channels_last(part), inner), x = pad_after(input, conv);
-  const Tensor w = as_dtype(as_is ? plain(weight) : usual(weight), inner);
+  const Tensor grad = as_dtype(as_is ? contiguous_strict(map) : map, inner);
+  const Tensor input = as_dtype(as_is ? contiguous_strict(part) : channels_last(part), inner),
+               x = pad_after(input, conv);
+  const Tensor w = as_dtype(as_is ? contiguous_strict(weight) : canonical_strides(weight), inner);
   const bool mask[3] = {need_x, need_weight, false};
   StableIValue stack[11] = {from(grad),
                             from(x),
@@ -267,7 +269,7 @@ Call describe(const Tensor& x, const Tensor& weight, const Ints& conv, int64_t a
 }
 
 // The convolution alone, its map channels-last.
-Call bare(const Tensor& x, const Tensor& weight, const Ints& conv) {
+Call describe_convolution(const Tensor& x, const Tensor& weight, const Ints& conv) {
   return describe(x, weight, conv, kNone, {}, {}, Ints{0, 2, 3, 1});
 }
 
@@ -303,7 +305,7 @@ void check_codes(const Block& b, const uint8_t* codes) {
                                : lane < 8                 ? group[byte] & 15
                                                           : group[byte] >> 4;
           STD_TORCH_CHECK(allowed[code], "conv_block_backward: the code of channel ", c, " at ", row, ", ", col,
-                          " of image ", n, " is ", code, ", which names no place of the map");
+                          " of image ", n, " is ", code, ", which names no position of the map");
         }
       }
     }
@@ -466,17 +468,17 @@ int64_t images_per_chunk(const Block& b, int64_t plan) {
 }
 
 // Maps of a convolution for some images after others, (images, oh, ow, co) contiguous.
-class Maps {
+class ConvForward {
  public:
   // `make` is new_output for maps that an op returns.
-  Maps(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias,
-       decltype(&new_temporary) make = new_temporary)
+  ConvForward(const Ints& conv, int64_t plan, const Tensor& weight, const std::optional<Tensor>& bias,
+              decltype(&new_temporary) make = new_temporary)
       : conv_(conv), plan_(plan), weight_(weight), bias_(bias), make_(make) {
     if (plan == kWinograd) winograd_.emplace(weight, false);
   }
 
   Tensor of(const Tensor& x) const {
-    const Call call = bare(x, weight_, conv_);
+    const Call call = describe_convolution(x, weight_, conv_);
     const Block& b = call.block;
     if (plan_ != kChunked) {
       const Tensor map = make_(x, in_order(b, call.order), x.scalar_type());
@@ -529,19 +531,19 @@ void forward_chunked(const Call& call, int64_t plan, const Tensor& x, const Tens
                      const std::optional<Tensor>& bias, const Outputs& out) {
   const Block& b = call.block;
   const KernelTable& k = kernels();
-  const Maps maps(call.conv, plan, weight, bias);
+  const ConvForward maps(call.conv, plan, weight, bias);
   const int64_t chunk = images_per_chunk(b, plan);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor map = maps.of(torch::stable::narrow(const_cast<Tensor&>(x), 0, n0, count));
-    const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
-    const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
+    const int64_t rows = rows_per_item(b, k.epilogue_scratch(b, 1), k.epilogue_scratch(b, 2));
+    const int64_t bands = ceil_div(b.out_h, rows), scratch = k.epilogue_scratch(b, rows);
     const char* data = static_cast<const char*>(map.data_ptr());
     for_each_item(count * bands, [&](int64_t item) {
       const int64_t i = item / bands, row0 = item % bands * rows;
       const int64_t image_bytes = b.oh * b.ow * b.co * map.element_size();
-      k.finish(b, {data + i * image_bytes, b.ow * b.co, b.co, b.dtype, nullptr, nullptr}, out, n0 + i, row0,
-               std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+      k.epilogue(b, {data + i * image_bytes, b.ow * b.co, b.co, b.dtype, nullptr, nullptr}, out, n0 + i, row0,
+                 std::min(b.out_h, row0 + rows), thread_scratch(scratch));
     });
   }
 }
@@ -590,17 +592,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_block(Tensor x, Tensor weight, std::opti
 
 // Sums of all slices of a weight's gradient.
 const int64_t kSliceFloats = limit("SLICE_FLOATS", int64_t{4} << 20, 1);
-const int64_t kPlacesPerSum = limit("PLACES_PER_SUM", 2048, 1);
+const int64_t kPositionsPerSum = limit("POSITIONS_PER_SUM", 2048, 1);
 
 // Pooled rows [row0, row1) of each of `images` images, whose gradients go to rows of the map of their own: bands for
 // every thread where windows of two rows never meet.
-template <class Spread>
-void for_each_band(const Block& b, int64_t images, const Spread& spread) {
+template <class Visit>
+void for_each_band(const Block& b, int64_t images, const Visit& visit) {
   const bool apart = (b.pool_kh - 1) * b.pool_dh < b.pool_sh;
   const int64_t bands = apart ? std::clamp<int64_t>(ceil_div(wanted_items(), images), 1, b.out_h) : 1;
   for_each_item(images * bands, [&](int64_t item) {
     const int64_t band = item % bands;
-    spread(item / bands, band * b.out_h / bands, (band + 1) * b.out_h / bands);
+    visit(item / bands, band * b.out_h / bands, (band + 1) * b.out_h / bands);
   });
 }
 
@@ -646,10 +648,10 @@ void backward_direct(const Call& call, const Tensor& grad, const Ints& grad_stri
                      const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias);
 
 // The gradients of a convolution from those of its map, which come for some images after others.
-class ChunkGrads {
+class ConvBackward {
  public:
-  ChunkGrads(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
-             bool need_bias)
+  ConvBackward(const Ints& conv, int64_t plan, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight,
+               bool need_bias)
       : conv_(conv), plan_(plan), x_(x), weight_(weight), need_{need_x, need_weight, need_bias} {
     if (plan != kWinograd) return;
     if (need_x) winograd_x_.emplace(weight, true);
@@ -669,8 +671,9 @@ class ChunkGrads {
       std::optional<Tensor> to_x, to_weight;
       if (need_[0]) to_x = torch::stable::narrow(*grad_x_, 0, n0, count);
       if (need_[1]) to_weight = torch::stable::new_empty(weight_, sizes(weight_));
-      backward_direct(bare(part, weight_, conv_), raw, Ints{raw.stride(0), 1, raw.stride(1), raw.stride(2)}, part,
-                      weight_, torch::stable::new_empty(x_, Ints{0}), to_x, to_weight, std::nullopt);
+      backward_direct(describe_convolution(part, weight_, conv_), raw,
+                      Ints{raw.stride(0), 1, raw.stride(1), raw.stride(2)}, part, weight_,
+                      torch::stable::new_empty(x_, Ints{0}), to_x, to_weight, std::nullopt);
       if (need_[1]) weight_sum_.add(*to_weight);
       return;
     }
@@ -730,13 +733,13 @@ class ChunkGrads {
   // The sum of a map's gradient (images, oh, ow, co).
   void add_bias(const Tensor& raw) {
     const KernelTable& k = kernels();
-    const int64_t co = raw.size(3), places = raw.numel() / co, items = ceil_div(places, kPlacesPerSum);
+    const int64_t co = raw.size(3), positions = raw.numel() / co, items = ceil_div(positions, kPositionsPerSum);
     const int32_t dtype = raw.scalar_type() == ScalarType::Float ? kFloat32 : kBFloat16;
     std::vector<double> sums(items * co);
     const char* data = static_cast<const char*>(raw.data_ptr());
-    const int64_t item_bytes = kPlacesPerSum * co * raw.element_size();
+    const int64_t item_bytes = kPositionsPerSum * co * raw.element_size();
     for_each_item(items, [&](int64_t i) {
-      k.sum_rows(data + i * item_bytes, std::min(kPlacesPerSum, places - i * kPlacesPerSum), co, dtype,
+      k.sum_rows(data + i * item_bytes, std::min(kPositionsPerSum, positions - i * kPositionsPerSum), co, dtype,
                  sums.data() + i * co);
     });
     bias_sum_.resize(co);
@@ -802,7 +805,7 @@ ConvolutionGrads backward_chunked(const Call& call, int64_t plan, const Tensor& 
   const Block& b = call.block;
   const KernelTable& k = kernels();
   const int64_t chunk = images_per_chunk(b, plan), image = b.oh * b.ow * b.co;
-  ChunkGrads grads(call.conv, plan, x, weight, need_x, need_weight, need_bias);
+  ConvBackward grads(call.conv, plan, x, weight, need_x, need_weight, need_bias);
   const void* grad_data = grad.data_ptr();
   const uint8_t* code_data = codes_pointer(codes);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
@@ -811,8 +814,8 @@ ConvolutionGrads backward_chunked(const Call& call, int64_t plan, const Tensor& 
     char* data = static_cast<char*>(raw.data_ptr());
     const int64_t size = raw.element_size();
     for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
-      k.spread(b, grad_data, grad_stride.data(), code_data, n0 + i, row0, row1, data + i * image * size,
-               thread_scratch(k.spread_scratch(b)));
+      k.max_unpool(b, grad_data, grad_stride.data(), code_data, n0 + i, row0, row1, data + i * image * size,
+                   thread_scratch(k.max_unpool_scratch(b)));
     });
     grads.add(raw, n0);
   }
@@ -992,11 +995,11 @@ class Moments {
   explicit Moments(int64_t channels) : channels_(channels), mean_(channels), squares_(channels) {}
 
   // Copies rows of channels, and adds them.
-  void copy_and_add(const char* from, char* to, int64_t places, int32_t dtype) {
-    const int64_t parts = ceil_div(places, kPlacesPerSum);
-    const int64_t part_bytes = kPlacesPerSum * channels_ * (dtype == kFloat32 ? 4 : 2);
+  void copy_and_add(const char* from, char* to, int64_t positions, int32_t dtype) {
+    const int64_t parts = ceil_div(positions, kPositionsPerSum);
+    const int64_t part_bytes = kPositionsPerSum * channels_ * (dtype == kFloat32 ? 4 : 2);
     std::vector<double> found(parts * 2 * channels_);
-    auto size_of = [&](int64_t i) { return std::min(kPlacesPerSum, places - i * kPlacesPerSum); };
+    auto size_of = [&](int64_t i) { return std::min(kPositionsPerSum, positions - i * kPositionsPerSum); };
     for_each_item(parts, [&](int64_t i) {
       double* means = found.data() + i * 2 * channels_;
       kernels().copy_and_measure(from + i * part_bytes, to + i * part_bytes, size_of(i), channels_, dtype, means,
@@ -1069,8 +1072,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   STD_TORCH_CHECK(given_mean.has_value() == given_var.has_value(),
                   "conv_norm_block: expected a mean and a variance, or neither");
   const bool given = given_mean.has_value();
-  const int64_t image = b.oh * b.ow * b.co, places = b.n * b.oh * b.ow, size = x.element_size();
-  STD_TORCH_CHECK(given || places > 1, "conv_norm_block: expected more than 1 value per channel");
+  const int64_t image = b.oh * b.ow * b.co, positions = b.n * b.oh * b.ow, size = x.element_size();
+  STD_TORCH_CHECK(given || positions > 1, "conv_norm_block: expected more than 1 value per channel");
   const Parameter added(bias, b.co, 0), g(gamma, b.co, 1), shift_by(beta, b.co, 0);
   const Parameter known_mean(given_mean, b.co, 0), known_var(given_var, b.co, 1);
 
@@ -1101,26 +1104,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
   if (given)
     for (int64_t c = 0; c < b.co; ++c) set_statistics(c, known_mean[c] - added[c], known_var[c]);
   if (b.n == 0) return {out, codes, kept, map, stats};
-  const int64_t rows = rows_per_item(b, k.finish_scratch(b, 1), k.finish_scratch(b, 2));
-  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.finish_scratch(b, rows);
+  const int64_t rows = rows_per_item(b, k.epilogue_scratch(b, 1), k.epilogue_scratch(b, 2));
+  const int64_t bands = ceil_div(b.out_h, rows), scratch = k.epilogue_scratch(b, rows);
   const Outputs outputs{out.data_ptr(), codes_pointer(codes), kept.numel() ? kept.data_ptr() : nullptr};
   auto normalise = [&](const char* data, int64_t n0, int64_t count) {
     for_each_item(count * bands, [&](int64_t item) {
       const int64_t i = item / bands, row0 = item % bands * rows;
-      k.finish(b, {data + i * image * size, b.ow * b.co, b.co, b.dtype, scale.data(), shift.data()}, outputs, n0 + i,
-               row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
+      k.epilogue(b, {data + i * image * size, b.ow * b.co, b.co, b.dtype, scale.data(), shift.data()}, outputs, n0 + i,
+                 row0, std::min(b.out_h, row0 + rows), thread_scratch(scratch));
     });
   };
 
   Moments moments(b.co);
-  const Maps maps(conv, plan, weight, std::nullopt, make_map);
+  const ConvForward maps(conv, plan, weight, std::nullopt, make_map);
   for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
     const int64_t count = std::min(chunk, b.n - n0);
     const Tensor found = maps.of(torch::stable::narrow(x, 0, n0, count));
     const char* data = static_cast<const char*>(found.data_ptr());
     if (given) normalise(data, n0, count);
     if (!stored) continue;
-    if (!in_parts) map = plain(found);
+    if (!in_parts) map = contiguous_strict(found);
     moments.copy_and_add(data, static_cast<char*>(map.data_ptr()) + n0 * image * size, count * b.oh * b.ow, b.dtype);
   }
   if (!given) {
@@ -1154,18 +1157,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   };
   STD_TORCH_CHECK((!b.pooled || is_kept(kept, expected)) && ((b.pooled && map.numel() == 0) || is_kept(map, map_size)),
                   "conv_norm_block_backward: what was kept has another size");
-  const Tensor& winners = b.pooled ? kept : map;
+  const Tensor& argmax_values = b.pooled ? kept : map;
   STD_TORCH_CHECK(!b.pooled || (has_size(codes, codes_size(b)) && codes.is_cpu() && codes.is_contiguous() &&
                                 codes.scalar_type() == ScalarType::Byte),
                   "conv_norm_block_backward: codes have another size");
   STD_TORCH_CHECK(has_size(stats, Ints{4, b.co}) && stats.is_cpu() && stats.is_contiguous() &&
                       stats.scalar_type() == ScalarType::Double,
                   "conv_norm_block_backward: expected statistics of shape (4, ", b.co, ") in float64");
-  Ints grad_stride(4), winner_stride(4);
+  Ints grad_stride(4), argmax_stride(4);
   for (int i = 0; i < 4; ++i) {
     grad_stride[order[i]] = grad.stride(i);
     const int nchw[4] = {0, 2, 3, 1};
-    winner_stride[b.pooled ? order[i] : nchw[i]] = winners.stride(i);
+    argmax_stride[b.pooled ? order[i] : nchw[i]] = argmax_values.stride(i);
   }
 
   const double* stat = static_cast<const double*>(stats.data_ptr());
@@ -1176,13 +1179,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
     shift[c] = static_cast<float>(stat[3 * b.co + c]);
   }
   NormGrads norm{scale.data(), shift.data(), mean.data(), nullptr, nullptr};
-  const int64_t places = b.n * b.oh * b.ow, rows = std::max<int64_t>(1, kPlacesPerSum / b.out_w);
+  const int64_t positions = b.n * b.oh * b.ow, rows = std::max<int64_t>(1, kPositionsPerSum / b.out_w);
   const int64_t bands = ceil_div(b.out_h, rows), scratch = k.norm_scratch(b);
   std::vector<double> part(b.n * bands * 2 * b.co), total(2 * b.co);
   for_each_item(b.n * bands, [&](int64_t item) {
     const int64_t row0 = item % bands * rows;
-    k.norm_sums(b, norm, grad.data_ptr(), grad_stride.data(), winners.data_ptr(), winner_stride.data(), item / bands,
-                row0, std::min(b.out_h, row0 + rows), part.data() + item * 2 * b.co, thread_scratch(scratch));
+    k.norm_sums(b, norm, grad.data_ptr(), grad_stride.data(), argmax_values.data_ptr(), argmax_stride.data(),
+                item / bands, row0, std::min(b.out_h, row0 + rows), part.data() + item * 2 * b.co,
+                thread_scratch(scratch));
   });
   for (size_t i = 0; i < part.size(); ++i) total[i % (2 * b.co)] += part[i];
 
@@ -1196,9 +1200,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
     found[c] = inverse * (total[b.co + c] + (std::isfinite(sum) ? sum * off : 0));
     found[b.co + c] = sum;
     if (given) continue;  // the statistics don't depend on z
-    const double by_z = -scale[c] * inverse * found[c] / places;
+    const double by_z = -scale[c] * inverse * found[c] / positions;
     slope[c] = static_cast<float>(by_z);
-    constant[c] = static_cast<float>(-scale[c] * sum / places + (std::isfinite(by_z) ? by_z * off : 0));
+    constant[c] = static_cast<float>(-scale[c] * sum / positions + (std::isfinite(by_z) ? by_z * off : 0));
   }
   norm.constant = constant.data();
   norm.slope = slope.data();
@@ -1210,8 +1214,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
   const int64_t image = b.oh * b.ow * b.co, size = x.element_size();
   auto gradients = [&](int64_t by) {
     const int64_t chunk = images_per_chunk(b, by);
-    const Maps maps(conv, by, weight, std::nullopt);
-    ChunkGrads sums(conv, by, x, weight, need_x, need_weight, false);
+    const ConvForward maps(conv, by, weight, std::nullopt);
+    ConvBackward sums(conv, by, x, weight, need_x, need_weight, false);
     for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
       const int64_t count = std::min(chunk, b.n - n0);
       std::optional<Tensor> again;
@@ -1225,8 +1229,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
       const Tensor raw = new_temporary(x, Ints{count, b.oh, b.ow, b.co}, x.scalar_type());
       char* to = static_cast<char*>(raw.data_ptr());
       for_each_band(b, count, [&](int64_t i, int64_t row0, int64_t row1) {
-        k.norm_spread(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), winners.data_ptr(),
-                      winner_stride.data(), n0 + i, row0, row1, from ? from + i * image * size : nullptr,
+        k.norm_unpool(b, norm, grad.data_ptr(), grad_stride.data(), codes_pointer(codes), argmax_values.data_ptr(),
+                      argmax_stride.data(), n0 + i, row0, row1, from ? from + i * image * size : nullptr,
                       to + i * image * size, thread_scratch(scratch));
       });
       sums.add(raw, n0);
@@ -1239,7 +1243,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
 }
 
 Tensor patch_moments(Tensor x, Tensor weight, Ints conv) {
-  const Call call = bare(x, weight, conv);
+  const Call call = describe_convolution(x, weight, conv);
   const Block& b = call.block;
   STD_TORCH_CHECK(b.groups == 1 && b.n >= 1, "patch_moments: expected groups=1 and at least one image");
   check_direct(b);

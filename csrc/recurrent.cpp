@@ -390,7 +390,7 @@ void pack_weights(const Call& call, int64_t d, Prepared& p) {
 // all are done. A thread waits only for blocks that a running thread has claimed, so that it makes no
 // difference how many of the team ever run, or whether they do so one after another.
 template <class F>
-void run_team(int64_t steps, int64_t blocks, const F& run) {
+void run_with_step_barrier(int64_t steps, int64_t blocks, const F& run) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
   std::vector<std::atomic<int64_t>> claimed(blocks);
   for (auto& c : claimed) c = 0;
@@ -458,11 +458,11 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
   float* projected = fused ? nullptr : p.memory(h_n, 4 * l.padded_hidden * most_rows(call, bounds));
   std::vector<const float*> rows;
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t place_of = l.reversed ? chunks - 1 - c : c, t0 = bounds[place_of], t1 = bounds[place_of + 1];
+    const int64_t position_of = l.reversed ? chunks - 1 - c : c, t0 = bounds[position_of], t1 = bounds[position_of + 1];
     if (!fused) {
       rows.clear();
       for (int64_t t = t0; t < t1; ++t)
-        for (int64_t q = 0; q < call.active(t); ++q) rows.push_back(l.x + place(l, t, q, l.x_step, l.x_sequence));
+        for (int64_t q = 0; q < call.active(t); ++q) rows.push_back(l.x + position(l, t, q, l.x_step, l.x_sequence));
       const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, kRowsOfItem, 32 * kRowsOfItem);
       l.projected_x = projected, l.projected_rows = count, l.projected_first = call.starts[t0];
       for_each_item(items, [&](int64_t i) {
@@ -477,7 +477,7 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
       auto time = [&](int64_t i) { return l.reversed ? s.end - 1 - i : s.begin + i; };
       if (by_units(l, s.count)) {
         const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
-        run_team(steps, blocks.count, [&](int64_t step, int64_t i) {
+        run_with_step_barrier(steps, blocks.count, [&](int64_t step, int64_t i) {
           for (int64_t b = 0; b < s.count; b += kMaxRows)
             k.forward_step(l, time(step), b, std::min(kMaxRows, s.count - b), blocks.begin(i), blocks.end(i),
                            thread_scratch(k.forward_scratch(l)));
@@ -500,7 +500,7 @@ void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, co
     if (call.mode == kLSTM) std::copy_n(l.c + q * l.padded_hidden, l.hidden, mutable_floats(c_n) + row * l.hidden);
     if (call.packed) continue;
     for (int64_t t = length; t < call.steps; ++t)
-      std::fill_n(l.out + place(l, t, q, l.out_step, l.out_sequence), l.width, 0.f);
+      std::fill_n(l.out + position(l, t, q, l.out_step, l.out_sequence), l.width, 0.f);
   }
 }
 
@@ -656,22 +656,22 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
   }
   ChunkRows rows;
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t place_of = l.reversed ? c : chunks - 1 - c, t0 = bounds[place_of], t1 = bounds[place_of + 1];
+    const int64_t position_of = l.reversed ? c : chunks - 1 - c, t0 = bounds[position_of], t1 = bounds[position_of + 1];
     const int64_t count = call.starts[t1] - call.starts[t0], previous = l.reversed ? 1 : -1;
     rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear();
     for (int64_t t = t0; t < t1; ++t)
       for (int64_t q = 0; q < call.active(t); ++q) {
-        rows.x.push_back(l.x + place(l, t, q, l.x_step, l.x_sequence));
+        rows.x.push_back(l.x + position(l, t, q, l.x_step, l.x_sequence));
         const bool first = t == (l.reversed ? call.length(q) - 1 : 0);
-        const bool fresh = l.reset && l.reset[place(l, t, q, l.reset_step, l.reset_sequence)];
+        const bool fresh = l.reset && l.reset[position(l, t, q, l.reset_step, l.reset_sequence)];
         rows.h.push_back(fresh || (first && !b.h0) ? l.zeros
                          : first                   ? b.h0 + call.caller(q) * l.width
-                         : l.keep_out ? l.saved + place(l, t + previous, q, l.saved_step, l.saved_sequence) +
+                         : l.keep_out ? l.saved + position(l, t + previous, q, l.saved_step, l.saved_sequence) +
                                             (l.kept - 1) * hidden
-                                      : l.out + place(l, t + previous, q, l.out_step, l.out_sequence));
+                                      : l.out + position(l, t + previous, q, l.out_step, l.out_sequence));
         if (columns_x) {
           const Strides of_grad(call, *want.grad_x);
-          rows.grad_x.push_back(mutable_floats(*want.grad_x) + place(l, t, q, of_grad.step, of_grad.sequence));
+          rows.grad_x.push_back(mutable_floats(*want.grad_x) + position(l, t, q, of_grad.step, of_grad.sequence));
         }
       }
     if (l.projected)
@@ -687,7 +687,7 @@ void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepare
       const bool last = c == chunks - 1 && at + 1 == stretches.size() && !to_the_end;
       if (by_units(l, s.count)) {
         const UnitBlocks blocks(hidden, k.panel, 4);
-        run_team(steps + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
+        run_with_step_barrier(steps + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
           const int64_t begin = blocks.begin(block), end = blocks.end(block);
           for (int64_t q = 0; q < s.count; q += kMaxRows) {
             const int64_t n = std::min(kMaxRows, s.count - q);

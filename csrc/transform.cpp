@@ -73,15 +73,15 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
                         (t->size(t->dim() - 1) == 1 || t->stride(t->dim() - 1) == 1),
                     "add_products: tensors must be float32 on the CPU, the last dimension contiguous");
   const int64_t rows = out.size(0), outputs = out.size(1), taps = out.size(2), channels = out.size(3);
-  const int64_t places = grad.size(0);
-  STD_TORCH_CHECK(grad.size(1) == rows && grad.size(2) == outputs && x.size(0) == places + taps - 1 &&
+  const int64_t positions = grad.size(0);
+  STD_TORCH_CHECK(grad.size(1) == rows && grad.size(2) == outputs && x.size(0) == positions + taps - 1 &&
                       x.size(1) == rows && x.size(2) == channels,
-                  "add_products: expected a gradient (places, ", rows, ", ", outputs, ") and windows (places + ",
+                  "add_products: expected a gradient (positions, ", rows, ", ", outputs, ") and windows (positions + ",
                   taps - 1, ", ", rows, ", ", channels, ")");
   for (const Tensor* t : {&grad, &x, &out}) elements("an argument of add_products", *t);
   for (int64_t i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(out.size(i) <= 1 || out.stride(i) != 0, "add_products: places of out overlap");
-  if (!rows || !outputs || !taps || !channels || !places) return;
+    STD_TORCH_CHECK(out.size(i) <= 1 || out.stride(i) != 0, "add_products: positions of out overlap");
+  if (!rows || !outputs || !taps || !channels || !positions) return;
   const int64_t most = std::max(kFewProducts, std::min(kChain, kFactors / (outputs + channels)));
   const float* grad_data = static_cast<const float*>(grad.data_ptr());
   const float* x_data = static_cast<const float*>(x.data_ptr());
@@ -92,8 +92,8 @@ void add_products(Tensor grad, Tensor x, Tensor out) {
   for_each_item(rows, [&](int64_t row) {
     float* grads = thread_scratch(most * outputs + (most + taps - 1) * channels);
     float* windows = grads + most * outputs;
-    for (int64_t at = 0; at < places; at += most) {
-      const int64_t count = std::min(most, places - at);
+    for (int64_t at = 0; at < positions; at += most) {
+      const int64_t count = std::min(most, positions - at);
       copy(grad_data + at * grad.stride(0) + row * grad.stride(1), grad.stride(0), count, outputs, grads);
       copy(x_data + at * x.stride(0) + row * x.stride(1), x.stride(0), count + taps - 1, channels, windows);
       const Transform t{grads, outputs, count, outputs, 1, channels, 0, channels, 0, out.stride(1), true};

@@ -78,7 +78,7 @@ bool winograd_suits(const Tensor& weight) {
 WinogradConvolution::WinogradConvolution(const Tensor& weight, bool of_map)
     : c_(weight.size(of_map ? 0 : 1)),
       co_(weight.size(of_map ? 1 : 0)),
-      transformed_(new_floats(weight, kWinogradPlaces * group_up(co_) * c_)) {
+      transformed_(new_floats(weight, kWinogradPositions * group_up(co_) * c_)) {
   const WinogradTable& k = winograd_kernels();
   const int64_t outer = weight.size(1) * 9, o_stride = of_map ? 9 : outer, i_stride = of_map ? outer : 9;
   const Tensor flat = torch::stable::contiguous(weight);
@@ -99,7 +99,7 @@ bool WinogradConvolution::run(const Block& b, const Tensor& x, const std::option
     std::copy_n(static_cast<const float*>(flat.data_ptr()), co_, added.data());
   }
   const int64_t of_image = g.tiles_h * g.tiles_w, tiles = g.n * of_image;
-  const int64_t per_tile = kWinogradPlaces * (group_up(c_) + k.width);
+  const int64_t per_tile = kWinogradPositions * (group_up(c_) + k.width);
   const int64_t least = transformed_.numel() > kLargeWeightFloats ? 2 * kLeastTiles : kLeastTiles;
   const int64_t most = std::max(least, std::min(kItemFloats / per_tile, ceil_div(tiles, wanted_items())));
   int64_t images = 1, rows = b.out_h;
@@ -146,13 +146,13 @@ bool WinogradConvolution::run(const Tensor& x, int64_t ph, int64_t pw, int64_t o
 WinogradWeightGrad::WinogradWeightGrad(const Tensor& weight)
     : c_(weight.size(1)),
       co_(weight.size(0)),
-      sums_(new_floats(weight, kWinogradPlaces * group_up(c_) * group_up(co_))) {}
+      sums_(new_floats(weight, kWinogradPositions * group_up(c_) * group_up(co_))) {}
 
 void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, int64_t pw) {
   const WinogradTable& k = winograd_kernels();
   const Tensor input = with_channels_inside(x);
   const Winograd g = describe(input, co_, grad.size(1), grad.size(2), ph, pw);
-  const int64_t tiles = g.n * g.tiles_h * g.tiles_w, per_tile = kWinogradPlaces * (group_up(c_) + group_up(co_));
+  const int64_t tiles = g.n * g.tiles_h * g.tiles_w, per_tile = kWinogradPositions * (group_up(c_) + group_up(co_));
   const int64_t most =
       std::max<int64_t>(kLeastTiles, std::max<int64_t>(kPartFloats, kPartSums * sums_.numel()) / per_tile);
   const int64_t parts = ceil_div(tiles, most);
@@ -168,9 +168,10 @@ void WinogradWeightGrad::add(const Tensor& x, const Tensor& grad, int64_t ph, in
       k.transform_grad(g, grads, start, count, start + first, start + last, to_map);
     });
     const int64_t groups = group_up(c_) / kCodeGroup;
-    const int64_t shares = std::min(groups, std::max(ceil_div(groups, kMostGroups), wanted_items() / kWinogradPlaces));
+    const int64_t shares =
+        std::min(groups, std::max(ceil_div(groups, kMostGroups), wanted_items() / kWinogradPositions));
     float* sums = static_cast<float*>(sums_.data_ptr());
-    for_each_item(kWinogradPlaces * shares, [&](int64_t item) {
+    for_each_item(kWinogradPositions * shares, [&](int64_t item) {
       const int64_t share = item % shares;
       k.add_products(g, to_inputs, to_map, count, item / shares, share * groups / shares, (share + 1) * groups / shares,
                      !empty_, sums);

@@ -7,7 +7,7 @@
 namespace cnnlstm_fast {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
-// The clamping ones, up to kHardtanh, have slope 0 or 1: a winner code says which. The others are curved.
+// The clamping ones, up to kHardtanh, have slope 0 or 1: a argmax code says which. The others are curved.
 enum Activation : int32_t {
   kNone = 0,
   kReLU = 1,
@@ -22,7 +22,7 @@ enum Activation : int32_t {
   kActivations
 };
 
-constexpr int64_t kCodeGroup = 16;     // channels per group of winner codes
+constexpr int64_t kCodeGroup = 16;     // channels per group of argmax codes
 constexpr int64_t kNibbleWindow = 14;  // larger windows take a byte per code
 constexpr int64_t kByteWindow = 254;
 constexpr int64_t kMaxVector = 16;  // floats in the widest vector of any instruction set
@@ -45,19 +45,19 @@ struct Block {
   int64_t padded_h, padded_w;  // input with the convolution's padding
   int64_t taps;                // per output channel: c / groups * kh * kw
   bool pooled;                 // there is a pool, be it of one element
-  bool coded;                  // a backward of this block reads winner codes
+  bool coded;                  // a backward of this block reads argmax codes
   bool by_planes;              // a pointwise convolution of planes into planes, without a pool, codes and `kept`
 };
 
-// Rows of a map whose channels are contiguous: where `finish` reads a library's convolution.
-struct MapRows {
+// Rows of a map whose channels are contiguous: where `epilogue` reads a library's convolution.
+struct ConvOutputView {
   const void* data;                // (oh, ow, co) of one image
   int64_t row_stride, col_stride;  // in elements
   int32_t dtype;
   const float *scale, *shift;  // per channel, a whole number of code groups; both null where values are as they are
 };
 
-// What the forward kernels write. `kept` lies as the result does: of each winner what `finish` read, where that
+// What the forward kernels write. `kept` lies as the result does: of each winner what `epilogue` read, where that
 // has a scale, or else the slope of a curved activation. Codes and `kept` may be null.
 struct Outputs {
   void* data;
@@ -111,15 +111,15 @@ struct KernelTable {
                     int64_t c0, int64_t c1, int64_t row0, int64_t row1, float* scratch);
 
   // Activation, pool and layout of pooled rows of one image from a finished convolution.
-  int64_t (*finish_scratch)(const Block&, int64_t rows);
-  void (*finish)(const Block&, const MapRows&, const Outputs&, int64_t image, int64_t row0, int64_t row1,
-                 float* scratch);
+  int64_t (*epilogue_scratch)(const Block&, int64_t rows);
+  void (*epilogue)(const Block&, const ConvOutputView&, const Outputs&, int64_t image, int64_t row0, int64_t row1,
+                   float* scratch);
 
   // Adds `places` rows of `channels` floats (or bfloat16) to sums[channels].
-  void (*sum_rows)(const void* from, int64_t places, int64_t channels, int32_t dtype, double* sums);
+  void (*sum_rows)(const void* from, int64_t positions, int64_t channels, int32_t dtype, double* sums);
   // Batch norm. Copies `places` rows of `co` floats (or bfloat16), at least one, and gives per channel their mean and
   // the sum of squares about it. `to` may be `from`.
-  void (*copy_and_measure)(const void* from, void* to, int64_t places, int64_t co, int32_t dtype, double* means,
+  void (*copy_and_measure)(const void* from, void* to, int64_t positions, int64_t co, int32_t dtype, double* means,
                            double* squares);
   // Adds the sums of du and of du * (z - mean) over pooled rows of one image to sums[0, co) and [co, 2 co), where
   // du is the gradient of the activation's argument; `kept` holds that argument's z.
@@ -129,7 +129,7 @@ struct KernelTable {
                     float* scratch);
   // From z the gradient of z, both (oh, ow, co) contiguous of one image, for pooled rows [row0, row1); z is null where
   // statistics don't depend on it. Less than all rows only where windows of two rows never meet: `to` is theirs.
-  void (*norm_spread)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride,
+  void (*norm_unpool)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride,
                       const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image, int64_t row0,
                       int64_t row1, const void* map, void* to, float* scratch);
 
@@ -142,10 +142,10 @@ struct KernelTable {
                          double* sums, float* scratch);
 
   // The gradient of one image's convolution map, (oh, ow, co) contiguous, from the gradient of the
-  // pooled map and the codes; rows as for norm_spread.
-  int64_t (*spread_scratch)(const Block&);
-  void (*spread)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes, int64_t image,
-                 int64_t row0, int64_t row1, void* map, float* scratch);
+  // pooled map and the codes; rows as for norm_unpool.
+  int64_t (*max_unpool_scratch)(const Block&);
+  void (*max_unpool)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes, int64_t image,
+                     int64_t row0, int64_t row1, void* map, float* scratch);
 
   // Add one image to the gradients of weight [co][patch.vectors * vector] and bias [co] (either may
   // be null). Returns whether the image is finite: otherwise the gradient of the weight is not what

@@ -57,7 +57,7 @@ struct RecurrentLayer {
 };
 
 // Where something of step t of sequence q begins. Internal to each file: see above.
-static inline int64_t place(const RecurrentLayer& l, int64_t t, int64_t q, int64_t step, int64_t sequence) {
+static inline int64_t position(const RecurrentLayer& l, int64_t t, int64_t q, int64_t step, int64_t sequence) {
   if (step == kPacked) return (l.starts[t] + q) * sequence;
   return t * step + (l.order ? l.order[q] : q) * sequence;
 }

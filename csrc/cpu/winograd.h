@@ -8,7 +8,7 @@
 
 namespace cnnlstm_fast {
 
-constexpr int64_t kWinogradPlaces = 16;  // of a transformed tile; each is one matrix product over all channels
+constexpr int64_t kWinogradPositions = 16;  // of a transformed tile; each is one matrix product over all channels
 // The quietest of nine taps is at least this share of the loudest, in root mean square.
 constexpr float kLeastTap = 1.f / 64;
 
@@ -55,7 +55,7 @@ struct WinogradTable {
                          float* to);
   // Puts their product into sums [place][c rounded up to 16][co rounded up to 16], or adds it to what is there, for
   // groups [group0, group1) of 16 channels c at one place.
-  void (*add_products)(const Winograd&, const float* inputs, const float* grads, int64_t tiles, int64_t place,
+  void (*add_products)(const Winograd&, const float* inputs, const float* grads, int64_t tiles, int64_t position,
                        int64_t group0, int64_t group1, bool add, float* sums);
   // From the sums the gradient (co, c, 3, 3) of 16 channels co. Returns whether it is finite.
   bool (*weight_grad)(const Winograd&, const float* sums, int64_t co_group, float* to);
