@@ -415,7 +415,9 @@ def far(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 #: What writes past the version counter: a backward after that, PyTorch's own too, reads what was not meant.
 UNSEEN_WRITES = re.compile(r"\.data\b|numpy\(\)|asarray|from_dlpack|inference_mode|raw\(|_storage\(\)")
 #: PyTorch's backward of a norm is wrong for gradients of some strides, as recurrent layers may give them.
-NORM_BEFORE_TRANSPOSE = re.compile(r"Norm\dd?\(.*(nn\.(LSTM|GRU)|flatten\(2\)\.transpose)\(", re.DOTALL)
+NORM_BEFORE_TRANSPOSE = re.compile(
+    r"(Norm\dd?|batch_norm)\(.*(nn\.(LSTM|GRU)|flatten\(2\)\.(transpose|permute))\(", re.DOTALL
+)
 
 
 def _is_nothing(gradient: Any) -> bool:

@@ -136,6 +136,7 @@ class Recipe:
         norm: the norm's arguments in the last call, or None; whose module's :meth:`Norm.module` they are.
         places: the values before the last one that are objects of their own, as numbers of steps before them.
         sizes: by the shape and strides of the input, and whether it was handed on.
+        lingers: the program keeps values between in variables that it does not read.
     """
 
     def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool):
@@ -145,6 +146,7 @@ class Recipe:
         self.norm: Norm | None = parts.get("norm")
         self.places = [0, *(i + 1 for i, step in enumerate(steps[:-1]) if not step.same_object)]
         self.sizes: dict[tuple, Sized] = {}
+        self.lingers = False
 
     def calls(self) -> list[tuple]:
         """What the steps call, and with which arguments beside tensors that may change."""

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cnnlstm_fast.fusion.writes import WriteWatch
+
 #: The key of our hooks among a module's; a string, since numbers are given out by a counter that starts
 #: anew in every process.
 HOOK = "cnnlstm_fast"
@@ -31,19 +33,22 @@ class Session:
     Attributes:
         entered: the models whose ``forward`` runs, the outermost first.
         traces: observed calls.
+        writes: what watches for writes to their operands.
         chains, handed: speculated calls, and tensors in another layout than PyTorch's, while they live.
     """
 
-    __slots__ = ("chains", "entered", "handed", "traces")
+    __slots__ = ("chains", "entered", "handed", "traces", "writes")
 
     def __init__(self) -> None:
         self.entered: list[nn.Module] = []
         self.traces: list[Unfinished] = []
         self.chains: list[weakref.ref] = []
         self.handed: list[weakref.ref] = []
+        self.writes = WriteWatch(self.chains)
 
     def close(self) -> None:
         """Make everything plain that somebody still holds."""
+        self.writes.close()
         for trace in self.traces:
             trace.close()
         for ref in self.chains:

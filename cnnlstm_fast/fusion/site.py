@@ -62,7 +62,7 @@ class Site:
             if self._leaves(module, x):
                 return kind._conv_forward(module, x, weight, bias)
         running = session.current()
-        why = self._why_plain(module, kind, x, weight)
+        why = self._why_plain(module, kind, x, weight, running)
         if why is None and running is None:
             why = "is called outside of the model's forward"
             session.watch_caller(module)
@@ -91,7 +91,7 @@ class Site:
                 pass
         return False
 
-    def _why_plain(self, module: nn.Module, kind: Any, x: Any, weight: Any) -> str | None:
+    def _why_plain(self, module: nn.Module, kind: Any, x: Any, weight: Any, running: Any) -> str | None:
         """Why a call runs as it is, as a sentence; None if it need not."""
         own, name, functional_own, _ = _OWN[kind]
         if kind._conv_forward is not own or getattr(F, name) is not functional_own:
@@ -113,7 +113,8 @@ class Site:
             return "forward-mode derivatives are being computed"
         if hooked():
             return "hooks on saved tensors are active (checkpointing)"
-        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0:
+        alone = torch._C._len_torch_dispatch_stack() == 0 if running is None else running.writes.alone()
+        if not alone or torch._C._len_torch_function_stack() > 0:
             return "a mode that watches PyTorch's functions is active"
         return None
 

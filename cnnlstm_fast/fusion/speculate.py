@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from cnnlstm_fast.fusion.handoff import Unviewed, hand_on
 from cnnlstm_fast.fusion.observe import QUESTIONS, Unowned, no_function
 from cnnlstm_fast.fusion.recipe import Context, Recipe, Sized, context_of, fingerprint, hooked
 from cnnlstm_fast.fusion.session import Session
+from cnnlstm_fast.fusion.writes import Token
 from cnnlstm_fast.patterns import Conv, Norm
 
 
@@ -34,13 +35,14 @@ class Chain:
         ready: those that are not given out yet, the next one last.
         history: what the gradients need of it, or None where there are none.
         done: the result is given out, or never will be.
+        token: under which the session watches for writes to its operands.
         quiet: see :meth:`undisturbed`.
     """
 
     __slots__ = (
         "__weakref__", "at", "batch", "context", "conv", "done", "function", "handed", "history",
         "mark", "norm", "quiet", "read", "ready", "recipe", "result", "session", "site", "sized",
-        "values", "versions", "x",
+        "token", "values", "versions", "x",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +60,7 @@ class Chain:
         self.values: list[weakref.ref] = []
         self.ready: list[Deferred] = []
         self.done = self.quiet = False
+        self.token: weakref.ref[Token] | None = None
         self.versions = _versions(x, *conv[:2])
         self.result: Tensor | None = self._run()
 
@@ -91,6 +94,9 @@ class Chain:
             self.ready = self.bare("sizes")
         self.values = [weakref.ref(value) for value in self.ready]
         self.session.chains.append(weakref.ref(self))
+        token, self.token = self.session.writes.begin(self.recipe)
+        for value in self.ready:
+            value._token = token
         self.ready.reverse()
         return self.ready.pop()
 
@@ -187,9 +193,16 @@ class Chain:
         self.result, self.done, self.at = None, True, len(self.recipe.steps)
         if self.history is not None:
             self.history.chain = None
+        if self.token is not None:
+            self.session.writes.given_out(self.token)
         return result
 
     # ------------------------------------------------------------ surprises
+
+    def reads_any(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether values that somebody holds are still to be computed from the memory of any of ``tensors``."""
+        operands = [t for t in (self.x, *self.conv[:2]) if t is not None]
+        return any([torch._C._is_alias_of(t, a) for t in tensors for a in operands]) and bool(self._held())
 
     def _held(self) -> list[Deferred]:
         """The placeholders that somebody holds and that have no value."""
@@ -210,6 +223,8 @@ class Chain:
         Before the result is given out, they take the places of the placeholders. Afterwards, as in C code
         (``below``) that reads a placeholder, these stay where they are in the graph and get memory.
         """
+        if self.token is not None:
+            self.session.writes.end(self.token)
         late, expected = self.done and self.history is not None, self.result
         if late:
             self.site.leave_alone("its values are used after the block has run")
@@ -295,7 +310,7 @@ def _exchange(value: Deferred, true: Tensor) -> bool:
         if value._use_count() > 1 or true._use_count() > 1:  # type: ignore[attr-defined]
             return False
     torch._C._swap_tensor_impl(value, true)
-    for name in ("_chain", "_at", "_slot"):
+    for name in ("_chain", "_at", "_slot", "_token"):
         del value.__dict__[name]
     value.__dict__.update(true.__dict__)
     value.__class__ = type(true)  # type: ignore[assignment]
@@ -409,6 +424,7 @@ class Deferred(Tensor):
     _chain: Chain
     _at: int
     _slot: int
+    _token: Token
     _true: Tensor  # its value, where it could not become that
 
     @classmethod
