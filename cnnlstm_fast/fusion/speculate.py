@@ -200,9 +200,10 @@ class Chain:
     # ------------------------------------------------------------ surprises
 
     def reads_any(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether values that somebody holds are still to be computed from the memory of any of ``tensors``."""
+        """Whether values that somebody holds are still to be computed from what ``tensors`` are views of."""
         operands = [t for t in (self.x, *self.conv[:2]) if t is not None]
-        return any([torch._C._is_alias_of(t, a) for t in tensors for a in operands]) and bool(self._held())
+        aliases = [torch._C._is_alias_of(t, a) for t in tensors for a in operands]  # type: ignore[attr-defined]
+        return any(aliases) and bool(self._held())
 
     def _held(self) -> list[Deferred]:
         """The placeholders that somebody holds and that have no value."""
