@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import cnnlstm_fast as cf
 from benchmarks.cases import INPUT_STEP, WEIGHT_STEP, conv_flops, on_grid
 from benchmarks.race import Spread, WrongResult, errors, exceeding, limits_as_torch, paired_ratio, turn
-from cnnlstm_fast import functional
+from cnnlstm_fast.functional.conv_block import decide
 
 #: The least ratio over eager that a block may have.
 FLOOR = 0.97
@@ -368,7 +368,7 @@ class Side:
 def plan_of(call: partial, x: Tensor, weights: dict[str, Tensor]) -> tuple[str, str, str]:
     """Forward plan, backward plan and reason of a call to ``cf.functional.conv_block``."""
     given = call.keywords
-    decision, *_ = functional.decide(
+    decision, *_ = decide(
         x, weights["weight"], weights["bias"], given["stride"], given["padding"], 1, given["groups"],
         given["norm"], given["activation"], given["pool"], given["layout"],
     )  # fmt: skip

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cnnlstm_fast import patterns
 from cnnlstm_fast.copying import copy_sharing_tensors, held_modules
-from cnnlstm_fast.fusion.observe import Trace
+from cnnlstm_fast.fusion.match import members
+from cnnlstm_fast.fusion.observe import Observation
 from cnnlstm_fast.fusion.session import mark, unwatch, watch
-from cnnlstm_fast.fusion.site import Site as ConvSite
+from cnnlstm_fast.fusion.site import ConvSite
 from cnnlstm_fast.nn import recurrent
 
 __all__ = ["Report", "Site", "accelerate"]
@@ -77,7 +77,7 @@ def _chain_of(module: nn.Module) -> list[nn.Module]:
     """The modules that one of the package's own containers fuses by itself."""
     if not type(module).__module__.startswith(__package__ + ".") or isinstance(module, nn.RNNBase):
         return []
-    return patterns.members(module.children())
+    return members(module.children())
 
 
 class _EqualsTwin(type):
@@ -164,15 +164,17 @@ def _sites(name: str, module: nn.Module, fused: set[int]) -> Iterator[Site]:
     site = module.__dict__.get("_conv_forward")
     if isinstance(site, ConvSite):
         if not site.known:
-            yield Site(name, kind, "", "PyTorch", site.left_alone or site.why_plain or "has not been called")
+            yield Site(
+                name, kind, "", "PyTorch", site.why_disabled or site.why_unfused or "has not been called"
+            )
         for (training, dtype, _, grad, _, autocast), known in site.known.items():
             mode = f"{'training' if training else 'eval'}, {str(autocast or dtype)[6:]}"
             mode += "" if grad else ", no gradients"
-            if isinstance(known, Trace):
+            if isinstance(known, Observation):
                 yield Site(name, kind, mode, "PyTorch", "observed once: fast from the next calls on")
                 continue
             block = "+".join([kind, *map(str, known.steps)])
-            for plan, why in dict.fromkeys(sized[:2] for sized in known.sizes.values()):
+            for plan, why in dict.fromkeys(found[:2] for found in known.by_shape.values()):
                 yield Site(name, block, mode, "PyTorch" if plan == "reference" else plan, why)
     elif isinstance(module, nn.RNNBase):
         is_fast = isinstance(module, (recurrent.LSTM, recurrent.GRU))

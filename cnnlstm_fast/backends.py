@@ -12,7 +12,7 @@ import os
 __all__ = ["allow_transforms"]
 
 #: Whether convolutions may be computed by transforms: the plans ``winograd`` and ``fft``. Over a whole result
-#: they are as near to float64 as PyTorch, but they round a quiet place as the loudest one in its tile or
+#: they are as near to float64 as PyTorch, but they round a quiet position as the loudest one in its tile or
 #: window; docs/guarantees.md has the bounds. Where this is False, an element's error is that of its own sum.
 #: CNNLSTM_FAST_ALLOW_TRANSFORMS=0 makes False the default.
 allow_transforms: bool = os.environ.get("CNNLSTM_FAST_ALLOW_TRANSFORMS", "1") != "0"

@@ -193,7 +193,7 @@ def doctor(
         except ImportError as error:
             _fail(str(error))
         except Exception as error:  # of Triton, or of the assembler that it starts
-            _fail(f"a GPU kernel does not compile: {_said(error)}")
+            _fail(f"a GPU kernel does not compile: {_describe(error)}")
         if as_json:
             typer.echo(json.dumps([asdict(k) for k in kernels], indent=1))
         else:
@@ -361,7 +361,7 @@ def _in_words(what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        said, where = _said(error), _line_of(error)
+        said, where = _describe(error), _line_of(error)
         if isinstance(error, SystemExit):
             said = f"it ended itself by sys.exit({'' if error.code is None else repr(error.code)})"
         if not (where or hint or isinstance(error, (SystemExit, SyntaxError))):
@@ -369,7 +369,7 @@ def _in_words(what: str, hint: str = "") -> Iterator[None]:
         _fail("\n".join(filter(None, [f"{what} failed", where, said, hint])))
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """The last lines of a traceback: an exception's type and text, and where a file cannot be parsed."""
     return "".join(traceback.format_exception_only(error)).strip()
 

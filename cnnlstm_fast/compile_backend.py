@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="cnnlstm_fast")``: blocks in the graphs that dynamo captures.
 
 The backend is found through an entry point, so nothing has to be imported. It looks for the blocks
-of :mod:`cnnlstm_fast.patterns` among the graph's calls, puts one call of the block function in the
+of :mod:`cnnlstm_fast.fusion.match` among the graph's calls, puts one call of the block function in the
 place of each, and hands the rest to eager PyTorch or, with ``options={"rest": "inductor"}``, to
 inductor. Whether a fused plan is the fastest is decided at run time, as everywhere.
 
@@ -20,8 +20,8 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from cnnlstm_fast import patterns
-from cnnlstm_fast.patterns import ANYTHING, CONVS, NOTHING, Conv, Norm
+from cnnlstm_fast.fusion import calls, match, run
+from cnnlstm_fast.fusion.calls import ANYTHING, CONVS, NOTHING, Conv, Norm
 
 __all__ = ["cnnlstm_fast", "fuse"]
 
@@ -39,7 +39,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, conv: tuple, norm: tuple | None) -> Tensor:
         conv = Conv(*conv)
         module = Norm(*norm).module(conv.weight.shape[0], x.dim()) if norm is not None else None
-        return patterns.run_block(x, conv, module, self.activation, self.pool)
+        return run.run_block(x, conv, module, self.activation, self.pool)
 
 
 def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict | None = None) -> Callable:
@@ -72,7 +72,7 @@ def fuse(module: fx.GraphModule) -> int:
     """Put one call in the place of every block, in place; returns how many there were.
 
     The call stands where the norm stood, or the convolution if there is no norm
-    (:func:`cnnlstm_fast.patterns.may_stand_between` says why and when).
+    (:func:`cnnlstm_fast.fusion.calls.may_stand_between` says why and when).
     """
     _results_of_in_place_calls(module.graph)
     counters = _counters(module.graph)
@@ -81,11 +81,11 @@ def fuse(module: fx.GraphModule) -> int:
         block = _block_at(node, counters)
         if block is None:
             continue
-        members, place, x, conv, found = block
+        members, anchor, x, conv, found = block
         name = f"cnnlstm_fast_block_{count}"
         module.add_submodule(name, Block(found.get("activation"), found.get("pool")))
         end, norm = members[-1], found.get("norm")
-        with module.graph.inserting_after(place):
+        with module.graph.inserting_after(anchor):
             fused = module.graph.call_module(name, (x, tuple(conv), norm and tuple(norm)))
         fused.meta = {**end.meta, _EFFECT: NOTHING if norm is None else norm.effect}
         end.replace_all_uses_with(fused)
@@ -111,7 +111,7 @@ def _results_of_in_place_calls(graph: fx.Graph) -> None:
 def _block_at(
     node: fx.Node, counters: set[fx.Node]
 ) -> tuple[list[fx.Node], fx.Node, fx.Node, Conv, dict[str, Any]] | None:
-    """The nodes of the block that begins with ``node``, its place, input, convolution and other parts."""
+    """The block that begins with ``node``: its nodes, the one behind which its call goes, input and parts."""
     if node.op != "call_function" or node.target not in CONVS:
         return None
     arguments: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _block_at(
     value = x.meta.get("example_value") if isinstance(x, fx.Node) else None
     if not isinstance(value, Tensor) or value.dim() != rank:
         return None
-    members, place, state, slots = [node], node, "conv", {}
+    members, anchor, state, slots = [node], node, "conv", {}
     between: list[int] = []
     while len(members[-1].users) == 1:
         (following,) = members[-1].users
@@ -131,19 +131,19 @@ def _block_at(
             break
         if [*following.args, *following.kwargs.values()].count(members[-1]) != 1:
             break
-        next_state = patterns.follow(state, found.part, rank)
+        next_state = match.follow(state, found.part, rank)
         if next_state is None:
             break
         between += [_effect(n, counters) for n in _nodes_between(members[-1], following)]
-        if not patterns.may_stand_between(between, found.part.kind == "norm"):
+        if not calls.may_stand_between(between, found.part.kind == "norm"):
             break
         state = next_state
         members.append(following)
-        place = following if found.part.kind == "norm" else place
-        slot = patterns.SLOTS.get(found.part.kind)
+        anchor = following if found.part.kind == "norm" else anchor
+        slot = match.SLOTS.get(found.part.kind)
         if slot is not None:
             slots[slot] = found.value
-    return (members, place, x, Conv(**arguments), slots) if slots else None
+    return (members, anchor, x, Conv(**arguments), slots) if slots else None
 
 
 def _nodes_between(node: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
@@ -158,7 +158,7 @@ def _effect(node: fx.Node, counters: set[fx.Node]) -> int:
     if _EFFECT in node.meta:
         return node.meta[_EFFECT]
     function = _function(node)
-    return ANYTHING if function is None else patterns.effect(function, node.args, node.kwargs)
+    return ANYTHING if function is None else calls.effect(function, node.args, node.kwargs)
 
 
 def _counters(graph: fx.Graph) -> set[fx.Node]:
@@ -192,12 +192,12 @@ def _memory(node: fx.Node) -> int | None:
         return None
 
 
-def _read(node: fx.Node) -> patterns.Found | None:
+def _read(node: fx.Node) -> calls.Found | None:
     """What a node could be in a block."""
     function = _function(node)
     if function is None or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    return patterns.read_call(function, node.args, node.kwargs)
+    return calls.read_call(function, node.args, node.kwargs)
 
 
 def _function(node: fx.Node) -> Any:

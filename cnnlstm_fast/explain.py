@@ -249,7 +249,7 @@ class Recorder:
         op = type(module).__name__
         x = _first_tensor(args)
         call = _Call(name, op, module, x, _now(), "PyTorch", self._reasons.get(id(module), ""))
-        if hasattr(type(x), "is_deferred"):  # a step of a block that has run at its convolution
+        if hasattr(type(x), "is_placeholder"):  # a step of a block that has run at its convolution
             call.x, call.is_step = None, True
         self._begin(call)
 
@@ -275,7 +275,7 @@ class Recorder:
         while call.module is not module:  # calls that raised, and the model went on
             call = self._running.pop()
         y = _first_tensor(out)
-        if call.has_parts or call.in_block or call.is_step or y is None or hasattr(type(y), "is_deferred"):
+        if call.has_parts or call.in_block or call.is_step or y is None or hasattr(type(y), "is_placeholder"):
             return
         ms = (_now() - call.begin) * 1e3
         with torch._C.DisableTorchFunctionSubclass():  # whom `accelerate` observes must not notice
@@ -310,7 +310,7 @@ class Recorder:
     def fail(self, error: Exception) -> str | None:
         """Add the row of the stage that failed; returns how to mend it, where that is known."""
         call = self._running[-1]
-        mend = _mend(call, error, self._last_map)
+        mend = _hint(call, error, self._last_map)
         self.way_to(call.name, call.x)
         shape = () if call.x is None else tuple(call.x.shape)
         layout = "" if call.x is None else _layout(call.x)
@@ -321,7 +321,7 @@ class Recorder:
 _ACTIVATIONS = {"relu": "ReLU"}
 
 
-def _mend(call: _Call, error: Exception, last_map: tuple[int, ...]) -> str | None:
+def _hint(call: _Call, error: Exception, last_map: tuple[int, ...]) -> str | None:
     module, x = call.module, call.x
     if x is not None and isinstance(module, (nn.RNNBase, nn.Linear)):
         rnn = isinstance(module, nn.RNNBase)

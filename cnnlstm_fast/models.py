@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cnnlstm_fast import functional, patterns, reference
+from cnnlstm_fast import reference
+from cnnlstm_fast.fusion.match import Block, as_block
 from cnnlstm_fast.nn import LSTM
+from cnnlstm_fast.nn.chain import run_modules
+from cnnlstm_fast.planning.support import unhooked
 
 __all__ = ["CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed"]
 
 
-def _block(modules: list[nn.Module], conv: type[nn.Module]) -> patterns.Block | None:
+def _block(modules: list[nn.Module], conv: type[nn.Module]) -> Block | None:
     """The modules as one block around a ``conv`` that ends in a map, or None."""
-    block = patterns.as_block(modules)
+    block = as_block(modules)
     return block if block is not None and type(block.conv) is conv and block.flatten is None else None
 
 
@@ -40,7 +43,7 @@ class _Fast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lstm, features = self.lstm, self.features(x)
-        if type(lstm) is LSTM and not lstm.bidirectional and functional.unhooked(lstm):
+        if type(lstm) is LSTM and not lstm.bidirectional and unhooked(lstm):
             _, (h_n, _) = lstm(features)
             last = h_n[-1]  # no gradient map over all steps comes back
         else:
@@ -56,7 +59,7 @@ class CNN_LSTM_Simple(_Fast, reference.CNN_LSTM_Simple):
         block = _block([self.cnn, self.relu, self.pool], nn.Conv2d)
         if block is None or not _is_batch(x):
             return super().features(x)
-        return patterns.run(block, x, "locations")
+        return run_modules(block, x, "locations")
 
 
 class CNN_LSTM_1DConv(_Fast, reference.CNN_LSTM_1DConv):
@@ -67,8 +70,8 @@ class CNN_LSTM_1DConv(_Fast, reference.CNN_LSTM_1DConv):
         block, block_1d = _block([self.cnn], nn.Conv2d), _block([self.cnn_1d], nn.Conv1d)
         if block is None or block_1d is None or not _is_batch(x):
             return super().features(x)
-        y = patterns.run(block, x, "locations")  # the Conv1d reads it through its strides
-        return patterns.run(block_1d, y.transpose(1, 2), "locations")
+        y = run_modules(block, x, "locations")  # the Conv1d reads it through its strides
+        return run_modules(block_1d, y.transpose(1, 2), "locations")
 
 
 class CNN_LSTM_TimeDistributed(_Fast, reference.CNN_LSTM_TimeDistributed):
@@ -80,4 +83,4 @@ class CNN_LSTM_TimeDistributed(_Fast, reference.CNN_LSTM_TimeDistributed):
         block = _block([self.cnn], nn.Conv2d)
         if block is None:
             return super().features(x)
-        return patterns.run(block, x.flatten(0, 1), "features").unflatten(0, x.shape[:2])
+        return run_modules(block, x.flatten(0, 1), "features").unflatten(0, x.shape[:2])

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
-from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, finish_layout
+from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, view_as_layout
 
 __all__ = [
     "CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed", "conv_block", "gru", "lstm",
@@ -59,7 +59,7 @@ def to_layout(y: Tensor, layout: str) -> Tensor:
     if rank == 3:
         y = y.unsqueeze(2)
     order = ["NCHW".index(axis) for axis in LAYOUTS[layout][0]]
-    return finish_layout(y.permute(order).contiguous(), layout, rank)
+    return view_as_layout(y.permute(order).contiguous(), layout, rank)
 
 
 #: Names in ``torch.nn.functional`` that map one tensor to another of the same shape.

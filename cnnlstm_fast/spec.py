@@ -27,14 +27,14 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 #: Activations that the fused plans compute, by the number the ops know them by. Those up to the first
-#: of ``CURVED`` have slope 0 or 1 only, so that winner codes say all that backward needs.
+#: of ``CURVED`` have slope 0 or 1 only, so that argmax codes say all that backward needs.
 ACTIVATIONS: dict[str | None, int] = {
     None: 0, "relu": 1, "hardtanh": 2, "leaky_relu": 3, "elu": 4, "tanh": 5, "sigmoid": 6, "silu": 7,
     "gelu": 8, "gelu_tanh": 9,
 }  # fmt: skip
 CURVED = ACTIVATIONS["leaky_relu"]
 
-#: Winner codes: windows of up to this many elements take half a byte, larger ones one byte.
+#: Argmax codes: windows of up to this many elements take half a byte, larger ones one byte.
 NIBBLE_WINDOW = 14
 BYTE_WINDOW = 254
 #: Channels per code group: a group of 16 channels is 8 bytes (nibbles) or 16 bytes.
@@ -160,17 +160,17 @@ def raw_shape(order, n: int, c: int, size) -> list[int]:
 
 
 def codes_shape(window: int, n: int, c: int, size) -> list[int]:
-    """Shape of the uint8 winner codes: (N, H, W, groups of 16 channels, 8 or 16 bytes).
+    """Shape of the uint8 argmax codes: (N, H, W, groups of 16 channels, 8 or 16 bytes).
 
     With nibbles, byte b of a group holds channel b in its low half and channel b + 8 in its high
-    half. A code is the winner's place in its window, row by row; all ones means that the
+    half. A code is the maximum's position in its window, row by row; all ones means that the
     activation passed nothing.
     """
     bytes_per_group = CODE_GROUP // 2 if window <= NIBBLE_WINDOW else CODE_GROUP
     return [n, *size, -(-c // CODE_GROUP), bytes_per_group]
 
 
-def finish_layout(raw, layout: str, rank: int):
+def view_as_layout(raw, layout: str, rank: int):
     """View the op's raw result (memory order) as the shape the layout promises; never a copy.
 
     ``rank`` is that of the block's input: 4 for (N, C, H, W), 3 for (N, C, L).

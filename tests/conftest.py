@@ -184,12 +184,12 @@ def never_ours(monkeypatch):
 
 @contextlib.contextmanager
 def _gain(monkeypatch, percent: int):
-    from cnnlstm_fast import functional
+    from cnnlstm_fast.functional.conv_block import _left_to_pytorch
     from cnnlstm_fast.planning import choose
 
     monkeypatch.setattr(choose, "GAIN_PERCENT", percent)
     choose.cheapest.cache_clear()
-    functional._left_to_pytorch.clear()
+    _left_to_pytorch.clear()
     yield
     choose.cheapest.cache_clear()
-    functional._left_to_pytorch.clear()
+    _left_to_pytorch.clear()

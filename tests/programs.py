@@ -58,12 +58,12 @@ PATIENCE = 120
 
 def begin_at_any_size() -> None:
     """Let models be fused however small they are, also where PyTorch's operators are the fastest."""
-    from cnnlstm_fast.fusion import recipe
+    from cnnlstm_fast.fusion import plan
     from cnnlstm_fast.planning import choose
 
-    recipe.OVERHEAD_US = 0
-    why_plain = recipe.Recipe._why_plain
-    recipe.Recipe._why_plain = lambda *args: why_plain(*args[:-1], handed=True)
+    plan.OVERHEAD_US = 0
+    why_plain = plan.FusionPlan._why_unfused
+    plan.FusionPlan._why_unfused = lambda *args: why_plain(*args[:-1], handed=True)
     choose.GAIN_PERCENT = -(2**31)
 
 

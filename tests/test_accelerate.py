@@ -18,33 +18,33 @@ from torch.utils.checkpoint import checkpoint
 from twins import grid, on_grid, real_strides
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import patterns
-from cnnlstm_fast.fusion.observe import Observed
-from cnnlstm_fast.fusion.recipe import Recipe
-from cnnlstm_fast.fusion.site import Site
-from cnnlstm_fast.fusion.speculate import Deferred
+from cnnlstm_fast.fusion import run
+from cnnlstm_fast.fusion.observe import ObservedTensor
+from cnnlstm_fast.fusion.plan import FusionPlan
+from cnnlstm_fast.fusion.site import ConvSite
+from cnnlstm_fast.fusion.speculate import Placeholder
 from cnnlstm_fast.planning.problem import lies_channels_last
 
 
 @pytest.fixture(autouse=True)
 def _always_worth_it(monkeypatch):
     """Small blocks too are deferred, and those for which no fused plan is the fastest."""
-    why_not = Recipe._why_plain
-    monkeypatch.setattr(Recipe, "_why_plain", lambda *args: why_not(*args[:-1], handed=True))
-    monkeypatch.setattr(sys.modules["cnnlstm_fast.fusion.recipe"], "OVERHEAD_US", 0)
+    why_not = FusionPlan._why_unfused
+    monkeypatch.setattr(FusionPlan, "_why_unfused", lambda *args: why_not(*args[:-1], handed=True))
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.fusion.plan"], "OVERHEAD_US", 0)
 
 
 @pytest.fixture
 def blocks(monkeypatch):
     """What ran as blocks: names of the norm, the activation and the pool of each."""
     seen = []
-    run_block = patterns.run_block
+    run_block = run.run_block
 
     def noted(x, conv, *parts, **kwargs):
         seen.append(tuple(part and type(part).__name__ for part in parts))
         return run_block(x, conv, *parts, **kwargs)
 
-    monkeypatch.setattr(patterns, "run_block", noted)
+    monkeypatch.setattr(run, "run_block", noted)
     return seen
 
 
@@ -883,7 +883,7 @@ LOOKS = {
 def test_what_is_handed_on(look, mode, pooled, monkeypatch):
     """A result lies as convolutions like it only for as long as nobody else looks."""
     layouts = []
-    run_block = patterns.run_block
+    run_block = run.run_block
 
     def noted(*args, **kwargs):
         layouts.append(kwargs.get("layout"))
@@ -896,7 +896,7 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
             y = LOOKS[look](self, y)
         return F.relu(self.other(y)) + 0
 
-    monkeypatch.setattr(patterns, "run_block", noted)
+    monkeypatch.setattr(run, "run_block", noted)
     model = module_with(forward).train(mode == "train")
     nn.init.constant_(model.bn.bias, 0.377)  # of whole numbers many are their mean, where the slope is a tie
     nn.init.constant_(model.other.bias, 0.291)  # and what the first activation stops is zero
@@ -917,7 +917,7 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
 
 def test_a_map_is_handed_on_only_where_the_next_block_gains(monkeypatch):
     """A block that would be slower on channels-last maps gets them as PyTorch lays them out."""
-    layouts, (run_block, decide) = [], (patterns.run_block, patterns.decide)
+    layouts, (run_block, decide) = [], (run.run_block, run.decide)
 
     def noted(*args, layout, **kwargs):
         layouts.append(layout)
@@ -927,11 +927,11 @@ def test_a_map_is_handed_on_only_where_the_next_block_gains(monkeypatch):
         found = decide(x, *args)
         return found._replace(choice=found.choice._replace(us=1.0 + 9.0 * lies_channels_last(x)))
 
-    monkeypatch.setattr(patterns, "run_block", noted)
+    monkeypatch.setattr(run, "run_block", noted)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
     x = torch.randn(8, 3, 24, 22)
     for given, expected in ((decide, "channels_last"), (slower, "channels_first")):
-        monkeypatch.setattr(patterns, "decide", given)
+        monkeypatch.setattr(run, "decide", given)
         fast = cf.accelerate(model)
         with torch.no_grad():
             for _ in range(4):
@@ -945,7 +945,7 @@ def test_a_map_is_handed_on_only_where_the_next_block_gains(monkeypatch):
 def test_handed_through_what_does_nothing(drop, pooled, monkeypatch):
     """Dropout in evaluation gives back what it got."""
     layouts = []
-    run_block = patterns.run_block
+    run_block = run.run_block
 
     def noted(*args, layout, **kwargs):
         layouts.append(layout)
@@ -958,7 +958,7 @@ def test_handed_through_what_does_nothing(drop, pooled, monkeypatch):
         for _ in range(3):
             torch.testing.assert_close(fast(x), model(x))
         with monkeypatch.context() as patched:
-            patched.setattr(patterns, "run_block", noted)
+            patched.setattr(run, "run_block", noted)
             for _ in range(2):
                 x = torch.randn(8, 3, 24, 22)
                 torch.testing.assert_close(fast(x), model(x))
@@ -1206,9 +1206,9 @@ def test_results_are_plain_tensors():
     fast, x = cf.accelerate(model), images()
     for _ in range(3):
         out = fast(x)
-        assert isinstance(out, Tensor) and not isinstance(out, Deferred)
+        assert isinstance(out, Tensor) and not isinstance(out, Placeholder)
         assert torch.equal(pickle.loads(pickle.dumps(out)), out) and type(out) is Tensor
-        assert not isinstance(out, Observed)
+        assert not isinstance(out, ObservedTensor)
         del out
 
 
@@ -1219,11 +1219,13 @@ def test_what_cannot_be_copied_is_shared():
     fast = cf.accelerate(model)
     assert fast.lock is model.lock and fast.stack[0] is not model.stack[0]
     again = cf.accelerate(fast)
-    assert isinstance(again.conv1._conv_forward, Site) and again.conv1._conv_forward.module() is again.conv1
+    assert (
+        isinstance(again.conv1._conv_forward, ConvSite) and again.conv1._conv_forward.module() is again.conv1
+    )
 
 
 def test_small_blocks_run_as_they_are(monkeypatch):
-    monkeypatch.setattr(sys.modules["cnnlstm_fast.fusion.recipe"], "OVERHEAD_US", 1e6)
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.fusion.plan"], "OVERHEAD_US", 1e6)
     fast, x = cf.accelerate(net().eval()), images()
     for _ in range(3):
         fast(x)
@@ -1250,15 +1252,15 @@ def test_report():
 
 
 def test_what_a_rule_left_to_pytorch_is_not_looked_at_again(monkeypatch):
-    monkeypatch.setattr(sys.modules["cnnlstm_fast.fusion.recipe"], "OVERHEAD_US", 1e9)
+    monkeypatch.setattr(sys.modules["cnnlstm_fast.fusion.plan"], "OVERHEAD_US", 1e9)
     looked_at = []
-    convolve = Site._convolve
+    convolve = ConvSite._convolve
 
     def watched(self, running, module, function, x, conv):
         looked_at.append(tuple(x.shape))
         return convolve(self, running, module, function, x, conv)
 
-    monkeypatch.setattr(Site, "_convolve", watched)
+    monkeypatch.setattr(ConvSite, "_convolve", watched)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).eval()
     fast = cf.accelerate(model)
 

@@ -721,4 +721,4 @@ def test_an_uneven_input_is_the_librarys_and_explain_says_so():
         assert cf.explain(model, x).stages[1].plan == "fft"
         x[:, :, 20] = 1e4
         stage = cf.explain(model, x).stages[1]
-    assert stage.plan == "chunked" and "quiet places" in stage.reason
+    assert stage.plan == "chunked" and "quiet positions" in stage.reason

@@ -7,7 +7,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 import cnnlstm_fast as cf
 from cnnlstm_fast import _ext
-from cnnlstm_fast.fusion.recipe import Recipe
+from cnnlstm_fast.fusion.plan import FusionPlan
 from cnnlstm_fast.nn import time_distributed
 from cnnlstm_fast.planning import observer
 
@@ -272,7 +272,7 @@ class Plain(nn.Module):
 
 
 def test_accelerated_models(monkeypatch):
-    monkeypatch.setattr(Recipe, "_why_plain", lambda *_: None)
+    monkeypatch.setattr(FusionPlan, "_why_unfused", lambda *_: None)
     model = Plain().eval()
     fast, x = cf.accelerate(model), torch.randn(2, 3, 1, 16, 16)
     for grad in (True, False):

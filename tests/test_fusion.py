@@ -20,14 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from twins import grid, on_grid
 
 import cnnlstm_fast as cf
-from cnnlstm_fast.fusion import recipe as fusion
+from cnnlstm_fast.fusion import plan as fusion
 
 
 @pytest.fixture(autouse=True)
 def _always_worth_it(monkeypatch):
     """Small blocks too are speculated, and those for which no fused plan is the fastest."""
-    why_plain = fusion.Recipe._why_plain
-    monkeypatch.setattr(fusion.Recipe, "_why_plain", lambda *args: why_plain(*args[:-1], handed=True))
+    why_plain = fusion.FusionPlan._why_unfused
+    monkeypatch.setattr(fusion.FusionPlan, "_why_unfused", lambda *args: why_plain(*args[:-1], handed=True))
     monkeypatch.setattr(fusion, "OVERHEAD_US", 0)
 
 

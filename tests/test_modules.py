@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from twins import Ops, assert_compiles, assert_like_twin, grid, on_grid, real_strides
 
 import cnnlstm_fast as cf
-from cnnlstm_fast import patterns
+from cnnlstm_fast.fusion import match
 from cnnlstm_fast.nn import time_distributed
 from cnnlstm_fast.planning import choose
 
@@ -141,30 +141,30 @@ def pair(children) -> tuple[cf.Sequential, nn.Sequential]:
 
 
 def step_sizes(module: nn.Module) -> list[int]:
-    steps = patterns.steps(module.children())
-    return [sum(m is not None for m in s) if isinstance(s, patterns.Block) else 1 for s in steps]
+    steps = match.steps(module.children())
+    return [sum(m is not None for m in s) if isinstance(s, match.Block) else 1 for s in steps]
 
 
 # ---------------------------------------------------------------- the matcher
 
 
 def test_spans():
-    conv, signal, act = patterns.Part("conv", 4), patterns.Part("conv", 3), patterns.Part("activation")
-    pool, flatten, norm = patterns.Part("pool", 4), patterns.Part("flatten"), patterns.Part("norm", 4)
-    relu, max_pool, drop = patterns.Part("monotone"), patterns.Part("max_pool", 4), patterns.Part("identity")
-    assert patterns.spans([]) == []
-    assert patterns.spans([act, pool, "other"]) == []
-    assert patterns.spans([conv]) == [(0, 1)]
-    assert patterns.spans(["other", conv, act, pool, flatten, act]) == [(1, 5)]
-    assert patterns.spans([conv, pool, act, conv, act, "other", conv]) == [(0, 2), (3, 5), (6, 7)]
-    assert patterns.spans([signal, act, pool]) == [(0, 2)]
-    assert patterns.spans([conv, flatten, pool]) == [(0, 2)]
-    assert patterns.spans([conv, norm, relu, max_pool, flatten, drop]) == [(0, 5)]
-    assert patterns.spans([conv, drop, norm, drop, act, drop, pool, drop]) == [(0, 8)]
-    assert patterns.spans([conv, max_pool, relu, flatten]) == [(0, 4)]
-    assert patterns.spans([conv, relu, max_pool, relu]) == [(0, 3)]
+    conv, signal, act = match.Part("conv", 4), match.Part("conv", 3), match.Part("activation")
+    pool, flatten, norm = match.Part("pool", 4), match.Part("flatten"), match.Part("norm", 4)
+    relu, max_pool, drop = match.Part("monotone"), match.Part("max_pool", 4), match.Part("identity")
+    assert match.spans([]) == []
+    assert match.spans([act, pool, "other"]) == []
+    assert match.spans([conv]) == [(0, 1)]
+    assert match.spans(["other", conv, act, pool, flatten, act]) == [(1, 5)]
+    assert match.spans([conv, pool, act, conv, act, "other", conv]) == [(0, 2), (3, 5), (6, 7)]
+    assert match.spans([signal, act, pool]) == [(0, 2)]
+    assert match.spans([conv, flatten, pool]) == [(0, 2)]
+    assert match.spans([conv, norm, relu, max_pool, flatten, drop]) == [(0, 5)]
+    assert match.spans([conv, drop, norm, drop, act, drop, pool, drop]) == [(0, 8)]
+    assert match.spans([conv, max_pool, relu, flatten]) == [(0, 4)]
+    assert match.spans([conv, relu, max_pool, relu]) == [(0, 3)]
     for chain in ([conv, max_pool, act], [conv, pool, relu], [conv, act, norm], [conv, norm, norm]):
-        assert patterns.spans(chain) == [(0, 2)]
+        assert match.spans(chain) == [(0, 2)]
 
 
 @chains
@@ -530,7 +530,7 @@ def test_one_op_per_block_and_no_copies(name, monkeypatch):
     x = grid(*shape)
     with torch.no_grad(), Ops() as ops:
         ours(x)
-    blocks = sum(isinstance(s, patterns.Block) for s in patterns.steps(ours.children()))
+    blocks = sum(isinstance(s, match.Block) for s in match.steps(ours.children()))
     assert ops.names.count("cnnlstm_fast::conv_block") == blocks
     assert len(ops.names) == len(sizes)
 

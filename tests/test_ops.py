@@ -205,7 +205,7 @@ def test_each_plans_backward_reads_the_others_codes(block):
 
 @random_blocks(20)
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_spread_sends_gradients_to_the_winners(block, order):
+def test_max_unpool_sends_gradients_to_the_argmax_positions(block, order):
     """What double backward is made of, without the compiled kernels; codes are encoded here."""
     block, _, grad, y = plain_case(block)
     _, activation, _, pool, _ = op_args(block, order)
@@ -215,7 +215,7 @@ def test_spread_sends_gradients_to_the_winners(block, order):
     codes = torch.empty(0, dtype=torch.uint8)
     if activation or pool:
         codes = encode(winners(block, y.detach()), pool[0] * pool[1] if pool else 1)
-    found = op.spread(grad.double().permute(order), codes, y.shape[2:], y.shape[1], pool, list(order))
+    found = op.max_unpool(grad.double().permute(order), codes, y.shape[2:], y.shape[1], pool, list(order))
     assert torch.equal(found, expected)
 
 

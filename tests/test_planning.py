@@ -18,8 +18,9 @@ from torch._dynamo.testing import CompileCounter
 
 import cnnlstm_fast as cf
 from benchmarks import calibrate
-from cnnlstm_fast import functional, planning
+from cnnlstm_fast import planning
 from cnnlstm_fast.functional import conv_block
+from cnnlstm_fast.functional.conv_block import _left_to_pytorch, decide
 from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.choose import PLANS, least
 
@@ -217,7 +218,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CNNLSTM_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuner, "_known", {})
     monkeypatch.setattr(tuner, "enabled", False)
-    functional._left_to_pytorch.clear()
+    _left_to_pytorch.clear()
     choose._likely.cache_clear()
     return tmp_path / "cache"
 
@@ -248,7 +249,7 @@ def slow(monkeypatch, seconds: dict[str, float]) -> list[list[str]]:
 def planned(x, weight, bias) -> choose.Choice:
     """What runs ``conv_block(x, weight, bias, **BLOCK)``."""
     args = 1, BLOCK["padding"], 1, 1, None, "relu", BLOCK["pool"], "channels_first"
-    return functional.decide(x, weight, bias, *args)[0].choice
+    return decide(x, weight, bias, *args)[0].choice
 
 
 @needs_extension
@@ -325,7 +326,6 @@ def test_two_processes_take_the_same_plan(cache):
     """The first one times, whatever it finds; the second one reads it."""
     code = """
 import torch, cnnlstm_fast as cf
-from cnnlstm_fast import functional
 from cnnlstm_fast.planning import tuner
 torch.manual_seed(0)
 if {reads}:

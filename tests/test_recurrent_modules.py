@@ -756,7 +756,7 @@ def test_onnx_has_standard_nodes(kind, dynamo):
 @needs_extension
 @kinds
 def test_opcheck(kind):
-    from cnnlstm_fast.functional_recurrent import GRU, LSTM
+    from cnnlstm_fast.functional.recurrent import GRU, LSTM
     from cnnlstm_fast.ops import recurrent
 
     ours, _ = pair(kind, bidirectional=True)

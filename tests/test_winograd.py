@@ -34,7 +34,8 @@ from test_numbers import SPECIAL_BLOCKS, assert_same_with_specials, with_special
 from torch import nn
 
 import cnnlstm_fast as cf
-from cnnlstm_fast.functional import conv_block, make_spec
+from cnnlstm_fast.functional import conv_block
+from cnnlstm_fast.functional.conv_block import make_spec
 from cnnlstm_fast.planning.choose import choose
 
 pytestmark = needs_extension

@@ -1,6 +1,6 @@
 """How blocks are found in any running program, and run as one.
 
-Every convolution of an accelerated model has a :class:`~cnnlstm_fast.fusion.site.Site` in the place of
+Every convolution of an accelerated model has a :class:`~cnnlstm_fast.fusion.site.ConvSite` in the place of
 its ``_conv_forward``, which gets the very tensors that PyTorch's own would get.
 
 1. *Observe.* The first call of a convolution in each mode runs as it is, but its result notes who

@@ -6,62 +6,54 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from cnnlstm_fast import patterns
-from cnnlstm_fast.fusion.observe import QUESTIONS, no_function
-from cnnlstm_fast.fusion.recipe import Recipe
+from cnnlstm_fast.fusion.calls import read_call
+from cnnlstm_fast.fusion.plan import FusionPlan
+from cnnlstm_fast.fusion.tensors import METADATA, no_function, unversioned_alias
 
 
-class Unviewed(torch.autograd.Function):
-    """The same tensor as no view: its memory may be exchanged, and it may change in place after that."""
+class ChannelsLastHandoff(Tensor):
+    """A map that lies channels-last where PyTorch's is contiguous.
 
-    @staticmethod
-    def forward(ctx, view):
-        return view.data
+    Convolutions read it as it lies. Any other reader first makes it a plain contiguous tensor.
+    """
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-class Handed(Tensor):
-    """A result that lies channels-last where PyTorch's is contiguous, until others than convolutions look."""
-
-    _recipe: Recipe
-    _plain: Tensor  # what convolutions read: autograd keeps this, and not what the program holds
+    _plan: FusionPlan
+    _map: Tensor  # what convolutions read: autograd saves this tensor, and not the one the program holds
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in QUESTIONS and not _returns_itself(function, args, kwargs):
+        if function not in METADATA and not _returns_itself(function, args, kwargs):
             for value in tree_iter((args, kwargs)):
-                if type(value) is Handed:
-                    value.settle()
+                if type(value) is ChannelsLastHandoff:
+                    value.cancel()
         with no_function():
             return function(*args, **kwargs)
 
-    def settle(self) -> None:
-        """Become a plain tensor in PyTorch's layout; the block hands nothing on from now on."""
-        recipe = self._recipe
-        recipe.hands_on = False
-        recipe.sizes.clear()
+    def cancel(self) -> None:
+        """Become a plain tensor in PyTorch's layout, and let the block write that layout from now on."""
+        plan = self._plan
+        plan.hands_on = False
+        plan.by_shape.clear()
         self.close()
 
     def close(self) -> None:
-        del self._recipe, self._plain
+        """Become a plain tensor in PyTorch's layout."""
+        del self._plan, self._map
         self.__class__ = Tensor  # type: ignore[assignment]  # the point of it
         with torch.no_grad():
             self.data = self.detach().contiguous()
 
 
-def hand_on(result: Tensor, recipe: Recipe) -> Tensor:
-    """``result``, which nobody else holds, as a :class:`Handed` tensor."""
-    handed: Tensor = Unviewed.apply(result) if result.requires_grad else result.data
-    handed.__class__ = Handed
-    handed._recipe, handed._plain = recipe, result  # type: ignore[attr-defined]
+def hand_on(result: Tensor, plan: FusionPlan) -> Tensor:
+    """``result``, which nobody else holds, as a :class:`ChannelsLastHandoff` tensor."""
+    handed = unversioned_alias(result)
+    handed.__class__ = ChannelsLastHandoff
+    handed._plan, handed._map = plan, result  # type: ignore[attr-defined]
     return handed
 
 
 def _returns_itself(function, args, kwargs) -> bool:
     """Whether a call gives back its first argument, as dropout does in evaluation."""
-    found = patterns.read_call(function, args, kwargs)
+    found = read_call(function, args, kwargs)
     return found is not None and found.part.kind == "identity"

@@ -32,29 +32,29 @@ class Session:
 
     Attributes:
         entered: the models whose ``forward`` runs, the outermost first.
-        traces: observed calls.
-        writes: what watches for writes to their operands.
-        chains, handed: speculated calls, and tensors in another layout than PyTorch's, while they live.
+        observations: observed calls.
+        speculations, handed: speculated calls, and tensors in another layout than PyTorch's, while they live.
+        writes: what watches for writes to the operands of speculated calls.
     """
 
-    __slots__ = ("chains", "entered", "handed", "traces", "writes")
+    __slots__ = ("entered", "handed", "observations", "speculations", "writes")
 
     def __init__(self) -> None:
         self.entered: list[nn.Module] = []
-        self.traces: list[Unfinished] = []
-        self.chains: list[weakref.ref] = []
+        self.observations: list[Unfinished] = []
+        self.speculations: list[weakref.ref] = []
         self.handed: list[weakref.ref] = []
-        self.writes = WriteWatch(self.chains)
+        self.writes = WriteWatch(self.speculations)
 
     def close(self) -> None:
         """Make everything plain that somebody still holds."""
         self.writes.close()
-        for trace in self.traces:
-            trace.close()
-        for ref in self.chains:
-            chain = ref()
-            if chain is not None:
-                chain.close()
+        for observation in self.observations:
+            observation.close()
+        for ref in self.speculations:
+            speculation = ref()
+            if speculation is not None:
+                speculation.close()
         for ref in self.handed:
             value = ref()
             if value is not None and type(value) is not Tensor:

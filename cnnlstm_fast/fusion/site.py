@@ -10,20 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from cnnlstm_fast import functional
 from cnnlstm_fast.fusion import session
-from cnnlstm_fast.fusion.handoff import Handed
-from cnnlstm_fast.fusion.observe import Observed, Trace, Unowned, no_function
-from cnnlstm_fast.fusion.recipe import MEMORY, Recipe, context_of, hooked
-from cnnlstm_fast.fusion.speculate import Chain
-from cnnlstm_fast.patterns import CONVS, Conv
+from cnnlstm_fast.fusion.calls import CONVS, Conv
+from cnnlstm_fast.fusion.context import context_of, has_saved_tensor_hooks
+from cnnlstm_fast.fusion.handoff import ChannelsLastHandoff
+from cnnlstm_fast.fusion.observe import Observation, ObservedTensor
+from cnnlstm_fast.fusion.plan import MEMORY, FusionPlan
+from cnnlstm_fast.fusion.speculate import Speculation
+from cnnlstm_fast.fusion.tensors import alias, no_function
 from cnnlstm_fast.planning import observer
+from cnnlstm_fast.planning.support import global_hooks
 
-#: How often the flow behind a convolution may differ from the observed one before it is left alone.
-SURPRISES = 3
+#: How often the flow behind a convolution may differ from the observed one before it is no longer fused.
+MOST_MISPREDICTIONS = 3
 
 _PLAIN = (Tensor, nn.Parameter)
-_ACCEPTED = (Tensor, nn.Parameter, Observed, Handed)
+_ACCEPTED = (Tensor, nn.Parameter, ObservedTensor, ChannelsLastHandoff)
 
 #: What a convolution's own forward does, if nobody has patched it.
 _OWN: dict[type, tuple] = {
@@ -32,42 +34,47 @@ _OWN: dict[type, tuple] = {
 }
 
 
-class Site:
+class ConvSite:
     """In the place of a convolution's ``_conv_forward``, as an attribute of the module.
 
     A copy of it, by whatever way, knows nothing yet.
 
     Attributes:
-        known: what was learnt, by mode, dtype, device and :class:`~cnnlstm_fast.fusion.recipe.Context`.
+        known: what was learnt, by mode, dtype, device and :class:`~cnnlstm_fast.fusion.plan.Context`.
         plain: calls (:func:`_call_key`) that a rule of sizes has left to PyTorch.
-        left_alone: why no call is looked at any more, or None.
-        why_plain: why the last call that ran as it is did so.
+        why_disabled: why no call is looked at any more, or None.
+        why_unfused: why the last call that ran as it is did so.
     """
 
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
-        self.known: dict[tuple, Trace | Recipe] = {}
-        self.plain: set[tuple] = set()
-        self.surprises = 0
-        self.left_alone: str | None = None
-        self.why_plain: str | None = None
+        self.known: dict[tuple, Observation | FusionPlan] = {}
+        self.left_to_pytorch: set[tuple] = set()
+        self.mispredictions = 0
+        self.why_disabled: str | None = None
+        self.why_unfused: str | None = None
 
     def __reduce__(self):
-        return Site, (self.module(),)
+        return ConvSite, (self.module(),)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         module: Any = self.module()
         kind: Any = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
-        if torch.compiler.is_compiling() or self.left_alone or observer.current is not None or self.plain:
-            if self._leaves(module, x):
+        if (
+            torch.compiler.is_compiling()
+            or self.why_disabled
+            or observer.current is not None
+            or self.left_to_pytorch
+        ):
+            if self._is_left_to_pytorch(module, x):
                 return kind._conv_forward(module, x, weight, bias)
         running = session.current()
-        why = self._why_plain(module, kind, x, weight, running)
+        why = self._why_unfused(module, kind, x, weight, running)
         if why is None and running is None:
             why = "is called outside of the model's forward"
             session.watch_caller(module)
         if why is not None or running is None:
-            self.runs_plain(why or "")
+            self.note_unfused(why or "")
             return kind._conv_forward(module, x, weight, bias)
         function, padding = _OWN[kind][3], module.padding
         if module.padding_mode != "zeros":
@@ -77,28 +84,28 @@ class Site:
         conv = Conv(weight, bias, module.stride, padding, module.dilation, module.groups)
         return self._convolve(running, module, function, x, conv)
 
-    def _leaves(self, module: nn.Module, x: Any) -> bool:
+    def _is_left_to_pytorch(self, module: nn.Module, x: Any) -> bool:
         """Whether a call is known to run as it is, at the price of a look."""
         if torch.compiler.is_compiling():
             return True
-        if self.left_alone:
-            self.runs_plain(self.left_alone)
+        if self.why_disabled:
+            self.note_unfused(self.why_disabled)
             return True
-        if self.plain and observer.current is None and type(x) is Tensor:
+        if self.left_to_pytorch and observer.current is None and type(x) is Tensor:
             try:
-                return _call_key(module, x) in self.plain
+                return _call_key(module, x) in self.left_to_pytorch
             except (RuntimeError, TypeError):  # sparse and nested tensors have no strides, symbols no hash
                 pass
         return False
 
-    def _why_plain(self, module: nn.Module, kind: Any, x: Any, weight: Any, running: Any) -> str | None:
+    def _why_unfused(self, module: nn.Module, kind: Any, x: Any, weight: Any, running: Any) -> str | None:
         """Why a call runs as it is, as a sentence; None if it need not."""
         own, name, functional_own, _ = _OWN[kind]
         if kind._conv_forward is not own or getattr(F, name) is not functional_own:
             return "PyTorch's convolution is patched"
         if (
             module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-            or module._forward_pre_hooks or functional.global_hooks()
+            or module._forward_pre_hooks or global_hooks()
         ):  # fmt: skip
             return "has hooks"
         if type(x) not in _ACCEPTED or x.layout is not torch.strided or x.is_nested:
@@ -111,7 +118,7 @@ class Site:
             return "a torch.func transform is active"
         if forward_ad._current_level >= 0:
             return "forward-mode derivatives are being computed"
-        if hooked():
+        if has_saved_tensor_hooks():
             return "hooks on saved tensors are active (checkpointing)"
         alone = torch._C._len_torch_dispatch_stack() == 0 if running is None else running.writes.alone()
         if not alone or torch._C._len_torch_function_stack() > 0:
@@ -122,64 +129,66 @@ class Site:
         context = context_of(x)
         key = (module.training, x.dtype, x.device.type, *context)
         known = self.known.get(key)
-        if known is None or (type(known) is Trace and known.recipe is None):
-            self.runs_plain("is being observed: the first call in this mode")
+        if known is None or (type(known) is Observation and known.plan is None):
+            self.note_unfused("is being observed: the first call in this mode")
             y = function(x, *conv)
-            if type(y) is Tensor and (known is None or len(known.others) < Trace.MOST):
-                trace = Trace(running, x, conv, CONVS[function])
-                trace.note(y)
+            if type(y) is Tensor and (known is None or len(known.repeats) < Observation.MOST):
+                observation = Observation(running, x, conv, CONVS[function])
+                observation.observe(y)
                 if known is None:
-                    self.known[key] = trace
+                    self.known[key] = observation
                 else:
-                    known.others.append(trace)
+                    known.repeats.append(observation)
             return y
-        if type(known) is Trace:
-            recipe = known.agreed()
-            if recipe is None:
-                self.leave_alone("what follows it differs within one call of the model")
+        if type(known) is Observation:
+            plan = known.common_plan()
+            if plan is None:
+                self.disable("what follows it differs within one call of the model")
                 return function(x, *conv)
-            known = self.known[key] = recipe
-        assert type(known) is Recipe
-        given = x if type(x) is Handed else None
+            known = self.known[key] = plan
+        assert type(known) is FusionPlan
+        given = x if type(x) is ChannelsLastHandoff else None
         if given is not None:
             with no_function():  # in its place in the graph, where there is one
-                x = Unowned.apply(given) if context.grad and given.requires_grad else given._plain
-        sized = known.sized(function, x, conv, given is not None)
-        if not sized.shapes:
+                x = alias(given) if context.grad and given.requires_grad else given._map
+        shape_plan = known.for_shape(function, x, conv, given is not None)
+        if not shape_plan.shapes:
             if given is not None:
-                given.settle()
+                given.cancel()
                 x = given
             elif module.padding_mode == "zeros" and context.autocast is None:
-                self._leave_calls(module, x)  # else x is not what came in, or is cast
-            self.runs_plain(sized.why)
+                self._leave_to_pytorch(module, x)  # else x is not what came in, or is cast
+            self.note_unfused(shape_plan.why)
             return function(x, *conv)
         try:
-            chain = Chain(self, running, known, sized, context, function, x, conv, given is not None)
+            speculation = Speculation(
+                self, running, known, shape_plan, context, function, x, conv, given is not None
+            )
         except Exception as error:  # PyTorch's operators say it in their own words, where eager does
-            self.leave_alone(f"its block raises {type(error).__name__}: {error}")
+            self.disable(f"its block raises {type(error).__name__}: {error}")
             return function(x if given is None else given.contiguous(), *conv)
-        return chain.first()
+        return speculation.start()
 
-    def leave_alone(self, why: str) -> None:
+    def disable(self, why: str) -> None:
         self.known.clear()
-        self.left_alone = why
+        self.why_disabled = why
 
-    def surprise(self, recipe: Recipe) -> None:
-        """The program did something else than ``recipe``: the convolution is observed again."""
-        self.surprises += 1
-        if self.surprises >= SURPRISES:
-            self.leave_alone("what follows it changes from call to call")
+    def mispredicted(self, plan: FusionPlan) -> None:
+        """The program did something else than ``plan``: the convolution is observed again."""
+        self.mispredictions += 1
+        if self.mispredictions >= MOST_MISPREDICTIONS:
+            self.disable("what follows it changes from call to call")
         else:
-            self.plain.clear()
-            self.known = {key: known for key, known in self.known.items() if known is not recipe}
+            self.left_to_pytorch.clear()
+            self.known = {key: known for key, known in self.known.items() if known is not plan}
 
-    def _leave_calls(self, module: nn.Module, x: Tensor) -> None:
-        if len(self.plain) >= MEMORY:
-            self.plain.clear()
-        self.plain.add(_call_key(module, x))
+    def _leave_to_pytorch(self, module: nn.Module, x: Tensor) -> None:
+        if len(self.left_to_pytorch) >= MEMORY:
+            self.left_to_pytorch.clear()
+        self.left_to_pytorch.add(_call_key(module, x))
 
-    def runs_plain(self, why: str) -> None:
-        self.why_plain = why
+    def note_unfused(self, why: str) -> None:
+        self.why_unfused = why
         if observer.current is not None:
             observer.current.as_is(cast(nn.Module, self.module()), why)
 

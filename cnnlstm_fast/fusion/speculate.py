@@ -11,55 +11,57 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map
 
-from cnnlstm_fast import patterns
-from cnnlstm_fast.fusion.handoff import Unviewed, hand_on
-from cnnlstm_fast.fusion.observe import QUESTIONS, Unowned, no_function
-from cnnlstm_fast.fusion.recipe import Context, Recipe, Sized, context_of, fingerprint, hooked
+from cnnlstm_fast.fusion import run
+from cnnlstm_fast.fusion.calls import Conv, Norm
+from cnnlstm_fast.fusion.context import Context, context_of, fingerprint, has_saved_tensor_hooks
+from cnnlstm_fast.fusion.handoff import hand_on
+from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan
 from cnnlstm_fast.fusion.session import Session
+from cnnlstm_fast.fusion.tensors import METADATA, alias, alias_by, no_function, unversioned_alias
 from cnnlstm_fast.fusion.writes import Token
-from cnnlstm_fast.patterns import Conv, Norm
 
 
-class Chain:
-    """One speculated call: the block's result, and how far along the recipe the program has come.
+class Speculation:
+    """One speculated call: the block's result, and how far along the plan the program has come.
 
     Attributes:
-        site: whom to tell of a surprise.
-        at: the value at hand: 0 is the convolution's, ``at`` that of the recipe's step ``at - 1``.
-        result: the block's, until the last step gives it out.
+        site: the convolution's; it is told where the program does something else.
+        position: how many steps the program has taken; the value behind them is the next one it will use.
+        result: the block's, until the last step returns it.
         norm: the norm's arguments, as they were expected and then as they were given.
-        mark, read: of the norm's tensors, as the block has read them, and copies.
-        batch: mean and unbiased variance of the batch, until the norm is called.
+        norm_fingerprint, norm_values: of the norm's tensors when the block read them: a hash, and copies.
+        batch_statistics: mean and unbiased variance of the batch, until the norm is called.
         versions: of the convolution's operands.
-        values: weak references to all placeholders.
-        ready: those that are not given out yet, the next one last.
-        history: what the gradients need of it, or None where there are none.
-        done: the result is given out, or never will be.
+        placeholders: weak references to all of them.
+        unreleased: placeholders that the program has not got yet, the next one last.
+        graph: what the gradients need, or None without gradients.
+        done: the result has been returned, or never will be.
         token: under which the session watches for writes to its operands.
-        quiet: see :meth:`undisturbed`.
+        answers_metadata: see :meth:`metadata_only`.
     """
 
     __slots__ = (
-        "__weakref__", "at", "batch", "context", "conv", "done", "function", "handed", "history",
-        "mark", "norm", "quiet", "read", "ready", "recipe", "result", "session", "site", "sized",
-        "token", "values", "versions", "x",
+        "__weakref__", "answers_metadata", "batch_statistics", "context", "conv", "done", "function", "graph",
+        "handed", "norm", "norm_fingerprint", "norm_values", "placeholders", "plan", "position", "result",
+        "session", "shape_plan", "site", "token", "unreleased", "versions", "x",
     )  # fmt: skip
 
     def __init__(
-        self, site, session: Session, recipe: Recipe, sized: Sized, context: Context, function, x: Tensor,
-        conv: Conv, handed: bool,
+        self, site, session: Session, plan: FusionPlan, shape_plan: ShapePlan, context: Context, function,
+        x: Tensor, conv: Conv, handed: bool,
     ):  # fmt: skip
-        self.site, self.session, self.recipe, self.sized, self.context = site, session, recipe, sized, context
+        self.site, self.session, self.context = site, session, context
+        self.plan, self.shape_plan = plan, shape_plan
         self.function, self.x, self.conv, self.handed = function, x, conv, handed
-        self.at = 0
-        self.norm: Norm | None = recipe.norm
-        self.mark: tuple | None = None
-        self.read: list[Tensor | None] = []
-        self.batch: tuple[Tensor, Tensor] | None = None
-        self.history: History | None = None
-        self.values: list[weakref.ref] = []
-        self.ready: list[Deferred] = []
-        self.done = self.quiet = False
+        self.position = 0
+        self.norm: Norm | None = plan.norm
+        self.norm_fingerprint: tuple | None = None
+        self.norm_values: list[Tensor | None] = []
+        self.batch_statistics: tuple[Tensor, Tensor] | None = None
+        self.graph: SpeculatedGraph | None = None
+        self.placeholders: list[weakref.ref] = []
+        self.unreleased: list[Placeholder] = []
+        self.done = self.answers_metadata = False
         self.token: weakref.ref[Token] | None = None
         self.versions = _versions(x, *conv[:2])
         self.result: Tensor | None = self._run()
@@ -68,88 +70,89 @@ class Chain:
         """The whole block, on what its operands are now; running statistics wait for the norm's call."""
         norm, module = self.norm, None
         if norm is not None:
-            self.mark = fingerprint(norm.read)
-            self.read = [None if t is None else t.detach().clone() for t in norm.read]
+            self.norm_fingerprint = fingerprint(norm.read)
+            self.norm_values = [None if t is None else t.detach().clone() for t in norm.read]
             if norm.training and norm.running_mean is not None:
-                self.batch = (torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var))  # type: ignore[arg-type]
-                norm = norm._replace(running_mean=self.batch[0], running_var=self.batch[1], momentum=1.0)
+                mean, var = (torch.zeros_like(cast(Tensor, t)) for t in norm[:2])
+                self.batch_statistics = mean, var
+                norm = norm._replace(running_mean=mean, running_var=var, momentum=1.0)
             module = norm.module(self.conv.weight.shape[0], self.x.dim())
-        parts = module, self.recipe.activation, self.recipe.pool
-        sized = self.sized
-        result = patterns.run_block(self.x, self.conv, *parts, layout=sized.layout, decision=sized.decision)
-        if sized.hands_on and result.is_contiguous():  # a map of one place or channel, in PyTorch's strides
+        parts = module, self.plan.activation, self.plan.pool
+        _, _, _, _, layout, hands_on, decision = self.shape_plan
+        result = run.run_block(self.x, self.conv, *parts, layout=layout, decision=decision)
+        if hands_on and result.is_contiguous():  # a map of one position or channel: in PyTorch's strides
             result = result.flatten().view(result.shape)
         return result
 
-    def first(self) -> Tensor:
+    def start(self) -> Tensor:
         """What the convolution returns: a placeholder, or the result of a block of one convolution."""
-        if not self.recipe.steps:
-            return cast(Tensor, self._give_out(None))
+        if not self.plan.steps:
+            return cast(Tensor, self._release_result(None))
         operands = self._operands()
         if self.context.grad and any([t is not None and t.requires_grad for t in operands]):
-            self.history = History(self, operands)
-            with self.undisturbed():
-                self.ready = list(Promise.apply(self.history, *operands))
+            self.graph = SpeculatedGraph(self, operands)
+            with self.metadata_only():
+                self.unreleased = list(OperandsToPlaceholders.apply(self.graph, *operands))
         else:
-            self.ready = self.bare("sizes")
-        self.values = [weakref.ref(value) for value in self.ready]
-        self.session.chains.append(weakref.ref(self))
-        token, self.token = self.session.writes.begin(self.recipe)
-        for value in self.ready:
+            self.unreleased = self.make_placeholders("sizes")
+        self.placeholders = [weakref.ref(value) for value in self.unreleased]
+        self.session.speculations.append(weakref.ref(self))
+        token, self.token = self.session.writes.begin(self.plan)
+        for value in self.unreleased:
             value._token = token
-        self.ready.reverse()
-        return self.ready.pop()
+        self.unreleased.reverse()
+        return self.unreleased.pop()
 
     def _operands(self) -> tuple[Tensor | None, ...]:
         """Input, weight and bias, and the norm's weight and bias."""
         return (self.x, *self.conv[:2], *(() if self.norm is None else self.norm[2:4]))
 
-    def bare(self, asks: str) -> list[Deferred]:
-        """Placeholders without a history. Where C code asks for device or ``asks``, they get memory."""
+    def make_placeholders(self, policy: str) -> list[Placeholder]:
+        """New placeholders; C code that asks for the device, or what ``policy`` names, gives them memory."""
         found, device = [], self.x.device
-        for slot, place in enumerate(self.recipe.places):
-            shape, stride = self.sized.shapes[place]
-            value: Deferred = Tensor._make_wrapper_subclass(
-                Deferred, shape, strides=stride, dtype=self.recipe.dtypes[place], device=device,
-                dispatch_device=True, dispatch_sizes_strides_policy=asks,
+        for slot, number in enumerate(self.plan.own_values):
+            shape, stride = self.shape_plan.shapes[number]
+            value: Placeholder = Tensor._make_wrapper_subclass(
+                Placeholder, shape, strides=stride, dtype=self.plan.dtypes[number], device=device,
+                dispatch_device=True, dispatch_sizes_strides_policy=policy,
             )  # fmt: skip
             torch._C._set_throw_on_mutable_data_ptr(value)  # who asks for neither gets an error, not a crash
-            value._chain, value._at, value._slot = self, place, slot
+            value._speculation, value._at, value._slot = self, number, slot
             found.append(value)
         return found
 
     @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def metadata_only(self) -> Iterator[None]:
         """Whoever asks a placeholder for device or sizes meanwhile does not want its values."""
-        self.quiet = True
+        self.answers_metadata = True
         try:
             yield
         finally:
-            self.quiet = False
+            self.answers_metadata = False
 
-    def follow(self, value: Deferred, function, args, kwargs) -> Tensor | None:
+    def advance(self, value: Placeholder, function, args, kwargs) -> Tensor | None:
         """The result of a call that was expected, or None."""
-        at = self.at
+        at = self.position
         if self.done or value._at != at:
             return None
-        steps = self.recipe.steps
+        steps = self.plan.steps
         step = steps[at]
-        if function is not step.function or context_of(self.x) != self.context or hooked():
+        if function is not step.function or context_of(self.x) != self.context or has_saved_tensor_hooks():
             return None
         if step.kind == "norm":
-            if not self._norm_as_expected(args, kwargs):
+            if not self._confirm_norm(args, kwargs):
                 return None
         elif args[1:] != step.args or kwargs != step.kwargs:
             return None
         if at + 1 == len(steps):
-            return self._give_out(value if step.same_object else None)
-        self.at = at + 1
+            return self._release_result(value if step.same_object else None)
+        self.position = at + 1
         if step.same_object:
             value._at = at + 1
             return value
-        return self.ready.pop()
+        return self.unreleased.pop()
 
-    def _norm_as_expected(self, args, kwargs) -> bool:
+    def _confirm_norm(self, args, kwargs) -> bool:
         """Whether a norm's call reads what the block has read; if so its running statistics count now."""
         expected = self.norm
         assert expected is not None
@@ -160,65 +163,65 @@ class Chain:
         if given.training != expected.training or given.eps != expected.eps:
             return False
         if any([a is not b for a, b in zip(given[:4], expected[:4], strict=True)]):
-            self.recipe.norm = given  # of the next call it may be right
+            self.plan.norm = given  # of the next call it may be right
             return False
-        if self.mark is None or fingerprint(given.read) != self.mark:
+        if self.norm_fingerprint is None or fingerprint(given.read) != self.norm_fingerprint:
             return False
         self.norm = given
-        if self.batch is not None:
+        if self.batch_statistics is not None:
             with torch.no_grad(), no_function():
                 # As PyTorch's norm does, past the version counter: an earlier call's graph may hold them.
                 running = [given.running_mean.data, given.running_var.data]  # type: ignore[union-attr]
-                torch._foreach_lerp_(running, list(self.batch), float(given.momentum))
+                torch._foreach_lerp_(running, list(self.batch_statistics), float(given.momentum))
         return True
 
-    def _give_out(self, value: Deferred | None) -> Tensor | None:
+    def _release_result(self, value: Placeholder | None) -> Tensor | None:
         """The result; after a call in place ``value`` becomes it. None where C code holds on to ``value``."""
         result = self.result
         assert result is not None
-        if self.history is not None:
-            with self.undisturbed():
-                result = Link.apply(self.history, result, *self._held())
+        if self.graph is not None:
+            with self.metadata_only():
+                result = PlaceholdersToResult.apply(self.graph, result, *self._pending())
         elif result._is_view():  # PyTorch's results are none
-            result = Unviewed.apply(result) if result.requires_grad else result.detach()
-        hands_on = self.sized.hands_on and not result.is_contiguous()
+            result = unversioned_alias(result)
+        hands_on = self.shape_plan.hands_on and not result.is_contiguous()
         if hands_on:
-            result = hand_on(result, self.recipe)
+            result = hand_on(result, self.plan)
         if value is not None:
-            if not _exchange(value, result if self.history is not None or hands_on else result.detach()):
+            if not _exchange(value, result if self.graph is not None or hands_on else result.detach()):
                 return None
             result = value
         if hands_on:
             self.session.handed.append(weakref.ref(result))
-        self.result, self.done, self.at = None, True, len(self.recipe.steps)
-        if self.history is not None:
-            self.history.chain = None
+        self.result, self.done, self.position = None, True, len(self.plan.steps)
+        if self.graph is not None:
+            self.graph.speculation = None
         if self.token is not None:
-            self.session.writes.given_out(self.token)
+            self.session.writes.released(self.token)
         return result
 
-    # ------------------------------------------------------------ surprises
+    # ------------------------------------------------------------ mispredictions
 
     def reads_any(self, tensors: Iterable[Tensor]) -> bool:
         """Whether values that somebody holds are still to be computed from what ``tensors`` are views of."""
         operands = [t for t in (self.x, *self.conv[:2]) if t is not None]
         aliases = [torch._C._is_alias_of(t, a) for t in tensors for a in operands]  # type: ignore[attr-defined]
-        return any(aliases) and bool(self._held())
+        return any(aliases) and bool(self._pending())
 
-    def _held(self) -> list[Deferred]:
+    def _pending(self) -> list[Placeholder]:
         """The placeholders that somebody holds and that have no value."""
-        found = [ref() for ref in self.values]
-        return [v for v in found if type(v) is Deferred and not hasattr(v, "_true")]
+        found = [ref() for ref in self.placeholders]
+        return [v for v in found if type(v) is Placeholder and not hasattr(v, "_value")]
 
     def close(self) -> None:
         """The session ends."""
-        self.ready, self.result = [], None
-        if self._held():
-            self.site.leave_alone("its values are still held when the model's forward has ended")
-            self.realize()
+        self.unreleased, self.result = [], None
+        if self._pending():
+            self.site.disable("its values are still held when the model's forward has ended")
+            self.materialize()
         self.done = True
 
-    def realize(self, below: bool = False) -> None:
+    def materialize(self, below: bool = False) -> None:
         """Compute by PyTorch's own operators all values that somebody holds.
 
         Before the result is given out, they take the places of the placeholders. Afterwards, as in C code
@@ -226,24 +229,24 @@ class Chain:
         """
         if self.token is not None:
             self.session.writes.end(self.token)
-        late, expected = self.done and self.history is not None, self.result
+        late, expected = self.done and self.graph is not None, self.result
         if late:
-            self.site.leave_alone("its values are used after the block has run")
+            self.site.disable("its values are used after the block has run")
         elif not self.done:
-            self.site.surprise(self.recipe)
-        self.done, self.result, self.ready = True, None, []
-        held = {value._at: value for value in self._held()}
-        x, conv, norm, history = self.x, self.conv, self._norm_as_read(), self.history
+            self.site.mispredicted(self.plan)
+        self.done, self.result, self.unreleased = True, None, []
+        held = {value._at: value for value in self._pending()}
+        x, conv, norm, graph = self.x, self.conv, self._norm_at_run(), self.graph
         if _versions(x, *conv[:2]) != self.versions:
-            self._give_up()
+            self._raise_operand_changed()
         with self.context.entered(x.device.type):
-            if history is not None:
+            if graph is not None:
                 # Where an operand depends on another, that path is not this block's.
-                operands: list[Any] = [t if t is None else Unowned.apply(t) for t in (x, *conv[:2])]
+                operands: list[Any] = [t if t is None else alias(t) for t in (x, *conv[:2])]
                 if norm is not None:
-                    operands += [t if t is None else Unowned.apply(t) for t in norm[2:4]]
+                    operands += [t if t is None else alias(t) for t in norm[2:4]]
                     norm = norm._replace(weight=operands[3], bias=operands[4])
-                history.operands = tuple(operands)
+                graph.operands = tuple(operands)
                 x, weight, bias, *_ = operands
                 conv = conv._replace(weight=weight, bias=bias)
             y = self.function(x.contiguous() if self.handed else x, *conv)
@@ -253,17 +256,17 @@ class Chain:
                 if at:
                     y = self._step(at - 1, y, norm)
                 if at in held:
-                    y = held[at].settle(y, history, keep=late or below)
-        self.history = None
+                    y = held[at].resolve(y, graph, keep=late or below)
+        self.graph = None
 
-    def _norm_as_read(self) -> Norm | None:
+    def _norm_at_run(self) -> Norm | None:
         """The norm's arguments with the values that the block has read."""
         norm = self.norm
-        if norm is None or fingerprint(norm.read) == self.mark:
+        if norm is None or fingerprint(norm.read) == self.norm_fingerprint:
             return norm
         then: list[Any] = [
             None if t is None or read is None else t + (read - t).detach()
-            for t, read in zip(norm.read, self.read, strict=True)
+            for t, read in zip(norm.read, self.norm_values, strict=True)
         ]
         if norm.training:
             return norm._replace(weight=then[0], bias=then[1])
@@ -272,12 +275,12 @@ class Chain:
     def _check(self, y: Tensor, expected: Tensor) -> None:
         """Whether a convolution's value, computed now, leads to the result that was computed then."""
         with torch.no_grad():
-            error, size = (self.tail(0, y) - expected).float().norm(), expected.float().norm()
+            error, size = (self.run_steps_from(0, y) - expected).float().norm(), expected.float().norm()
         if error.isfinite() and error > 0.05 * size + 1e-6:
-            self._give_up()
+            self._raise_operand_changed()
 
-    def _give_up(self) -> None:
-        self.site.leave_alone("its operands are changed in place before its result is used")
+    def _raise_operand_changed(self) -> None:
+        self.site.disable("its operands are changed in place before its result is used")
         raise RuntimeError(
             "an operand of a convolution was changed in place before the convolution's result was used, "
             "and not as in the calls that cf.accelerate has seen: the result cannot be computed any "
@@ -286,17 +289,17 @@ class Chain:
 
     def _step(self, number: int, y: Tensor, norm: Norm | None) -> Tensor:
         """A step that the program has taken, once more; batch statistics have been counted."""
-        step = self.recipe.steps[number]
+        step = self.plan.steps[number]
         if step.kind != "norm":
             return step.run(y)
         assert norm is not None
         return step.function(y, *(norm.uncounted() if norm.training else norm))
 
-    def tail(self, at: int, y: Tensor) -> Tensor:
+    def run_steps_from(self, at: int, y: Tensor) -> Tensor:
         """The result from the value ``at``."""
-        norm = self._norm_as_read()
-        for number in range(at, len(self.recipe.steps)):
-            inplace = self.recipe.steps[number].found.inplace
+        norm = self._norm_at_run()
+        for number in range(at, len(self.plan.steps)):
+            inplace = self.plan.steps[number].found.inplace
             y = self._step(number, y.clone() if inplace else y, norm)
         return y
 
@@ -305,13 +308,13 @@ def _versions(*tensors: Tensor | None) -> list[int]:
     return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 
-def _exchange(value: Deferred, true: Tensor) -> bool:
+def _exchange(value: Placeholder, true: Tensor) -> bool:
     """Let the Python object ``value`` be the tensor ``true``, unless C code holds on to one of them."""
     with no_function():
         if value._use_count() > 1 or true._use_count() > 1:  # type: ignore[attr-defined]
             return False
     torch._C._swap_tensor_impl(value, true)
-    for name in ("_chain", "_at", "_slot", "_token"):
+    for name in ("_speculation", "_at", "_slot", "_token"):
         del value.__dict__[name]
     value.__dict__.update(true.__dict__)
     value.__class__ = type(true)  # type: ignore[assignment]
@@ -321,126 +324,127 @@ def _exchange(value: Deferred, true: Tensor) -> bool:
 # ---------------------------------------------------------------- gradients
 
 
-class History:
-    """What the graph knows of a chain, whose placeholders stand between its operands and its result.
+class SpeculatedGraph:
+    """A speculated call in the autograd graph, with placeholders between its operands and its result.
 
-    :class:`Promise` leads from the operands to the placeholders, :class:`Link` from these and the block to
-    the result. Gradients flow from ``Link`` through the block itself; those of a placeholder are computed
-    only where somebody holds it.
+    :class:`OperandsToPlaceholders` leads from the operands to the placeholders,
+    :class:`PlaceholdersToResult` from these and the block to the result. Gradients flow from the latter
+    through the block itself; those of a placeholder are computed only where somebody holds it.
 
     Attributes:
-        chain: until its result is given out.
+        speculation: until its result is given out.
         needs: which operands want a gradient.
         operands: aliases of them that ``true`` was computed from.
-        true: by slot, what became of a placeholder: its chain, the steps before it and its true value.
-        given: by slot, the gradient that ``Link`` gave in the backward that runs.
+        true: by slot, what became of a placeholder: its speculation, the steps before it and its true value.
+        given: by slot, the gradient that ``PlaceholdersToResult`` gave in the backward that runs.
     """
 
-    def __init__(self, chain: Chain, operands: tuple):
-        self.chain: Chain | None = chain
+    def __init__(self, speculation: Speculation, operands: tuple):
+        self.speculation: Speculation | None = speculation
         self.needs = [t is not None and t.requires_grad for t in operands]
         self.operands: tuple = ()
-        self.true: dict[int, tuple[Chain, int, Tensor]] = {}
+        self.true: dict[int, tuple[Speculation, int, Tensor]] = {}
         self.given: dict[int, Tensor] = {}
 
 
-class Promise(torch.autograd.Function):
+class OperandsToPlaceholders(torch.autograd.Function):
     """From a block's operands to the placeholders of its values."""
 
     @staticmethod
-    def forward(ctx, history, *tensors):
-        ctx.history = history
+    def forward(ctx, graph, *tensors):
+        ctx.graph = graph
         ctx.set_materialize_grads(False)
-        values = history.chain.bare("strides")
-        if not any(history.needs[:3]):  # it is the norm's parameters that want gradients
+        values = graph.speculation.make_placeholders("strides")
+        if not any(graph.needs[:3]):  # it is the norm's parameters that want gradients
             ctx.mark_non_differentiable(*(value for value in values if value._at == 0))
         return tuple(values)
 
     @staticmethod
     def backward(ctx, *grads):
-        history: History = ctx.history
+        graph: SpeculatedGraph = ctx.graph
         nothing = (None,) * len(ctx.needs_input_grad)
-        given, history.given = history.given, {}
+        given, graph.given = graph.given, {}
         extra = {}  # what others than the block itself have to say
         for slot, grad in enumerate(grads):
             if grad is not None and grad is not given.get(slot):
                 extra[slot] = grad - given[slot] if slot in given else grad
         if not extra:
             return nothing
-        values = [history.true[slot][2] for slot in extra]
-        needed = [i for i, need in enumerate(history.needs) if need]
-        operands = [history.operands[i] for i in needed]
+        values = [graph.true[slot][2] for slot in extra]
+        needed = [i for i, need in enumerate(graph.needs) if need]
+        operands = [graph.operands[i] for i in needed]
         found = torch.autograd.grad(
             values, operands, list(extra.values()), retain_graph=True, create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )  # fmt: skip
         by_operand = dict(zip(needed, found, strict=True))
-        return None, *(by_operand.get(i) for i in range(len(history.needs)))
+        return None, *(by_operand.get(i) for i in range(len(graph.needs)))
 
 
-class Link(torch.autograd.Function):
+class PlaceholdersToResult(torch.autograd.Function):
     """From a block's own result and its placeholders to the result that is given out."""
 
     @staticmethod
-    def forward(ctx, history, result, *values):
-        ctx.history, ctx.slots = history, [value._slot for value in values]
+    def forward(ctx, graph, result, *values):
+        ctx.graph, ctx.slots = graph, [value._slot for value in values]
         ctx.set_materialize_grads(False)
         return result.data
 
     @staticmethod
     def backward(ctx, grad):
-        true: dict = ctx.history.true
+        true: dict = ctx.graph.true
         given: dict[int, Tensor] = {}
         if grad is not None:
             for slot in ctx.slots:
                 if slot in true:
-                    chain, at, value = true[slot]
-                    given[slot] = _gradient_at(chain, at, value, grad)
-            ctx.history.given = given
+                    speculation, at, value = true[slot]
+                    given[slot] = _gradient_at(speculation, at, value, grad)
+            ctx.graph.given = given
         return None, grad, *(given.get(slot) for slot in ctx.slots)
 
 
-def _gradient_at(chain: Chain, at: int, value: Tensor, grad: Tensor) -> Tensor:
+def _gradient_at(speculation: Speculation, at: int, value: Tensor, grad: Tensor) -> Tensor:
     again = torch.is_grad_enabled()
-    with chain.context.entered(value.device.type):
+    with speculation.context.entered(value.device.type):
         if not again:
             value = value.detach().requires_grad_()
         (found,) = torch.autograd.grad(
-            chain.tail(at, value), value, grad.to(chain.recipe.dtypes[-1]), create_graph=again
-        )
+            speculation.run_steps_from(at, value), value, grad.to(speculation.plan.dtypes[-1]),
+            create_graph=again,
+        )  # fmt: skip
     return found
 
 
 # ---------------------------------------------------------------- placeholders
 
 
-class Deferred(Tensor):
+class Placeholder(Tensor):
     """The placeholder of a value that nobody is expected to look at.
 
     It has a shape, strides and a place in the graph, and no memory before somebody looks.
     """
 
     #: For `explain`: a module that returns one is part of a block.
-    is_deferred = True
-    _chain: Chain
+    is_placeholder = True
+    _speculation: Speculation
     _at: int
     _slot: int
     _token: Token
-    _true: Tensor  # its value, where it could not become that
+    _value: Tensor  # its value, where it could not become that
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if args and type(args[0]) is Deferred:
-            result = args[0]._chain.follow(args[0], function, args, kwargs)
+        if args and type(args[0]) is Placeholder:
+            result = args[0]._speculation.advance(args[0], function, args, kwargs)
             if result is not None:
                 return result
-        if function in QUESTIONS:
-            with args[0]._chain.undisturbed(), no_function():
+        if function in METADATA:
+            with args[0]._speculation.metadata_only(), no_function():
                 return function(*args, **kwargs)
-        _look_at(args, kwargs)
+        _materialize_all(args, kwargs)
         if function in _NEEDS_MEMORY:
-            args, kwargs = tree_map(_plain, (args, kwargs))
+            args, kwargs = tree_map(_as_plain_tensor, (args, kwargs))
         with no_function():
             return function(*args, **kwargs)
 
@@ -449,33 +453,33 @@ class Deferred(Tensor):
         cls, function, types, args=(), kwargs=None
     ):
         """What C code asks for, past :meth:`__torch_function__`."""
-        chain = getattr(args[0], "_chain", None) if args else None
-        if chain is not None and chain.quiet:
+        speculation = getattr(args[0], "_speculation", None) if args else None
+        if speculation is not None and speculation.answers_metadata:
             if function is torch.ops.prim.device.default:
-                return chain.x.device
-            shape, strides = chain.sized.shapes[chain.recipe.places[args[0]._slot]]
+                return speculation.x.device
+            shape, strides = speculation.shape_plan.shapes[speculation.plan.own_values[args[0]._slot]]
             return function(torch.empty_strided(shape, strides, device="meta"), *args[1:], **(kwargs or {}))
-        _look_at(args, kwargs, below=True)
-        args, kwargs = tree_map(_memory, (args, kwargs or {}))
+        _materialize_all(args, kwargs, below=True)
+        args, kwargs = tree_map(_as_memory, (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def settle(self, true: Tensor, history: History | None, keep: bool) -> Tensor:
+    def resolve(self, true: Tensor, graph: SpeculatedGraph | None, keep: bool) -> Tensor:
         """Be the value ``true``, or have it as memory; returns what later steps are to read."""
-        if history is not None:  # C code may have noted the placeholder's place in the graph
-            history.true[self._slot] = self._chain, self._at, Unowned.apply(true)
+        if graph is not None:  # C code may have noted the placeholder's place in the graph
+            graph.true[self._slot] = self._speculation, self._at, alias(true)
         if not keep and _exchange(self, true):
             return self
-        self._true = true.detach()
+        self._value = true.detach()
         with torch.no_grad():
-            self.data = self._true
+            self.data = self._value
         return true
 
 
-def _look_at(args, kwargs, below: bool = False) -> None:
+def _materialize_all(args, kwargs, below: bool = False) -> None:
     """Let all placeholders among the arguments have values."""
     for value in tree_iter((args, kwargs)):
-        if type(value) is Deferred and not hasattr(value, "_true"):
-            value._chain.realize(below)
+        if type(value) is Placeholder and not hasattr(value, "_value"):
+            value._speculation.materialize(below)
 
 
 #: What wants a tensor that is no subclass, to reach its memory or to write it down.
@@ -486,24 +490,16 @@ _NEEDS_MEMORY = {
 }  # fmt: skip
 
 
-class Plain(torch.autograd.Function):
-    """The plain tensor of a placeholder that could not become one."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value._true.view_as(value._true)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-def _plain(value):
-    if type(value) is not Deferred or not hasattr(value, "_true"):
+def _as_plain_tensor(value):
+    if type(value) is not Placeholder or not hasattr(value, "_value"):
         return value
     with no_function():
-        return Plain.apply(value) if value.requires_grad else value._true
+        return alias_by(value, _view_of_value) if value.requires_grad else value._value
 
 
-def _memory(value):
-    return value._true if type(value) is Deferred else value
+def _view_of_value(placeholder: Placeholder) -> Tensor:
+    return placeholder._value.view_as(placeholder._value)
+
+
+def _as_memory(value):
+    return value._value if type(value) is Placeholder else value

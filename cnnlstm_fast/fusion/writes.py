@@ -19,8 +19,8 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from cnnlstm_fast.fusion.recipe import Recipe
-    from cnnlstm_fast.fusion.speculate import Chain
+    from cnnlstm_fast.fusion.plan import FusionPlan
+    from cnnlstm_fast.fusion.speculate import Speculation
 
 #: So many operators between a block's result and the end of its placeholders say that the program keeps
 #: them in variables which it does not read: watching it costs more than it is worth.
@@ -28,56 +28,56 @@ PATIENCE = 8
 
 
 class Token:
-    """What the placeholders of one chain share: it ends with the last of them."""
+    """What the placeholders of one speculated call share: it ends with the last of them."""
 
     __slots__ = ("__weakref__",)
 
 
 class WriteWatch(TorchDispatchMode):
-    """Of one session, on its thread's stack of modes while any chain's placeholders live.
+    """Of one session, on its thread's stack of modes while placeholders live.
 
     Attributes:
-        chains: of the session, as weak references.
-        watched: by token, the recipe of its chain and how many operators there had been when its result was
-            given out, or None before that.
+        speculations: of the session, as weak references.
+        watched: by token, the plan of its call and how many operators there had been when the result was
+            released, or None before that.
         operators: how many were seen.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, chains: list[weakref.ref[Chain]]):
+    def __init__(self, speculations: list[weakref.ref[Speculation]]):
         super().__init__()
-        self.chains = chains
-        self.watched: dict[weakref.ref[Token], tuple[Recipe, int | None]] = {}
+        self.speculations = speculations
+        self.watched: dict[weakref.ref[Token], tuple[FusionPlan, int | None]] = {}
         self.operators = 0
         self.thread = threading.get_ident()
 
-    def begin(self, recipe: Recipe) -> tuple[Token, weakref.ref[Token]]:
-        """Watch a chain from now on, as long as its token lives."""
+    def begin(self, plan: FusionPlan) -> tuple[Token, weakref.ref[Token]]:
+        """Watch a call from now on, as long as its token lives."""
         token = Token()
         ref = weakref.ref(token, self.end)
         if not self.watched and self not in modes():
             torch._C._push_on_torch_dispatch_stack(self)
-        self.watched[ref] = recipe, None
+        self.watched[ref] = plan, None
         return token, ref
 
-    def given_out(self, ref: weakref.ref[Token]) -> None:
-        """The chain's result is: from now on nobody is expected to read its placeholders."""
+    def released(self, ref: weakref.ref[Token]) -> None:
+        """The result is: from now on nobody is expected to read the placeholders."""
         if ref in self.watched:
-            recipe, _ = self.watched[ref]
-            if recipe.lingers:
+            plan, _ = self.watched[ref]
+            if plan.lingers:
                 self.end(ref)
             else:
-                self.watched[ref] = recipe, self.operators
+                self.watched[ref] = plan, self.operators
 
     def end(self, ref: weakref.ref[Token]) -> None:
-        """A chain has nothing more to lose."""
+        """A call has nothing more to lose."""
         found = self.watched.pop(ref, None)
         if found is None:
             return
-        recipe, since = found
+        plan, since = found
         if since is not None and self.operators - since > PATIENCE:
-            recipe.lingers = True
+            plan.lingers = True
         if not self.watched:
             self._leave()
 
@@ -104,12 +104,12 @@ class WriteWatch(TorchDispatchMode):
         active = torch._C._len_torch_dispatch_stack()
         return active == 0 or (active == 1 and torch._C._get_dispatch_stack_at(0) is self)
 
-    def _realize(self, chain: Chain) -> None:
-        """Let a chain compute its values as if the operator that is about to run had not been called yet."""
+    def _materialize(self, speculation: Speculation) -> None:
+        """Let a call compute its values as if the operator that is about to run had not been called yet."""
         with enable_reentrant_dispatch():  # autograd is to see what is computed here
             torch._C._push_on_torch_dispatch_stack(self)  # as it was then
             try:
-                chain.realize()
+                speculation.materialize()
             finally:
                 self._leave()
 
@@ -118,10 +118,10 @@ class WriteWatch(TorchDispatchMode):
         self.operators += 1
         written = list(written_by(function, args, kwargs))
         if written:
-            for ref in self.chains:
-                chain = ref()
-                if chain is not None and chain.reads_any(written):
-                    self._realize(chain)
+            for ref in self.speculations:
+                speculation = ref()
+                if speculation is not None and speculation.reads_any(written):
+                    self._materialize(speculation)
         with torch._C.DisableTorchFunctionSubclass():  # a placeholder among the arguments is asked below
             return function(*args, **kwargs)
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from cnnlstm_fast import functional_recurrent as functional
+from cnnlstm_fast.functional import recurrent as functional
 from cnnlstm_fast.nn.leaf import Leaf
 from cnnlstm_fast.nn.stream import Stream
 

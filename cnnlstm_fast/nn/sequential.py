@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cnnlstm_fast import patterns
+from cnnlstm_fast.fusion import match
+from cnnlstm_fast.nn.chain import run_chain
 
 __all__ = ["Sequential"]
 
@@ -36,7 +37,7 @@ class Sequential(nn.Sequential):
 
 @torch.jit.ignore
 def _run(container: nn.Sequential, input):
-    return patterns.run_chain(patterns.steps(container._modules.values()), input)
+    return run_chain(match.steps(container._modules.values()), input)
 
 
-patterns.CONTAINERS.add(Sequential)
+match.CONTAINERS.add(Sequential)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnlstm_fast import functional_recurrent as functional
 from cnnlstm_fast.errors import WrongDtype, WrongShape
+from cnnlstm_fast.functional import recurrent as functional
 from cnnlstm_fast.ops import recurrent_stream as op
 from cnnlstm_fast.ops.recurrent import UNIT_GROUP
 from cnnlstm_fast.planning.support import why_not_fused_recurrent

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnnlstm_fast import patterns
 from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
+from cnnlstm_fast.fusion import match
 from cnnlstm_fast.limits import limit
+from cnnlstm_fast.nn.chain import run_chain, run_modules
 from cnnlstm_fast.nn.leaf import Leaf
 
 __all__ = ["TimeDistributed"]
@@ -55,7 +56,7 @@ class TimeDistributed(Leaf, nn.Module):
         return f"batch_first={self.batch_first}, flatten={self.flatten}"
 
     def forward(self, x: Tensor) -> Tensor:
-        chain = patterns.steps([self.module])
+        chain = match.steps([self.module])
         self._check(x, chain)
         frames = x.flatten(0, 1)
         size = _chunk_size(frames, chain)
@@ -80,8 +81,8 @@ class TimeDistributed(Leaf, nn.Module):
         if not isinstance(x, Tensor):
             raise WrongType(f"got a {type(x).__name__}, expected a tensor {self._shape('*step')}")
         first = chain[0] if chain else None
-        conv = first.conv if isinstance(first, patterns.Block) else first
-        part = patterns.PARTS.get(type(conv))
+        conv = first.conv if isinstance(first, match.Block) else first
+        part = match.PARTS.get(type(conv))
         if part is not None and part.rank is not None and part.kind == "conv":
             step = "C, H, W" if part.rank == 4 else "C, L"
             if x.dim() != part.rank + 1:
@@ -98,10 +99,10 @@ class TimeDistributed(Leaf, nn.Module):
 
     def _run(self, frames: Tensor, chain: list):
         last = chain[-1] if chain else None
-        if self.flatten and isinstance(last, patterns.Block) and last.flatten is None:
-            y = patterns.run(last, patterns.run_chain(chain[:-1], frames), "features")
+        if self.flatten and isinstance(last, match.Block) and last.flatten is None:
+            y = run_modules(last, run_chain(chain[:-1], frames), "features")
         else:
-            y = patterns.run_chain(chain, frames)
+            y = run_chain(chain, frames)
         return y.flatten(1) if self.flatten and isinstance(y, Tensor) and y.dim() > 2 else y
 
 
@@ -115,7 +116,7 @@ def _chunk_size(frames: Tensor, chain: list) -> int | None:
         or frames.device.type != "cpu"
         or torch._C._are_functorch_transforms_active()
         or not any(_makes_maps(step) for step in chain)
-        or not patterns.per_sample(chain, frames.dim())
+        or not match.per_sample(chain, frames.dim())
     ):
         return None
     largest = _largest_map(frames.shape[1:], chain) * frames.element_size()
@@ -123,18 +124,18 @@ def _chunk_size(frames: Tensor, chain: list) -> int | None:
     return size if size < len(frames) else None
 
 
-def _makes_maps(step: patterns.Block | nn.Module) -> bool:
+def _makes_maps(step: match.Block | nn.Module) -> bool:
     """Whether ``step`` is one of the unfused layers that profit from small maps."""
-    return not isinstance(step, (patterns.Block, nn.Flatten, nn.Identity, nn.Linear))
+    return not isinstance(step, (match.Block, nn.Flatten, nn.Identity, nn.Linear))
 
 
 def _largest_map(shape: tuple[int, ...], chain: list) -> int:
     """About how many elements the largest map of one frame has; padding does not count."""
     elements, area = math.prod(shape), math.prod(shape[1:])
     for step in chain:
-        for layer in step if isinstance(step, patterns.Block) else (step,):
+        for layer in step if isinstance(step, match.Block) else (step,):
             stride = getattr(layer, "stride", 1)
             area //= stride ** (len(shape) - 1) if isinstance(stride, int) else math.prod(stride)
-        channels = getattr(step.conv if isinstance(step, patterns.Block) else step, "out_channels", 0)
+        channels = getattr(step.conv if isinstance(step, match.Block) else step, "out_channels", 0)
         elements = max(elements, channels * area)
     return elements

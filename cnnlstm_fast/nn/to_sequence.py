@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cnnlstm_fast import patterns, reference
+from cnnlstm_fast import reference
 from cnnlstm_fast.errors import WrongRank
+from cnnlstm_fast.fusion import match
 from cnnlstm_fast.spec import LAYOUTS
 
 __all__ = ["ToSequence"]
@@ -53,7 +54,7 @@ class ToSequence(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.name!r}" + (f", steps={self.steps}" if self.steps is not None else "")
 
-    def finish(self, y: Tensor) -> Tensor:
+    def split_clips(self, y: Tensor) -> Tensor:
         """What is left to do to a map in :attr:`layout`: a view."""
         if self.steps is None:
             return y
@@ -62,7 +63,7 @@ class ToSequence(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (3, 4):
             raise WrongRank(f"got shape {tuple(x.shape)}, expected a map (N, C, H, W) or (N, C, L)")
-        return self.finish(reference.to_layout(x, self.layout))
+        return self.split_clips(reference.to_layout(x, self.layout))
 
 
-patterns.PARTS[ToSequence] = patterns.Part("flatten")
+match.PARTS[ToSequence] = match.Part("flatten")

@@ -9,10 +9,10 @@ Schema terms (all sizes of a 2-d block; a 1-d block is a block of height 1):
 - ``pool``: empty, or kernel h, w, stride h, w, padding h, w, dilation h, w, ceil_mode.
 - ``order``: the permutation of (N, C, H, W) in which the result lies contiguously in memory.
 - ``plan``: a value of :data:`PLANS`.
-- ``keep``: also return what the backward reads, otherwise empty tensors: the winner codes
+- ``keep``: also return what the backward reads, otherwise empty tensors: the argmax codes
   (:func:`cnnlstm_fast.spec.codes_shape`) of a pool or an activation of slope 0 or 1, and in the shape
-  of the result the slopes at the winners of a curved activation. The backward op takes a gradient that
-  has been multiplied by them, and such an activation as none.
+  of the result the slopes at the argmax positions of a curved activation. The backward op takes a
+  gradient that has been multiplied by them, and such an activation as none.
 
 The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 """
@@ -48,7 +48,7 @@ _lib.define("suits_winograd(Tensor weight) -> bool")
 forward_op = torch.ops.cnnlstm_fast.conv_block.default
 backward_op = torch.ops.cnnlstm_fast.conv_block_backward.default
 #: Whether no tap of a weight (C_out, C, 3, 3) is nearly zero for a whole channel. Where one is, the ops above
-#: run the plan ``winograd`` as ``chunked``, since the rounding of a tile is that of its loudest place.
+#: run the plan ``winograd`` as ``chunked``, since the rounding of a tile is that of its loudest position.
 suits_winograd_op = torch.ops.cnnlstm_fast.suits_winograd.default
 
 
@@ -58,7 +58,7 @@ def caller(op: Callable, plan: int) -> Callable:
 
 
 def keeps_codes(activation: int, pool: list[int]) -> bool:
-    """Whether the backward of such a block reads winner codes at all."""
+    """Whether the backward of such a block reads argmax codes at all."""
     return bool(pool) or 0 < activation < CURVED
 
 
@@ -95,10 +95,10 @@ def inverse(order) -> list[int]:
     return sorted(range(4), key=lambda axis: order[axis])
 
 
-def spread(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int], order) -> Tensor:
+def max_unpool(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int], order) -> Tensor:
     """The gradient of the convolution's map (N, C_out, OH, OW) from that of the op's result.
 
-    Every gradient goes to the place that its winner code names. Plain PyTorch, differentiable in
+    Every gradient goes to the position that its argmax code names. Plain PyTorch, differentiable in
     ``grad``; ``codes`` may be empty where the block keeps none.
     """
     grad = grad.permute(inverse(order))
@@ -110,19 +110,19 @@ def spread(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int],
         stopped = 15
     else:
         stopped = 255
-    place = codes.flatten(3)[..., :channels].permute(0, 3, 1, 2).long()
-    passed = place != stopped
+    position = codes.flatten(3)[..., :channels].permute(0, 3, 1, 2).long()
+    passed = position != stopped
     kernel_w, stride, padding, dilation = (
         (pool[1], pool[2:4], pool[4:6], pool[6:8]) if pool else (1, (1, 1), (0, 0), (1, 1))
     )
-    place = place.where(passed, 0)
+    position = position.where(passed, 0)
     rows = torch.arange(out_h, device=grad.device)[:, None] * stride[0] - padding[0]
     cols = torch.arange(out_w, device=grad.device) * stride[1] - padding[1]
-    flat = (rows + place // kernel_w * dilation[0]) * conv_hw[1] + cols + place % kernel_w * dilation[1]
+    flat = (rows + position // kernel_w * dilation[0]) * conv_hw[1] + cols + position % kernel_w * dilation[1]
     flat = flat.where(passed, 0)
     values = grad.where(passed, 0)
-    spread_map = grad.new_zeros(n, c, conv_hw[0] * conv_hw[1])
-    return spread_map.scatter_add(2, flat.flatten(2), values.flatten(2)).unflatten(2, tuple(conv_hw))
+    grad_map = grad.new_zeros(n, c, conv_hw[0] * conv_hw[1])
+    return grad_map.scatter_add(2, flat.flatten(2), values.flatten(2)).unflatten(2, tuple(conv_hw))
 
 
 class Unchecked:
@@ -233,10 +233,10 @@ def _recomputed_backward(grad, x, weight, bias, args, needs):
 
 def _differentiable_backward(grad, x, weight, codes, args, needs):
     conv, _, _, pool, order = args
-    spread_map = spread(
+    grad_map = max_unpool(
         grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
     )
-    return library_backward(spread_map, x, weight, conv, needs)
+    return library_backward(grad_map, x, weight, conv, needs)
 
 
 def library_backward(grad, x, weight, conv, needs):

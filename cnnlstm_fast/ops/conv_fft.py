@@ -6,9 +6,9 @@ convolution of its own, whose kernel is one row or column: one grouped convoluti
 whose arithmetic runs at full speed (see M. Mathieu, M. Henaff, Y. LeCun, "Fast training of convolutional
 networks through FFTs", 2014, for products of spectra summed over channels).
 
-- The windows are short, mostly 20 to 100 places, so the transforms are products with their matrix
+- The windows are short, mostly 20 to 100 positions, so the transforms are products with their matrix
   (:func:`transforms`). A complex product takes three multiplications (Gauss); the sums that this needs
-  are in the matrices, and nothing complex is left: a window of N places has about 3N/2 "rows", each an
+  are in the matrices, and nothing complex is left: a window of N positions has about 3N/2 "rows", each an
   independent real convolution.
 - A stride is split into phases, which are channels more.
 - A long kernel may be cut into ``parts`` that lie one hop of the windows apart: the product becomes a
@@ -59,9 +59,9 @@ new_op = torch.ops.cnnlstm_fast.new_spectra.default
 
 
 class Tiling(NamedTuple):
-    """How a convolution is cut. Axes are (other, transformed); a phase is a place modulo the stride."""
+    """How a convolution is cut. Axes are (other, transformed); a phase is a position modulo the stride."""
 
-    turned: bool  # H is transformed, otherwise W
+    transforms_height: bool  # H is transformed, otherwise W
     stride: tuple[int, int]
     padding: tuple[int, int]
     out: tuple[int, int]  # of the convolution's map
@@ -72,7 +72,7 @@ class Tiling(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Places of a window, per phase."""
+        """Positions of a window, per phase."""
         return self.hop + self.taps - 1
 
     @property
@@ -86,7 +86,7 @@ class Tiling(NamedTuple):
 
     @property
     def height(self) -> int:
-        """Places of the other axis that the kernel meets, per phase."""
+        """Positions of the other axis that the kernel meets, per phase."""
         return self.out[0] + self.other_taps - 1
 
 
@@ -94,8 +94,8 @@ class Tiling(NamedTuple):
 _CONVOLUTION_RATE, _MATRIX_RATE = 100.0, 80.0
 #: Nanoseconds to copy an element of a window.
 _MOVE = 1.0
-#: Outputs of a window at least, and its places at most where the kernel does not need more.
-_LEAST_HOP, _MOST_PLACES = 8, 256
+#: Outputs of a window at least, and its positions at most where the kernel does not need more.
+_LEAST_HOP, _MOST_POSITIONS = 8, 256
 
 
 def cost(t: Tiling, n: int, channels: int, c_out: int) -> float:
@@ -118,17 +118,18 @@ def tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
 @lru_cache(maxsize=1024)
 def _tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
     found = []
-    for turned in (False, True):
-        turn: Callable[..., Any] = (lambda pair: pair[::-1]) if turned else tuple
-        stride, padding, out = turn(conv[0:2]), turn(conv[2:4]), turn(map_size(size, kernel, conv))
-        other_taps, phase_taps = (-(-k // s) for k, s in zip(turn(kernel), stride, strict=True))
-        least, most = min(_LEAST_HOP, out[1]), min(_MOST_PLACES, out[1])
+    for transforms_height in (False, True):
+        transpose: Callable[..., Any] = (lambda pair: pair[::-1]) if transforms_height else tuple
+        pairs = conv[0:2], conv[2:4], map_size(size, kernel, conv)
+        stride, padding, out = map(transpose, pairs)
+        other_taps, phase_taps = (-(-k // s) for k, s in zip(transpose(kernel), stride, strict=True))
+        least, most = min(_LEAST_HOP, out[1]), min(_MOST_POSITIONS, out[1])
         even_hops = {-(-out[1] // -(-out[1] // hop)) for hop in range(least, most + 1)}
         for parts in range(1, phase_taps + 1):
             taps = -(-phase_taps // parts)
             for hop in even_hops if parts == 1 else {taps}:
-                if hop == least or (hop > least and hop + taps <= _MOST_PLACES):
-                    t = Tiling(turned, stride, padding, out, other_taps, parts, taps, hop)
+                if hop == least or (hop > least and hop + taps <= _MOST_POSITIONS):
+                    t = Tiling(transforms_height, stride, padding, out, other_taps, parts, taps, hop)
                     found.append((cost(t, n, channels, c_out), t))
     return min(found)[1]
 
@@ -136,7 +137,7 @@ def _tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
 class Transforms(NamedTuple):
     """Matrices such that ``y[o] = sum_k w[k] x[o + k]`` is ``of_y @ ((of_w @ w) * (of_x @ x))``.
 
-    ``x`` has ``length`` places, ``w`` has ``taps`` and ``y`` has ``hop``. All are contiguous,
+    ``x`` has ``length`` positions, ``w`` has ``taps`` and ``y`` has ``hop``. All are contiguous,
     those transposed too.
     """
 
@@ -156,10 +157,10 @@ def transforms(hop: int, taps: int) -> Transforms:
     k3 = b(c + d).
     """
     length = hop + taps - 1
-    places = torch.arange(length, dtype=torch.float64, device="cpu")
+    positions = torch.arange(length, dtype=torch.float64, device="cpu")
     of_x, of_w, of_y = [], [], []
     for frequency in range(length // 2 + 1):
-        angle = places * (2 * math.pi * frequency / length)
+        angle = positions * (2 * math.pi * frequency / length)
         cos, sin = angle.cos(), angle.sin()
         if 2 * frequency % length == 0:
             of_x += [cos]
@@ -174,7 +175,7 @@ def transforms(hop: int, taps: int) -> Transforms:
     return Transforms(x, w, y.T.contiguous(), x.T.contiguous(), w.T.contiguous(), y)
 
 
-# ---- The steps, each with its adjoint. Axes of an image are turned: (N, C, other, transformed).
+# ---- The steps, each with its adjoint. Axes of an image are transposed: (N, C, other, transformed).
 
 #: Bytes of the windows and of the spectra that are worked on at a time.
 _WINDOW_BYTES, _SPECTRUM_BYTES = limit("WINDOW_BYTES", 2**22, 1), limit("SPECTRUM_BYTES", 2**21, 1)
@@ -208,8 +209,8 @@ def _windows(x: Tensor, t: Tiling, chunk: _Chunk) -> tuple[Tensor, Tensor, Tenso
         lies over the images, and that part of the images, both (N, other, transformed, C).
     """
     channels, first = x.shape[1], chunk.first * t.hop * t.stride[1] - t.padding[1]
-    places = (chunk.last - chunk.first + t.parts - 2) * t.hop + t.length
-    buffer = x.new_zeros(chunk.end - chunk.begin, t.height * t.stride[0], places * t.stride[1], channels)
+    positions = (chunk.last - chunk.first + t.parts - 2) * t.hop + t.length
+    buffer = x.new_zeros(chunk.end - chunk.begin, t.height * t.stride[0], positions * t.stride[1], channels)
     inside, over = [], []
     for start, length, size in (
         (-t.padding[0], buffer.shape[1], x.shape[2]),
@@ -219,7 +220,7 @@ def _windows(x: Tensor, t: Tiling, chunk: _Chunk) -> tuple[Tensor, Tensor, Tenso
         end = max(begin, min(start + length, size))
         inside.append(slice(begin, end))
         over.append(slice(begin - start, end - start))
-    by_phase = buffer.view(len(buffer), t.height, t.stride[0], places, t.stride[1], channels)
+    by_phase = buffer.view(len(buffer), t.height, t.stride[0], positions, t.stride[1], channels)
     windows = by_phase.unfold(3, t.length, t.hop).permute(0, 1, 3, 6, 2, 4, 5).flatten(5)
     images = x[chunk.begin : chunk.end, :, inside[0], inside[1]].permute(0, 2, 3, 1)
     return windows, buffer[:, over[0], over[1]], images
@@ -232,21 +233,21 @@ def _row_slices(t: Tiling, windows: Tensor) -> list[slice]:
 
 
 def _tiles(y: Tensor, t: Tiling) -> Tensor:
-    """A buffer (N, other, places, C) in tiles: (N, other, tiles, hop, 1, C)."""
+    """A buffer (N, other, positions, C) in tiles: (N, other, tiles, hop, 1, C)."""
     return y.unflatten(2, (-1, t.hop)).unsqueeze(4)
 
 
 def _map_part(y: Tensor, t: Tiling, chunk: _Chunk) -> Tensor:
-    """What a chunk computes of a map: (N, other, places, C_out), of the last tile what is inside."""
+    """What a chunk computes of a map: (N, other, positions, C_out), of the last tile what is inside."""
     return y[chunk.begin : chunk.end, :, :, chunk.first * t.hop : chunk.last * t.hop].permute(0, 2, 3, 1)
 
 
 def _gradient_tiles(grad: Tensor, t: Tiling, chunk: _Chunk) -> Tensor:
     """The gradient of a map in tiles, zero beyond the map."""
     part = _map_part(grad, t, chunk)
-    n, other, places, c_out = part.shape
+    n, other, positions, c_out = part.shape
     buffer = grad.new_zeros(n, other, (chunk.last - chunk.first) * t.hop, c_out)
-    buffer[:, :, :places].copy_(part)
+    buffer[:, :, :positions].copy_(part)
     return _tiles(buffer, t)
 
 
@@ -264,7 +265,7 @@ def _weight_spectra(weight: Tensor, t: Tiling) -> Tensor:
 
 
 def _weight_gradient(spectra: Tensor, t: Tiling, shape) -> Tensor:
-    """The adjoint of :func:`_weight_spectra`; ``shape`` is the turned weight's."""
+    """The adjoint of :func:`_weight_spectra`; ``shape`` is the transposed weight's."""
     spectra = spectra.flatten(2)
     by_tap = spectra.new_empty(t.taps, *spectra.shape[1:])
     transform_op(_columns(spectra), transforms(t.hop, t.taps).of_w, _columns(by_tap), False)
@@ -289,8 +290,8 @@ def _spectra(windows: Tensor, matrix: Tensor) -> Tensor:
 def _as_maps(spectra: Tensor, t: Tiling) -> Tensor:
     """Spectra (N, windows, height, rows, C) as maps (N, rows * C, windows, height) for the library.
 
-    Where the kernel meets one place of the other axis the windows are the width, along which the library's
-    kernels are fast.
+    Where the kernel meets one position of the other axis, the windows are the width: the library's kernels
+    are fast along it.
     """
     maps = spectra.flatten(3)
     return (maps.transpose(1, 2) if t.height == 1 else maps).permute(0, 3, 1, 2)
@@ -336,8 +337,8 @@ def _as_kernels(spectra: Tensor, t: Tiling) -> Tensor:
 # ---- The ops
 
 
-def _turned(t: Tiling, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.transpose(2, 3) for tensor in tensors] if t.turned else list(tensors)
+def _transposed(t: Tiling, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.transpose(2, 3) for tensor in tensors] if t.transforms_height else list(tensors)
 
 
 def _tiling_of(x: Tensor, weight: Tensor, conv) -> Tiling:
@@ -348,17 +349,17 @@ def _finite(t: Tensor) -> bool:
     return math.isfinite(t.sum())
 
 
-#: How many times as loud as the quiet ones the loudest place of an image may be.
+#: How many times as loud as the quiet ones the loudest position of an image may be.
 _MOST_CONTRAST = 64
 
 
 def is_uneven(x: Tensor, weight: Tensor, conv) -> bool:
-    """Whether images have quiet places beside loud ones, whose rounding a window gives all its places.
+    """Whether images have quiet positions beside loud ones, whose rounding a window gives all its positions.
 
-    A place along the transformed axis is as loud as its largest value. The quiet ones are the lowest quarter
-    of those that are not zero. Where this is so, the library computes the convolution.
+    A position along the transformed axis is as loud as its largest value. The quiet ones are the lowest
+    quarter of those that are not zero. Where this is so, the library computes the convolution.
     """
-    axis = 3 if _tiling_of(x, weight, conv).turned else 2
+    axis = 3 if _tiling_of(x, weight, conv).transforms_height else 2
     loud = x.abs().amax((1, axis))
     some = loud > 0
     at = (some.sum(1, keepdim=True) - 1).clamp_min(0) // 4
@@ -372,7 +373,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, map: Tensor) 
         return _library_map(x, weight, bias, conv, map)
     t = _tiling_of(x, weight, conv)
     matrices = transforms(t.hop, t.taps)
-    images, kernels, out = _turned(t, x, weight, map.permute(0, 3, 1, 2))
+    images, kernels, out = _transposed(t, x, weight, map.permute(0, 3, 1, 2))
     kernels = _weight_spectra(kernels, t)
     for chunk in _chunks(t, *images.shape[:2]):
         windows, over, inside = _windows(images, t, chunk)
@@ -403,8 +404,8 @@ def _backward(
         return _library_gradients(grad, x, weight, conv, grad_x, grad_weight)
     t = _tiling_of(x, weight, conv)
     matrices = transforms(t.hop, t.taps)
-    grads, images, kernels = _turned(t, grad, x, weight)
-    grad_images = None if grad_x is None else _turned(t, grad_x.zero_())[0]
+    grads, images, kernels = _transposed(t, grad, x, weight)
+    grad_images = None if grad_x is None else _transposed(t, grad_x.zero_())[0]
     shape, channels = kernels.shape, x.shape[1] * t.stride[0] * t.stride[1]
     grad_spectra = new_op(
         x, [t.rows, weight.shape[0], t.parts, t.other_taps, channels if need_weight else 0]
@@ -434,7 +435,7 @@ def _backward(
         if need_x:
             inside.add_(over)
     if grad_weight is not None:
-        _turned(t, grad_weight)[0].copy_(_weight_gradient(grad_spectra, t, shape))
+        _transposed(t, grad_weight)[0].copy_(_weight_gradient(grad_spectra, t, shape))
     found = [g for g in (grad_x, grad_weight) if g is not None]
     if not all(map(_finite, found)):
         _library_gradients(grad, x, weight, conv, grad_x, grad_weight)

@@ -10,8 +10,8 @@ Three ways, each for what it is fastest at:
   ``w m`` and ``w C w``, where ``m`` and ``C`` are mean and covariance of the patches that the kernel
   sees. With few taps these cost less than a map, and the rest is a fold and a block without a norm.
 
-``conv_norm_block`` keeps for its backward, besides the codes, z of every winner and computes the map again,
-or the map too where ``keep_map`` says so; without a pool it keeps the map alone.
+``conv_norm_block`` keeps for its backward the codes and z at every argmax position; the backward computes the
+map again. With ``keep_map`` it keeps the map too. Without a pool it keeps the map alone.
 
 Schema terms are those of :mod:`cnnlstm_fast.ops.conv_block`; ``stats`` holds mean, biased variance, scale
 and shift of every channel as float64 (4, C). A convolution's bias changes nothing under batch statistics

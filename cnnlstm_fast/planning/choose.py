@@ -47,7 +47,7 @@ class Plan(NamedTuple):
         why_not: why it cannot run a block of these sizes that our plans can, as a sentence; None if it can.
         why_not_values: the same of a call with these values (spec, x, weight), where ``chunked`` stands in
             for it: the op looks at them in every call.
-        transforms: its rounding is that of the loudest place nearby
+        transforms: its rounding is that of the loudest position nearby
             (:data:`cnnlstm_fast.backends.allow_transforms`).
     """
 
@@ -65,7 +65,7 @@ def _taps_vanish(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
 
 def _is_uneven(spec: BlockSpec, x: Tensor, weight: Tensor) -> str | None:
     if conv_fft.is_uneven(x, weight, spec.conv_args):
-        return "quiet places beside loud ones: rounding by windows could show"
+        return "quiet positions beside loud ones: rounding by windows could show"
     return None
 
 
@@ -245,7 +245,7 @@ def least(nanoseconds: dict[str, float], gain: float | None = None, how: str = "
     """
     theirs = nanoseconds["reference"]
     ours, name = min((ns, name) for name, ns in nanoseconds.items() if name != "reference")
-    told = f"{how}{_said(ours)} by {name}, {_said(theirs)} by PyTorch"
+    told = f"{how}{_describe(ours)} by {name}, {_describe(theirs)} by PyTorch"
     if gains_enough(ours, theirs) if gain is None else ours <= (1 - gain) * theirs:
         return Choice(name, name, told, ours / 1e3, max(theirs - ours, 0.0) / 1e3)
     return Choice("reference", "reference", told, theirs / 1e3, by_sizes=True)
@@ -256,7 +256,7 @@ def gains_enough(ours: float, theirs: float) -> bool:
     return ours <= (1 - GAIN_PERCENT / 100) * theirs
 
 
-def _said(nanoseconds: float) -> str:
+def _describe(nanoseconds: float) -> str:
     """As ``4.3 ms`` or ``62 us``."""
     us = nanoseconds / 1e3
     return f"{us / 1e3:.3g} ms" if us >= 1e3 else f"{us:.3g} us"

@@ -243,7 +243,7 @@ def _direct_products(p: ConvProblem) -> tuple[str, float, float, float]:
     rows = p.batch * p.conv[0] * _idle(p, p.batch * p.pooled[0])
     positions = rows * p.conv[1]
     if p.depthwise and _by_planes(p):
-        along_rows = rows * _up(p.conv[1], _LANES) / _LANES  # vectors of one channel's places
+        along_rows = rows * _up(p.conv[1], _LANES) / _LANES  # vectors of one channel's positions
         return "depthwise", along_rows * p.out_channels * p.taps, 0.0, 0.0
     joined = _joined(p)
     groups = p.spec.groups // joined

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from cnnlstm_fast import _ext
 from cnnlstm_fast.errors import WrongShape
+from cnnlstm_fast.planning import observer
 from cnnlstm_fast.planning.costs import MOST_TAPS_BY_PATCHES, MOST_TAPS_COMPUTED_AGAIN
 from cnnlstm_fast.planning.problem import Sizes
 from cnnlstm_fast.spec import BYTE_WINDOW, BlockSpec
@@ -256,4 +258,21 @@ def library_differentiates() -> bool:
         torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
+    )
+
+
+def global_hooks() -> bool:
+    """Whether hooks on all modules are set, by anyone but an observer that knows of fused ones."""
+    return _has_any_global_hook() and (observer.current is None or not observer.current.alone)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or global_hooks()
     )

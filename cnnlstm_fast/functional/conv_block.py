@@ -1,4 +1,4 @@
-"""The public functions: validate, pick a plan, call one op."""
+"""``conv_block``: validate, choose a plan, call one op."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from cnnlstm_fast import backends, reference
 from cnnlstm_fast.errors import WrongDtype, WrongShape, WrongValue
-from cnnlstm_fast.functional_recurrent import gru, lstm
 from cnnlstm_fast.ops import conv_block as op
 from cnnlstm_fast.ops import conv_norm
 from cnnlstm_fast.planning import observer, tuner
@@ -25,12 +23,13 @@ from cnnlstm_fast.planning.support import (
     needs_gradient,
     norm_tensors,
     of_batch,
+    unhooked,
     why_not_by_patches,
     why_not_call,
 )
-from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, finish_layout
+from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, Pool, view_as_layout
 
-__all__ = ["conv_block", "gru", "lstm"]
+__all__ = ["conv_block"]
 
 
 def conv_block(
@@ -110,7 +109,7 @@ class Decision(NamedTuple):
         inner_layout: of the block.
         behind: a pool that runs as PyTorch's own behind the block, or None.
         layout: of the result.
-        wanted: by :func:`_wanted`.
+        grad_signature: by :func:`_grad_signature`.
     """
 
     spec: BlockSpec | None
@@ -118,7 +117,7 @@ class Decision(NamedTuple):
     inner_layout: str
     behind: nn.Module | None
     layout: str
-    wanted: tuple
+    grad_signature: tuple
 
     @property
     def plan(self) -> str:
@@ -162,8 +161,8 @@ def decide(
         choice = choose(plan, spec, *_as_2d(x, weight, rank), bias, norm, run)
     elif plan not in ("auto", "reference"):
         raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
-    wanted = () if spec is None else _wanted(x, weight, bias, norm)
-    decision = Decision(spec, choice, inner_layout, behind, layout, wanted)
+    signature = () if spec is None else _grad_signature(x, weight, bias, norm)
+    decision = Decision(spec, choice, inner_layout, behind, layout, signature)
     return decision, x, weight, bias
 
 
@@ -199,7 +198,7 @@ def _as_run(decision: Decision, x: Tensor, weight: Tensor) -> tuple[str, str]:
     return decision.plan, decision.reason
 
 
-def _wanted(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple:
+def _grad_signature(x: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tuple:
     """Which tensors there are, and which of them want a gradient."""
     tensors = (x, weight, bias, *(() if norm is None else norm_tensors(norm)))
     return tuple([t if t is None else t.requires_grad for t in tensors])
@@ -219,7 +218,7 @@ def run_again(
         return None
     if PLANS[decision.plan].transforms and not backends.allow_transforms:
         return None
-    if _wanted(x, weight, bias, norm) != decision.wanted:
+    if _grad_signature(x, weight, bias, norm) != decision.grad_signature:
         return None
     if bias is not None and bias.dtype != weight.dtype:
         return None
@@ -235,10 +234,12 @@ def _run(decision: Decision, x: Tensor, weight: Tensor, bias: Tensor | None, nor
     run = _fused if norm is None else _fused_with_norm
     forward, backward = op.PLANS[decision.choice.forward], op.PLANS[decision.choice.backward]
     raw = run(spec, *_as_2d(x, weight, rank), bias, norm, forward, backward)
-    out = finish_layout(raw, decision.inner_layout, rank)
+    out = view_as_layout(raw, decision.inner_layout, rank)
     if decision.behind is not None:
         out = reference.to_layout(decision.behind(out), decision.layout)
-        if decision.layout == "channels_first" and out.is_contiguous():  # one place or channel: in any layout
+        if (
+            decision.layout == "channels_first" and out.is_contiguous()
+        ):  # one position or channel: in any layout
             out = out.flatten().view(out.shape)
     return out.squeeze(reference.batch_dim(decision.layout)) if x.dim() == rank - 1 else out
 
@@ -539,23 +540,6 @@ def make_spec(
         rank, tuple(weight_shape[2:]), _hashable(stride), _hashable(padding), _hashable(dilation), groups,
         *fused_activation, pool, layout,
     ), ""  # fmt: skip
-
-
-def global_hooks() -> bool:
-    """Whether hooks on all modules are set, by anyone but an observer that knows of fused ones."""
-    return _has_any_global_hook() and (observer.current is None or not observer.current.alone)
-
-
-def unhooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's forward and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or global_hooks()
-    )
 
 
 def _hashable(value):

@@ -125,7 +125,7 @@ def lstm(
 def check_pair(hx) -> None:
     """Raise a ``TypeError`` if ``hx`` is no initial state of an LSTM."""
     if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-        raise WrongStates(f"an LSTM's initial state is a pair of tensors (h_0, c_0), got {_said(hx)}")
+        raise WrongStates(f"an LSTM's initial state is a pair of tensors (h_0, c_0), got {_describe(hx)}")
 
 
 def gru(
@@ -173,7 +173,7 @@ def run(
     if plan not in RECURRENT_PLANS:
         raise ValueError(f"unknown plan {plan!r}, expected one of {', '.join(RECURRENT_PLANS)}")
     if not isinstance(x, Tensor):
-        raise WrongType(f"x must be a tensor, got {_said(x)}")
+        raise WrongType(f"x must be a tensor, got {_describe(x)}")
     if x.dim() not in (2, 3):
         raise WrongShape(
             f"{cell.name}: got an input of shape {tuple(x.shape)}, expected {_layout(stack, 'I')} or (T, I) "
@@ -372,7 +372,7 @@ def _layout(stack: Stack, last: str | None = None) -> str:
     return f"({', '.join([*axes, last] if last else axes)})"
 
 
-def _said(value) -> str:
+def _describe(value) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
@@ -386,13 +386,13 @@ def _check_stack(stack: Stack) -> None:
         try:
             operator.index(value)
         except TypeError:
-            raise TypeError(f"{name} must be a whole number, got {_said(value)}") from None
+            raise TypeError(f"{name} must be a whole number, got {_describe(value)}") from None
         if value < least:
             raise ValueError(f"got {name}={value}, expected {least} or more")
     try:
         possible = 0 <= stack.dropout <= 1
     except TypeError:
-        raise TypeError(f"dropout must be a number, got {_said(stack.dropout)}") from None
+        raise TypeError(f"dropout must be a number, got {_describe(stack.dropout)}") from None
     if not possible:
         raise ValueError(f"got dropout={stack.dropout!r}, expected a probability from 0 to 1")
 
@@ -401,7 +401,7 @@ def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: 
     """Check the parameters against each other and the input; returns the hidden size."""
     _check_stack(stack)
     if isinstance(params, Tensor) or not hasattr(params, "__len__"):
-        raise TypeError(f"params must be a list of tensors, got {_said(params)}")
+        raise TypeError(f"params must be a list of tensors, got {_describe(params)}")
     layers, directions, count = stack.num_layers, stack.directions, stack.per_direction
     if len(params) != layers * directions * count:
         names = "w_ih, w_hh" + ", b_ih, b_hh" * stack.bias + ", w_hr" * (stack.proj_size > 0)
@@ -411,7 +411,7 @@ def _check_params(cell: Cell, input_size: int, params: Sequence[Tensor], stack: 
         )
     for p in params:
         if not isinstance(p, Tensor):
-            raise TypeError(f"parameters must be tensors, got {_said(p)}")
+            raise TypeError(f"parameters must be tensors, got {_describe(p)}")
     rows = params[0].shape[0] if params[0].dim() else 0
     hidden = rows // cell.gates
     if hidden == 0 or rows % cell.gates:
@@ -451,7 +451,7 @@ def check_states(hx, sizes: tuple[int, ...], stack: Stack, batch) -> None:
     rows = stack.num_layers * stack.directions
     for name, s, size in zip(("h_0", "c_0"), hx, sizes, strict=False):
         if not isinstance(s, Tensor):
-            raise WrongType(f"{name} must be a tensor, got {_said(s)}")
+            raise WrongType(f"{name} must be a tensor, got {_describe(s)}")
         shape = (rows, size) if batch is None else (rows, batch, size)
         if s.shape != shape:
             raise WrongShape(
@@ -462,7 +462,7 @@ def check_states(hx, sizes: tuple[int, ...], stack: Stack, batch) -> None:
 
 def check_reset(reset: Tensor, x: Tensor, stack: Stack) -> None:
     if not isinstance(reset, Tensor):
-        raise TypeError(f"reset must be a bool tensor, got {_said(reset)}")
+        raise TypeError(f"reset must be a bool tensor, got {_describe(reset)}")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must be bool, got {str(reset.dtype)[6:]}: pass reset.bool()")
     if reset.shape != x.shape[:-1]:
@@ -484,7 +484,7 @@ def _checked_lengths(lengths, x: Tensor, time: int, batch) -> Tensor:
         try:
             lengths = torch.as_tensor(lengths)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"lengths must be a tensor of integers, got {_said(lengths)}") from None
+            raise TypeError(f"lengths must be a tensor of integers, got {_describe(lengths)}") from None
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {str(lengths.dtype)[6:]}: pass lengths.long()")
     shape = () if batch is None else (batch,)

@@ -1,0 +1,70 @@
+"""How PyTorch would lay out a block's result, and which convolutions read channels-last maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnlstm_fast.fusion.calls import Conv
+
+
+def eager_layout(
+    x: Tensor, weight: Tensor, pooled: bool, norm: nn.Module | None, activation: nn.Module | None
+) -> str:
+    """``channels_last`` where PyTorch's operators would give that, else ``channels_first``."""
+    signal, unbatched = weight.dim() == 3, x.dim() == weight.dim() - 1
+    if (pooled and (signal or unbatched)) or not (x.is_cpu or x.is_cuda):
+        return "channels_first"
+    if signal:  # the convolution makes signals contiguous first
+        last = like_channels_last(weight.unsqueeze(2))
+    else:
+        last = like_channels_last(x.unsqueeze(0) if unbatched else x) or like_channels_last(weight)
+    return layout_behind(last, weight, norm, activation)
+
+
+#: Activations whose result lies as their argument does even where that may count for contiguous.
+_KEEP_STRIDES = (nn.Identity, nn.Hardtanh)
+
+
+def layout_behind(last: bool, weight: Tensor, norm: nn.Module | None, activation: nn.Module | None) -> str:
+    """The layout behind norm and activation: of a single channel they make a contiguous map."""
+    if not last:
+        return "channels_first"
+    if weight.shape[0] > 1:
+        return "channels_last"
+    kept = (
+        activation is None or isinstance(activation, _KEEP_STRIDES) or getattr(activation, "inplace", False)
+    )
+    return "channels_last" if norm is None and kept else "channels_first"
+
+
+def like_channels_last(x: Tensor) -> bool:
+    """What PyTorch's ``suggest_memory_format`` answers for a 4-d tensor that is not empty, dense or not."""
+    if x.dim() != 4 or x.stride(3) < x.stride(1):  # mostly it ends here
+        return False
+    size, stride = x.shape, x.stride()
+    if stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * size[d] if size[d] > 1 else stride[d]
+    return True
+
+
+def reads_channels_last(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is a convolution that channels-last maps are to be handed to.
+
+    Grouped ones are slower on them. Of a strided pointwise one with less than a vector of channels oneDNN
+    writes the weight's gradient beyond its memory.
+    """
+    if function is not torch.conv2d:
+        return False
+    given = dict(zip(Conv._fields, args[1:], strict=False)) | kwargs
+    _, channels, *kernel = (*getattr(given.get("weight"), "shape", ()), 0, 0)[:4]
+    strided = given.get("stride", 1) not in (1, (1, 1), [1, 1])
+    return given.get("groups", 1) == 1 and not (strided and channels < 16 and kernel == [1, 1])
