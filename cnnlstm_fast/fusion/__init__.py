@@ -9,7 +9,8 @@ its ``_conv_forward``, which gets the very tensors that PyTorch's own would get.
 2. *Speculate.* In later calls the whole block runs where the convolution stands, on what its operands
    are at that moment. The program gets placeholders, each expected step confirms, and the last one
    gets the result (:mod:`~cnnlstm_fast.fusion.speculate`). Whoever looks at a placeholder gets
-   PyTorch's value, in the same Python object, and the site is observed again.
+   PyTorch's value, in the same Python object, and the site is observed again. Such values are computed
+   before anybody writes to what they are computed from (:mod:`~cnnlstm_fast.fusion.writes`).
 3. *Hand on.* A result that was seen to go to another convolution lies channels-last, until anybody else
    looks at it (:mod:`~cnnlstm_fast.fusion.handoff`).
 
