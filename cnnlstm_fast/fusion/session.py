@@ -44,7 +44,7 @@ class Session:
         self.observations: list[Unfinished] = []
         self.speculations: list[weakref.ref] = []
         self.handed: list[weakref.ref] = []
-        self.writes = WriteWatch(self.speculations)
+        self.writes = _local.writes
 
     def close(self) -> None:
         """Make everything plain that somebody still holds."""
@@ -63,6 +63,9 @@ class Session:
 
 class _Local(threading.local):
     session: Session | None = None
+
+    def __init__(self) -> None:
+        self.writes = WriteWatch()
 
 
 _local = _Local()

@@ -97,7 +97,7 @@ class Speculation:
             self.unreleased = self.make_placeholders("sizes")
         self.placeholders = [weakref.ref(value) for value in self.unreleased]
         self.session.speculations.append(weakref.ref(self))
-        token, self.token = self.session.writes.begin(self.plan)
+        token, self.token = self.session.writes.begin(self)
         for value in self.unreleased:
             value._token = token
         self.unreleased.reverse()
@@ -205,8 +205,8 @@ class Speculation:
     def reads_any(self, tensors: Iterable[Tensor]) -> bool:
         """Whether values that somebody holds are still to be computed from what ``tensors`` are views of."""
         operands = [t for t in (self.x, *self.conv[:2]) if t is not None]
-        aliases = [torch._C._is_alias_of(t, a) for t in tensors for a in operands]  # type: ignore[attr-defined]
-        return any(aliases) and bool(self._pending())
+        is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+        return any([is_alias(t, a) for t in tensors for a in operands]) and bool(self._pending())
 
     def _pending(self) -> list[Placeholder]:
         """The placeholders that somebody holds and that have no value."""
@@ -436,12 +436,19 @@ class Placeholder(Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if args and type(args[0]) is Placeholder:
-            result = args[0]._speculation.advance(args[0], function, args, kwargs)
-            if result is not None:
-                return result
-        if function in METADATA:
-            with args[0]._speculation.metadata_only(), no_function():
-                return function(*args, **kwargs)
+            speculation = args[0]._speculation
+            writes = speculation.session.writes
+            watching = writes.pause()
+            try:
+                result = speculation.advance(args[0], function, args, kwargs)
+                if result is not None:
+                    return result
+                if function in METADATA:
+                    with speculation.metadata_only(), no_function():
+                        return function(*args, **kwargs)
+            finally:
+                if watching:
+                    writes.resume()
         _materialize_all(args, kwargs)
         if function in _NEEDS_MEMORY:
             args, kwargs = tree_map(_as_plain_tensor, (args, kwargs))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,64 +33,80 @@ class Token:
 
 
 class WriteWatch(TorchDispatchMode):
-    """Of one session, on its thread's stack of modes while placeholders live.
+    """Of one thread, on its stack of modes while placeholders live that may be asked for a value.
 
     Attributes:
-        speculations: of the session, as weak references.
-        watched: by token, the plan of its call and how many operators there had been when the result was
-            released, or None before that.
+        watched: by token, the speculated call, its plan and how many operators there had been when the result
+            was released, or None before that.
         operators: how many were seen.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, speculations: list[weakref.ref[Speculation]]):
+    def __init__(self):
         super().__init__()
-        self.speculations = speculations
-        self.watched: dict[weakref.ref[Token], tuple[FusionPlan, int | None]] = {}
+        self.watched: dict[weakref.ref[Token], tuple[weakref.ref[Speculation], FusionPlan, int | None]] = {}
         self.operators = 0
         self.thread = threading.get_ident()
 
-    def begin(self, plan: FusionPlan) -> tuple[Token, weakref.ref[Token]]:
-        """Watch a call from now on, as long as its token lives."""
+    def begin(self, speculation: Speculation) -> tuple[Token, weakref.ref[Token]]:
+        """Watch for a call from now on, as long as its token lives."""
         token = Token()
         ref = weakref.ref(token, self.end)
-        if not self.watched and self not in modes():
+        if not self.watched and not self._is_active():  # it may have come back, see `_leave`
             torch._C._push_on_torch_dispatch_stack(self)
-        self.watched[ref] = plan, None
+        self.watched[ref] = weakref.ref(speculation), speculation.plan, None
         return token, ref
 
     def released(self, ref: weakref.ref[Token]) -> None:
         """The result is: from now on nobody is expected to read the placeholders."""
         if ref in self.watched:
-            plan, _ = self.watched[ref]
+            speculation, plan, _ = self.watched[ref]
             if plan.lingers:
                 self.end(ref)
             else:
-                self.watched[ref] = plan, self.operators
+                self.watched[ref] = speculation, plan, self.operators
 
     def end(self, ref: weakref.ref[Token]) -> None:
         """A call has nothing more to lose."""
         found = self.watched.pop(ref, None)
         if found is None:
             return
-        plan, since = found
+        _, plan, since = found
         if since is not None and self.operators - since > PATIENCE:
             plan.lingers = True
         if not self.watched:
             self._leave()
+
+    def pause(self) -> bool:
+        """Look away while our own operators run; whether there is something to :meth:`resume`."""
+        active = torch._C._len_torch_dispatch_stack()
+        if active == 0 or torch._C._get_dispatch_stack_at(active - 1) is not self:
+            return False
+        torch._C._pop_torch_dispatch_stack(None)
+        return True
+
+    def resume(self) -> None:
+        if self.watched:
+            torch._C._push_on_torch_dispatch_stack(self)
 
     def close(self) -> None:
         """The session ends."""
         self.watched.clear()
         self._leave()
 
+    def _is_active(self) -> bool:
+        for at in range(torch._C._len_torch_dispatch_stack()):
+            if torch._C._get_dispatch_stack_at(at) is self:
+                return True
+        return False
+
     def _leave(self) -> None:
         """Leave the stack, from wherever in it: a mode of the program's may have been entered since.
 
         While an operator is looked at the mode is off the stack, and comes back behind it.
         """
-        if threading.get_ident() != self.thread or self not in modes():
+        if threading.get_ident() != self.thread or not self._is_active():
             return
         above = []
         while (mode := torch._C._pop_torch_dispatch_stack(None)) is not self:
@@ -104,43 +119,32 @@ class WriteWatch(TorchDispatchMode):
         active = torch._C._len_torch_dispatch_stack()
         return active == 0 or (active == 1 and torch._C._get_dispatch_stack_at(0) is self)
 
-    def _materialize(self, speculation: Speculation) -> None:
-        """Let a call compute its values as if the operator that is about to run had not been called yet."""
-        with enable_reentrant_dispatch():  # autograd is to see what is computed here
-            torch._C._push_on_torch_dispatch_stack(self)  # as it was then
-            try:
-                speculation.materialize()
-            finally:
-                self._leave()
+    def _materialize(self, written: list[Tensor]) -> None:
+        """Let calls that read what will be written to compute their values first."""
+        for ref, _, _ in [*self.watched.values()]:
+            speculation = ref()
+            if speculation is None or not speculation.reads_any(written):
+                continue
+            with enable_reentrant_dispatch():  # autograd is to see what is computed here
+                torch._C._push_on_torch_dispatch_stack(self)  # as it was then
+                try:
+                    speculation.materialize()
+                finally:
+                    self._leave()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.operators += 1
-        written = list(written_by(function, args, kwargs))
-        if written:
-            for ref in self.speculations:
-                speculation = ref()
-                if speculation is not None and speculation.reads_any(written):
-                    self._materialize(speculation)
+        if function not in _WRITTEN:
+            _WRITTEN[function] = _written(function)
+        if _WRITTEN[function] and self.watched:
+            self._materialize(_tensors(_WRITTEN[function], args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():  # a placeholder among the arguments is asked below
             return function(*args, **kwargs)
 
 
-def modes() -> list[TorchDispatchMode]:
-    """Those that are active in this thread, the outermost first."""
-    return [torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack())]
-
-
-def written_by(function: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """The arguments that an operator writes to; all of them where it does not say."""
-    if function not in _WRITTEN:
-        _WRITTEN[function] = _written(function)
-    for at, name in _WRITTEN[function] or ():
-        value = args[at] if at < len(args) else kwargs.get(name)
-        yield from (value,) if isinstance(value, Tensor) else value or ()
-
-
-_WRITTEN: dict[Callable, tuple[tuple[int, str], ...]] = {}
+#: Which arguments an operator writes to, by position and name.
+_WRITTEN: dict[Any, tuple[tuple[int, str], ...]] = {}
 
 
 def _written(function: Any) -> tuple[tuple[int, str], ...]:
@@ -152,3 +156,11 @@ def _written(function: Any) -> tuple[tuple[int, str], ...]:
         for at, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+
+
+def _tensors(written: tuple[tuple[int, str], ...], args: tuple, kwargs: dict) -> list[Tensor]:
+    found: list[Tensor] = []
+    for at, name in written:
+        value = args[at] if at < len(args) else kwargs.get(name)
+        found += (value,) if isinstance(value, Tensor) else value or ()
+    return found
