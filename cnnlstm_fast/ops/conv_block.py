@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast.ops import python_inside
-from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.ops.cuda import register_cuda
+from cnnlstm_fast.reference import conv_backward_by_args, conv_block_by_args
 from cnnlstm_fast.spec import CODE_GROUP, CURVED, codes_shape, map_size, pool_size, raw_shape
 
 PLANS = {"direct": 1, "chunked": 2, "winograd": 3, "fft": 4}
@@ -205,32 +206,8 @@ def _differentiable_backward(grad, x, weight, codes, args, needs):
     grad_map = max_unpool(
         grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
     )
-    return library_backward(grad_map, x, weight, conv, needs)
+    return conv_backward_by_args(grad_map, x, weight, conv, needs)
 
 
-def library_backward(grad, x, weight, conv, needs):
-    """Gradients of a convolution's input, weight and bias, as ``needs`` asks, from that of its map.
-
-    Plain PyTorch, differentiable in ``grad``, ``x`` and ``weight``.
-    """
-    after_h, after_w = conv[7:] or (0, 0)
-    grad_x, *grads = torch.ops.aten.convolution_backward(
-        grad,
-        torch.nn.functional.pad(x, (0, after_w, 0, after_h)) if conv[7:] else x,
-        weight,
-        [weight.shape[0]],
-        conv[0:2],
-        conv[2:4],
-        conv[4:6],
-        False,
-        [0, 0],
-        conv[6],
-        needs,
-    )
-    if needs[0] and conv[7:]:
-        grad_x = grad_x[:, :, : x.shape[2], : x.shape[3]]
-    return grad_x, *grads
-
-
-# These register the kernels of the ops above, and the ops that those call.
-from cnnlstm_fast.ops import conv_block_cuda, conv_fft, outputs  # noqa: E402, F401
+register_cuda("conv_block", "conv_block", "forward", x_at=0)
+register_cuda("conv_block_backward", "conv_block", "backward", x_at=1)

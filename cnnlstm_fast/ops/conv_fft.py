@@ -34,9 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnlstm_fast.limits import limit
-from cnnlstm_fast.ops.conv_block import library_backward
 from cnnlstm_fast.ops.python_inside import noting
-from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.reference import conv_backward_by_args, conv_block_by_args
 from cnnlstm_fast.spec import map_size
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
@@ -445,7 +444,7 @@ def _library_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, conv, grad_x: Tensor | None, grad_weight: Tensor | None
 ) -> None:
     needs = [grad_x is not None, grad_weight is not None, False]
-    found = library_backward(grad, x, weight, conv, needs)
+    found = conv_backward_by_args(grad, x, weight, conv, needs)
     for ours, theirs in zip((grad_x, grad_weight), found, strict=False):
         if ours is not None:
             ours.copy_(theirs)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast.ops.conv_block import Unchecked, new_like_input
+from cnnlstm_fast.ops.cuda import register_cuda
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
 
@@ -230,4 +231,7 @@ def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: 
             running.data.copy_(running * (1 - momentum) + found * momentum)
 
 
-from cnnlstm_fast.ops import conv_norm_cuda  # noqa: E402, F401  (registers the kernels of the ops above)
+# Statistics from products of taps are the CPU's alone.
+register_cuda("fold_norm", "conv_norm", "fold", x_at=0)
+register_cuda("conv_norm_block", "conv_norm", "forward", x_at=0)
+register_cuda("conv_norm_block_backward", "conv_norm", "backward", x_at=1)

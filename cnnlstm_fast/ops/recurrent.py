@@ -33,6 +33,9 @@ from collections.abc import Sequence
 import torch
 from torch import _VF, Tensor
 
+from cnnlstm_fast import reference
+from cnnlstm_fast.ops.cuda import register_cuda
+
 MODES = {"LSTM": 0, "GRU": 1}
 UNIT_GROUP = 16
 
@@ -194,8 +197,6 @@ class _Unread:
 
 def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first, needs):
     """The gradients by differentiating the reference, once more differentiable."""
-    from cnnlstm_fast import reference
-
     x, h0, c0, *weights = inputs
     directions = 1 if weights[5] is None else 2
     params = [w for w in weights if w is not None]
@@ -244,4 +245,5 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
     return grads
 
 
-from cnnlstm_fast.ops import recurrent_cuda  # noqa: E402, F401  (registers the kernels of the ops above)
+register_cuda("recurrent_layer", "recurrent", "forward", x_at=0)
+register_cuda("recurrent_layer_backward", "recurrent", "backward", x_at=3)
