@@ -48,18 +48,18 @@ _lib.define("suits_winograd(Tensor weight) -> bool")
 
 forward_op = torch.ops.cnnlstm_fast.conv_block.default
 backward_op = torch.ops.cnnlstm_fast.conv_block_backward.default
-#: Whether no tap of a weight (C_out, C, 3, 3) is nearly zero for a whole channel. Where one is, the ops above
-#: run the plan ``winograd`` as ``chunked``, since the rounding of a tile is that of its loudest position.
+#: Whether no tap of a weight (C_out, C, 3, 3) is nearly zero for a whole channel. If one is, the ops above
+#: run the plan ``winograd`` as ``chunked``, since a tile rounds all its elements as its loudest one.
 suits_winograd_op = torch.ops.cnnlstm_fast.suits_winograd.default
 
 
 def caller(op: Callable, plan: int) -> Callable:
-    """How to call one of these ops, so that errors of Python code come out as they are."""
+    """A function that calls one of these ops, and raises the errors of Python code inside it unchanged."""
     return partial(python_inside.call, op) if plan == PLANS["fft"] else op
 
 
 def keeps_codes(activation: int, pool: list[int]) -> bool:
-    """Whether the backward of such a block reads argmax codes at all."""
+    """Whether the backward of a block with this activation and pool reads argmax codes."""
     return bool(pool) or 0 < activation < CURVED
 
 
@@ -75,7 +75,7 @@ def _(x, weight, bias, conv, activation, act, pool, order, plan, keep):
 
 
 def new_like_input(x: Tensor) -> Tensor:
-    """A gradient of ``x`` as the ops give it: on the CPU channels-last where ``x`` is, else contiguous."""
+    """An empty gradient of ``x``: channels-last on the CPU where ``x`` is, else contiguous."""
     n, c, h, w = x.shape
     if x.device.type == "cpu" and not x.is_contiguous() and x.stride() == (h * w * c, 1, w * c, c):
         return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
@@ -99,8 +99,12 @@ def inverse(order) -> list[int]:
 def max_unpool(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int], order) -> Tensor:
     """The gradient of the convolution's map (N, C_out, OH, OW) from that of the op's result.
 
-    Every gradient goes to the position that its argmax code names. Plain PyTorch, differentiable in
-    ``grad``; ``codes`` may be empty where the block keeps none.
+    Each gradient goes to the position that its argmax code names. Plain PyTorch, differentiable in ``grad``.
+
+    Args:
+        grad: of the op's result, in memory order.
+        codes: (N, PH, PW, groups, bytes), or empty where the block keeps none.
+        conv_hw: (OH, OW).
     """
     grad = grad.permute(inverse(order))
     if codes.numel() == 0:
@@ -111,6 +115,7 @@ def max_unpool(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[i
         stopped = 15
     else:
         stopped = 255
+    # [N, C, PH, PW]: positions in the pool's windows
     position = codes.flatten(3)[..., :channels].permute(0, 3, 1, 2).long()
     passed = position != stopped
     kernel_w, stride, padding, dilation = (
@@ -127,9 +132,9 @@ def max_unpool(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[i
 
 
 class Unchecked:
-    """A small tensor that only second derivatives read, with what it held.
+    """A small tensor that only second derivatives read, with a copy of its values.
 
-    PyTorch's own operators do not save it, so that it may change in place before the backward.
+    PyTorch's own operators do not save it, so the program may write to it before the backward.
     """
 
     def __init__(self, tensor: Tensor | None):
@@ -137,7 +142,7 @@ class Unchecked:
         self.held = None if tensor is None else tensor.detach().clone()
 
     def as_it_was(self) -> Tensor | None:
-        """The tensor in its place in the graph, with the values of then."""
+        """The tensor with its place in the autograd graph and the copied values."""
         if self.tensor is None or self.held is None:
             return None
         return self.tensor + (self.held - self.tensor).detach()
@@ -157,11 +162,11 @@ class ConvBlockFunction(torch.autograd.Function):
         ctx.backward_plan = backward_plan
         ctx.shapes = x.shape, weight.shape
         ctx.set_materialize_grads(False)
-        if activation >= CURVED:  # a second derivative needs everything
+        if activation >= CURVED:  # a second derivative reads all of them
             ctx.bias = Unchecked(bias)
             ctx.save_for_backward(x, weight, codes, slopes)
         else:
-            # What no gradient reads is not kept, and may change in place before the backward.
+            # A tensor that no gradient reads is not saved, so the program may write to it.
             need_x, need_weight, _ = ctx.needs_input_grad[:3]
             ctx.save_for_backward(x if need_weight else None, weight if need_x else None, codes)
         return raw
@@ -194,7 +199,7 @@ class ConvBlockFunction(torch.autograd.Function):
 
 def _recomputed_backward(grad, x, weight, bias, args, needs):
     """Gradients through a second forward in plain PyTorch."""
-    # views: where an argument depends on another, that path is not this block's
+    # Views: where one argument depends on another, gradients do not flow that way.
     inputs: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(conv_block_by_args(*inputs, *args), wanted, grad, create_graph=True))

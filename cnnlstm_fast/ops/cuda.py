@@ -1,4 +1,4 @@
-"""Registering Triton kernels as the CUDA side of an op; its first call imports them, and Triton."""
+"""Registration of Triton kernels as an op's CUDA side. The first call imports the kernels and Triton."""
 
 from __future__ import annotations
 
