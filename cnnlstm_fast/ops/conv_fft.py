@@ -3,13 +3,13 @@
 The method is overlap-save. The axis is cut into overlapping windows. The product of a window's spectrum and
 the kernel's is the convolution, except at the window's ends. Along the other axis the kernel slides as usual,
 so each frequency is an independent convolution whose kernel is one row or column. All frequencies together
-are one grouped convolution, which the library computes at full speed. (M. Mathieu, M. Henaff, Y. LeCun,
-"Fast training of convolutional networks through FFTs", 2014, sum products of spectra over channels.)
+are one grouped convolution, which the library computes at full speed. Products of spectra are summed over
+channels as in M. Mathieu, M. Henaff, Y. LeCun, "Fast training of convolutional networks through FFTs", 2014.
 
 - Windows are short, mostly 20 to 100 positions, so transforms are matrix products (:func:`transforms`).
 - A complex product takes three real multiplications (Gauss). The sums that it needs are part of the matrices,
-  so no complex numbers are left. A window of N positions has about 3N/2 "rows", and each row is an independent
-  real convolution.
+  so no complex numbers are left. A window of N positions has about 3N/2 "rows", and each row is an
+  independent real convolution.
 - A stride is split into phases, which are additional channels.
 - A long kernel may be cut into ``parts``, one hop of the windows apart. The product then is a convolution
   along the windows.

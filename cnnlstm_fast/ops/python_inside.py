@@ -50,8 +50,8 @@ def call(op: Callable, *args):
         failed = error
     noted, _noted.error = _noted.error, None
     if not _noted.begun and _only_ctrl_c_raises():
-        # A signal handler runs in the first Python code after the signal. That may be the kernel's entry, where
-        # nothing is noted yet. If the op failed for another reason, it fails again here.
+        # A signal handler runs in the first Python code after the signal. That may be the kernel's entry,
+        # where nothing is noted yet. If the op failed for another reason, it fails again here.
         op(*args)
         raise KeyboardInterrupt
     raise noted or failed
