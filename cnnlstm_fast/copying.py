@@ -44,8 +44,8 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     Beside what ``copy.deepcopy`` does:
 
     - Tensors, storages, TorchScript modules and TorchScript objects are shared, even if a module has a
-      ``__deepcopy__`` of its own. The dictionaries of buffers are shared too, so that ``.to()`` and ``.half()``
-      of one model change both.
+      ``__deepcopy__`` of its own. The dictionaries of buffers are shared too, so that ``.to()`` of one model
+      changes both.
     - An object that cannot be copied (it holds a lock, a file, a stream or a thread) is shared whole. If it
       refers to a module of the model, or to a dictionary of one, the copy gets an object of its own, which
       refers to the copied module and shares only the part that cannot be copied.

@@ -16,8 +16,8 @@ from cnnlstm_fast.functional import recurrent as functional
 from cnnlstm_fast.nn.leaf import Leaf
 from cnnlstm_fast.nn.stream import Stream
 
-# ``reset`` and ``lengths`` are meant as keywords. They are not keyword-only, because PyTorch's TorchScript-based
-# ONNX exporter passes every default by position.
+# ``reset`` and ``lengths`` are meant as keywords. They are not keyword-only, because PyTorch's
+# TorchScript-based ONNX exporter passes every default by position.
 
 __all__ = ["GRU", "LSTM"]
 
