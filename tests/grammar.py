@@ -372,8 +372,11 @@ REGIONS = (
     ("region", "with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):", "", ""),
     ("region", "with torch.autograd.forward_ad.dual_level():", "", ""),
     ("region", "with Watch():", "", ""),
-    ("checkpoint", "def part(y):", "    return y\ny = checkpoint(part, y, use_reentrant=False)", ""),
-    ("checkpoint", "def part(y):", "    return y\ny = checkpoint(part, y, use_reentrant=True)", ""),
+    (
+        "checkpoint", "def part(y, u=u, a=a):",
+        "    return y\ny = checkpoint(part, y, use_reentrant=False)", "",
+    ),
+    ("checkpoint", "def part(y, u=u, a=a):", "    return y\ny = checkpoint(part, y, use_reentrant=True)", ""),
     ("generator", "def part(y):", "y = [*part(y)][-1]", "yield y"),
     ("generator", "def part(y):", "for y in part(y):\n    pass", "yield y"),
     ("generator", "def part(y):", "self.running = part(y)\nfor y in self.running:\n    pass", "yield y"),

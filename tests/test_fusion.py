@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from twins import grid, on_grid
 
@@ -134,6 +135,67 @@ def test_what_changes_in_between(change, at, when, mode):
     refused = ("input", "weight") if at == "conv" else ("input", "weight", "norm", "running")
     grad = not change.startswith(refused)
     assert_alike(plain.train(mode == "train"), fast.train(mode == "train"), grad=grad)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("look", ["conv", "norm", "late"])
+@pytest.mark.parametrize("change", [name for name in CHANGES if "numpy" not in name])
+def test_what_changes_before_an_unexpected_look(change, look, mode):
+    """What a block does not hand out is computed, if anybody holds it, before an operand changes."""
+
+    def between(self, name, value):
+        if name == look:
+            CHANGES[change](self)
+            self.log += [v.detach().clone() for v in (value if look == "late" else (value,))]
+
+    plain, fast = pair(Block(between))
+    grad = not change.startswith(
+        ("input", "weight", "norm", "running")
+    )  # eager's own backward refuses others
+    assert_alike(plain.train(mode == "train"), fast.train(mode == "train"), grad=grad)
+
+
+def test_values_that_linger_are_watched_once():
+    """Watching for writes ends where a program keeps values in variables that it does not read."""
+
+    class Lingering(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            z = F.relu(self.bn(y))
+            for _ in range(12):
+                z = z + 1
+            self.log.append(torch._C._len_torch_dispatch_stack())
+            return z
+
+    fast = pair(Lingering().eval())[1]
+    with torch.no_grad():
+        for _ in range(4):
+            fast(grid(2, 3, 8, 6))
+    assert fast.log == [0, 1, 0, 0]
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_mode_entered_in_between():
+    """Modes of the program's that are entered behind a convolution leave the stack as they came."""
+    seen = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Entered(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            with Seeing():
+                z = F.relu(self.bn(y))
+                del y
+                z = z.neg()
+            return z.neg()
+
+    plain, fast = pair(Entered().eval())
+    assert_alike(plain, fast, grad=False)
+    assert seen.count(torch.ops.aten.neg.default) == 12 and torch._C._len_torch_dispatch_stack() == 0
 
 
 def test_a_weight_put_back():

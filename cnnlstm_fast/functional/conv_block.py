@@ -351,7 +351,10 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
     if folds(norm):
         folded = conv_norm.fold(weight, bias, tensors, norm.eps, trained)
         return _fused(spec, x, *folded, None, plan, backward_plan)
-    if by_batch and plan == op.PLANS["direct"] and why_not_by_patches(spec, x, weight) is None:
+    # A folded weight has a gradient, which reads the input: PyTorch keeps none for a frozen convolution's.
+    frozen = trained and not weight.requires_grad
+    by_patches = by_batch and not frozen and plan == op.PLANS["direct"]
+    if by_patches and why_not_by_patches(spec, x, weight) is None:
         weight, shift, mean, var = conv_norm.fold_batch(
             x, weight, bias, gamma, beta, norm.eps, spec.conv_args
         )

@@ -10,7 +10,8 @@ its ``_conv_forward``. The site gets the tensors that PyTorch's own method would
    convolution stands, on its operands' values at that moment. The program gets placeholders. Each observed
    step that it takes again confirms the speculation, and the last step returns the block's result. If the
    program does anything else with a placeholder, the placeholder becomes PyTorch's value, as the same
-   Python object, and the site observes again.
+   Python object, and the site observes again. Before the program writes to an operand, the placeholders
+   that are computed from it get their values (:mod:`~cnnlstm_fast.fusion.writes`).
 3. *Hand on* (:mod:`~cnnlstm_fast.fusion.handoff`). A result that only another convolution reads lies
    channels-last. It gets PyTorch's layout when anything else reads it.
 
@@ -20,6 +21,6 @@ every special tensor that the program still holds becomes a plain one
 
 The files, lowest first: ``match`` (what a block is), ``calls`` (function calls as parts of a block),
 ``layout`` (where PyTorch would put a result), ``run`` (one call of the block function), ``context`` (modes
-and operands of a call), ``tensors`` (what the Tensor subclasses share), ``plan`` (what is known of one
-chain), ``observe``, ``handoff``, ``speculate``, ``site``.
+and operands of a call), ``tensors`` (what the Tensor subclasses share), ``writes`` (watching for writes to
+operands), ``plan`` (what is known of one chain), ``observe``, ``handoff``, ``speculate``, ``site``.
 """

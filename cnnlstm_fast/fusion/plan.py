@@ -77,6 +77,7 @@ class FusionPlan:
         own_values: numbers of the values that are tensors of their own, without the last one; a step in place
             returns the tensor of the value before it.
         by_shape: by an input's shape and strides, and whether it was handed on.
+        lingers: the program keeps values between the steps in variables that it does not read.
     """
 
     def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool):
@@ -86,6 +87,7 @@ class FusionPlan:
         self.norm: Norm | None = parts.get("norm")
         self.own_values = [0, *(i + 1 for i, step in enumerate(steps[:-1]) if not step.same_object)]
         self.by_shape: dict[tuple, ShapePlan] = {}
+        self.lingers = False
 
     def calls(self) -> list[tuple]:
         """Functions of the steps, and their arguments. A norm's arguments may differ from call to call."""

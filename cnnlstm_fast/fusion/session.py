@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cnnlstm_fast.fusion.writes import WriteWatch
+
 #: The key of our hooks in a module's dictionaries. It is a string, because PyTorch's own keys are numbers
 #: from a counter that starts again in each process.
 HOOK = "cnnlstm_fast"
@@ -33,18 +35,21 @@ class Session:
         observations: calls that are observed.
         speculations: weak references to calls that are speculated.
         handed: weak references to maps that were handed on channels-last.
+        writes: watches for writes to the operands of speculated calls.
     """
 
-    __slots__ = ("entered", "handed", "observations", "speculations")
+    __slots__ = ("entered", "handed", "observations", "speculations", "writes")
 
     def __init__(self) -> None:
         self.entered: list[nn.Module] = []
         self.observations: list[Unfinished] = []
         self.speculations: list[weakref.ref] = []
         self.handed: list[weakref.ref] = []
+        self.writes = _local.writes
 
     def close(self) -> None:
         """Make every tensor plain that the program still holds."""
+        self.writes.close()
         for observation in self.observations:
             observation.close()
         for ref in self.speculations:
@@ -59,6 +64,9 @@ class Session:
 
 class _Local(threading.local):
     session: Session | None = None
+
+    def __init__(self) -> None:
+        self.writes = WriteWatch()
 
 
 _local = _Local()

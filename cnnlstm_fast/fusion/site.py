@@ -70,7 +70,7 @@ class ConvSite:
             if self._is_left_to_pytorch(module, x):
                 return kind._conv_forward(module, x, weight, bias)
         running = session.current()
-        why = self._why_unfused(module, kind, x, weight)
+        why = self._why_unfused(module, kind, x, weight, running)
         if why is None and running is None:
             why = "is called outside of the model's forward"
             session.watch_caller(module)
@@ -102,7 +102,7 @@ class ConvSite:
                 pass
         return False
 
-    def _why_unfused(self, module: nn.Module, kind: Any, x: Any, weight: Any) -> str | None:
+    def _why_unfused(self, module: nn.Module, kind: Any, x: Any, weight: Any, running: Any) -> str | None:
         """Why a call must run as PyTorch's, as a sentence; None where it need not."""
         own, name, functional_own, _ = _OWN[kind]
         if kind._conv_forward is not own or getattr(F, name) is not functional_own:
@@ -124,7 +124,8 @@ class ConvSite:
             return "forward-mode derivatives are being computed"
         if has_saved_tensor_hooks():
             return "hooks on saved tensors are active (checkpointing)"
-        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0:
+        alone = torch._C._len_torch_dispatch_stack() == 0 if running is None else running.writes.alone()
+        if not alone or torch._C._len_torch_function_stack() > 0:
             return "a mode that watches PyTorch's functions is active"
         return None
 

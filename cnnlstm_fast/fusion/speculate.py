@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from cnnlstm_fast.fusion.handoff import hand_on
 from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan
 from cnnlstm_fast.fusion.session import Session
 from cnnlstm_fast.fusion.tensors import METADATA, alias, alias_by, no_function, unversioned_alias
+from cnnlstm_fast.fusion.writes import Token
 
 
 class Speculation:
@@ -38,13 +39,14 @@ class Speculation:
         unreleased: placeholders that the program has not received yet, the next one last.
         graph: what the gradients need, or None without gradients.
         done: the result has been returned, or never will be.
+        token: under which the session watches for writes to its operands.
         answers_metadata: see :meth:`metadata_only`.
     """
 
     __slots__ = (
         "__weakref__", "answers_metadata", "batch_statistics", "context", "conv", "done", "function", "graph",
         "handed", "norm", "norm_fingerprint", "norm_values", "placeholders", "plan", "position", "result",
-        "session", "shape_plan", "site", "unreleased", "versions", "x",
+        "session", "shape_plan", "site", "token", "unreleased", "versions", "x",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +65,7 @@ class Speculation:
         self.placeholders: list[weakref.ref] = []
         self.unreleased: list[Placeholder] = []
         self.done = self.answers_metadata = False
+        self.token: weakref.ref[Token] | None = None
         self.versions = _versions(x, *conv[:2])
         self.result: Tensor | None = self._run()
 
@@ -96,6 +99,9 @@ class Speculation:
             self.unreleased = self.make_placeholders("sizes")
         self.placeholders = [weakref.ref(value) for value in self.unreleased]
         self.session.speculations.append(weakref.ref(self))
+        token, self.token = self.session.writes.begin(self)
+        for value in self.unreleased:
+            value._token = token
         self.unreleased.reverse()
         return self.unreleased.pop()
 
@@ -197,9 +203,17 @@ class Speculation:
         self.result, self.done, self.position = None, True, len(self.plan.steps)
         if self.graph is not None:
             self.graph.speculation = None
+        if self.token is not None:
+            self.session.writes.released(self.token)
         return result
 
     # ------------------------------------------------------------ when the program does something else
+
+    def reads_any(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether values that somebody holds are still to be computed from what ``tensors`` are views of."""
+        operands = [t for t in (self.x, *self.conv[:2]) if t is not None]
+        is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+        return any([is_alias(t, a) for t in tensors for a in operands]) and bool(self._pending())
 
     def _pending(self) -> list[Placeholder]:
         """The placeholders that the program holds and that have no value."""
@@ -220,6 +234,8 @@ class Speculation:
         Before the result has been returned, each placeholder becomes its value. Later, and for C code
         (``below``), a placeholder keeps its place in the autograd graph and only gets the value's memory.
         """
+        if self.token is not None:
+            self.session.writes.end(self.token)
         late, expected = self.done and self.graph is not None, self.result
         if late:
             self.site.disable("its values are used after the block has run")
@@ -305,7 +321,7 @@ def _exchange(value: Placeholder, true: Tensor) -> bool:
         if value._use_count() > 1 or true._use_count() > 1:  # type: ignore[attr-defined]
             return False
     torch._C._swap_tensor_impl(value, true)
-    for name in ("_speculation", "_at", "_slot"):
+    for name in ("_speculation", "_at", "_slot", "_token"):
         del value.__dict__[name]
     value.__dict__.update(true.__dict__)
     value.__class__ = type(true)  # type: ignore[assignment]
@@ -425,18 +441,26 @@ class Placeholder(Tensor):
     _speculation: Speculation
     _at: int
     _slot: int
+    _token: Token
     _value: Tensor
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if args and type(args[0]) is Placeholder:
-            result = args[0]._speculation.advance(args[0], function, args, kwargs)
-            if result is not None:
-                return result
-        if function in METADATA:
-            with args[0]._speculation.metadata_only(), no_function():
-                return function(*args, **kwargs)
+            speculation = args[0]._speculation
+            writes = speculation.session.writes
+            watching = writes.pause()
+            try:
+                result = speculation.advance(args[0], function, args, kwargs)
+                if result is not None:
+                    return result
+                if function in METADATA:
+                    with speculation.metadata_only(), no_function():
+                        return function(*args, **kwargs)
+            finally:
+                if watching:
+                    writes.resume()
         _materialize_all(args, kwargs)
         if function in _NEEDS_MEMORY:
             args, kwargs = tree_map(_as_plain_tensor, (args, kwargs))

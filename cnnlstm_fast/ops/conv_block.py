@@ -148,6 +148,30 @@ class Unchecked:
         return self.tensor + (self.held - self.tensor).detach()
 
 
+class Refused:
+    """A large tensor that only second derivatives read: held, and refused once it has changed in place.
+
+    PyTorch's own operators do not save it, so that first derivatives do not mind such a change.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def value(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: it has changed in place.
+        """
+        if self.version is not None and self.tensor._version != self.version:
+            raise RuntimeError(
+                "an operand of a convolution that second derivatives read has been modified by an inplace "
+                f"operation: it is at version {self.tensor._version}, expected version {self.version}"
+            )
+        return self.tensor
+
+
 class ConvBlockFunction(torch.autograd.Function):
     """Autograd around the op; entered only when a gradient is needed."""
 
@@ -162,13 +186,14 @@ class ConvBlockFunction(torch.autograd.Function):
         ctx.backward_plan = backward_plan
         ctx.shapes = x.shape, weight.shape
         ctx.set_materialize_grads(False)
-        if activation >= CURVED:  # a second derivative reads all of them
-            ctx.bias = Unchecked(bias)
-            ctx.save_for_backward(x, weight, codes, slopes)
+        # A tensor that no gradient reads is not saved, so the program may write to it.
+        need_x, need_weight, _ = ctx.needs_input_grad[:3]
+        saved = x if need_weight else None, weight if need_x else None, codes
+        if activation >= CURVED:
+            ctx.bias, ctx.unsaved = Unchecked(bias), (Refused(x), Refused(weight))
+            ctx.save_for_backward(*saved, slopes)
         else:
-            # A tensor that no gradient reads is not saved, so the program may write to it.
-            need_x, need_weight, _ = ctx.needs_input_grad[:3]
-            ctx.save_for_backward(x if need_weight else None, weight if need_x else None, codes)
+            ctx.save_for_backward(*saved)
         return raw
 
     @staticmethod
@@ -177,12 +202,18 @@ class ConvBlockFunction(torch.autograd.Function):
         if grad is None:
             return None, None, None, *nothing
         x, weight, codes, *curved = ctx.saved_tensors
+        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+        again = torch.is_grad_enabled()  # create_graph=True: a backward that can be differentiated
+        if again and curved:
+            x, weight = (
+                unsaved.value() if t is None else t
+                for t, unsaved in zip((x, weight), ctx.unsaved, strict=True)
+            )
         if x is None:
             x = grad.new_empty(()).expand(ctx.shapes[0])
         if weight is None:
             weight = grad.new_empty(()).expand(ctx.shapes[1])
-        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-        if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+        if again:
             if curved:
                 grads = _recomputed_backward(grad, x, weight, ctx.bias.as_it_was(), ctx.args, needs)
             else:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnlstm_fast.ops.conv_block import Unchecked, new_like_input
+from cnnlstm_fast.ops.conv_block import Refused, Unchecked, new_like_input
 from cnnlstm_fast.ops.cuda import register_cuda
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
@@ -167,13 +167,29 @@ class ConvNormFunction(torch.autograd.Function):
         ctx, x, weight, bias, gamma, beta, mean, var, eps, conv, activation, act, pool, order, plan, keep_map
     ):
         args = conv, activation, act, pool, order, plan
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        keep_map |= not need_weight  # else the backward would read an input that PyTorch's does not save
         raw, codes, kept, kept_map, stats = forward_op(
             x, weight, bias, gamma, beta, mean, var, eps, *args, True, keep_map
         )
         ctx.args = eps, conv, activation, act, pool, order, plan
         ctx.mark_non_differentiable(stats)
         ctx.bias, ctx.beta = Unchecked(bias), Unchecked(beta)
-        ctx.save_for_backward(x, weight, gamma, mean, var, codes, kept, kept_map, stats)
+        # A tensor that no gradient reads is not saved, so the program may write to it.
+        ctx.unsaved = None if need_weight else Refused(x), None if need_x else Refused(weight)
+        recomputes = mean is None and kept_map.numel() == 0
+        ctx.weight = Unchecked(weight if recomputes and not need_x else None).held
+        ctx.save_for_backward(
+            x if need_weight else None,
+            weight if need_x else None,
+            gamma,
+            mean,
+            var,
+            codes,
+            kept,
+            kept_map,
+            stats,
+        )
         return raw, stats
 
     @staticmethod
@@ -181,7 +197,10 @@ class ConvNormFunction(torch.autograd.Function):
         x, weight, gamma, mean, var, codes, kept, kept_map, stats = ctx.saved_tensors
         eps, *args, plan = ctx.args
         needs = ctx.needs_input_grad[:5]
+        of_x, of_weight = ctx.unsaved
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
+            x = of_x.value() if x is None else x
+            weight = of_weight.value() if weight is None else weight
             inputs = [x, weight, ctx.bias.as_it_was(), gamma, ctx.beta.as_it_was()]
             inputs = [None if t is None else t.view_as(t) for t in inputs]
             wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
@@ -191,6 +210,10 @@ class ConvNormFunction(torch.autograd.Function):
             return *(next(found) if need else None for need in needs), *(None,) * 10
         bias, beta = ctx.bias.held, ctx.beta.held
         given = mean is not None
+        if x is None:  # no gradient reads it
+            x = of_x.tensor
+        if weight is None:
+            weight = of_weight.tensor if ctx.weight is None else ctx.weight
         dx, dweight, sums = backward_op(
             grad, x, weight, stats, codes, kept, kept_map, eps, *args, plan, given, needs[0], needs[1]
         )

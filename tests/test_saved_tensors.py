@@ -1,0 +1,77 @@
+"""What may change in place between a block's forward and its backward: whatever PyTorch's own lets change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import needs_extension, plans
+from torch import nn
+
+from cnnlstm_fast.functional import conv_block
+
+pytestmark = needs_extension
+
+ACTIVATIONS = {
+    "none": None,
+    "ReLU": nn.ReLU(),
+    "GELU": nn.GELU(),
+    "SiLU": nn.SiLU(),
+    "Hardtanh": nn.Hardtanh(),
+}
+
+
+def gradients(run, tensors, norm, needs, changed):
+    """The gradients that ``needs`` names, or the error, where ``changed`` changes behind the forward."""
+    moved, leaves = {}, {}
+    for name, t in tensors.items():
+        leaves[name] = t.clone().requires_grad_(name in needs)
+        moved[name] = leaves[name] * 1
+    norm = copy.deepcopy(norm)
+    if norm is not None:
+        norm.requires_grad_("norm" in needs)
+    out = run(*moved.values(), norm)
+    with torch.no_grad():
+        moved[changed].add_(1)
+    try:
+        out.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return [t.grad for t in (*leaves.values(), *(() if norm is None else norm.parameters()))]
+
+
+@plans
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2)], ids=["no pool", "pool"])
+@pytest.mark.parametrize("normed", ["no norm", "eval", "train"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "needs", ["x", "weight", "bias", "norm", "x norm", "weight bias", "x weight bias norm"]
+)
+def test_what_changes_before_the_backward(needs, activation, normed, pool, plan):
+    norm = None if normed == "no norm" else nn.BatchNorm2d(6).train(normed == "train")
+    needs = [name for name in needs.split() if norm is not None or name != "norm"]
+    act = ACTIVATIONS[activation]
+    if not needs:
+        return
+
+    def eager(x, weight, bias, norm):
+        y = F.conv2d(x, weight, bias, padding=1)
+        for step in (norm, act, pool):
+            y = y if step is None else step(y)
+        return y
+
+    def ours(x, weight, bias, norm):
+        return conv_block(x, weight, bias, padding=1, norm=norm, activation=act, pool=pool, plan=plan)
+
+    tensors = {"x": torch.randn(2, 3, 8, 6), "weight": torch.randn(6, 3, 3, 3), "bias": torch.randn(6)}
+    for changed in tensors:
+        expected = gradients(eager, tensors, norm, needs, changed)
+        found = gradients(ours, tensors, norm, needs, changed)
+        if isinstance(expected, str):
+            continue  # what PyTorch refuses may work
+        assert not isinstance(found, str), f"{changed}: {found}"
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-4, msg=lambda m, c=changed: f"{c}: {m}"
+        )
