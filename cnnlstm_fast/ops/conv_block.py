@@ -149,20 +149,22 @@ class Unchecked:
 
 
 class Refused:
-    """A large tensor that only second derivatives read: held, and refused once it has changed in place.
+    """A large tensor that only second derivatives read, which must not change before they do.
 
-    PyTorch's own operators do not save it, so that first derivatives do not mind such a change.
+    PyTorch's own operators do not save it for first derivatives, so the program may write to it before those.
     """
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
-        self.version = None if tensor.is_inference() else tensor._version
+        # A compiled graph checks no version counters, and inference tensors have none.
+        unversioned = torch.compiler.is_compiling() or tensor.is_inference()
+        self.version = None if unversioned else tensor._version
 
     def value(self) -> Tensor:
         """The tensor.
 
         Raises:
-            RuntimeError: it has changed in place.
+            RuntimeError: the program has written to it.
         """
         if self.version is not None and self.tensor._version != self.version:
             raise RuntimeError(
