@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import cnnlstm_fast as cf
 from benchmarks.cases import INPUT_STEP, WEIGHT_STEP, conv_flops, on_grid
 from benchmarks.race import Spread, WrongResult, errors, exceeding, limits_as_torch, paired_ratio, turn
-from cnnlstm_fast.functional.conv_block import decide
+from cnnlstm_fast.functional.conv_block import plan_call
 
 #: The least ratio over eager that a block may have.
 FLOOR = 0.97
@@ -368,14 +368,14 @@ class Side:
 def plan_of(call: partial, x: Tensor, weights: dict[str, Tensor]) -> tuple[str, str, str]:
     """Forward plan, backward plan and reason of a call to ``cf.functional.conv_block``."""
     given = call.keywords
-    decision, *_ = decide(
+    plan = plan_call(
         x, weights["weight"], weights["bias"], given["stride"], given["padding"], 1, given["groups"],
         given["norm"], given["activation"], given["pool"], given["layout"],
     )  # fmt: skip
-    reason = decision.reason
-    if decision.behind is not None and decision.plan != "reference":
-        reason += f"; the {type(decision.behind).__name__} is PyTorch's own, behind the block"
-    return decision.plan, decision.choice.backward, reason
+    reason = plan.reason
+    if plan.pool_behind and plan.plan != "reference":
+        reason += f"; the {type(given['pool']).__name__} is PyTorch's own, behind the block"
+    return plan.plan, plan.choice.backward, reason
 
 
 def race_block(block: Block, mode: str, *, seed: int, turn_s: float = 0.04) -> BlockResult:

@@ -63,7 +63,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def _convolves(module: nn.Module) -> bool:
-    """Whether a module is a convolution with PyTorch's own forward, whatever its weights come from."""
+    """Whether a module is a convolution with PyTorch's own forward; its weights may be computed."""
     return any(
         isinstance(module, conv)
         and "forward" not in module.__dict__
@@ -74,14 +74,14 @@ def _convolves(module: nn.Module) -> bool:
 
 
 def _chain_of(module: nn.Module) -> list[nn.Module]:
-    """The modules that one of the package's own containers fuses by itself."""
+    """The modules in one of this package's containers, which fuses them by itself."""
     if not type(module).__module__.startswith(__package__ + ".") or isinstance(module, nn.RNNBase):
         return []
     return members(module.children())
 
 
 class _EqualsTwin(type):
-    """Classes that compare equal to the plain class they stand in for, as ``type(m) == nn.LSTM`` asks."""
+    """Metaclass of classes that equal the plain class which they replace, for ``type(m) == nn.LSTM``."""
 
     twin: type
 
@@ -93,18 +93,18 @@ class _EqualsTwin(type):
 
 
 class LSTM(recurrent.LSTM, nn.LSTM, metaclass=_EqualsTwin):  # type: ignore[misc]  # forward takes more
-    """What an ``nn.LSTM`` becomes: an instance of that still, for whoever asks."""
+    """The class of an accelerated ``nn.LSTM``; its instances are instances of ``nn.LSTM`` too."""
 
 
 class GRU(recurrent.GRU, nn.GRU, metaclass=_EqualsTwin):  # type: ignore[misc]  # forward takes more
-    """What an ``nn.GRU`` becomes: an instance of that still, for whoever asks."""
+    """The class of an accelerated ``nn.GRU``; its instances are instances of ``nn.GRU`` too."""
 
 
 _FAST: dict[type, type] = {nn.LSTM: LSTM, nn.GRU: GRU}
 
 
 def _become_fast(module: nn.Module) -> None:
-    """Make a copied module the fast twin of what it is, without hooks that its model no longer needs."""
+    """Give a copied module its fast class, and remove hooks of an earlier acceleration."""
     if "forward" not in module.__dict__:
         module.__class__ = _FAST.get(type(module), type(module))
     unwatch(module)
@@ -147,7 +147,7 @@ class Reporter:
     """``report()`` of an accelerated model; a copy of the model takes a copy of it along."""
 
     def __init__(self, model: nn.Module):
-        self.model = weakref.ref(model)  # else the model would wait for the garbage collector
+        self.model = weakref.ref(model)  # a strong one would be a cycle, for the garbage collector
 
     def __reduce__(self):
         return Reporter, (self.model(),)

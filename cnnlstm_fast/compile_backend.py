@@ -25,12 +25,12 @@ from cnnlstm_fast.fusion.calls import ANYTHING, CONVS, NOTHING, Conv, Norm
 
 __all__ = ["cnnlstm_fast", "fuse"]
 
-#: Where a block's node has its effect.
+#: The key of a block's side effect in its node's ``meta``.
 _EFFECT = "cnnlstm_fast_effect"
 
 
 class Block(nn.Module):
-    """A block's call in a graph: its modules are fixed, its tensors and numbers are arguments."""
+    """A block's node in a graph: activation and pool are fixed, tensors and numbers are arguments."""
 
     def __init__(self, activation: nn.Module | None, pool: nn.Module | None):
         super().__init__()
@@ -63,7 +63,7 @@ def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict 
     fuse(graph)
     if rest == "eager":
         return graph.forward
-    from torch._inductor.compile_fx import compile_fx  # takes seconds
+    from torch._inductor.compile_fx import compile_fx  # an import of seconds
 
     return cast(Callable, compile_fx(graph, inputs))
 
@@ -99,7 +99,7 @@ def fuse(module: fx.GraphModule) -> int:
 
 
 def _results_of_in_place_calls(graph: fx.Graph) -> None:
-    """Let everybody behind an in-place call read its result and not its input; they are the same."""
+    """Let all nodes behind a call in place read its result instead of its input; both are the same tensor."""
     seen: set[fx.Node] = set()
     for node in graph.nodes:
         seen.add(node)
@@ -152,7 +152,7 @@ def _nodes_between(node: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
 
 
 def _effect(node: fx.Node, counters: set[fx.Node]) -> int:
-    """What a node may do besides giving a result."""
+    """The side effect of a node (:data:`cnnlstm_fast.fusion.calls.NOTHING` and so on)."""
     if node.op in ("placeholder", "get_attr") or node in counters:
         return NOTHING
     if _EFFECT in node.meta:
@@ -164,8 +164,8 @@ def _effect(node: fx.Node, counters: set[fx.Node]) -> int:
 def _counters(graph: fx.Graph) -> set[fx.Node]:
     """The calls ``num_batches_tracked.add_(1)``, which stand between a convolution and its norm.
 
-    They write to memory that nothing else in the graph can see: of an integer input that is only counted,
-    and whose memory is no other input's.
+    Nothing else in the graph sees what they write: the input is an integer tensor, nothing else uses it, and
+    no other input has the same memory.
     """
     inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     memories = [_memory(node) for node in inputs]
@@ -185,15 +185,20 @@ def _counters(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _memory(node: fx.Node) -> int | None:
-    """The memory of an input, None where it is none of its own."""
+    """An id of an input's memory, or None where it has no storage."""
     try:
         return node.meta["example_value"].untyped_storage()._cdata
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError):  # no tensor, sparse, a subclass
+    except (
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+    ):  # not a tensor, or one without a storage
         return None
 
 
 def _read(node: fx.Node) -> calls.Found | None:
-    """What a node could be in a block."""
+    """The part of a block that a node could be, or None."""
     function = _function(node)
     if function is None or not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -201,7 +206,7 @@ def _read(node: fx.Node) -> calls.Found | None:
 
 
 def _function(node: fx.Node) -> Any:
-    """What a node calls, a method as the function of ``Tensor``; None if it calls no function."""
+    """The function that a node calls, for a method that of ``Tensor``; None if it calls none."""
     if node.op == "call_method":
         return getattr(Tensor, cast(str, node.target), None)
     return node.target if node.op == "call_function" else None

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 __all__ = ["copy_sharing_tensors", "held_modules"]
 
-#: What holds nothing that a copy would copy.
+#: Types without parts to copy.
 _ATOMIC = (
     type, types.FunctionType, types.BuiltinFunctionType, types.CodeType, property, str, bytes, range,
     int, float, complex, type(None),
 )  # fmt: skip
-#: What a copy shares: tensors in all their forms, and what leads to the whole program.
+#: Types that a copy shares: all kinds of tensors, and objects from which the whole program can be reached.
 _SHARED = (
     Tensor, torch.UntypedStorage, torch.TypedStorage, torch.ScriptObject, torch.jit.ScriptModule,
     types.ModuleType, types.FrameType, types.TracebackType,
 )  # fmt: skip
-#: What is copied whatever it holds: these have no manners of their own that a foreign part could upset.
+#: Types that are copied whatever they hold, because their copying does not depend on their parts.
 _CONTAINERS = (
     list, tuple, dict, set, frozenset, collections.OrderedDict, collections.defaultdict, collections.deque,
     functools.partial, types.MethodType,
@@ -41,24 +41,26 @@ _PARTS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(v
 def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """A copy of ``model`` by ``copy.deepcopy``, over the same parameters, buffers and other tensors.
 
-    Beyond ``copy.deepcopy``:
+    Beside what ``copy.deepcopy`` does:
 
-    - Tensors, storages, TorchScript modules and objects are shared, and so are the dictionaries of buffers,
-      by which ``.to()`` and ``.half()`` of one reach the other. A module's own ``__deepcopy__`` makes no
-      exception to this.
-    - An object that cannot be copied is shared whole, and nothing of it is copied: one that holds a lock, a
-      file, a stream, a thread. Only where it knows a module of the model, or a dictionary of one, has the
-      copy its own, which knows the copied module, and shares the part that cannot be copied.
-    - Weak references, weak proxies and weak dictionaries that mean a part of the model mean its copy.
-    - What ``torch.compile`` made of a module's call or methods is left out.
+    - Tensors, storages, TorchScript modules and TorchScript objects are shared, even if a module has a
+      ``__deepcopy__`` of its own. The dictionaries of buffers are shared too, so that ``.to()`` of one model
+      changes both.
+    - An object that cannot be copied (it holds a lock, a file, a stream or a thread) is shared whole. If it
+      refers to a module of the model, or to a dictionary of one, the copy gets an object of its own, which
+      refers to the copied module and shares only the part that cannot be copied.
+    - Weak references, proxies and dictionaries that refer to a part of the model refer to its copy.
+    - What ``torch.compile`` put around a module's call or methods is left out.
     - Attributes, hooks and children that a module's own ``__deepcopy__`` or ``__getstate__`` leaves out are
       copied too.
 
-    ``model`` stays as it is. The result is ``model`` itself if that cannot be copied.
+    ``model`` does not change. The result is ``model`` itself if it cannot be copied.
     """
     held = _Held(model)
     memo = _Memo(held)
-    for module in reversed(held.modules):  # the innermost first: nested deeper than Python's stack is high
+    for module in reversed(
+        held.modules
+    ):  # the innermost first, so that deep nesting does not overflow the stack
         copy.deepcopy(module, memo)
     result = copy.deepcopy(model, memo)
     pairs = [(module, memo[id(module)]) for module in held.modules if id(module) in memo]
@@ -73,24 +75,24 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
 
 
 def held_modules(model: nn.Module) -> list[nn.Module]:
-    """All modules that ``model`` holds, in containers and attributes too; itself first, each once."""
+    """All modules that ``model`` holds, also in containers and attributes: each once, ``model`` first."""
     return _Held(model).modules
 
 
 class _Held:
-    """All that an object holds, in whatever way.
+    """All objects that can be reached from an object.
 
     Attributes:
-        things: by their ids, the nearest first.
-        modules: those of them that are modules, the nearest first; none of TorchScript.
-        knowing: ids of what leads to a module, or to a dictionary of one.
+        things: by id, the nearest first.
+        modules: the modules among them, without TorchScript's, the nearest first.
+        knowing: ids of objects from which a module, or a dictionary of one, can be reached.
     """
 
     def __init__(self, root: Any):
         self.things: dict[int, Any] = {id(root): root}
         holders: dict[int, list[int]] = {}
         queue = [root]
-        for thing in queue:  # which grows
+        for thing in queue:  # the loop appends to it
             for value in _referents(thing):
                 key = id(value)
                 holders.setdefault(key, []).append(id(thing))
@@ -110,7 +112,7 @@ class _Held:
             self.knowing |= {id(module.__dict__), *(id(module.__dict__.get(name)) for name in _PARTS)}
         self.knowing.discard(id(None))
         leading = list(self.knowing)
-        for key in leading:  # which grows
+        for key in leading:  # the loop appends to it
             new = set(holders.get(key, ())) - self.knowing
             self.knowing |= new
             leading += new
@@ -124,7 +126,7 @@ def _referents(thing: Any) -> list:
 
 
 def _is_compiled(thing: Any) -> bool:
-    """Whether it is a function that ``torch.compile`` has put around another one."""
+    """Whether a function is one that ``torch.compile`` has put around another one."""
     return (
         type(thing) is types.FunctionType
         and "__wrapped__" in thing.__dict__
@@ -137,24 +139,24 @@ def _is_weak(thing: Any) -> bool:
 
 
 def _meant_by(weak: Any) -> Any:
-    """What a weak reference or proxy refers to; None if that is no more."""
+    """The object to which a weak reference or proxy refers; None if it no longer exists."""
     if type(weak) not in _PROXIES:
         return weak()
     try:
-        return weak.__init__.__self__  # a proxy gives its object's attributes only
+        return weak.__init__.__self__  # a proxy does not give its object, only the object's attributes
     except (ReferenceError, AttributeError):
         return None
 
 
 class _Memo(dict):
-    """The memo of one ``copy.deepcopy``, which asks it for everything before it copies it."""
+    """The memo of one ``copy.deepcopy``, which looks here for each object before it copies it."""
 
     def __init__(self, held: _Held):
         super().__init__()
-        self[id(self)] = []  # where deepcopy keeps alive what it has copied: stays when a copy is undone
+        self[id(self)] = []  # where deepcopy keeps its originals alive; stays when a copy is undone
         self.held = held
         self.underway: set[int] = set()
-        self.whole = False  # whether a part of something is being copied that is copied or shared as one
+        self.whole = False  # a part is being copied of something that is copied or shared as a whole
         for thing in held.things.values():
             if issubclass(type(thing), _SHARED):
                 self._share(thing)
@@ -187,8 +189,8 @@ class _Memo(dict):
             self[key] = copy.deepcopy(thing, self)
         except Exception as error:
             if knows and isinstance(error, RecursionError):
-                raise  # it is not this thing that cannot be copied
-            while len(self) > size:  # what refers to the half that was made
+                raise  # another thing is the one that cannot be copied
+            while len(self) > size:  # remove what refers to the unfinished copy
                 self.popitem()
             self._share(thing)
             if not knows:
@@ -198,22 +200,22 @@ class _Memo(dict):
             self.underway.remove(key)
 
     def _share_parts(self, thing: Any) -> None:
-        """All that a shared thing holds, so that who else holds it sees the same."""
+        """Share all that a shared thing holds, so that other holders see the same objects."""
         queue = [thing]
-        for thing in queue:  # which grows
+        for thing in queue:  # the loop appends to it
             for value in _referents(thing):
                 if id(value) not in self:
                     self._share(value)
                     queue.append(value)
 
     def _redirected(self, thing: Any) -> Any:
-        """What means a thing of the model, meaning its copy."""
+        """A weak reference, proxy or dictionary of the model's copies; the function inside a compiled one."""
         if _is_compiled(thing):
             original = self._twin(thing.__wrapped__)
             return thing if original is thing.__wrapped__ else original
         if type(thing) in _WEAK_DICTS:
             twin = type(thing)()
-            self[id(thing)] = twin  # which may be a value of its own
+            self[id(thing)] = twin  # before the loop, since a dictionary may hold itself
             for key, value in list(thing.items()):
                 twin[self._twin(key)] = self._twin(value)
             return twin
@@ -228,7 +230,7 @@ class _Memo(dict):
         return weakref.ref(twin, copy.deepcopy(thing.__callback__, self))
 
     def _twin(self, thing: Any) -> Any:
-        """The copy of what the model holds; of anything else itself."""
+        """The copy of a thing that the model holds; any other thing itself."""
         held = id(thing) in self.held.things or (
             type(thing) is types.MethodType and id(thing.__self__) in self.held.things
         )
@@ -236,7 +238,7 @@ class _Memo(dict):
 
 
 def _complete(module: nn.Module, twin: nn.Module, memo: _Memo) -> None:
-    """Give a copy what its module's own way of being copied has left out or made anew."""
+    """Give a copy what its module's own ``__deepcopy__`` or ``__getstate__`` left out or made anew."""
     ours, theirs = twin.__dict__, module.__dict__
     ours.pop("_compiled_call_impl", None)
     for name, value in list(theirs.items()):

@@ -222,7 +222,7 @@ class Recorder:
         self._reasons[id(module)] = reason
 
     def block_begins(self, spec, x, weight, norm, activation, pool, layout, plan, reason) -> None:
-        """``functional.conv_block`` will run a block; ``spec`` is None where it has none."""
+        """``functional.conv_block`` will run a block; ``spec`` is None where it is not only fused kernels."""
         parts = [f"Conv{weight.dim() - 2}d"]
         for part in (norm, activation, pool):
             if part is not None:
@@ -249,7 +249,7 @@ class Recorder:
         op = type(module).__name__
         x = _first_tensor(args)
         call = _Call(name, op, module, x, _now(), "PyTorch", self._reasons.get(id(module), ""))
-        if hasattr(type(x), "is_placeholder"):  # a step of a block that has run at its convolution
+        if hasattr(type(x), "is_placeholder"):  # its block has run already
             call.x, call.is_step = None, True
         self._begin(call)
 
@@ -261,7 +261,7 @@ class Recorder:
             return
         caller = self._running[-1] if self._running else None
         if caller is not None and caller.module is None and call.module not in caller.parts:
-            self._running.pop()  # a block that raised, and the model went on
+            self._running.pop()  # that block raised an exception, which the model caught
             caller = self._running[-1] if self._running else None
         if caller is not None:
             call.in_block = caller.in_block or caller.module is None
@@ -272,13 +272,13 @@ class Recorder:
         if threading.get_ident() != self._thread:
             return
         call = self._running.pop()
-        while call.module is not module:  # calls that raised, and the model went on
+        while call.module is not module:  # calls that raised an exception, which the model caught
             call = self._running.pop()
         y = _first_tensor(out)
         if call.has_parts or call.in_block or call.is_step or y is None or hasattr(type(y), "is_placeholder"):
             return
         ms = (_now() - call.begin) * 1e3
-        with torch._C.DisableTorchFunctionSubclass():  # whom `accelerate` observes must not notice
+        with torch._C.DisableTorchFunctionSubclass():  # an observed tensor must not note this
             self._note(call, module, y, ms)
 
     def _note(self, call: _Call, module: nn.Module | None, y: Tensor, ms: float) -> None:
@@ -295,7 +295,7 @@ class Recorder:
         self._last_map = call.map or tuple(y.shape[1:])
 
     def way_to(self, name: str, x: Tensor | None) -> None:
-        """A row for what happened to the last result on its way to ``x``, if anything did."""
+        """Add a row for what the model did to the last result to get ``x``, if it did anything."""
         last = self.last
         if x is None or last is None or x is last:
             return

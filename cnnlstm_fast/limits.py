@@ -1,4 +1,4 @@
-"""Where fast paths begin, and what is worked on at a time: measured sizes that tests can set."""
+"""Sizes at which fast paths begin, or that are worked on at a time: measured, and set by tests."""
 
 from __future__ import annotations
 

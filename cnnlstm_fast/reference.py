@@ -140,6 +140,30 @@ def conv_block_by_args(
     return y.permute(order).contiguous()
 
 
+def conv_backward_by_args(grad: Tensor, x: Tensor, weight: Tensor, conv, needs):
+    """Gradients of a convolution's input, weight and bias, as ``needs`` asks, from that of its map.
+
+    Plain PyTorch, differentiable in ``grad``, ``x`` and ``weight``.
+    """
+    after_h, after_w = conv[7:] or (0, 0)
+    grad_x, *grads = torch.ops.aten.convolution_backward(
+        grad,
+        F.pad(x, (0, after_w, 0, after_h)) if conv[7:] else x,
+        weight,
+        [weight.shape[0]],
+        conv[0:2],
+        conv[2:4],
+        conv[4:6],
+        False,
+        [0, 0],
+        conv[6],
+        needs,
+    )
+    if needs[0] and conv[7:]:
+        grad_x = grad_x[:, :, : x.shape[2], : x.shape[3]]
+    return grad_x, *grads
+
+
 def batch_dim(layout: str) -> int:
     """Which dimension of a layout's result is the batch."""
     return 1 if layout.endswith("_time_major") else 0

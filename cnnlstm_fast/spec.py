@@ -1,6 +1,6 @@
-"""What a block is: ``layout(pool(act(norm(conv(x)))))``, its parameters, and all of its shape arithmetic.
+"""The description of a block, ``layout(pool(act(norm(conv(x)))))``, and all of its shape arithmetic.
 
-Nothing here touches a tensor; every other file asks this one how large things are.
+Nothing here computes on tensors. Sizes are (H, W), and a signal has height 1.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-#: Memory order of the pooled map (N, C, H, W) for every layout name, slowest axis first, and how
-#: many of the ordered axes each dimension of the result merges.
+#: By layout: the memory order of the pooled map (N, C, H, W), slowest axis first; and how many of these axes
+#: each dimension of the result merges.
 LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "channels_first": ("NCHW", (1, 1, 1, 1)),
     "channels_last": ("NHWC", (1, 1, 1, 1)),
@@ -26,8 +26,8 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "rows_channels_last_time_major": ("HNWC", (1, 1, 2)),
 }
 
-#: Activations that the fused plans compute, by the number the ops know them by. Those up to the first
-#: of ``CURVED`` have slope 0 or 1 only, so that argmax codes say all that backward needs.
+#: Numbers of the activations that the fused plans compute, as the ops take them. Those below ``CURVED`` have
+#: slopes 0 and 1 only, so that the backward needs only argmax codes.
 ACTIVATIONS: dict[str | None, int] = {
     None: 0, "relu": 1, "hardtanh": 2, "leaky_relu": 3, "elu": 4, "tanh": 5, "sigmoid": 6, "silu": 7,
     "gelu": 8, "gelu_tanh": 9,
@@ -56,7 +56,7 @@ class Pool:
         return self.kernel[0] * self.kernel[1]
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed by identity: a spec is a key on every call
+@dataclass(frozen=True, eq=False)  # by identity, because a spec is a part of cache keys
 class BlockSpec:
     """One block with 2-d parameters (a 1-d block is a 2-d block of height 1).
 
@@ -74,7 +74,7 @@ class BlockSpec:
     activation_args: tuple[float, ...] = ()
     #: zeros after the last row and column beside ``padding``: ``padding="same"`` with an even kernel
     padding_after: tuple[int, int] = (0, 0)
-    # What the op takes, made once: a list a call would be a microsecond each.
+    # The op's arguments. Each list is made once, which saves a microsecond per call.
     order: list[int] = field(init=False, repr=False)
     conv_args: list[int] = field(init=False, repr=False)
     act_args: list[float] = field(init=False, repr=False)
@@ -106,7 +106,7 @@ class BlockSpec:
         return pool_size(conv, self.pool_args)
 
     def windows_meet(self, size: Sequence[int], kernel: Sequence[int]) -> bool:
-        """Whether every pool window holds an element of the map; a dilated one may fall between."""
+        """Whether every pool window holds an element of the map; a dilated window may hold padding only."""
         conv, out = self.conv_size(size, kernel), self.out_size(size, kernel)
         return windows_meet(conv, out, self.pool_args)
 
@@ -171,7 +171,7 @@ def codes_shape(window: int, n: int, c: int, size) -> list[int]:
 
 
 def view_as_layout(raw, layout: str, rank: int):
-    """View the op's raw result (memory order) as the shape the layout promises; never a copy.
+    """View the op's raw result, which is in memory order, in the shape of a layout; never a copy.
 
     ``rank`` is that of the block's input: 4 for (N, C, H, W), 3 for (N, C, L).
     """

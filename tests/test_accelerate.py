@@ -917,21 +917,21 @@ def test_what_is_handed_on(look, mode, pooled, monkeypatch):
 
 def test_a_map_is_handed_on_only_where_the_next_block_gains(monkeypatch):
     """A block that would be slower on channels-last maps gets them as PyTorch lays them out."""
-    layouts, (run_block, decide) = [], (run.run_block, run.decide)
+    layouts, (run_block, plan_block) = [], (run.run_block, run.plan_block)
 
     def noted(*args, layout, **kwargs):
         layouts.append(layout)
         return run_block(*args, layout=layout, **kwargs)
 
     def slower(x, *args):
-        found = decide(x, *args)
+        found = plan_block(x, *args)
         return found._replace(choice=found.choice._replace(us=1.0 + 9.0 * lies_channels_last(x)))
 
     monkeypatch.setattr(run, "run_block", noted)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
     x = torch.randn(8, 3, 24, 22)
-    for given, expected in ((decide, "channels_last"), (slower, "channels_first")):
-        monkeypatch.setattr(run, "decide", given)
+    for given, expected in ((plan_block, "channels_last"), (slower, "channels_first")):
+        monkeypatch.setattr(run, "plan_block", given)
         fast = cf.accelerate(model)
         with torch.no_grad():
             for _ in range(4):

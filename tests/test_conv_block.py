@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from helpers import (
     fused_plans,
     in_layout,
     integer_tensors,
+    needs_extension,
     normal_tensors,
     our_block,
     plans,
@@ -37,7 +39,7 @@ from helpers import (
 )
 from torch import nn
 
-from cnnlstm_fast import reference
+from cnnlstm_fast import backends, reference
 from cnnlstm_fast.functional import conv_block
 
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -808,6 +810,61 @@ def test_a_call_that_is_pytorchs_stays_checked(never_ours):
     pool.register_forward_hook(lambda *_: called.append(1))
     conv_block(x, w, pool=pool)
     assert called
+
+
+@needs_extension
+def test_a_known_call_is_not_planned_again(always_ours, monkeypatch):
+    """A second call of the same sizes and modes finds its plan; anything else about it makes a new one."""
+    planning = sys.modules["cnnlstm_fast.functional.conv_block"]
+    planned: list[str] = []
+    plan_call = planning.plan_call
+    monkeypatch.setattr(planning, "plan_call", lambda *args: planned.append("") or plan_call(*args))
+    x, w, b = torch.randn(2, 3, 9, 11), torch.randn(16, 3, 3, 3), torch.randn(16)
+    parts = dict(norm=nn.BatchNorm2d(16).eval(), activation=nn.LeakyReLU(0.1), pool=nn.MaxPool2d(2))
+    called: list[int] = []
+
+    def check(new: bool, *tensors, **more) -> None:
+        planned.clear()
+        for _ in range(2):
+            options = parts | more
+            got, expected = conv_block(*tensors, **options), reference.conv_block(*tensors, **options)
+            assert got.dtype == expected.dtype and got.requires_grad == expected.requires_grad
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert len(planned) == new
+
+    check(True, x, w, b)
+    check(False, torch.randn(2, 3, 9, 11), w, b)
+    check(True, x.to(memory_format=torch.channels_last), w, b)
+    check(True, x, w)
+    check(True, x, w.clone().requires_grad_(), b)
+    check(True, x, w, b, padding=1)
+    check(True, x, w, b, layout="columns")
+    check(True, x, w, b, activation="relu")
+    parts["activation"].negative_slope = 0.3
+    check(True, x, w, b)
+    parts["pool"].stride = 1
+    check(True, x, w, b)
+    parts["norm"].running_mean.add_(1)
+    check(False, x, w, b)
+    with torch.no_grad():
+        check(True, x, w, b)
+    parts["norm"].train()
+    check(True, x, w, b)
+    parts["norm"].eval()
+    check(False, x, w, b)
+    handle = parts["pool"].register_forward_hook(lambda *_: called.append(1))
+    conv_block(x, w, b, **parts)
+    handle.remove()
+    assert called
+    check(False, x, w, b)
+    del parts["norm"]
+    check(True, x, w, b)
+    got = torch.vmap(lambda x: conv_block(x, w, b, **parts))(x[None])[0]
+    torch.testing.assert_close(got, reference.conv_block(x, w, b, **parts))
+    with pytest.raises(ValueError, match="shape"):
+        conv_block(x, w, b[:8], **parts)
+    monkeypatch.setattr(backends, "allow_transforms", False)
+    check(True, x, w, b)
 
 
 def test_an_images_pool_on_signals():

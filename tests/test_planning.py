@@ -20,7 +20,7 @@ import cnnlstm_fast as cf
 from benchmarks import calibrate
 from cnnlstm_fast import planning
 from cnnlstm_fast.functional import conv_block
-from cnnlstm_fast.functional.conv_block import _left_to_pytorch, decide
+from cnnlstm_fast.functional.conv_block import _known_calls, plan_call
 from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.choose import PLANS, least
 
@@ -218,7 +218,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CNNLSTM_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuner, "_known", {})
     monkeypatch.setattr(tuner, "enabled", False)
-    _left_to_pytorch.clear()
+    _known_calls.clear()
     choose._likely.cache_clear()
     return tmp_path / "cache"
 
@@ -249,7 +249,7 @@ def slow(monkeypatch, seconds: dict[str, float]) -> list[list[str]]:
 def planned(x, weight, bias) -> choose.Choice:
     """What runs ``conv_block(x, weight, bias, **BLOCK)``."""
     args = 1, BLOCK["padding"], 1, 1, None, "relu", BLOCK["pool"], "channels_first"
-    return decide(x, weight, bias, *args)[0].choice
+    return plan_call(x, weight, bias, *args).choice
 
 
 @needs_extension

@@ -35,7 +35,7 @@ from torch import nn
 
 import cnnlstm_fast as cf
 from cnnlstm_fast.functional import conv_block
-from cnnlstm_fast.functional.conv_block import make_spec
+from cnnlstm_fast.functional.arguments import make_spec
 from cnnlstm_fast.planning.choose import choose
 
 pytestmark = needs_extension

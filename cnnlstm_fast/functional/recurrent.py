@@ -1,7 +1,4 @@
-"""``lstm`` and ``gru``: validate, pick a plan, run one op per layer.
-
-Public through :mod:`cnnlstm_fast.functional`.
-"""
+"""``lstm`` and ``gru``: validate, choose a plan, call one op per layer."""
 
 from __future__ import annotations
 
@@ -24,12 +21,12 @@ __all__ = ["gru", "lstm"]
 
 
 class Cell(NamedTuple):
-    """What tells an LSTM from a GRU.
+    """The differences between an LSTM and a GRU.
 
     Attributes:
-        name: in messages.
-        mode: in the op's schema.
-        gates: how many, so that a weight has ``gates * hidden`` rows.
+        name: for messages.
+        mode: the op's ``mode``.
+        gates: how many; a weight has ``gates * hidden`` rows.
         states: how many tensors a state has.
         library: PyTorch's own function.
         reference: the twin in plain PyTorch.
@@ -48,7 +45,7 @@ GRU = Cell("GRU", op.MODES["GRU"], 3, 1, _VF.gru, reference.gru)
 
 
 class Stack(NamedTuple):
-    """How layers are stacked: the keywords of :func:`lstm` that say nothing of one call's data."""
+    """How layers are stacked: the keywords of :func:`lstm` that do not depend on the call's data."""
 
     num_layers: int = 1
     bidirectional: bool = False
@@ -208,7 +205,7 @@ def run(
 def run_packed(
     cell: Cell, packed: PackedSequence, hx: Sequence[Tensor] | None, params: Sequence[Tensor], stack: Stack
 ) -> tuple[PackedSequence, Sequence[Tensor]]:
-    """As :func:`run`, but a ``PackedSequence`` in and out; states in the order of the caller's batch."""
+    """As :func:`run` for a ``PackedSequence``; states are in the order of the caller's batch."""
     x, batch_sizes, sorted_indices, unsorted_indices = packed
     stack = stack._replace(batch_first=False)
     if x.dim() != 2 or not len(batch_sizes):
@@ -283,16 +280,17 @@ def _reference(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
 
 
 def _packed_lengths(batch_sizes: Tensor) -> Tensor:
-    """The lengths of packed sequences, which fall, from how many of them take part in each step."""
-    ends = batch_sizes - F.pad(batch_sizes[1:], (0, 1))  # how many have this step as their last
+    """Lengths of packed sequences, longest first, from the number of sequences that have each step."""
+    ends = batch_sizes - F.pad(batch_sizes[1:], (0, 1))  # (T,): how many sequences end with each step
     last = torch.arange(len(batch_sizes), 0, -1)
     return torch.repeat_interleave(last, ends.flip(0), output_size=int(batch_sizes[0]))
 
 
 def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
-    """Layer by layer, one op each, in time-major memory whatever comes first: as PyTorch's result lies.
+    """Run the layers in turn, one op each.
 
-    A 2-d ``x`` is a ``PackedSequence``'s data.
+    The result lies time-major in memory even with ``batch_first``, as PyTorch's does. A 2-d ``x`` is the data
+    of a ``PackedSequence``.
     """
     if stack.batch_first:
         x = x.transpose(0, 1)
@@ -325,9 +323,10 @@ def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
 
 
 def _out_is_kept(cell: Cell, x: Tensor, stack: Stack, reset, lengths) -> bool:
-    """Whether PyTorch's backward reads this result, so that nobody may change it: ours then does as well.
+    """Whether PyTorch's backward reads the result, as cuDNN's and oneDNN's do.
 
-    It does where one library layer computes all: cuDNN, and oneDNN's LSTM.
+    Writing to the result before the backward is an error then, and ours may read the result too. Elsewhere
+    such writes are allowed, and the op keeps a copy of what its backward reads.
     """
     if x.device.type != "cpu":
         return True
@@ -504,7 +503,7 @@ def _checked_lengths(lengths, x: Tensor, time: int, batch) -> Tensor:
 
 
 def _values_are_readable(t: Tensor) -> bool:
-    """Whether looking at a tensor's values costs no synchronisation and works at all."""
+    """Whether a tensor's values can be read without synchronising with a device."""
     return (
         t.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -515,7 +514,7 @@ def _values_are_readable(t: Tensor) -> bool:
 
 
 def _check_kinds(cell: Cell, x: Tensor, hx, params, *, of_dtypes: bool) -> None:
-    """Everything on the input's device and, unless autocast sees to it, of its dtype."""
+    """Check that all tensors have the input's device and, if ``of_dtypes``, its dtype."""
     dtype, device = x.dtype, x.device
     for name, tensors in (("the parameters are", params), ("the initial state is", hx or ())):
         for t in tensors:
@@ -535,7 +534,7 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """To which dtype autocast casts a layer with this input, or None."""
+    """The dtype to which autocast casts a layer with this input, or None."""
     kind = x.device.type
     if kind not in AUTOCAST_DEVICES or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None

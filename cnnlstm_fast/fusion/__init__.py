@@ -1,19 +1,26 @@
-"""How blocks are found in any running program, and run as one.
+"""How blocks are found in any running program, and run as one call.
 
-Every convolution of an accelerated model has a :class:`~cnnlstm_fast.fusion.site.ConvSite` in the place of
-its ``_conv_forward``, which gets the very tensors that PyTorch's own would get.
+Each convolution of an accelerated model has a :class:`~cnnlstm_fast.fusion.site.ConvSite` in the place of
+its ``_conv_forward``. The site gets the tensors that PyTorch's own method would get.
 
-1. *Observe.* The first call of a convolution in each mode runs as it is, but its result notes who
-   consumes it (:mod:`~cnnlstm_fast.fusion.observe`). A norm, an activation or a pool in the order of a
-   block makes the chain longer; anything else ends it.
-2. *Speculate.* In later calls the whole block runs where the convolution stands, on what its operands
-   are at that moment. The program gets placeholders, each expected step confirms, and the last one
-   gets the result (:mod:`~cnnlstm_fast.fusion.speculate`). Whoever looks at a placeholder gets
-   PyTorch's value, in the same Python object, and the site is observed again. Such values are computed
-   before anybody writes to what they are computed from (:mod:`~cnnlstm_fast.fusion.writes`).
-3. *Hand on.* A result that was seen to go to another convolution lies channels-last, until anybody else
-   looks at it (:mod:`~cnnlstm_fast.fusion.handoff`).
+1. *Observe* (:mod:`~cnnlstm_fast.fusion.observe`). The first call of a convolution in each mode runs as
+   PyTorch's. Its result notes which function reads it. A norm, an activation or a pool in the order of a
+   block extends the observed chain. Any other reader ends it.
+2. *Speculate* (:mod:`~cnnlstm_fast.fusion.speculate`). A later call runs the whole block where the
+   convolution stands, on its operands' values at that moment. The program gets placeholders. Each observed
+   step that it takes again confirms the speculation, and the last step returns the block's result. If the
+   program does anything else with a placeholder, the placeholder becomes PyTorch's value, as the same
+   Python object, and the site observes again. Before the program writes to an operand, the placeholders
+   that are computed from it get their values (:mod:`~cnnlstm_fast.fusion.writes`).
+3. *Hand on* (:mod:`~cnnlstm_fast.fusion.handoff`). A result that only another convolution reads lies
+   channels-last. It gets PyTorch's layout when anything else reads it.
 
-All this happens only inside a *session*: the outermost ``forward`` of the model. What is still held when a
-session ends becomes a plain tensor (:mod:`~cnnlstm_fast.fusion.session`).
+All this happens only in a *session*, which is the outermost ``forward`` of the model. When the session ends,
+every special tensor that the program still holds becomes a plain one
+(:mod:`~cnnlstm_fast.fusion.session`).
+
+The files, lowest first: ``match`` (what a block is), ``calls`` (function calls as parts of a block),
+``layout`` (where PyTorch would put a result), ``run`` (one call of the block function), ``context`` (modes
+and operands of a call), ``tensors`` (what the Tensor subclasses share), ``writes`` (watching for writes to
+operands), ``plan`` (what is known of one chain), ``observe``, ``handoff``, ``speculate``, ``site``.
 """

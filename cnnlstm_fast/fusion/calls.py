@@ -1,4 +1,4 @@
-"""Calls of PyTorch's functions as parts of a block, and what a call may do besides giving a result."""
+"""Calls of PyTorch's functions: the parts of a block that they are, and their side effects."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Norm(NamedTuple):
 
     @property
     def read(self) -> tuple[Tensor | None, ...]:
-        """The tensors that its result depends on, besides the input."""
+        """The tensors that its result depends on, beside the input."""
         return self[2:4] if self.training else self[:4]
 
     def uncounted(self) -> Norm:
-        """The same without running statistics, which batch statistics then are not added to."""
+        """The same call without running statistics, so that it updates none."""
         return self._replace(running_mean=None, running_var=None)
 
     @property
     def effect(self) -> int:
-        """Of the call: batch statistics are counted in the running ones."""
+        """Its side effect: it updates running statistics, or there is none."""
         return WRITES if self.training and self.running_mean is not None else NOTHING
 
     def module(self, channels: int, rank: int) -> nn.Module:
-        """An ``nn.BatchNorm1d/2d`` over the very same tensors; cheap enough to be made on every call."""
+        """An ``nn.BatchNorm1d/2d`` over the same tensor objects; making one costs two microseconds."""
         cls, state = _NORMS[rank]
         module = cls.__new__(cls)
         module.__dict__.update(
@@ -48,7 +48,7 @@ class Norm(NamedTuple):
             _parameters={"weight": self.weight, "bias": self.bias},
             _buffers={
                 "running_mean": self.running_mean, "running_var": self.running_var,
-                "num_batches_tracked": None,  # who called batch_norm has counted
+                "num_batches_tracked": None,  # the caller of F.batch_norm counts batches
             },
             num_features=channels, training=self.training, momentum=self.momentum, eps=self.eps,
             affine=self.weight is not None, track_running_stats=self.running_mean is not None,
@@ -80,8 +80,10 @@ CONVS: dict[Callable, int] = {torch.conv2d: 4, torch.conv1d: 3}
 class Found(NamedTuple):
     """A call of a function as a part of a block.
 
-    ``value`` is a module for an activation or a pool and a :class:`Norm` for a norm; ``inplace`` says
-    whether the call overwrites its input.
+    Attributes:
+        part: what it is.
+        value: a module that does the same for an activation or a pool, a :class:`Norm` for a norm.
+        inplace: the call overwrites its input.
     """
 
     part: Part
@@ -101,7 +103,7 @@ _MAX = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_
 _AVG = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
 _SIZE = {"output_size": None}
 _DROP = {"p": 0.5, "training": True, "inplace": False}
-_nn: Any = torch._C._nn  # what is known of its functions is not all
+_nn: Any = torch._C._nn  # its type stubs lack some functions
 
 _CALLS: dict[Callable, _Call] = {}
 for _kind, _rank, _defaults, _make, _functions in (
@@ -195,19 +197,22 @@ def _is_plain_value(value: Any) -> bool:
 
 # ---------------------------------------------------------------- what may stand between the calls of a block
 
-#: What a call may do besides giving a result: nothing; write to memory that was there before; or anything,
-#: as change the modes (of gradients, of autocast, of inference) that later calls run in.
+#: Side effects of a call: none; it writes to memory that existed before; or it may do anything, as change the
+#: modes of gradients, autocast or inference.
 NOTHING, WRITES, ANYTHING = range(3)
 
 
 def may_stand_between(between: Iterable[int], norm_to_come: bool) -> bool:
     """Whether a block may be one call although calls with these effects stand between its members.
 
-    A block runs where its operands are read. Activation and pool have one operand, the value before
-    them, which nobody else holds: they may run earlier, at the convolution or its norm, whatever is
-    written meanwhile. A norm reads and counts statistics, so it stays where it stands, and its
-    convolution runs later, at the norm: nothing may be written between these two. Past a call that may
-    do anything nothing is moved.
+    The block's call stands where the norm stood, or where the convolution stood if there is no norm.
+
+    - An activation or a pool moves up to it. It reads only the value before it, which nothing else holds, so
+      writes between them change nothing.
+    - A norm stays where it is, because it reads and updates statistics.
+    - A convolution with a norm moves down to it. A write between the two could change what the convolution
+      reads, so there must be none.
+    - No call moves past one that may do anything.
 
     Args:
         between: the effects.
@@ -224,10 +229,10 @@ _PURE_OPERATORS = set(
 
 
 def effect(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """What a call may do besides giving a result: :data:`NOTHING`, :data:`WRITES` or :data:`ANYTHING`.
+    """The side effect of a call: :data:`NOTHING`, :data:`WRITES` or :data:`ANYTHING`.
 
-    PyTorch's own operators, as functions or as methods of ``Tensor``, do what their schemas say; what is
-    not known may do anything.
+    PyTorch's own operators, as functions or as methods of ``Tensor``, have the effects of their schemas. An
+    unknown function may do anything.
     """
     found = read_call(function, args, kwargs)
     if found is not None:
@@ -238,7 +243,7 @@ def effect(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     if module == "_operator":
         return NOTHING if name in _PURE_OPERATORS else WRITES
     if module == F.__name__ and getattr(F, str(name), None) is function:
-        return WRITES  # in Python, and in place where it is asked to be
+        return WRITES  # a Python function, which may take inplace=True
     if isinstance(function, torch._ops.OpOverload):
         own = function.namespace == "aten"
         written = _written_arguments(function.overloadpacket.__name__) if own else None
@@ -253,10 +258,11 @@ def effect(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 @functools.cache
 def _written_arguments(name: str) -> frozenset[str] | None:
-    """The arguments that ``aten::name`` writes to, those that need no keyword as ""; None if it is unknown.
+    """Names of the arguments that ``aten::name`` writes to; None where that is unknown.
 
-    The schemas of old norms do not say that running statistics are written to. What returns nothing is
-    there for another effect.
+    Only keyword arguments have their names, the others are all "". Schemas of norms do not declare that
+    running statistics are written, so any argument of such a name counts. An operator that returns nothing
+    has an unknown effect.
     """
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):

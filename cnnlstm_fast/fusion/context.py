@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Context(NamedTuple):
-    """The modes under which a call ran, which decide what PyTorch's operators do.
+    """The modes under which a call ran; PyTorch's operators depend on them.
 
     Attributes:
         grad: gradients are enabled.
@@ -25,7 +25,7 @@ class Context(NamedTuple):
 
     @contextlib.contextmanager
     def entered(self, device: str) -> Iterator[None]:
-        """The same modes again, without anybody's ``__torch_function__`` and hooks on saved tensors."""
+        """Enter the same modes, with ``__torch_function__`` and hooks on saved tensors disabled."""
         with (
             torch._C.DisableTorchFunction(),
             torch.inference_mode(self.inference),
@@ -42,13 +42,15 @@ class Context(NamedTuple):
 
 
 def _outside_transforms() -> contextlib.AbstractContextManager:
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # loads what few need
+    from torch._functorch.pyfunctorch import (
+        temporarily_clear_interpreter_stack,
+    )  # an expensive import that few need
 
     return temporarily_clear_interpreter_stack()
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether hooks on saved tensors are active, as in checkpoints, which count them."""
+    """Whether hooks on saved tensors are active. Checkpoints have them, and count what is saved."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -72,17 +74,17 @@ def context_of(x: Tensor) -> Context:
 
 
 def fingerprint(tensors: Iterable[Tensor | None], by_reading: bool = False) -> tuple | None:
-    """A mark of what up to four tensors hold, or None where there is no cheap one.
+    """A value that changes when the contents of up to four tensors change; None where none is cheap.
 
-    On the CPU it is a hash of their memory, which no way of writing escapes; elsewhere their versions.
-    Inference tensors have none: of them, ``by_reading`` takes a sum.
+    On the CPU it is a hash of their memory, so that every kind of write shows. Elsewhere it is their version
+    counters. Inference tensors have no version counter: ``by_reading`` takes their sum instead.
     """
     given = [t.detach() if t.is_contiguous() else t.detach().contiguous() for t in tensors if t is not None]
     try:
         if given and all([t.is_cpu for t in given]):
             return (torch.ops.cnnlstm_fast.fingerprint.default(*given, *_NONE[len(given) :]),)
         return tuple([float(t.sum()) if by_reading and t.is_inference() else t._version for t in given])
-    except (AttributeError, RuntimeError):  # no kernels, no version, another layout
+    except (AttributeError, RuntimeError):  # no compiled kernels, no version counter, not strided
         return None
 
 

@@ -1,4 +1,4 @@
-"""A block's result on its way to the next convolution, in the layout that convolutions read best."""
+"""A block's result on its way to the next convolution, channels-last, as convolutions read it fastest."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class ChannelsLastHandoff(Tensor):
     def close(self) -> None:
         """Become a plain tensor in PyTorch's layout."""
         del self._plan, self._map
-        self.__class__ = Tensor  # type: ignore[assignment]  # the point of it
+        self.__class__ = Tensor  # type: ignore[assignment]  # from here on the object is plain
         with torch.no_grad():
             self.data = self.detach().contiguous()
 
 
 def hand_on(result: Tensor, plan: FusionPlan) -> Tensor:
-    """``result``, which nobody else holds, as a :class:`ChannelsLastHandoff` tensor."""
+    """``result``, which nothing else holds, as a :class:`ChannelsLastHandoff`."""
     handed = unversioned_alias(result)
     handed.__class__ = ChannelsLastHandoff
     handed._plan, handed._map = plan, result  # type: ignore[attr-defined]
@@ -54,6 +54,6 @@ def hand_on(result: Tensor, plan: FusionPlan) -> Tensor:
 
 
 def _returns_itself(function, args, kwargs) -> bool:
-    """Whether a call gives back its first argument, as dropout does in evaluation."""
+    """Whether a call returns its first argument, as dropout does in eval mode."""
     found = read_call(function, args, kwargs)
     return found is not None and found.part.kind == "identity"

@@ -1,4 +1,4 @@
-"""How PyTorch would lay out a block's result, and which convolutions read channels-last maps."""
+"""How PyTorch would lay out a block's result in memory, and which convolutions read channels-last maps."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from cnnlstm_fast.fusion.calls import Conv
 def eager_layout(
     x: Tensor, weight: Tensor, pooled: bool, norm: nn.Module | None, activation: nn.Module | None
 ) -> str:
-    """``channels_last`` where PyTorch's operators would give that, else ``channels_first``."""
+    """The layout of a block's result by PyTorch's operators: ``channels_last`` or ``channels_first``."""
     signal, unbatched = weight.dim() == 3, x.dim() == weight.dim() - 1
     if (pooled and (signal or unbatched)) or not (x.is_cpu or x.is_cuda):
         return "channels_first"
-    if signal:  # the convolution makes signals contiguous first
+    if signal:  # PyTorch's conv1d makes its input contiguous
         last = like_channels_last(weight.unsqueeze(2))
     else:
         last = like_channels_last(x.unsqueeze(0) if unbatched else x) or like_channels_last(weight)
     return layout_behind(last, weight, norm, activation)
 
 
-#: Activations whose result lies as their argument does even where that may count for contiguous.
+#: Activations that keep their argument's strides, even those of a one-channel map, which is contiguous too.
 _KEEP_STRIDES = (nn.Identity, nn.Hardtanh)
 
 
 def layout_behind(last: bool, weight: Tensor, norm: nn.Module | None, activation: nn.Module | None) -> str:
-    """The layout behind norm and activation: of a single channel they make a contiguous map."""
+    """The layout behind norm and activation, where ``last`` says that the convolution gives channels-last.
+
+    A map of one channel is both channels-last and contiguous; most operators give it contiguous strides.
+    """
     if not last:
         return "channels_first"
     if weight.shape[0] > 1:
@@ -42,8 +45,8 @@ def layout_behind(last: bool, weight: Tensor, norm: nn.Module | None, activation
 
 
 def like_channels_last(x: Tensor) -> bool:
-    """What PyTorch's ``suggest_memory_format`` answers for a 4-d tensor that is not empty, dense or not."""
-    if x.dim() != 4 or x.stride(3) < x.stride(1):  # mostly it ends here
+    """Whether PyTorch's ``suggest_memory_format`` calls a 4-d tensor channels-last, dense or not."""
+    if x.dim() != 4 or x.stride(3) < x.stride(1):  # a contiguous tensor, most likely
         return False
     size, stride = x.shape, x.stride()
     if stride[1] == 0:
@@ -57,10 +60,10 @@ def like_channels_last(x: Tensor) -> bool:
 
 
 def reads_channels_last(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is a convolution that channels-last maps are to be handed to.
+    """Whether a call is a convolution that should get its maps channels-last.
 
-    Grouped ones are slower on them. Of a strided pointwise one with less than a vector of channels oneDNN
-    writes the weight's gradient beyond its memory.
+    Grouped convolutions are slower on such maps. For a strided pointwise one with fewer than 16 channels,
+    oneDNN writes the weight's gradient beyond its memory.
     """
     if function is not torch.conv2d:
         return False

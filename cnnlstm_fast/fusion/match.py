@@ -1,28 +1,30 @@
-"""What counts as a block, in a list of modules or in calls of functions: one matcher for all who look.
+"""What counts as a block: the one matcher.
 
-A chain of modules (``cf.Sequential``), of graph nodes (the compile backend) or of calls that really
-happened (``cf.accelerate``) is described as parts; :func:`spans` finds the blocks among them. What a
-part may be and what may follow it stands in the tables below.
+It serves chains of modules (``cf.Sequential``), of graph nodes (the compile backend) and of calls in a
+running program (``cf.accelerate``). The members of a chain are described as parts, and :func:`spans` finds
+the blocks among them. The tables below say what a part can be and what may follow it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from cnnlstm_fast.planning import observer
-from cnnlstm_fast.planning.support import global_hooks, unhooked
+from cnnlstm_fast.planning.support import global_hooks, own_hooks
 
 
 class Part(NamedTuple):
-    """One member of a chain: what it does, and the dimensions (N, C, ...) it works on if that matters.
+    """One member of a chain.
 
-    ``kind`` is ``conv``, ``norm``, ``activation``, ``monotone`` (an activation that never falls, so that
-    it may change places with a max pool), ``max_pool``, ``pool``, ``flatten`` (any bridge) or
-    ``identity``.
+    Attributes:
+        kind: ``conv``, ``norm``, ``activation``, ``monotone``, ``max_pool``, ``pool``, ``flatten`` (any
+            bridge to a sequence) or ``identity``. ``monotone`` is an activation that never falls: a max pool
+            may stand before it or behind it.
+        rank: of its input, 4 for (N, C, H, W) and 3 for (N, C, L); None where any will do.
     """
 
     kind: str
@@ -35,7 +37,8 @@ SLOTS = {
     "max_pool": "pool", "pool": "pool", "flatten": "flatten",
 }  # fmt: skip
 
-#: Where a part leads: a block begins with a convolution, and ends where nothing leads on.
+#: By state of a block, the state behind each kind of part that may follow. A block begins with a convolution
+#: and ends before a part that may not follow.
 FOLLOWS: dict[str, dict[str, str]] = {
     "conv": {
         "norm": "norm", "activation": "activated", "monotone": "activated", "max_pool": "pooled early",
@@ -53,7 +56,7 @@ FOLLOWS: dict[str, dict[str, str]] = {
 
 
 def follow(state: str, part: Part | str, rank: int | None) -> str | None:
-    """The state behind ``part``, or None where it does not belong to the block of a ``rank``-d conv."""
+    """The state behind ``part``; None where it ends the block of a convolution with inputs of ``rank``."""
     if isinstance(part, str) or part.rank not in (None, rank):
         return None
     if part.kind == "identity":
@@ -62,9 +65,10 @@ def follow(state: str, part: Part | str, rank: int | None) -> str | None:
 
 
 def spans(chain: Sequence[Part | str]) -> list[tuple[int, int]]:
-    """Where the blocks of a chain begin and end (half-open).
+    """Begin and end (half-open) of each block of a chain.
 
-    A string in the place of a part says why that member fits in no block.
+    Args:
+        chain: a string instead of a part says why that member fits in no block.
     """
     found, at = [], 0
     while at < len(chain):
@@ -132,17 +136,15 @@ class Block(NamedTuple):
     norm: nn.Module | None = None
     activation: nn.Module | None = None
     pool: nn.Module | None = None
-    flatten: Any = (
-        None  # an nn.Flatten, or a module with a ``layout`` and ``split_clips``, which views the result
-    )
+    flatten: Any = None  # an nn.Flatten or a cnnlstm_fast.ToSequence
 
 
 def part_of(module: nn.Module) -> Part | str:
-    """The part a module can play in a block, or why it can play none."""
+    """The part of a block that a module can be, or why it can be none; hooks on all modules are not asked."""
     part = PARTS.get(type(module))
     if part is None:
         return "is not fused"
-    if not unhooked(module):
+    if own_hooks(module):
         return "has hooks or a forward of its own"
     kind = part.kind
     if kind == "monotone":
@@ -151,7 +153,7 @@ def part_of(module: nn.Module) -> Part | str:
         if module.return_indices:
             return "returns indices"
     elif kind == "identity":
-        if module.training and getattr(module, "p", 0) > 0:
+        if module.training and module.__dict__.get("p", 0) > 0:
             return "drops values in training"
     elif kind == "flatten" and type(module) is nn.Flatten:
         if module.start_dim != 1 or module.end_dim not in (-1, 2, 3):
@@ -162,30 +164,30 @@ def part_of(module: nn.Module) -> Part | str:
 
 def rises(activation: nn.Module) -> bool:
     """Whether an activation of a monotone kind, with its parameters, indeed never falls."""
-    return getattr(activation, "negative_slope", 0) >= 0 and getattr(activation, "alpha", 0) >= 0
+    slope = _SLOPES.get(type(activation))
+    return slope is None or getattr(activation, slope) >= 0
 
 
-def is_container(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether calling ``module`` does nothing but call its children in turn."""
-    return type(module) in CONTAINERS and unhooked(module)
+#: The attribute that must not be negative, of those activations that have one.
+_SLOPES: dict[type, str] = {nn.LeakyReLU: "negative_slope", nn.ELU: "alpha"}
 
 
-def members(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def members(modules: Iterable[Any]) -> list[nn.Module]:
     """The modules that are called in turn, with plain containers unrolled."""
     found = []
     for module in modules:
-        if is_container(module):
-            found.extend(members(module._modules.values()))
+        if type(module) in CONTAINERS and not own_hooks(module):
+            found.extend(members(module._modules.values()))  # one that stands twice too, unlike children()
         else:
             found.append(module)
     return found
 
 
 def steps(modules: Iterable[nn.Module]) -> list[Block | nn.Module]:
-    """A chain of modules as blocks and, where nothing is to be fused, the modules themselves.
+    """A chain of modules, with each run of modules that makes a block as one :class:`Block`.
 
-    Containers inside are unrolled. Looked up anew on every call, so that hooks, replaced children
-    and changed attributes count at once.
+    Containers are unrolled. Called for every forward pass, so that hooks, replaced children and changed
+    attributes count at once.
     """
     if torch.jit.is_tracing() or global_hooks():
         return list(modules)
@@ -214,17 +216,20 @@ def steps(modules: Iterable[nn.Module]) -> list[Block | nn.Module]:
 
 
 def per_sample(chain: Iterable[Block | nn.Module], rank: int) -> bool:
-    """Whether it is known that splitting the batch does not change what a chain of steps computes.
+    """Whether each step of a chain is known to compute every sample of a batch alone.
 
-    ``rank`` is that of the chain's input; a convolution takes one of a lower rank for unbatched.
+    Args:
+        rank: of the chain's input. A convolution takes an input of a lower rank for one sample.
     """
+    if global_hooks():
+        return False
     for step in chain:
         for module in step if isinstance(step, Block) else (step,):
             if module is None:
                 continue
             part = part_of(module)
             if type(module) in PER_SAMPLE:
-                known = unhooked(module)
+                known = not own_hooks(module)
             elif isinstance(part, str):
                 known = False
             elif part.kind == "norm":

@@ -1,4 +1,4 @@
-"""What follows a convolution in a running program: the first call runs as it is, and notes it."""
+"""Which functions read a convolution's result in a running program: noted in its first call."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from cnnlstm_fast.fusion.tensors import METADATA, alias, no_function
 
 @final
 class Observation:
-    """What an observed call has shown so far.
+    """What one call of a convolution has shown so far.
 
     Attributes:
+        rank: of the input.
+        state: of the block, as :data:`~cnnlstm_fast.fusion.match.FOLLOWS` names it.
         steps: behind the convolution.
-        values: weak references to the values between them; :func:`_no_value` where one became another.
-        limit: the chain may not go beyond this value, because something else reads it.
-        hands_on: what reads it is a convolution.
-        plan: what was learnt, once the session has ended.
-        repeats: further calls of the same convolution in that session.
+        values: weak references to the values between them; :func:`_no_value` where a step in place made one
+            value of another.
+        limit: number of the value at which the chain ends, because something else reads it too.
+        hands_on: that reader is a convolution.
+        plan: the result of the observation, once the session has ended.
+        repeats: observations of further calls of the same convolution in that session.
     """
 
     #: How many calls of a session are observed.
@@ -43,7 +46,7 @@ class Observation:
         self.values: list[Callable[[], Any]] = []
         self.dtypes: list[torch.dtype] = []
         self.context = context_of(x)
-        # What eager reads now must be what the whole block would read: at each step it is looked at again.
+        # A block would read all operands at once. They must not change before eager has read the last one.
         self.operands: tuple | None = (x, *conv[:2])
         self.before = fingerprint(self.operands, by_reading=True)
         self.plan: FusionPlan | None = None
@@ -51,7 +54,7 @@ class Observation:
         session.observations.append(self)
 
     def observe(self, value: Tensor) -> Tensor:
-        """Let ``value`` note who consumes it."""
+        """Let ``value``, the result of the last step, note its reader."""
         value.__class__ = ObservedTensor
         observed = cast(ObservedTensor, value)
         observed._observation, observed._at = self, len(self.values)
@@ -60,7 +63,7 @@ class Observation:
         return value
 
     def extend(self, value: ObservedTensor, function, args, kwargs) -> Step | None:
-        """The call as the chain's next step, or None where it is none."""
+        """The call as the chain's next step, or None where it ends the chain."""
         if value._at != len(self.steps) or self.limit is not None or context_of(value) != self.context:
             return None
         found = read_call(function, args, kwargs)
@@ -75,12 +78,13 @@ class Observation:
         return Step(function, args, kwargs, found)
 
     def end_at(self, at: int, hands_on: bool = False) -> None:
+        """End the chain at value ``at``; ``hands_on`` says that a convolution reads it."""
         if self.limit is None or at < self.limit:
             self.limit, self.hands_on = at, hands_on
         self.operands = None
 
     def close(self) -> None:
-        """The session ends: a value that is still held is the end of the block."""
+        """End the observation with its session. A value that the program still holds ends the chain."""
         for ref in self.values:
             value = ref()
             if type(value) is ObservedTensor:
@@ -102,7 +106,7 @@ class Observation:
 
 
 class ObservedTensor(Tensor):
-    """A true result that notes who consumes it; it becomes a plain Tensor again when it has been."""
+    """A value that notes its reader, and becomes a plain Tensor again when something has read it."""
 
     _observation: Observation
     _at: int
@@ -121,11 +125,11 @@ class ObservedTensor(Tensor):
                         value.close(reads_channels_last(function, args, kwargs))
                 return function(*args, **kwargs)
             observation = first._observation
-            if not step.same_object:  # what autograd saves must not look as if the program held it
+            if not step.same_object:  # what autograd saves is not held by the program
                 args = (alias(first), *args[1:])
             result = function(*args, **kwargs)
             observation.steps.append(step)
-            if result is first:  # in place, or an identity
+            if result is first:  # a step in place, or an identity
                 observation.values[first._at] = _no_value
                 first._at += 1
                 observation.values.append(weakref.ref(first))
@@ -136,7 +140,7 @@ class ObservedTensor(Tensor):
     def close(self, hands_on: bool = False) -> None:
         """Become a plain tensor: the chain ends here."""
         observation, at = self._observation, self._at
-        self.__class__ = Tensor  # type: ignore[assignment]  # what it was before it was observed
+        self.__class__ = Tensor  # type: ignore[assignment]  # its type before it was observed
         del self._observation, self._at
         observation.end_at(at, hands_on)
 

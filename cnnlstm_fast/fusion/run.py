@@ -1,4 +1,4 @@
-"""A block's convolution, norm, activation and pool as one call, in PyTorch's own layout."""
+"""A block's convolution, norm, activation and pool as one call of ``conv_block``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnlstm_fast import functional
-from cnnlstm_fast.functional.conv_block import Decision, run_again
-from cnnlstm_fast.functional.conv_block import decide as decide_call
+from cnnlstm_fast.functional.conv_block import CallPlan, as_autocast_casts, plan_call
 from cnnlstm_fast.fusion.calls import Conv
 from cnnlstm_fast.fusion.layout import eager_layout
 
@@ -20,16 +19,8 @@ def run_block(
     activation: Any = None,
     pool: nn.Module | None = None,
     layout: str | None = None,
-    decision: Decision | None = None,
 ) -> Tensor:
-    """:func:`cnnlstm_fast.functional.conv_block`, in PyTorch's own layout unless one is named.
-
-    ``decision`` is what :func:`decide` said of an earlier call like this one.
-    """
-    if decision is not None:
-        result = run_again(decision, x, conv.weight, conv.bias, norm)
-        if result is not None:
-            return result
+    """:func:`cnnlstm_fast.functional.conv_block`, in the layout of PyTorch's result unless one is named."""
     if layout is None:
         layout = eager_layout(x, conv.weight, pool is not None, norm, activation)
     return functional.conv_block(
@@ -38,8 +29,9 @@ def run_block(
     )  # fmt: skip
 
 
-def decide(
+def plan_block(
     x: Tensor, conv: Conv, norm: nn.Module | None, activation: Any, pool: nn.Module | None, layout: str
-) -> Decision:
+) -> CallPlan:
     """How :func:`run_block` would run these arguments; nothing is computed."""
-    return decide_call(x, *conv, norm, activation, pool, layout)[0]
+    x, weight, bias = as_autocast_casts(x, conv.weight, conv.bias)
+    return plan_call(x, weight, bias, *conv[2:], norm, activation, pool, layout)

@@ -1,7 +1,7 @@
-"""The outermost ``forward`` of an accelerated model: where speculation begins and ends.
+"""Sessions: the outermost ``forward`` of an accelerated model, inside of which calls are speculated.
 
-A session is what its thread's calls have left unfinished. Two hooks on the model begin and end it; the
-second is called after an exception too.
+A session holds what the calls of its thread have not finished yet. Two hooks on the model begin and end it.
+The second hook runs after an exception, too.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from torch import Tensor, nn
 
 from cnnlstm_fast.fusion.writes import WriteWatch
 
-#: The key of our hooks among a module's; a string, since numbers are given out by a counter that starts
-#: anew in every process.
+#: The key of our hooks in a module's dictionaries. It is a string, because PyTorch's own keys are numbers
+#: from a counter that starts again in each process.
 HOOK = "cnnlstm_fast"
 
 
 class Unfinished(Protocol):
-    """What a session has to end."""
+    """What a session ends when it ends itself."""
 
     def close(self) -> None: ...
 
 
 class Session:
-    """What the running ``forward`` has left unfinished.
+    """What the running ``forward`` has not finished yet.
 
     Attributes:
         entered: the models whose ``forward`` runs, the outermost first.
-        observations: observed calls.
-        speculations, handed: speculated calls, and tensors in another layout than PyTorch's, while they live.
-        writes: what watches for writes to the operands of speculated calls.
+        observations: calls that are observed.
+        speculations: weak references to calls that are speculated.
+        handed: weak references to maps that were handed on channels-last.
+        writes: watches for writes to the operands of speculated calls.
     """
 
     __slots__ = ("entered", "handed", "observations", "speculations", "writes")
@@ -47,7 +48,7 @@ class Session:
         self.writes = _local.writes
 
     def close(self) -> None:
-        """Make everything plain that somebody still holds."""
+        """Make every tensor plain that the program still holds."""
         self.writes.close()
         for observation in self.observations:
             observation.close()
@@ -77,12 +78,12 @@ def current() -> Session | None:
 
 
 def begin(module: nn.Module, args: tuple) -> None:
-    """The forward pre-hook of an accelerated model."""
+    """The forward pre-hook of an accelerated model: begin a session, or enter the one that runs."""
     if torch.compiler.is_compiling():
         return
     session = _local.session
     if session is not None and not _runs(session.entered):
-        session.close()  # it was interrupted: PyTorch calls no hook after a KeyboardInterrupt
+        session.close()  # PyTorch runs no hook after a KeyboardInterrupt, so the session did not end
         session = None
     if session is None:
         session = _local.session = Session()
@@ -90,7 +91,7 @@ def begin(module: nn.Module, args: tuple) -> None:
 
 
 def end(module: nn.Module, args: tuple, result: Any) -> None:
-    """The forward hook of an accelerated model, called whatever happens."""
+    """The forward hook of an accelerated model, which is always called: end the outermost session."""
     if torch.compiler.is_compiling():
         return
     session = _local.session
@@ -115,7 +116,7 @@ def callers(depth: int) -> list[nn.Module]:
 
 
 def _runs(entered: list[nn.Module]) -> bool:
-    """Whether the calls that began a session are still running, beside the one that begins now."""
+    """Whether all calls that entered a session still run, not counting the one that begins now."""
     calls = [id(m) for m in callers(3)][1:]
     return all(calls.count(id(m)) >= entered.count(m) for m in entered)
 
@@ -126,9 +127,9 @@ _SCRIPTABLE = "__prepare_scriptable__"
 
 
 class Scriptable:
-    """``__prepare_scriptable__`` of a module, which ``torch.jit.script`` asks for one without all this.
+    """``__prepare_scriptable__`` of a module: gives ``torch.jit.script`` a module without our attributes.
 
-    It also says that the module is part of an accelerated model.
+    Its presence also marks the module as part of an accelerated model.
     """
 
     def __init__(self, module: nn.Module):
@@ -138,7 +139,7 @@ class Scriptable:
         return Scriptable, (self.module(),)
 
     def __call__(self) -> nn.Module:
-        """The same module over the same children, which ``torch.jit.script`` prepares in turn."""
+        """A plain module over the same children, which ``torch.jit.script`` prepares in turn."""
         module: Any = self.module()
         kind: Any = getattr(type(module), "twin", type(module))
         plain = kind.__new__(kind)
@@ -152,12 +153,12 @@ class Scriptable:
 
 
 def mark(module: nn.Module) -> None:
-    """Say of a module that it is part of an accelerated model."""
+    """Mark a module as part of an accelerated model."""
     module.__dict__[_SCRIPTABLE] = Scriptable(module)
 
 
 def watch(module: nn.Module) -> None:
-    """Let calls of ``module`` be sessions."""
+    """Make each outermost call of ``module`` a session."""
     hooks: Any = module
     hooks._forward_pre_hooks[HOOK] = begin
     hooks._forward_hooks[HOOK] = end
@@ -171,9 +172,9 @@ def unwatch(module: nn.Module) -> None:
 
 
 def watch_caller(module: nn.Module) -> None:
-    """Let calls of the outermost accelerated module whose ``forward`` calls ``module`` now be sessions.
+    """Make calls of the outermost accelerated module that is calling ``module`` sessions from now on.
 
-    For parts of a model that are called by themselves.
+    For parts of a model that the program calls by themselves.
     """
     for caller in reversed(callers(2)):
         if caller is not module and isinstance(caller.__dict__.get(_SCRIPTABLE), Scriptable):

@@ -1,4 +1,4 @@
-"""One convolution of an accelerated model: whether a call runs as it is, is observed or runs as a block."""
+"""One convolution of an accelerated model: a call runs as PyTorch's, is observed, or runs as a block."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cnnlstm_fast.fusion.tensors import alias, no_function
 from cnnlstm_fast.planning import observer
 from cnnlstm_fast.planning.support import global_hooks
 
-#: How often the flow behind a convolution may differ from the observed one before it is no longer fused.
+#: How often the program may do something else than was observed before a convolution is no longer fused.
 MOST_MISPREDICTIONS = 3
 
 _PLAIN = (Tensor, nn.Parameter)
 _ACCEPTED = (Tensor, nn.Parameter, ObservedTensor, ChannelsLastHandoff)
 
-#: What a convolution's own forward does, if nobody has patched it.
+#: By type: ``_conv_forward``, and the name, Python function and built-in that it calls, if it is not patched.
 _OWN: dict[type, tuple] = {
     cls: (cls._conv_forward, name, getattr(F, name), getattr(torch, name))
     for cls, name in ((nn.Conv1d, "conv1d"), (nn.Conv2d, "conv2d"))
@@ -35,15 +35,16 @@ _OWN: dict[type, tuple] = {
 
 
 class ConvSite:
-    """In the place of a convolution's ``_conv_forward``, as an attribute of the module.
+    """Replaces a convolution's ``_conv_forward``, as an attribute of the module.
 
-    A copy of it, by whatever way, knows nothing yet.
+    A copy of a site knows nothing of its original's calls.
 
     Attributes:
-        known: what was learnt, by mode, dtype, device and :class:`~cnnlstm_fast.fusion.plan.Context`.
-        plain: calls (:func:`_call_key`) that a rule of sizes has left to PyTorch.
-        why_disabled: why no call is looked at any more, or None.
-        why_unfused: why the last call that ran as it is did so.
+        known: an observation or a plan by training mode, dtype, device and
+            :class:`~cnnlstm_fast.fusion.context.Context`.
+        left_to_pytorch: keys (:func:`_call_key`) of calls that are known to run as PyTorch's.
+        why_disabled: why all calls run as PyTorch's from now on, or None.
+        why_unfused: why the last call ran as PyTorch's.
     """
 
     def __init__(self, module: nn.Module):
@@ -85,7 +86,7 @@ class ConvSite:
         return self._convolve(running, module, function, x, conv)
 
     def _is_left_to_pytorch(self, module: nn.Module, x: Any) -> bool:
-        """Whether a call is known to run as it is, at the price of a look."""
+        """Whether a call is known to run as PyTorch's; a cheap look."""
         if torch.compiler.is_compiling():
             return True
         if self.why_disabled:
@@ -94,12 +95,15 @@ class ConvSite:
         if self.left_to_pytorch and observer.current is None and type(x) is Tensor:
             try:
                 return _call_key(module, x) in self.left_to_pytorch
-            except (RuntimeError, TypeError):  # sparse and nested tensors have no strides, symbols no hash
+            except (
+                RuntimeError,
+                TypeError,
+            ):  # sparse and nested tensors have no strides, symbolic sizes no hash
                 pass
         return False
 
     def _why_unfused(self, module: nn.Module, kind: Any, x: Any, weight: Any, running: Any) -> str | None:
-        """Why a call runs as it is, as a sentence; None if it need not."""
+        """Why a call must run as PyTorch's, as a sentence; None where it need not."""
         own, name, functional_own, _ = _OWN[kind]
         if kind._conv_forward is not own or getattr(F, name) is not functional_own:
             return "PyTorch's convolution is patched"
@@ -149,7 +153,7 @@ class ConvSite:
         assert type(known) is FusionPlan
         given = x if type(x) is ChannelsLastHandoff else None
         if given is not None:
-            with no_function():  # in its place in the graph, where there is one
+            with no_function():  # with its place in the autograd graph, where it has one
                 x = alias(given) if context.grad and given.requires_grad else given._map
         shape_plan = known.for_shape(function, x, conv, given is not None)
         if not shape_plan.shapes:
@@ -157,24 +161,25 @@ class ConvSite:
                 given.cancel()
                 x = given
             elif module.padding_mode == "zeros" and context.autocast is None:
-                self._leave_to_pytorch(module, x)  # else x is not what came in, or is cast
+                self._leave_to_pytorch(module, x)  # otherwise x is not the module's input, or it is cast
             self.note_unfused(shape_plan.why)
             return function(x, *conv)
         try:
             speculation = Speculation(
                 self, running, known, shape_plan, context, function, x, conv, given is not None
             )
-        except Exception as error:  # PyTorch's operators say it in their own words, where eager does
+        except Exception as error:  # PyTorch's operators raise their own error, if they do
             self.disable(f"its block raises {type(error).__name__}: {error}")
             return function(x if given is None else given.contiguous(), *conv)
         return speculation.start()
 
     def disable(self, why: str) -> None:
+        """Run all calls as PyTorch's from now on."""
         self.known.clear()
         self.why_disabled = why
 
     def mispredicted(self, plan: FusionPlan) -> None:
-        """The program did something else than ``plan``: the convolution is observed again."""
+        """Forget ``plan``, since the program did something else: the convolution is observed again."""
         self.mispredictions += 1
         if self.mispredictions >= MOST_MISPREDICTIONS:
             self.disable("what follows it changes from call to call")
@@ -188,15 +193,17 @@ class ConvSite:
         self.left_to_pytorch.add(_call_key(module, x))
 
     def note_unfused(self, why: str) -> None:
+        """Note why a call runs as PyTorch's, for ``report()`` and `explain`."""
         self.why_unfused = why
         if observer.current is not None:
             observer.current.as_is(cast(nn.Module, self.module()), why)
 
 
 def _padded_after(x: Tensor, module: nn.Module) -> tuple[Tensor, Any]:
-    """Input and padding of ``padding="same"``, where one side may need one more.
+    """Input and padding of a convolution with ``padding="same"``, whose sides may differ by one.
 
-    PyTorch pads that side in a copy, which its graph keeps: the input itself may change in place later.
+    PyTorch pads the longer side in a copy, and its graph saves that copy. Later writes to the input are
+    then allowed, so the same copy is made here.
     """
     sides: Any = module._reversed_padding_repeated_twice
     before, after = sides[0::2], sides[1::2]
@@ -207,7 +214,7 @@ def _padded_after(x: Tensor, module: nn.Module) -> tuple[Tensor, Any]:
 
 
 def _call_key(module: nn.Module, x: Tensor) -> tuple:
-    """What the choice of a plan depends on, for one site."""
+    """What decides whether a call of one site runs as PyTorch's."""
     return (
         x.shape, x.stride(), x.dtype, x.is_cpu, module.training,
         torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),

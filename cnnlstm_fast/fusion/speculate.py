@@ -1,4 +1,4 @@
-"""The block runs where its convolution stands; its values are handed out as they are asked for."""
+"""Running a block where its convolution stands, with placeholders for the values between its steps."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from cnnlstm_fast.fusion.writes import Token
 
 
 class Speculation:
-    """One speculated call: the block's result, and how far along the plan the program has come.
+    """One speculated call: the block's result, and how many of its steps the program has taken.
 
     Attributes:
-        site: the convolution's; it is told where the program does something else.
-        position: how many steps the program has taken; the value behind them is the next one it will use.
-        result: the block's, until the last step returns it.
-        norm: the norm's arguments, as they were expected and then as they were given.
-        norm_fingerprint, norm_values: of the norm's tensors when the block read them: a hash, and copies.
-        batch_statistics: mean and unbiased variance of the batch, until the norm is called.
+        site: of the convolution; it is told when the program does something else than the plan.
+        function, x, conv: the convolution, its input and its other arguments.
+        handed: ``x`` was handed on channels-last.
+        position: how many steps the program has taken.
+        result: of the block, until the last step returns it.
+        norm: the norm's arguments, first as expected, then as given.
+        norm_fingerprint, norm_values: a hash and copies of the norm's tensors as the block read them.
+        batch_statistics: mean and unbiased variance of the batch; the norm's call updates its running
+            statistics with them.
         versions: of the convolution's operands.
         placeholders: weak references to all of them.
-        unreleased: placeholders that the program has not got yet, the next one last.
+        unreleased: placeholders that the program has not received yet, the next one last.
         graph: what the gradients need, or None without gradients.
         done: the result has been returned, or never will be.
         token: under which the session watches for writes to its operands.
@@ -67,7 +70,7 @@ class Speculation:
         self.result: Tensor | None = self._run()
 
     def _run(self) -> Tensor:
-        """The whole block, on what its operands are now; running statistics wait for the norm's call."""
+        """The block's result from its operands' present values; no running statistics are updated."""
         norm, module = self.norm, None
         if norm is not None:
             self.norm_fingerprint = fingerprint(norm.read)
@@ -78,14 +81,13 @@ class Speculation:
                 norm = norm._replace(running_mean=mean, running_var=var, momentum=1.0)
             module = norm.module(self.conv.weight.shape[0], self.x.dim())
         parts = module, self.plan.activation, self.plan.pool
-        _, _, _, _, layout, hands_on, decision = self.shape_plan
-        result = run.run_block(self.x, self.conv, *parts, layout=layout, decision=decision)
-        if hands_on and result.is_contiguous():  # a map of one position or channel: in PyTorch's strides
+        result = run.run_block(self.x, self.conv, *parts, layout=self.shape_plan.layout)
+        if self.shape_plan.hands_on and result.is_contiguous():  # one position or channel: PyTorch's strides
             result = result.flatten().view(result.shape)
         return result
 
     def start(self) -> Tensor:
-        """What the convolution returns: a placeholder, or the result of a block of one convolution."""
+        """What the convolution returns: a placeholder, or the result where the block has no other step."""
         if not self.plan.steps:
             return cast(Tensor, self._release_result(None))
         operands = self._operands()
@@ -116,14 +118,16 @@ class Speculation:
                 Placeholder, shape, strides=stride, dtype=self.plan.dtypes[number], device=device,
                 dispatch_device=True, dispatch_sizes_strides_policy=policy,
             )  # fmt: skip
-            torch._C._set_throw_on_mutable_data_ptr(value)  # who asks for neither gets an error, not a crash
+            torch._C._set_throw_on_mutable_data_ptr(
+                value
+            )  # other access to its memory raises instead of crashing
             value._speculation, value._at, value._slot = self, number, slot
             found.append(value)
         return found
 
     @contextlib.contextmanager
     def metadata_only(self) -> Iterator[None]:
-        """Whoever asks a placeholder for device or sizes meanwhile does not want its values."""
+        """While this is entered, a placeholder that is asked for its device or sizes gets no values."""
         self.answers_metadata = True
         try:
             yield
@@ -131,7 +135,7 @@ class Speculation:
             self.answers_metadata = False
 
     def advance(self, value: Placeholder, function, args, kwargs) -> Tensor | None:
-        """The result of a call that was expected, or None."""
+        """The result of a call on ``value`` if it is the next step of the plan, else None."""
         at = self.position
         if self.done or value._at != at:
             return None
@@ -153,7 +157,7 @@ class Speculation:
         return self.unreleased.pop()
 
     def _confirm_norm(self, args, kwargs) -> bool:
-        """Whether a norm's call reads what the block has read; if so its running statistics count now."""
+        """Whether a norm's call reads what the block has read; if it does, update its running statistics."""
         expected = self.norm
         assert expected is not None
         try:
@@ -163,26 +167,29 @@ class Speculation:
         if given.training != expected.training or given.eps != expected.eps:
             return False
         if any([a is not b for a, b in zip(given[:4], expected[:4], strict=True)]):
-            self.plan.norm = given  # of the next call it may be right
+            self.plan.norm = given  # the next call may have the same tensors
             return False
         if self.norm_fingerprint is None or fingerprint(given.read) != self.norm_fingerprint:
             return False
         self.norm = given
         if self.batch_statistics is not None:
             with torch.no_grad(), no_function():
-                # As PyTorch's norm does, past the version counter: an earlier call's graph may hold them.
+                # PyTorch's norm does not count this for a version either: a graph may have saved the tensors.
                 running = [given.running_mean.data, given.running_var.data]  # type: ignore[union-attr]
                 torch._foreach_lerp_(running, list(self.batch_statistics), float(given.momentum))
         return True
 
     def _release_result(self, value: Placeholder | None) -> Tensor | None:
-        """The result; after a call in place ``value`` becomes it. None where C code holds on to ``value``."""
+        """The result, for the program; after a step in place the object ``value`` becomes it.
+
+        None where C code holds ``value``, which then cannot become another tensor.
+        """
         result = self.result
         assert result is not None
         if self.graph is not None:
             with self.metadata_only():
                 result = PlaceholdersToResult.apply(self.graph, result, *self._pending())
-        elif result._is_view():  # PyTorch's results are none
+        elif result._is_view():  # results of PyTorch's operators are no views
             result = unversioned_alias(result)
         hands_on = self.shape_plan.hands_on and not result.is_contiguous()
         if hands_on:
@@ -200,7 +207,7 @@ class Speculation:
             self.session.writes.released(self.token)
         return result
 
-    # ------------------------------------------------------------ mispredictions
+    # ------------------------------------------------------------ when the program does something else
 
     def reads_any(self, tensors: Iterable[Tensor]) -> bool:
         """Whether values that somebody holds are still to be computed from what ``tensors`` are views of."""
@@ -209,12 +216,12 @@ class Speculation:
         return any([is_alias(t, a) for t in tensors for a in operands]) and bool(self._pending())
 
     def _pending(self) -> list[Placeholder]:
-        """The placeholders that somebody holds and that have no value."""
+        """The placeholders that the program holds and that have no value."""
         found = [ref() for ref in self.placeholders]
         return [v for v in found if type(v) is Placeholder and not hasattr(v, "_value")]
 
     def close(self) -> None:
-        """The session ends."""
+        """End the speculation with its session."""
         self.unreleased, self.result = [], None
         if self._pending():
             self.site.disable("its values are still held when the model's forward has ended")
@@ -222,10 +229,10 @@ class Speculation:
         self.done = True
 
     def materialize(self, below: bool = False) -> None:
-        """Compute by PyTorch's own operators all values that somebody holds.
+        """Compute the values of all placeholders that the program holds, by PyTorch's own operators.
 
-        Before the result is given out, they take the places of the placeholders. Afterwards, as in C code
-        (``below``) that reads a placeholder, these stay where they are in the graph and get memory.
+        Before the result has been returned, each placeholder becomes its value. Later, and for C code
+        (``below``), a placeholder keeps its place in the autograd graph and only gets the value's memory.
         """
         if self.token is not None:
             self.session.writes.end(self.token)
@@ -241,7 +248,7 @@ class Speculation:
             self._raise_operand_changed()
         with self.context.entered(x.device.type):
             if graph is not None:
-                # Where an operand depends on another, that path is not this block's.
+                # Aliases: where one operand depends on another, gradients do not flow that way.
                 operands: list[Any] = [t if t is None else alias(t) for t in (x, *conv[:2])]
                 if norm is not None:
                     operands += [t if t is None else alias(t) for t in norm[2:4]]
@@ -260,7 +267,7 @@ class Speculation:
         self.graph = None
 
     def _norm_at_run(self) -> Norm | None:
-        """The norm's arguments with the values that the block has read."""
+        """The norm's arguments, its tensors with the values that the block has read."""
         norm = self.norm
         if norm is None or fingerprint(norm.read) == self.norm_fingerprint:
             return norm
@@ -273,7 +280,7 @@ class Speculation:
         return norm._replace(**dict(zip(Norm._fields[:4], then, strict=True)))
 
     def _check(self, y: Tensor, expected: Tensor) -> None:
-        """Whether a convolution's value, computed now, leads to the result that was computed then."""
+        """Raise an error if the convolution's value, computed now, does not lead to the block's result."""
         with torch.no_grad():
             error, size = (self.run_steps_from(0, y) - expected).float().norm(), expected.float().norm()
         if error.isfinite() and error > 0.05 * size + 1e-6:
@@ -288,7 +295,7 @@ class Speculation:
         )
 
     def _step(self, number: int, y: Tensor, norm: Norm | None) -> Tensor:
-        """A step that the program has taken, once more; batch statistics have been counted."""
+        """Run a step that the program has taken; running statistics are not updated a second time."""
         step = self.plan.steps[number]
         if step.kind != "norm":
             return step.run(y)
@@ -296,7 +303,7 @@ class Speculation:
         return step.function(y, *(norm.uncounted() if norm.training else norm))
 
     def run_steps_from(self, at: int, y: Tensor) -> Tensor:
-        """The result from the value ``at``."""
+        """The result from value ``at``, by PyTorch's own operators."""
         norm = self._norm_at_run()
         for number in range(at, len(self.plan.steps)):
             inplace = self.plan.steps[number].found.inplace
@@ -309,7 +316,7 @@ def _versions(*tensors: Tensor | None) -> list[int]:
 
 
 def _exchange(value: Placeholder, true: Tensor) -> bool:
-    """Let the Python object ``value`` be the tensor ``true``, unless C code holds on to one of them."""
+    """Make the Python object ``value`` the tensor ``true``; False where C code holds one of them."""
     with no_function():
         if value._use_count() > 1 or true._use_count() > 1:  # type: ignore[attr-defined]
             return False
@@ -332,11 +339,11 @@ class SpeculatedGraph:
     through the block itself; those of a placeholder are computed only where somebody holds it.
 
     Attributes:
-        speculation: until its result is given out.
-        needs: which operands want a gradient.
-        operands: aliases of them that ``true`` was computed from.
-        true: by slot, what became of a placeholder: its speculation, the steps before it and its true value.
-        given: by slot, the gradient that ``PlaceholdersToResult`` gave in the backward that runs.
+        speculation: until its result has been returned.
+        needs: which operands need a gradient.
+        operands: aliases of them, from which ``true`` was computed.
+        true: by slot of a placeholder that got a value: its speculation, its number, and that value.
+        given: by slot, the gradient that :class:`PlaceholdersToResult` gave in the backward that runs now.
     """
 
     def __init__(self, speculation: Speculation, operands: tuple):
@@ -355,7 +362,7 @@ class OperandsToPlaceholders(torch.autograd.Function):
         ctx.graph = graph
         ctx.set_materialize_grads(False)
         values = graph.speculation.make_placeholders("strides")
-        if not any(graph.needs[:3]):  # it is the norm's parameters that want gradients
+        if not any(graph.needs[:3]):  # only the norm's parameters need gradients
             ctx.mark_non_differentiable(*(value for value in values if value._at == 0))
         return tuple(values)
 
@@ -364,7 +371,7 @@ class OperandsToPlaceholders(torch.autograd.Function):
         graph: SpeculatedGraph = ctx.graph
         nothing = (None,) * len(ctx.needs_input_grad)
         given, graph.given = graph.given, {}
-        extra = {}  # what others than the block itself have to say
+        extra = {}  # gradients from other readers than the block
         for slot, grad in enumerate(grads):
             if grad is not None and grad is not given.get(slot):
                 extra[slot] = grad - given[slot] if slot in given else grad
@@ -382,7 +389,7 @@ class OperandsToPlaceholders(torch.autograd.Function):
 
 
 class PlaceholdersToResult(torch.autograd.Function):
-    """From a block's own result and its placeholders to the result that is given out."""
+    """From the block's own result and its placeholders to the result that the program gets."""
 
     @staticmethod
     def forward(ctx, graph, result, *values):
@@ -419,18 +426,23 @@ def _gradient_at(speculation: Speculation, at: int, value: Tensor, grad: Tensor)
 
 
 class Placeholder(Tensor):
-    """The placeholder of a value that nobody is expected to look at.
+    """Stands for a value between two steps of a block, which no other step is expected to read.
 
-    It has a shape, strides and a place in the graph, and no memory before somebody looks.
+    It has a shape, strides and a place in the autograd graph. It gets memory only when something reads it.
+
+    Attributes:
+        is_placeholder: tells `explain` that a module which returns one is part of a block.
+        _at: the value's number.
+        _slot: its index among the placeholders.
+        _value: the value, where the placeholder could not become it.
     """
 
-    #: For `explain`: a module that returns one is part of a block.
     is_placeholder = True
     _speculation: Speculation
     _at: int
     _slot: int
     _token: Token
-    _value: Tensor  # its value, where it could not become that
+    _value: Tensor
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -459,7 +471,7 @@ class Placeholder(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # a class method, as its documentation has it
         cls, function, types, args=(), kwargs=None
     ):
-        """What C code asks for, past :meth:`__torch_function__`."""
+        """Answer C code, which does not pass through :meth:`__torch_function__`."""
         speculation = getattr(args[0], "_speculation", None) if args else None
         if speculation is not None and speculation.answers_metadata:
             if function is torch.ops.prim.device.default:
@@ -471,8 +483,8 @@ class Placeholder(Tensor):
         return function(*args, **kwargs)
 
     def resolve(self, true: Tensor, graph: SpeculatedGraph | None, keep: bool) -> Tensor:
-        """Be the value ``true``, or have it as memory; returns what later steps are to read."""
-        if graph is not None:  # C code may have noted the placeholder's place in the graph
+        """Become the value ``true``, or get its memory; returns the tensor for the next step."""
+        if graph is not None:  # C code may have saved the placeholder's place in the graph
             graph.true[self._slot] = self._speculation, self._at, alias(true)
         if not keep and _exchange(self, true):
             return self
@@ -483,13 +495,13 @@ class Placeholder(Tensor):
 
 
 def _materialize_all(args, kwargs, below: bool = False) -> None:
-    """Let all placeholders among the arguments have values."""
+    """Give all placeholders among the arguments their values."""
     for value in tree_iter((args, kwargs)):
         if type(value) is Placeholder and not hasattr(value, "_value"):
             value._speculation.materialize(below)
 
 
-#: What wants a tensor that is no subclass, to reach its memory or to write it down.
+#: Functions that need a plain tensor, because they reach for its memory or print it.
 _NEEDS_MEMORY = {
     Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.untyped_storage, Tensor.storage, Tensor.data_ptr,
     Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__,

@@ -1,56 +1,65 @@
-"""Sees writes to what a speculated block was computed from, before they happen.
+"""Watching for writes to the operands of speculated calls.
 
-A block has run when the program has only called its convolution. Should the program then ask for a value
-between, PyTorch's operators compute it from the convolution's operands, which must still be what they were.
-So while such a value may be asked for, a mode sees every operator: before one writes to an operand, the
-values that somebody holds are computed.
+A speculated block runs when the program calls its convolution. If the program later reads a placeholder,
+PyTorch's operators compute its value from the convolution's operands, which must not have changed. So a
+dispatch mode sees every operator as long as there are placeholders. Before an operator writes to an operand,
+the values of the placeholders that the program holds are computed.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from cnnlstm_fast.fusion.plan import FusionPlan
-    from cnnlstm_fast.fusion.speculate import Speculation
+from cnnlstm_fast.fusion.plan import FusionPlan
 
-#: So many operators between a block's result and the end of its placeholders say that the program keeps
-#: them in variables which it does not read: watching it costs more than it is worth.
+#: If more operators than this run between a block's result and the end of its placeholders, the program keeps
+#: the placeholders in variables that it does not read. Watching such a program costs more than it gains.
 PATIENCE = 8
 
 
 class Token:
-    """What the placeholders of one speculated call share: it ends with the last of them."""
+    """Shared by the placeholders of one speculated call; it dies with the last of them."""
 
     __slots__ = ("__weakref__",)
 
 
+class Speculated(Protocol):
+    """A speculated call, as far as it is watched."""
+
+    plan: FusionPlan
+
+    def reads_any(self, tensors: Iterable[Tensor]) -> bool: ...
+
+    def materialize(self) -> None: ...
+
+
 class WriteWatch(TorchDispatchMode):
-    """Of one thread, on its stack of modes while placeholders live that may be asked for a value.
+    """The mode of one thread. It is on the thread's stack of modes while there are placeholders.
 
     Attributes:
-        watched: by token, the speculated call, its plan and how many operators there had been when the result
-            was released, or None before that.
-        operators: how many were seen.
+        watched: by token, the speculated call, its plan, and the number of operators when its result was
+            released, or None before that.
+        operators: how many the mode has seen.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self):
         super().__init__()
-        self.watched: dict[weakref.ref[Token], tuple[weakref.ref[Speculation], FusionPlan, int | None]] = {}
+        self.watched: dict[weakref.ref[Token], tuple[weakref.ref[Speculated], FusionPlan, int | None]] = {}
         self.operators = 0
         self.thread = threading.get_ident()
 
-    def begin(self, speculation: Speculation) -> tuple[Token, weakref.ref[Token]]:
-        """Watch for a call from now on, as long as its token lives."""
+    def begin(self, speculation: Speculated) -> tuple[Token, weakref.ref[Token]]:
+        """Watch a call for as long as its token lives."""
         token = Token()
         ref = weakref.ref(token, self.end)
         if not self.watched and not self._is_active():  # it may have come back, see `_leave`
@@ -59,7 +68,7 @@ class WriteWatch(TorchDispatchMode):
         return token, ref
 
     def released(self, ref: weakref.ref[Token]) -> None:
-        """The result is: from now on nobody is expected to read the placeholders."""
+        """Note that a call's result was released; the program should no longer read its placeholders."""
         if ref in self.watched:
             speculation, plan, _ = self.watched[ref]
             if plan.lingers:
@@ -68,7 +77,7 @@ class WriteWatch(TorchDispatchMode):
                 self.watched[ref] = speculation, plan, self.operators
 
     def end(self, ref: weakref.ref[Token]) -> None:
-        """A call has nothing more to lose."""
+        """Stop watching a call."""
         found = self.watched.pop(ref, None)
         if found is None:
             return
@@ -79,7 +88,7 @@ class WriteWatch(TorchDispatchMode):
             self._leave()
 
     def pause(self) -> bool:
-        """Look away while our own operators run; whether there is something to :meth:`resume`."""
+        """Leave the stack while our own operators run, if the mode is on top of it; whether it was."""
         active = torch._C._len_torch_dispatch_stack()
         if active == 0 or torch._C._get_dispatch_stack_at(active - 1) is not self:
             return False
@@ -87,11 +96,12 @@ class WriteWatch(TorchDispatchMode):
         return True
 
     def resume(self) -> None:
+        """Enter the stack again, if there is anything to watch."""
         if self.watched:
             torch._C._push_on_torch_dispatch_stack(self)
 
     def close(self) -> None:
-        """The session ends."""
+        """Stop watching, at the end of a session."""
         self.watched.clear()
         self._leave()
 
@@ -102,9 +112,9 @@ class WriteWatch(TorchDispatchMode):
         return False
 
     def _leave(self) -> None:
-        """Leave the stack, from wherever in it: a mode of the program's may have been entered since.
+        """Leave the stack, wherever in it the mode is; the program may have entered modes since.
 
-        While an operator is looked at the mode is off the stack, and comes back behind it.
+        While the mode handles an operator, PyTorch takes it off the stack, and puts it back afterwards.
         """
         if threading.get_ident() != self.thread or not self._is_active():
             return
@@ -120,13 +130,13 @@ class WriteWatch(TorchDispatchMode):
         return active == 0 or (active == 1 and torch._C._get_dispatch_stack_at(0) is self)
 
     def _materialize(self, written: list[Tensor]) -> None:
-        """Let calls that read what will be written to compute their values first."""
+        """Compute the values of all calls that read one of the tensors that will be written."""
         for ref, _, _ in [*self.watched.values()]:
             speculation = ref()
             if speculation is None or not speculation.reads_any(written):
                 continue
-            with enable_reentrant_dispatch():  # autograd is to see what is computed here
-                torch._C._push_on_torch_dispatch_stack(self)  # as it was then
+            with enable_reentrant_dispatch():  # autograd must record what is computed here
+                torch._C._push_on_torch_dispatch_stack(self)  # as when the calls began
                 try:
                     speculation.materialize()
                 finally:
@@ -139,11 +149,11 @@ class WriteWatch(TorchDispatchMode):
             _WRITTEN[function] = _written(function)
         if _WRITTEN[function] and self.watched:
             self._materialize(_tensors(_WRITTEN[function], args, kwargs))
-        with torch._C.DisableTorchFunctionSubclass():  # a placeholder among the arguments is asked below
+        with torch._C.DisableTorchFunctionSubclass():  # a placeholder answers in its __torch_dispatch__
             return function(*args, **kwargs)
 
 
-#: Which arguments an operator writes to, by position and name.
+#: By operator, position and name of each argument that it writes to.
 _WRITTEN: dict[Any, tuple[tuple[int, str], ...]] = {}
 
 

@@ -1,4 +1,4 @@
-"""The modules of a chain in turn, each block of them as one call."""
+"""Running a chain of modules in turn, with each block as one call."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cnnlstm_fast.fusion.run import run_block
 
 
 def run_modules(block: Block, x: Any, layout: str | None = None) -> Tensor:
-    """Run a block.
+    """Run the modules of a block as one call.
 
     Args:
         x: ``(N, C, H, W)``, ``(C, H, W)``, ``(N, C, L)`` or ``(C, L)``, as the convolution takes it.
         layout: a name of :data:`cnnlstm_fast.spec.LAYOUTS`; the block must have no flatten then.
-            None gives what calling the modules in turn would give, strides included.
+            None gives the result of calling the modules in turn, strides included.
     """
     conv, norm, activation, pool, flatten = block
     if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
@@ -47,18 +47,19 @@ def run_modules(block: Block, x: Any, layout: str | None = None) -> Tensor:
     return y if flatten is None else flatten(y)
 
 
-#: Taps of a kernel up to which the library's channels-last convolution is the faster one.
+#: Kernel taps up to which the library's convolution is faster on channels-last maps.
 _CHANNELS_LAST_TAPS = 25
 
 
 def run_chain(chain: Sequence[Block | nn.Module], x: Any) -> Any:
-    """Run the steps of a chain; between blocks maps lie as is best for the next one.
+    """Run the steps of a chain.
 
-    Result and strides are those of calling the modules in turn. Measured: channels-last maps between
-    blocks save 5 to 20 % of CRNN's and video CNNs' inference, nothing in training, and cost 12 % before
-    kernels as large as those of speech models.
+    The result and its strides are those of calling the modules in turn. In inference a map between two blocks
+    lies channels-last where that is faster for the second block. As measured, that saves 5 to 20 % of the
+    inference of CRNNs and video CNNs. It saves nothing in training, and costs 12 % before kernels as large as
+    those of speech models.
     """
-    eager = None  # the layout that PyTorch's x would have, where ours has another
+    eager = None  # the layout that x would have by PyTorch, where ours has another one
     for i, step in enumerate(chain):
         if not isinstance(step, Block):
             x = step(x)
@@ -93,6 +94,6 @@ def _hands_on(step: Block, following: Block | nn.Module, x: Any) -> bool:
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
-    """An attribute that is a parameter, as a rule; ten times as fast as ``nn.Module.__getattr__``."""
+    """A parameter, or another attribute, of a module; ``nn.Module.__getattr__`` takes ten times as long."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)

@@ -10,11 +10,11 @@ __all__ = ["Leaf"]
 
 
 class Leaf:
-    """In front of an ``nn.Module``: symbolic tracers treat it as they treat PyTorch's own layers.
+    """A base before ``nn.Module`` that makes symbolic tracers treat a module as one of PyTorch's own layers.
 
-    A tracer calls a module whose type comes from ``torch.nn`` as one node, hooks and all, and traces through
-    every other. It asks the instance for the name, so that it can be told without touching the class, whose
-    name pickles have.
+    A tracer makes one node of a module from ``torch.nn``, hooks included, and traces through all others. It
+    reads ``__module__`` of the instance. So the instance has another value while it is traced, and the class
+    keeps the one that pickles need.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +28,7 @@ class Leaf:
 
 
 def _traced(args) -> bool:
-    """Whether a tracer's stand-in is among the arguments or in one of their tuples."""
+    """Whether an ``fx.Proxy`` is among the arguments or in one of their tuples."""
     return any(
         isinstance(a, fx.Proxy) or (isinstance(a, (tuple, list)) and any(isinstance(s, fx.Proxy) for s in a))
         for a in args

@@ -16,14 +16,14 @@ from cnnlstm_fast.functional import recurrent as functional
 from cnnlstm_fast.nn.leaf import Leaf
 from cnnlstm_fast.nn.stream import Stream
 
-# ``reset`` and ``lengths`` are meant as keywords; they are no keyword-only arguments because PyTorch's
+# ``reset`` and ``lengths`` are meant as keywords. They are not keyword-only, because PyTorch's
 # TorchScript-based ONNX exporter passes every default by position.
 
 __all__ = ["GRU", "LSTM"]
 
 
 class _Recurrent(Leaf, nn.RNNBase):
-    """What LSTM and GRU share: everything but the form of a state."""
+    """The common part of LSTM and GRU: all but the form of a state."""
 
     #: The module that this one stands in for.
     twin: ClassVar[type[nn.RNNBase]]
@@ -41,7 +41,7 @@ class _Recurrent(Leaf, nn.RNNBase):
         return _retyped(module, cls)
 
     def _parameters_in_order(self) -> list[Tensor]:
-        """The attributes, not ``_flat_weights``: whoever computes or exchanges a weight sets these."""
+        """The weights as attributes, which parametrizations set, and not as ``_flat_weights``."""
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _stack(self) -> functional.Stack:
@@ -77,12 +77,12 @@ class _Recurrent(Leaf, nn.RNNBase):
         return functional.run_packed(self._cell, input, hx, params, stack)
 
     def __prepare_scriptable__(self) -> nn.RNNBase:
-        """TorchScript knows the plain module."""
+        """The plain module, which TorchScript can compile."""
         return _retyped(self, self.twin)
 
 
 def _retyped(module: nn.RNNBase, cls: type[nn.RNNBase]) -> nn.RNNBase:
-    """``module`` as another class: parameters, hooks and all else shared, registries its own."""
+    """``module`` as another class; it shares parameters and hooks, and has registries of its own."""
     other = cls.__new__(cls)
     for name, value in module.__dict__.items():
         other.__dict__[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
@@ -105,7 +105,7 @@ class LSTM(_Recurrent):
     twin = nn.LSTM
     _cell = functional.LSTM
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    # Their state is a pair; nn.LSTM overrides nn.RNNBase in the same way.
+    # The state of an LSTM is a pair. nn.LSTM overrides nn.RNNBase in the same way.
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 

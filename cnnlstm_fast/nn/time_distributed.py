@@ -15,7 +15,7 @@ from cnnlstm_fast.nn.leaf import Leaf
 
 __all__ = ["TimeDistributed"]
 
-#: Size of the largest map of a chunk. Larger maps get fresh pages from the system for every layer.
+#: Bytes of the largest map of a chunk. Larger maps get fresh pages from the system in each layer.
 CHUNK_BYTES = limit("FRAME_CHUNK_BYTES", 4 * 2**20, 1)
 
 
@@ -125,7 +125,7 @@ def _chunk_size(frames: Tensor, chain: list) -> int | None:
 
 
 def _makes_maps(step: match.Block | nn.Module) -> bool:
-    """Whether ``step`` is one of the unfused layers that profit from small maps."""
+    """Whether ``step`` is an unfused layer, which is faster on maps that stay in cache."""
     return not isinstance(step, (match.Block, nn.Flatten, nn.Identity, nn.Linear))
 
 

@@ -11,7 +11,7 @@ from cnnlstm_fast.spec import LAYOUTS
 
 __all__ = ["ToSequence"]
 
-#: What a sequence can be made of; maps as the next convolution wants them are none.
+#: Layouts that are sequences; the two of maps are not.
 _SEQUENCES = tuple(name for name in LAYOUTS if not name.startswith("channels_"))
 
 
@@ -55,7 +55,7 @@ class ToSequence(nn.Module):
         return f"{self.name!r}" + (f", steps={self.steps}" if self.steps is not None else "")
 
     def split_clips(self, y: Tensor) -> Tensor:
-        """What is left to do to a map in :attr:`layout`: a view."""
+        """The result from a map in :attr:`layout`: for clips, N is split into clips and steps; a view."""
         if self.steps is None:
             return y
         return y.unflatten(0, (-1, self.steps) if self.name == "frames" else (self.steps, -1))

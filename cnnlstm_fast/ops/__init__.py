@@ -1,1 +1,5 @@
-"""One file per op: schema, fake kernel, autograd, and where its kernels are registered."""
+"""One file per op: schema, fake kernel, autograd, CPU and CUDA registration."""
+
+from cnnlstm_fast.ops import conv_block, conv_fft, conv_norm, outputs, recurrent, recurrent_stream
+
+__all__ = ["conv_block", "conv_fft", "conv_norm", "outputs", "recurrent", "recurrent_stream"]

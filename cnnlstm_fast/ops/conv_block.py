@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast.ops import python_inside
-from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.ops.cuda import register_cuda
+from cnnlstm_fast.reference import conv_backward_by_args, conv_block_by_args
 from cnnlstm_fast.spec import CODE_GROUP, CURVED, codes_shape, map_size, pool_size, raw_shape
 
 PLANS = {"direct": 1, "chunked": 2, "winograd": 3, "fft": 4}
@@ -47,18 +48,18 @@ _lib.define("suits_winograd(Tensor weight) -> bool")
 
 forward_op = torch.ops.cnnlstm_fast.conv_block.default
 backward_op = torch.ops.cnnlstm_fast.conv_block_backward.default
-#: Whether no tap of a weight (C_out, C, 3, 3) is nearly zero for a whole channel. Where one is, the ops above
-#: run the plan ``winograd`` as ``chunked``, since the rounding of a tile is that of its loudest position.
+#: Whether no tap of a weight (C_out, C, 3, 3) is nearly zero for a whole channel. If one is, the ops above
+#: run the plan ``winograd`` as ``chunked``, since a tile rounds all its elements as its loudest one.
 suits_winograd_op = torch.ops.cnnlstm_fast.suits_winograd.default
 
 
 def caller(op: Callable, plan: int) -> Callable:
-    """How to call one of these ops, so that errors of Python code come out as they are."""
+    """A function that calls one of these ops, and raises the errors of Python code inside it unchanged."""
     return partial(python_inside.call, op) if plan == PLANS["fft"] else op
 
 
 def keeps_codes(activation: int, pool: list[int]) -> bool:
-    """Whether the backward of such a block reads argmax codes at all."""
+    """Whether the backward of a block with this activation and pool reads argmax codes."""
     return bool(pool) or 0 < activation < CURVED
 
 
@@ -74,7 +75,7 @@ def _(x, weight, bias, conv, activation, act, pool, order, plan, keep):
 
 
 def new_like_input(x: Tensor) -> Tensor:
-    """A gradient of ``x`` as the ops give it: on the CPU channels-last where ``x`` is, else contiguous."""
+    """An empty gradient of ``x``: channels-last on the CPU where ``x`` is, else contiguous."""
     n, c, h, w = x.shape
     if x.device.type == "cpu" and not x.is_contiguous() and x.stride() == (h * w * c, 1, w * c, c):
         return x.new_empty(n, h, w, c).permute(0, 3, 1, 2)
@@ -98,8 +99,12 @@ def inverse(order) -> list[int]:
 def max_unpool(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[int], order) -> Tensor:
     """The gradient of the convolution's map (N, C_out, OH, OW) from that of the op's result.
 
-    Every gradient goes to the position that its argmax code names. Plain PyTorch, differentiable in
-    ``grad``; ``codes`` may be empty where the block keeps none.
+    Each gradient goes to the position that its argmax code names. Plain PyTorch, differentiable in ``grad``.
+
+    Args:
+        grad: of the op's result, in memory order.
+        codes: (N, PH, PW, groups, bytes), or empty where the block keeps none.
+        conv_hw: (OH, OW).
     """
     grad = grad.permute(inverse(order))
     if codes.numel() == 0:
@@ -110,6 +115,7 @@ def max_unpool(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[i
         stopped = 15
     else:
         stopped = 255
+    # [N, C, PH, PW]: positions in the pool's windows
     position = codes.flatten(3)[..., :channels].permute(0, 3, 1, 2).long()
     passed = position != stopped
     kernel_w, stride, padding, dilation = (
@@ -126,9 +132,9 @@ def max_unpool(grad: Tensor, codes: Tensor, conv_hw, channels: int, pool: list[i
 
 
 class Unchecked:
-    """A small tensor that only second derivatives read, with what it held.
+    """A small tensor that only second derivatives read, with a copy of its values.
 
-    PyTorch's own operators do not save it, so that it may change in place before the backward.
+    PyTorch's own operators do not save it, so the program may write to it before the backward.
     """
 
     def __init__(self, tensor: Tensor | None):
@@ -136,27 +142,29 @@ class Unchecked:
         self.held = None if tensor is None else tensor.detach().clone()
 
     def as_it_was(self) -> Tensor | None:
-        """The tensor in its place in the graph, with the values of then."""
+        """The tensor with its place in the autograd graph and the copied values."""
         if self.tensor is None or self.held is None:
             return None
         return self.tensor + (self.held - self.tensor).detach()
 
 
 class Refused:
-    """A large tensor that only second derivatives read: held, and refused once it has changed in place.
+    """A large tensor that only second derivatives read, which must not change before they do.
 
-    PyTorch's own operators do not save it, so that first derivatives do not mind such a change.
+    PyTorch's own operators do not save it for first derivatives, so the program may write to it before those.
     """
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
-        self.version = None if tensor.is_inference() else tensor._version
+        # A compiled graph checks no version counters, and inference tensors have none.
+        unversioned = torch.compiler.is_compiling() or tensor.is_inference()
+        self.version = None if unversioned else tensor._version
 
     def value(self) -> Tensor:
         """The tensor.
 
         Raises:
-            RuntimeError: it has changed in place.
+            RuntimeError: the program has written to it.
         """
         if self.version is not None and self.tensor._version != self.version:
             raise RuntimeError(
@@ -180,7 +188,7 @@ class ConvBlockFunction(torch.autograd.Function):
         ctx.backward_plan = backward_plan
         ctx.shapes = x.shape, weight.shape
         ctx.set_materialize_grads(False)
-        # What no gradient reads is not saved, and may change in place before the backward.
+        # A tensor that no gradient reads is not saved, so the program may write to it.
         need_x, need_weight, _ = ctx.needs_input_grad[:3]
         saved = x if need_weight else None, weight if need_x else None, codes
         if activation >= CURVED:
@@ -224,7 +232,7 @@ class ConvBlockFunction(torch.autograd.Function):
 
 def _recomputed_backward(grad, x, weight, bias, args, needs):
     """Gradients through a second forward in plain PyTorch."""
-    # views: where an argument depends on another, that path is not this block's
+    # Views: where one argument depends on another, gradients do not flow that way.
     inputs: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(conv_block_by_args(*inputs, *args), wanted, grad, create_graph=True))
@@ -236,32 +244,8 @@ def _differentiable_backward(grad, x, weight, codes, args, needs):
     grad_map = max_unpool(
         grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
     )
-    return library_backward(grad_map, x, weight, conv, needs)
+    return conv_backward_by_args(grad_map, x, weight, conv, needs)
 
 
-def library_backward(grad, x, weight, conv, needs):
-    """Gradients of a convolution's input, weight and bias, as ``needs`` asks, from that of its map.
-
-    Plain PyTorch, differentiable in ``grad``, ``x`` and ``weight``.
-    """
-    after_h, after_w = conv[7:] or (0, 0)
-    grad_x, *grads = torch.ops.aten.convolution_backward(
-        grad,
-        torch.nn.functional.pad(x, (0, after_w, 0, after_h)) if conv[7:] else x,
-        weight,
-        [weight.shape[0]],
-        conv[0:2],
-        conv[2:4],
-        conv[4:6],
-        False,
-        [0, 0],
-        conv[6],
-        needs,
-    )
-    if needs[0] and conv[7:]:
-        grad_x = grad_x[:, :, : x.shape[2], : x.shape[3]]
-    return grad_x, *grads
-
-
-# These register the kernels of the ops above, and the ops that those call.
-from cnnlstm_fast.ops import conv_block_cuda, conv_fft, outputs  # noqa: E402, F401
+register_cuda("conv_block", "conv_block", "forward", x_at=0)
+register_cuda("conv_block_backward", "conv_block", "backward", x_at=1)

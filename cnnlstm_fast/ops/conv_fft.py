@@ -1,25 +1,25 @@
 """A convolution with a large kernel by Fourier transforms along one axis of the image. CPU, float32.
 
-Overlap-save: the axis is cut into overlapping windows, and what a product of spectra gives of each but
-its ends is the convolution. Along the other axis the kernel slides as ever, so that each frequency is a
-convolution of its own, whose kernel is one row or column: one grouped convolution of the library, all of
-whose arithmetic runs at full speed (see M. Mathieu, M. Henaff, Y. LeCun, "Fast training of convolutional
-networks through FFTs", 2014, for products of spectra summed over channels).
+The method is overlap-save. The axis is cut into overlapping windows. The product of a window's spectrum and
+the kernel's is the convolution, except at the window's ends. Along the other axis the kernel slides as usual,
+so each frequency is an independent convolution whose kernel is one row or column. All frequencies together
+are one grouped convolution, which the library computes at full speed. Products of spectra are summed over
+channels as in M. Mathieu, M. Henaff, Y. LeCun, "Fast training of convolutional networks through FFTs", 2014.
 
-- The windows are short, mostly 20 to 100 positions, so the transforms are products with their matrix
-  (:func:`transforms`). A complex product takes three multiplications (Gauss); the sums that this needs
-  are in the matrices, and nothing complex is left: a window of N positions has about 3N/2 "rows", each an
+- Windows are short, mostly 20 to 100 positions, so transforms are matrix products (:func:`transforms`).
+- A complex product takes three real multiplications (Gauss). The sums that it needs are part of the matrices,
+  so no complex numbers are left. A window of N positions has about 3N/2 "rows", and each row is an
   independent real convolution.
-- A stride is split into phases, which are channels more.
-- A long kernel may be cut into ``parts`` that lie one hop of the windows apart: the product becomes a
-  convolution along the windows.
-- The backward is the forward's adjoint, step by step: windows are added up where they overlap.
+- A stride is split into phases, which are additional channels.
+- A long kernel may be cut into ``parts``, one hop of the windows apart. The product then is a convolution
+  along the windows.
+- The backward is the forward's adjoint, step by step. Overlapping windows are added up.
 
-Work is done for as many windows, and as many rows at a time, as stay in cache.
+The work is cut into chunks of windows and rows that stay in cache.
 
-The block op calls these ops under the plan ``fft`` for its map (N, OH, OW, C_out), contiguous, which they
-write, and for the gradients of input and weight. Schema terms are those of
-:mod:`cnnlstm_fast.ops.conv_block`; groups and dilation are 1.
+The block op calls these ops for the plan ``fft``: for its map (N, OH, OW, C_out), contiguous, and for the
+gradients of input and weight. Schema terms are those of :mod:`cnnlstm_fast.ops.conv_block`; groups and
+dilation are 1.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnlstm_fast.limits import limit
-from cnnlstm_fast.ops.conv_block import library_backward
 from cnnlstm_fast.ops.python_inside import noting
-from cnnlstm_fast.reference import conv_block_by_args
+from cnnlstm_fast.reference import conv_backward_by_args, conv_block_by_args
 from cnnlstm_fast.spec import map_size
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
@@ -51,7 +50,7 @@ _lib.define("new_spectra(Tensor like, int[] size) -> Tensor")
 
 transform_op = torch.ops.cnnlstm_fast.transform_windows.default
 products_op = torch.ops.cnnlstm_fast.add_products.default
-#: An unwritten tensor, in recycled memory if it is large: every call has spectra of weights, which are.
+#: An unwritten tensor, in recycled memory if it is large, as the spectra of weights are in every call.
 new_op = torch.ops.cnnlstm_fast.new_spectra.default
 
 
@@ -94,12 +93,12 @@ class Tiling(NamedTuple):
 _CONVOLUTION_RATE, _MATRIX_RATE = 100.0, 80.0
 #: Nanoseconds to copy an element of a window.
 _MOVE = 1.0
-#: Outputs of a window at least, and its positions at most where the kernel does not need more.
+#: Least outputs of a window, and most positions of one unless the kernel needs more.
 _LEAST_HOP, _MOST_POSITIONS = 8, 256
 
 
 def cost(t: Tiling, n: int, channels: int, c_out: int) -> float:
-    """What a forward costs a core, in nanoseconds, about."""
+    """About how many nanoseconds a forward takes on one core."""
     channels *= t.stride[0] * t.stride[1]
     windows = n * (t.tiles + t.parts - 1) * t.height * channels
     results = n * t.tiles * t.out[0] * c_out
@@ -202,11 +201,11 @@ def _chunks(t: Tiling, n: int, channels: int) -> list[_Chunk]:
 
 
 def _windows(x: Tensor, t: Tiling, chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """What the windows of a chunk see of images ``x``, as zeros.
+    """A zeroed buffer for the windows of a chunk of images ``x``.
 
     Returns:
-        the windows, which overlap: (N, height, windows, length, phases, phases * C); the part of them that
-        lies over the images, and that part of the images, both (N, other, transformed, C).
+        the windows, which overlap: (N, height, windows, length, phases, phases * C); the part of the buffer
+        inside the images, and that part of the images, both (N, other, transformed, C).
     """
     channels, first = x.shape[1], chunk.first * t.hop * t.stride[1] - t.padding[1]
     positions = (chunk.last - chunk.first + t.parts - 2) * t.hop + t.length
@@ -238,7 +237,7 @@ def _tiles(y: Tensor, t: Tiling) -> Tensor:
 
 
 def _map_part(y: Tensor, t: Tiling, chunk: _Chunk) -> Tensor:
-    """What a chunk computes of a map: (N, other, positions, C_out), of the last tile what is inside."""
+    """The part of a map that a chunk computes: (N, other, positions, C_out); the last tile may be cut off."""
     return y[chunk.begin : chunk.end, :, :, chunk.first * t.hop : chunk.last * t.hop].permute(0, 2, 3, 1)
 
 
@@ -349,15 +348,16 @@ def _finite(t: Tensor) -> bool:
     return math.isfinite(t.sum())
 
 
-#: How many times as loud as the quiet ones the loudest position of an image may be.
+#: Largest ratio of an image's loudest position to its quiet ones.
 _MOST_CONTRAST = 64
 
 
 def is_uneven(x: Tensor, weight: Tensor, conv) -> bool:
-    """Whether images have quiet positions beside loud ones, whose rounding a window gives all its positions.
+    """Whether images have quiet positions beside loud ones; the library then computes the convolution.
 
-    A position along the transformed axis is as loud as its largest value. The quiet ones are the lowest
-    quarter of those that are not zero. Where this is so, the library computes the convolution.
+    A window rounds all its positions as its loudest one, which quiet ones would show. The loudness of a
+    position along the transformed axis is its largest absolute value. The quiet positions are the lowest
+    quarter of those that are not zero.
     """
     axis = 3 if _tiling_of(x, weight, conv).transforms_height else 2
     loud = x.abs().amax((1, axis))
@@ -387,7 +387,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv, map: Tensor) 
         part = _map_part(out, t, chunk)
         y = y[:, :, : part.shape[2]]
         part.copy_(y) if bias is None else torch.add(y, bias, out=part)
-    if not _finite(map):  # a transform spreads a NaN over its window
+    if not _finite(map):  # a NaN fills the whole window through the transform
         _library_map(x, weight, bias, conv, map)
 
 
@@ -445,7 +445,7 @@ def _library_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, conv, grad_x: Tensor | None, grad_weight: Tensor | None
 ) -> None:
     needs = [grad_x is not None, grad_weight is not None, False]
-    found = library_backward(grad, x, weight, conv, needs)
+    found = conv_backward_by_args(grad, x, weight, conv, needs)
     for ours, theirs in zip((grad_x, grad_weight), found, strict=False):
         if ours is not None:
             ours.copy_(theirs)

@@ -1,14 +1,14 @@
 """The block op with a batch norm: ``layout(pool(act(batch_norm(conv2d(x)))))``.
 
-Three ways, each for what it is fastest at:
+There are three ways:
 
-- Given statistics (eval mode) are folded into the convolution's weight and bias by the op ``fold_norm``,
-  and the block runs as one without a norm. Where the norm's weight wants a gradient, that would be the
-  difference of two sums: there ``conv_norm_block`` runs.
+- Given statistics (eval mode): the op ``fold_norm`` folds them into the convolution's weight and bias, and a
+  block without a norm runs. Where the norm's weight needs a gradient, ``conv_norm_block`` runs instead,
+  because the gradient through the fold is a difference of two large sums.
 - Statistics of the batch from the convolution's map: ``conv_norm_block`` and its backward.
-- Statistics of the batch from products of taps: the mean and variance of a convolution's map are
-  ``w m`` and ``w C w``, where ``m`` and ``C`` are mean and covariance of the patches that the kernel
-  sees. With few taps these cost less than a map, and the rest is a fold and a block without a norm.
+- Statistics of the batch from products of taps: mean and variance of a convolution's map are ``w m`` and
+  ``w C w``, where ``m`` and ``C`` are mean and covariance of the patches under the kernel. With few taps this
+  costs less than a pass over the map. Then they are folded, and a block without a norm runs.
 
 ``conv_norm_block`` keeps for its backward the codes and z at every argmax position; the backward computes the
 map again. With ``keep_map`` it keeps the map too. Without a pool it keeps the map alone.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast.ops.conv_block import Refused, Unchecked, new_like_input
+from cnnlstm_fast.ops.cuda import register_cuda
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
 
@@ -89,16 +90,16 @@ def _(x, weight, conv):
 
 
 class FoldNorm(torch.autograd.Function):
-    """Weight and bias of the convolution that does what a convolution and a batch norm do.
+    """Weight and bias of one convolution that equals a convolution and a batch norm.
 
-    For the gradient of the norm's weight there is :class:`ConvNormFunction`.
+    It gives no gradient of the norm's weight; :class:`ConvNormFunction` does.
     """
 
     @staticmethod
     def forward(ctx, weight, bias, gamma, beta, mean, var, eps):
         ctx.save_for_backward(weight, gamma, var)
         ctx.eps = eps
-        # What no gradient reads is not kept, and may change in place before the backward.
+        # A tensor that no gradient reads is not saved, so the program may write to it.
         ctx.dtypes = [None if t is None else t.dtype for t in (bias, beta)]
         return fold_op(weight, bias, gamma, beta, mean, var, eps)
 
@@ -135,7 +136,7 @@ def fold_batch(
     eps: float,
     conv,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fold the statistics that a convolution of this batch has, without computing it.
+    """Fold the statistics of a convolution's map into the weights, without computing the map.
 
     Differentiable in all but ``x``.
 
@@ -153,7 +154,7 @@ def fold_batch(
     if beta is not None:
         shift = shift + beta
     if bias is not None:
-        shift = shift + 0 * bias  # it cancels: its gradient is zero, not missing
+        shift = shift + 0 * bias  # the norm removes the bias: its gradient is zero, not missing
     folded = (rows * scale[:, None]).to(weight.dtype).view(weight.shape)
     return folded, shift.to(weight.dtype), mean.detach(), var.detach()
 
@@ -174,7 +175,7 @@ class ConvNormFunction(torch.autograd.Function):
         ctx.args = eps, conv, activation, act, pool, order, plan
         ctx.mark_non_differentiable(stats)
         ctx.bias, ctx.beta = Unchecked(bias), Unchecked(beta)
-        # What no gradient reads is not saved, and may change in place before the backward.
+        # A tensor that no gradient reads is not saved, so the program may write to it.
         ctx.unsaved = None if need_weight else Refused(x), None if need_x else Refused(weight)
         recomputes = mean is None and kept_map.numel() == 0
         ctx.weight = Unchecked(weight if recomputes and not need_x else None).held
@@ -217,7 +218,7 @@ class ConvNormFunction(torch.autograd.Function):
             grad, x, weight, stats, codes, kept, kept_map, eps, *args, plan, given, needs[0], needs[1]
         )
         dbias = None
-        if needs[2]:  # under statistics of the batch it cancels, unless a sum is infinite or NaN
+        if needs[2]:  # zero under batch statistics, unless a sum is infinite or NaN
             dbias = (sums[1] * (stats[2] if given else 0)).to(bias.dtype)
         return (
             dx if needs[0] else None,
@@ -230,11 +231,11 @@ class ConvNormFunction(torch.autograd.Function):
 
 
 def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: int) -> None:
-    """What a batch norm remembers of a batch, as ``nn.BatchNorm2d`` does it.
+    """Update the running statistics of a batch norm, as ``nn.BatchNorm2d`` does.
 
     Args:
-        bias: of the convolution, which the mean does not hold yet.
-        mean, var: of every channel, float64; the variance biased.
+        bias: of the convolution; it is not yet part of the mean.
+        mean, var: of each channel, float64; the variance is biased.
         count: values per channel.
     """
     if not (norm.training and norm.track_running_stats):
@@ -249,8 +250,11 @@ def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: 
     with torch.no_grad():
         mean = mean if bias is None else mean + bias
         for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-            # As PyTorch's update it counts for no version: another use of the norm may have saved the tensor.
+            # PyTorch's update does not count for a version either: a graph may have saved the tensor.
             running.data.copy_(running * (1 - momentum) + found * momentum)
 
 
-from cnnlstm_fast.ops import conv_norm_cuda  # noqa: E402, F401  (registers the kernels of the ops above)
+# Statistics from products of taps are the CPU's alone.
+register_cuda("fold_norm", "conv_norm", "fold", x_at=0)
+register_cuda("conv_norm_block", "conv_norm", "forward", x_at=0)
+register_cuda("conv_norm_block_backward", "conv_norm", "backward", x_at=1)

@@ -1,4 +1,4 @@
-"""Registering Triton kernels as the CUDA side of an op; its first call imports them, and Triton."""
+"""Registration of Triton kernels as an op's CUDA side. The first call imports the kernels and Triton."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _lib = torch.library.Library("cnnlstm_fast", "IMPL")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def register(op: str, module: str, function: str, x_at: int) -> None:
+def register_cuda(op: str, module: str, function: str, x_at: int) -> None:
     """Let ``cnnlstm_fast::op`` on CUDA call ``function`` of ``cnnlstm_fast.kernels.module``.
 
-    ``x_at`` is the place of the input, whose device and dtype are the call's, among the op's arguments.
+    ``x_at`` is the index of the input among the op's arguments; its device and dtype are the call's.
     """
 
     def host_function(x: Tensor):

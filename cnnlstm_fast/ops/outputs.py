@@ -1,9 +1,9 @@
-"""Who holds the memory of a large result: the C++ code asks before it makes another result of it.
+"""Whether the memory of a large result is free: the C++ code asks before it reuses that memory.
 
-Large results are made of storages of PyTorch's own, so that they can be resized and emptied like any other
-(``csrc/memory.cpp``). The C++ code keeps a tensor of each storage, up to 256 MiB in all, and makes a new
-result of one that nobody else holds: clearing fresh pages costs as much as a convolution. LibTorch's stable
-ABI does not say how many hold a storage, Python's does.
+The memory of a large result is a storage of PyTorch's, so that it can be resized and freed like any other
+(``csrc/memory.cpp``). The C++ code keeps a tensor of each such storage, up to 256 MiB in all. A new result
+gets a storage that nothing else holds, because clearing fresh pages costs as much as a convolution.
+LibTorch's stable ABI does not give a storage's reference count, so it is read here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOBODY, SOMEBODY, FOREIGN = 0, 1, 2
 
 
 def _counts(t: Tensor) -> tuple[int, int, int]:
-    """Owners in C++, owners of the Python object, weak references: whoever holds it is in one of them."""
+    """Reference counts of a storage: in C++, of its Python object, and weak ones."""
     storage = t.untyped_storage()
     return (
         torch._C._storage_Use_Count(storage._cdata),
@@ -34,7 +34,7 @@ def _counts(t: Tensor) -> tuple[int, int, int]:
 
 def _state(t: Tensor, alone: tuple[int, int, int]) -> int:
     storage = t.untyped_storage()
-    # Emptied, resized, or moved to shared memory by those who had it.
+    # The program has emptied it, resized it, or moved it to shared memory.
     if storage.nbytes() != t.numel() or not storage.resizable():
         return FOREIGN
     del storage
@@ -42,14 +42,17 @@ def _state(t: Tensor, alone: tuple[int, int, int]) -> int:
 
 
 def _interrupt_again() -> None:
-    """What interrupted this comes again in a moment, and then again until the op is done."""
+    """Raise the KeyboardInterrupt again in a moment, since the op cannot pass it on."""
     timer = threading.Timer(0.01, _thread.interrupt_main)
     timer.daemon = True
     timer.start()
 
 
 def _holders(tensors: list[Tensor]) -> list[int]:
-    """Of each tensor whether anybody else holds its storage. Without any: the call before was interrupted."""
+    """Whether anything else holds the storage of each tensor.
+
+    The C++ code calls this without tensors when a KeyboardInterrupt ended the call before.
+    """
     try:
         if not tensors:
             _interrupt_again()

@@ -1,7 +1,7 @@
-"""What Python code inside an op of C++ raises comes out of the op as it is.
+"""Passing on exceptions of Python code that runs inside a C++ op.
 
-The stable ABI of LibTorch hands a ``RuntimeError`` on in place of everything that a kernel written in Python
-raises: Ctrl-C, a signal handler's own error, a ``MemoryError``.
+LibTorch's stable ABI turns every exception of a kernel written in Python into a ``RuntimeError``, even a
+``KeyboardInterrupt``, a signal handler's own error or a ``MemoryError``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _noted = _Noted()
 
 
 def noting(kernel: Callable[..., None]) -> Callable[..., None]:
-    """A kernel for ``Library.impl`` whose errors :func:`call` knows."""
+    """A kernel for ``Library.impl`` whose exceptions :func:`call` can raise."""
 
     @functools.wraps(kernel)
     def run(*args):
@@ -40,7 +40,7 @@ def noting(kernel: Callable[..., None]) -> Callable[..., None]:
 
 
 def call(op: Callable, *args):
-    """``op(*args)``, which calls one such kernel or more in this thread."""
+    """``op(*args)``, which calls such kernels in this thread; raises their exceptions."""
     if torch.compiler.is_compiling():
         return op(*args)
     _noted.begun, _noted.error = False, None
@@ -50,8 +50,8 @@ def call(op: Callable, *args):
         failed = error
     noted, _noted.error = _noted.error, None
     if not _noted.begun and _only_ctrl_c_raises():
-        # A signal's handler runs in the first Python code after it, which may be the kernel's entry: no code
-        # of Python's can note that. An op that fails for another reason fails again.
+        # A signal handler runs in the first Python code after the signal. That may be the kernel's entry,
+        # where nothing is noted yet. If the op failed for another reason, it fails again here.
         op(*args)
         raise KeyboardInterrupt
     raise noted or failed

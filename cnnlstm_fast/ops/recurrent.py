@@ -33,6 +33,9 @@ from collections.abc import Sequence
 import torch
 from torch import _VF, Tensor
 
+from cnnlstm_fast import reference
+from cnnlstm_fast.ops.cuda import register_cuda
+
 MODES = {"LSTM": 0, "GRU": 1}
 UNIT_GROUP = 16
 
@@ -108,7 +111,7 @@ def _(grad_out, grad_h_n, grad_c_n, x, h0, c0, *rest):
 class RecurrentLayerFunction(torch.autograd.Function):
     """Autograd around the op; entered only when a gradient is needed. Returns out, h_n, c_n.
 
-    What the backward does not read may be changed in place meanwhile, as with PyTorch's own layers.
+    The program may write to tensors that the backward does not read, as with PyTorch's own layers.
     """
 
     @staticmethod
@@ -167,8 +170,8 @@ class RecurrentLayerFunction(torch.autograd.Function):
 
 
 def _reads(needs: Sequence[bool], mode: int, many_steps: bool) -> list[bool]:
-    """Of x, h0, c0 and the ten weights, whose values the backward reads; its shape it reads of all."""
-    if torch.compiler.is_compiling():  # a graph has no versions to mind
+    """Which values of x, h0, c0 and the ten weights the backward reads; it reads the shapes of all."""
+    if torch.compiler.is_compiling():  # a graph checks no version counters
         return [True] * 13
     of_weights = any(needs[3:])
     direction = [needs[0], many_steps or any(needs[1:3]), False, False, True]
@@ -176,7 +179,7 @@ def _reads(needs: Sequence[bool], mode: int, many_steps: bool) -> list[bool]:
 
 
 class _Unread:
-    """An input that only a backward of the backward reads."""
+    """An input that only second derivatives read."""
 
     def __init__(self, t: Tensor):
         self.t = t
@@ -193,9 +196,7 @@ class _Unread:
 
 
 def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first, needs):
-    """The gradients by differentiating the reference, once more differentiable."""
-    from cnnlstm_fast import reference
-
+    """The gradients through the reference, which can be differentiated again."""
     x, h0, c0, *weights = inputs
     directions = 1 if weights[5] is None else 2
     params = [w for w in weights if w is not None]
@@ -244,4 +245,5 @@ def _differentiable_backward(grads_in, inputs, reset, lengths, mode, batch_first
     return grads
 
 
-from cnnlstm_fast.ops import recurrent_cuda  # noqa: E402, F401  (registers the kernels of the ops above)
+register_cuda("recurrent_layer", "recurrent", "forward", x_at=0)
+register_cuda("recurrent_layer_backward", "recurrent", "backward", x_at=3)

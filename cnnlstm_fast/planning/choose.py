@@ -1,8 +1,7 @@
-"""Which plan runs a block, why, and why not the others. The only place that decides.
+"""Which plan runs a block, and why. Nothing else decides that.
 
-Every plan is an entry of :data:`PLANS`: whether it can run a call, what it would cost, and what stands in for
-it where the values of a call's tensors do not suit it. The cheapest runs, if it promises to beat PyTorch's
-operators by a margin.
+Each plan is an entry of :data:`PLANS`. The plan of least predicted cost runs, if the prediction beats that of
+PyTorch's operators by a margin.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from cnnlstm_fast.planning.support import (
 )
 from cnnlstm_fast.spec import BlockSpec, Pool
 
-#: Hundredths of PyTorch's time that a plan of ours must promise to save, since predictions err.
+#: Percent of PyTorch's time that a fused plan must be predicted to save; predictions err by about as much.
 GAIN_PERCENT = limit("GAIN_PERCENT", 10, -(2**31))
-#: Calls whose choice is remembered.
+#: How many choices are remembered.
 _MEMORY = 4096
 
 
@@ -44,10 +43,11 @@ class Plan(NamedTuple):
 
     Attributes:
         name: as ``conv_block(plan=...)`` takes it.
-        why_not: why it cannot run a block of these sizes that our plans can, as a sentence; None if it can.
-        why_not_values: the same of a call with these values (spec, x, weight), where ``chunked`` stands in
-            for it: the op looks at them in every call.
-        transforms: its rounding is that of the loudest position nearby
+        why_not: why it cannot run a block of these sizes, as a sentence; None if it can. It is asked only for
+            blocks that some fused plan can run.
+        why_not_values: why it does not suit the values of ``(spec, x, weight)``, as a sentence; None if it
+            does. The op looks at the values in each call, and runs ``chunked`` where they do not suit.
+        transforms: it rounds an element as the loudest one nearby
             (:data:`cnnlstm_fast.backends.allow_transforms`).
     """
 
@@ -73,7 +73,7 @@ def _never(*_) -> None:
     return None
 
 
-#: All plans that can be asked for beside ``"auto"``, in the order of tables:
+#: All plans, in the order in which tables list them:
 #:
 #: - ``direct``: our own convolution; the whole block stays in registers and cache.
 #: - ``chunked``: the library's convolution over as many frames as stay in cache, then one pass for
@@ -99,11 +99,11 @@ class Choice(NamedTuple):
     """What runs a call.
 
     Attributes:
-        forward, backward: plans.
+        forward, backward: names of plans.
         reason: in words.
-        us: microseconds that it takes, predicted or timed.
-        saves_us: those that PyTorch's operators would take more.
-        by_sizes: it is PyTorch's operators by a prediction, where one of our plans can run too.
+        us: microseconds that the call takes, predicted or timed.
+        saves_us: microseconds less than PyTorch's operators take.
+        by_sizes: PyTorch's operators were chosen by a prediction, although a fused plan can run the call.
     """
 
     forward: str
@@ -123,9 +123,11 @@ def choose(
     norm=None,
     run: Callable[[str], Any] | None = None,
 ) -> Choice:
-    """The plan for a call: ``plan`` itself, or where that is ``"auto"`` the cheapest, timed or predicted.
+    """The plan for a call: ``plan`` itself, or for ``"auto"`` the fastest one, timed or predicted.
 
-    ``run`` runs such a call by a plan, forward and backward as it will be, and leaves no trace of it.
+    Args:
+        run: runs the call by the plan that it is given, forward and backward, and changes no tensor. None
+            where plans are not to be timed.
 
     Raises:
         ValueError: ``plan`` names a plan that cannot run this call; the message says why. Or the input
@@ -167,10 +169,14 @@ def choose(
 
 
 def _settings(device: str) -> tuple[bool, bool, int]:
-    """What the user may set and a choice depends on: transforms, TF32 and threads."""
+    """Settings of the user that a choice depends on: transforms, TF32 and threads."""
+    return backends.allow_transforms, device == "cuda" and library_uses_tf32(), torch.get_num_threads()
+
+
+def library_uses_tf32() -> bool:
+    """Whether cuDNN's float32 convolutions are TF32."""
     cudnn: Any = torch.backends.cudnn
-    tf32 = device == "cuda" and cudnn.conv.fp32_precision == "tf32"
-    return backends.allow_transforms, tf32, torch.get_num_threads()
+    return cudnn.conv.fp32_precision == "tf32"
 
 
 @lru_cache(maxsize=_MEMORY)
@@ -183,7 +189,7 @@ def cheapest(
     tf32: bool,
     threads: int,
 ) -> Choice:
-    """What ``plan="auto"`` runs: the plan of least predicted cost, which is remembered.
+    """The plan of least predicted cost, which is remembered.
 
     Args:
         sizes, training, needs_x, channels_last, threads: as in :class:`ConvProblem`.
@@ -213,7 +219,7 @@ def _able(sizes: Sizes, transforms: bool = True) -> list[str]:
 
 @lru_cache(maxsize=_MEMORY)
 def _likely(*call) -> list[str]:
-    """The plans that are worth timing, PyTorch's operators first; arguments of :func:`cheapest`."""
+    """The plans that are worth timing, PyTorch's operators first. The arguments are :func:`cheapest`'s."""
     sizes, training, needs_x, channels_last, transforms, _, threads = call
     if why_not_sizes(sizes):
         return ["reference"]
@@ -222,7 +228,7 @@ def _likely(*call) -> list[str]:
 
 
 def _fastest(call: tuple, run: Callable[[str], Any]) -> Choice:
-    """The same by timing those plans that are likely; arguments of :func:`cheapest` in a tuple."""
+    """The likely plan that is timed to be the fastest. ``call`` has the arguments of :func:`cheapest`."""
     plans = _likely(*call)
     if len(plans) == 1:
         return cheapest(*call)
@@ -257,13 +263,13 @@ def gains_enough(ours: float, theirs: float) -> bool:
 
 
 def _describe(nanoseconds: float) -> str:
-    """As ``4.3 ms`` or ``62 us``."""
+    """Nanoseconds in words, as ``4.3 ms`` or ``62 us``."""
     us = nanoseconds / 1e3
     return f"{us / 1e3:.3g} ms" if us >= 1e3 else f"{us:.3g} us"
 
 
 def _on_cuda(problem: ConvProblem, tf32: bool) -> Choice:
-    """The plan on CUDA, by bytes and arithmetic."""
+    """The plan of least predicted cost on CUDA, by bytes and arithmetic."""
     spec, norm = problem.spec, problem.norm
     alone = norm is None and spec.activation is None and not spec.pool
     if alone and spec.layout in ("channels_first", "channels_last"):
@@ -271,9 +277,9 @@ def _on_cuda(problem: ConvProblem, tf32: bool) -> Choice:
             "reference", "reference", "a convolution alone: there is nothing to fuse", by_sizes=True
         )
     found = costs_cuda.costs(problem, tf32)
-    if spec.groups > 1:  # tiles of tensor cores would be mostly empty
+    if spec.groups > 1:  # our tiles for tensor cores would be mostly empty
         return Choice("chunked", "chunked", "a grouped convolution: the library's, then one pass")
-    if norm in ("batch", "given"):  # one plan for both ways, which share what is kept
+    if norm in ("batch", "given"):  # one plan, because the backward reads what the forward keeps
         both = {plan: forward + problem.training * backward for plan, (forward, backward) in found.items()}
         # given statistics without a pool: the map is kept, and the library computes it for both plans
         if both["direct"] <= both["chunked"] and (spec.pool or norm == "batch"):
@@ -290,14 +296,14 @@ def _on_cuda(problem: ConvProblem, tf32: bool) -> Choice:
 
 
 def _while_compiling(sizes: Sizes, *gradients: bool) -> Choice:
-    """The same for a compiler, which shall not see what the choice asks: every question is a guard."""
+    """The plan under a compiler. It is hidden from dynamo, which would guard on every value that is asked."""
     shapes = nominal(sizes.shape, sizes.weight_shape, sizes.spec.groups)
     kinds = sizes.dtype, sizes.device, sizes.norm
     return Choice(*_constant(_described(sizes.spec), *shapes, *kinds, *gradients))
 
 
 def _described(spec: BlockSpec) -> tuple:
-    """A spec's fields by name, of plain values alone."""
+    """A spec's fields by name, as numbers, names and tuples of them."""
     pool = spec.pool
     return (
         ("stride", spec.stride), ("padding", spec.padding), ("dilation", spec.dilation),
@@ -315,5 +321,5 @@ def _constant(described, shape, weight_shape, dtype, device, norm, *gradients) -
     return tuple(cheapest.__wrapped__(sizes, *gradients, *_settings(device)))
 
 
-# As torch.compiler.assume_constant_result marks it, which would import the compiler here.
+# What torch.compiler.assume_constant_result does, without importing the compiler.
 _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,9 +1,8 @@
-"""What each plan would cost on the CPU: counts of what it does, times nanoseconds for one of each.
+"""What each plan costs on the CPU: the sum of its terms' counts times their rates.
 
-The counts follow from sizes alone and stand here; how long one takes stands in ``rates/*.json``, by kind of
-processor (:mod:`cnnlstm_fast.planning.rates`). A cost is the sum of counts times rates, so that who reads
-it sees what it is made of. The terms are those that XNNPACK's tile heuristic has (loads and multiply-adds),
-and passes over memory by what they fit into.
+The counts follow from sizes alone; the functions here give them. A rate is the nanoseconds of one count, as
+measured for a kind of processor (``rates/*.json``, :mod:`cnnlstm_fast.planning.rates`). The terms are loads
+and multiply-adds, as in XNNPACK's tile heuristic, and passes over memory by where their tensors fit.
 
 Terms of a convolution:
 
@@ -24,26 +23,26 @@ from cnnlstm_fast.planning.problem import ConvProblem
 from cnnlstm_fast.planning.rates import Rates
 from cnnlstm_fast.spec import LAYOUTS
 
-#: Output channels of a vector that the kernels and the library block by, and of a register tile.
+#: Output channels of a vector, in our kernels and the library's, and of a register tile.
 _LANES, _TILE_CHANNELS = 16, 64
 #: Output positions of a register tile.
 _TILE_POSITIONS = 6
-#: Bytes beyond which a tensor lies in memory, and beyond which the allocator gives its pages back.
+#: Bytes above which a tensor does not stay in cache, and above which the allocator returns its pages.
 _CACHE_BYTES, _LARGE_BYTES = 1 << 20, 24 << 20
 #: Bytes of maps that ``chunked`` works on at a time, and how many times the weights: as in csrc.
 _CHUNK_BYTES, _CHUNK_WEIGHTS = 2 << 20, 8
-#: Channels up to which the library has a convolution of its own for images, and those of a wide group.
+#: Input channels up to which the library has a special convolution for images; channels of a wide group.
 _IMAGE_CHANNELS, _NARROW_GROUP = 3, 16
-#: Columns of a kernel up to which the library computes signals as it does images.
+#: Kernel columns up to which the library computes signals as it computes images.
 _ROW_KERNEL = 14
 #: Taps up to which batch statistics come from products of patches (:mod:`cnnlstm_fast.ops.conv_norm`).
 MOST_TAPS_BY_PATCHES = 64
 #: Taps above which a pooled block under batch statistics keeps its map instead of computing it again.
 MOST_TAPS_COMPUTED_AGAIN = 384
 
-#: Activations that are more than a comparison: their cost is per element and their own.
+#: Activations that cost more than a comparison for each element.
 _CURVED = ("elu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
-#: Those that do not keep the order of values, so that they come before the pool.
+#: Activations that are not monotone, so that they cannot be computed behind the pool.
 _UNORDERED = ("silu", "gelu", "gelu_tanh")
 
 Counts = dict[str, float]
@@ -63,7 +62,7 @@ def _passes(counts: Counts, name: str, elements: float, size: int) -> None:
 
 
 def _kind(p: ConvProblem) -> str:
-    """Which of the library's convolutions this is; they run at different rates."""
+    """The kind of convolution for the library, whose kinds run at different rates."""
     groups = p.spec.groups
     if p.depthwise:
         return "depthwise" if p.out_channels == p.channels else "multiplied"
@@ -105,13 +104,13 @@ def _library(counts: Counts, p: ConvProblem, calls: float) -> None:
     counts[f"products {kind}"] = products
     counts["broadcasts"] = broadcasts
     counts["tiles"] = tiles
-    lies = " last" if p.channels_last else ""  # where weights as they come do not fit the input's layout
+    lies = " last" if p.channels_last else ""  # contiguous weights are reordered for such inputs
     counts[f"weights{lies}"] = p.out_channels * p.taps * calls
     counts["library calls"] = calls
 
 
 def _library_gradients(counts: Counts, p: ConvProblem, calls: float) -> None:
-    """The library's gradients, in ``calls`` parts, in the place of its convolution."""
+    """Replace the library's convolution in ``counts`` by its gradients, in ``calls`` parts."""
     kind = _kind(p)
     wanted = ("weight", "input") if p.needs_x else ("weight",)
     for name in (f"products {kind}", "broadcasts", "tiles"):
@@ -123,14 +122,14 @@ def _library_gradients(counts: Counts, p: ConvProblem, calls: float) -> None:
 
 
 def _elements(p: ConvProblem) -> tuple[float, float, float]:
-    """Of the input, of the convolution's map and of the result."""
+    """Elements of the input, of the convolution's map and of the result."""
     x = p.batch * p.channels * p.height * p.width
     of_map = p.batch * p.out_channels * p.conv[0] * p.conv[1]
     return x, of_map, p.batch * p.out_channels * p.pooled[0] * p.pooled[1]
 
 
 def _is_copy(p: ConvProblem) -> bool:
-    """Whether PyTorch copies its map into the layout that is asked for."""
+    """Whether PyTorch's operators copy their result into the layout of the block."""
     layout = p.spec.layout
     if layout in ("channels_first", "features"):
         return layout == "features" and p.channels_last
@@ -172,17 +171,17 @@ def reference_backward(p: ConvProblem) -> Counts:
 
 
 def chunks(p: ConvProblem) -> float:
-    """Parts in which the library's convolution is called by ``chunked``."""
+    """How many times ``chunked`` calls the library's convolution."""
     size = p.dtype.itemsize
     of_image = p.out_channels * p.conv[0] * p.conv[1] * size
     together = max(_CHUNK_BYTES, _CHUNK_WEIGHTS * p.out_channels * p.taps * size)
     return -(-p.batch // min(max(together // of_image, 1), p.batch)) if p.batch else 0
 
 
-def _finish(counts: Counts, p: ConvProblem, out: float, of_map: float, size: int) -> None:
-    """What our kernels do behind a convolution while its map is in registers or cache."""
+def _epilogue(counts: Counts, p: ConvProblem, out: float, of_map: float, size: int) -> None:
+    """The epilogue: what our kernels do with a map that is in registers or cache."""
     _passes(counts, "out", out, size)
-    if LAYOUTS[p.spec.layout][0][-1] != "C":  # rows run across channels: vectors of these are taken apart
+    if LAYOUTS[p.spec.layout][0][-1] != "C":  # rows lie across channels, so vectors of channels are split
         counts["out across"] = out
     if p.spec.pool is not None:
         counts["windows"] = out * p.spec.window
@@ -203,7 +202,7 @@ def chunked_forward(p: ConvProblem) -> Counts:
     _library(counts, p, chunks(p))
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
     counts["map"] = of_map
-    _finish(counts, p, out, of_map, size)
+    _epilogue(counts, p, out, of_map, size)
     return counts
 
 
@@ -214,7 +213,7 @@ def chunked_backward(p: ConvProblem) -> Counts:
 
 
 def _joined(p: ConvProblem) -> int:
-    """Groups that ``direct`` joins into one whose output channels fill vectors."""
+    """How many groups ``direct`` joins into one, so that their output channels fill vectors."""
     groups, per_group = p.spec.groups, p.out_channels // p.spec.groups
     for joined in range(1, groups):
         if groups % joined == 0 and per_group * joined % _LANES == 0:
@@ -223,7 +222,7 @@ def _joined(p: ConvProblem) -> int:
 
 
 def _by_planes(p: ConvProblem) -> bool:
-    """Whether ``direct`` reads and writes images plane after plane, as they lie."""
+    """Whether ``direct`` reads and writes channels-first images plane by plane."""
     plain = p.spec.pool is None and p.spec.layout == "channels_first" and not p.channels_last
     return plain and not p.training and p.dtype.itemsize == 4
 
@@ -235,7 +234,7 @@ def _by_patches(p: ConvProblem) -> bool:
 
 
 def _idle(p: ConvProblem, items: float) -> float:
-    """By how much ``items`` of work that no two threads share take longer than if they were shared evenly."""
+    """The time of ``items`` whole pieces of work on the threads, over that of an even division."""
     return p.threads * -(-items // p.threads) / items if items else 1.0
 
 
@@ -270,7 +269,7 @@ def direct_forward(p: ConvProblem) -> Counts:
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
     if p.height > 1 and p.kernel[0] > 1 and not p.depthwise:
         counts["x again"] = x * (p.kernel[0] - 1) / p.spec.stride[0]
-    _finish(counts, p, out, of_map, size)
+    _epilogue(counts, p, out, of_map, size)
     if kind == "depthwise":  # by rows of one channel, each in whole vectors
         counts["plane rows"] = p.batch * p.conv[0] * p.out_channels
         if "curve" in counts:
@@ -296,7 +295,7 @@ def direct_backward(p: ConvProblem) -> Counts:
         "weights": p.out_channels * p.taps * _joined(p),
     }  # fmt: skip
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
-    _finish(counts, p, out, of_map, size)
+    _epilogue(counts, p, out, of_map, size)
     if p.needs_x:
         counts[f"input products {kind}"] = products * share
         counts["input broadcasts"] = broadcasts * share
@@ -330,7 +329,7 @@ def winograd_forward(p: ConvProblem) -> Counts:
         "weights": p.out_channels * p.taps,
     }  # fmt: skip
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
-    _finish(counts, p, out, of_map, size)
+    _epilogue(counts, p, out, of_map, size)
     return counts
 
 
@@ -346,7 +345,7 @@ def winograd_backward(p: ConvProblem) -> Counts:
 
 
 def fft_forward(p: ConvProblem) -> Counts:
-    """By windows of twice the kernel along the axis where it is longer (:mod:`cnnlstm_fast.ops.conv_fft`)."""
+    """Windows are taken as twice the kernel, along its longer axis (:mod:`cnnlstm_fast.ops.conv_fft`)."""
     size = p.dtype.itemsize
     x, of_map, out = _elements(p)
     along = 1 if p.kernel[1] >= p.kernel[0] else 0
@@ -367,7 +366,7 @@ def fft_forward(p: ConvProblem) -> Counts:
     }  # fmt: skip
     _passes(counts, "x", x, size)
     counts["map"] = of_map
-    _finish(counts, p, out, of_map, size)
+    _epilogue(counts, p, out, of_map, size)
     return counts
 
 
@@ -395,7 +394,7 @@ def nanoseconds(counts: Counts, rates: Mapping[str, float]) -> float:
 
 
 def predict(problem: ConvProblem, rates: Rates, plans: Iterable[str]) -> dict[str, float]:
-    """Nanoseconds that each plan takes, backward included where a gradient is wanted."""
+    """Nanoseconds that each plan takes, with the backward where a gradient is needed."""
     share = rates.threads / problem.threads
     found = {}
     for plan in plans:

@@ -1,4 +1,4 @@
-"""What a plan costs on CUDA, in bytes moved or the arithmetic of as many."""
+"""What each plan costs on CUDA, in bytes: those that it moves, or those of equal time for its arithmetic."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import torch
 from cnnlstm_fast.planning.costs import MOST_TAPS_COMPUTED_AGAIN
 from cnnlstm_fast.planning.problem import ConvProblem
 
-#: Multiply-adds, times two, that a data-centre GPU of today does while it moves one byte.
+#: Floating-point operations (two per multiply-add) of a data-centre GPU in the time of moving one byte.
 _BALANCE = {"float32": 14.0, "tf32": 90.0, "half": 180.0}
-#: Shares of that rate which the library's convolution and our own, which gathers its patches, are taken
-#: to reach until devices have filled in their own.
+#: Shares of that rate that the library's convolution and our own are assumed to reach. Ours gathers patches.
 _LIBRARY_SHARE, _OWN_SHARE = 0.6, 0.2
 
 
 def costs(problem: ConvProblem, tf32: bool) -> dict[str, tuple[float, float]]:
-    """What each plan costs on CUDA: {plan: (forward, backward)}, in bytes moved or the arithmetic of as many.
+    """What each plan costs: ``{plan: (forward, backward)}``, in bytes.
 
-    A kernel takes the longer of its two; ``chunked`` runs the convolution's kernels and then the pass that
-    finishes, or the pass that unpools the gradient and then the convolution's. Under a norm by the
-    batch's statistics ``direct`` convolves once for the sums, once for the result and once for
-    the gradient, whose convolution is the library's; ``chunked`` reads its map once more for the sums. A
-    norm by given ones that trains adds a pass over the gradient; one that is folded nothing.
+    A kernel costs the larger of its bytes and its arithmetic.
+
+    - ``chunked`` runs the library's convolution, and then one pass for the epilogue. Its backward runs one
+      pass that unpools the gradient, and then the library's gradients.
+    - With batch statistics, ``direct`` convolves once for the sums, once for the result and once in the
+      backward, which ends with the library's gradients. ``chunked`` reads its map once more for the sums.
+    - A norm with given statistics and a weight that needs a gradient adds a pass over the gradient. A folded
+      norm adds nothing.
     """
     spec, dtype, norm, training = problem.spec, problem.dtype, problem.norm, problem.training
     size = dtype.itemsize
@@ -37,7 +39,7 @@ def costs(problem: ConvProblem, tf32: bool) -> dict[str, tuple[float, float]]:
         return max(moved, 2 * multiplied * taps / (balance * share))
 
     ways = 1 + problem.needs_x
-    read = x_bytes * ways  # by the weight's gradient, written by the input's
+    read = x_bytes * ways  # read for the weight's gradient, written for the input's
     direct = (
         kernel(x_bytes + out_bytes + code_bytes, out_size * spec.window, _OWN_SHARE),
         kernel(read + (out_bytes + code_bytes) * ways, map_size * ways, _OWN_SHARE),
@@ -53,17 +55,20 @@ def costs(problem: ConvProblem, tf32: bool) -> dict[str, tuple[float, float]]:
         chunked = chunked[0] + kept, chunked[1] + passed + out_bytes
     if norm == "batch":
         stored = training and (not spec.pool or taps > MOST_TAPS_COMPUTED_AGAIN)
-        finish = map_bytes + out_bytes + code_bytes + kept
+        epilogue = map_bytes + out_bytes + code_bytes + kept
         unpool = 2 * map_bytes + out_bytes + code_bytes
         gradients = passed + kernel(read + map_bytes * ways, map_size * ways, _LIBRARY_SHARE)
         library = kernel(x_bytes + map_bytes, map_size, _LIBRARY_SHARE)
         if stored:
             sums = kernel(x_bytes + map_bytes, map_size, _OWN_SHARE)
-            direct = sums + finish, unpool + gradients
+            direct = sums + epilogue, unpool + gradients
         else:
             sums = kernel(x_bytes, map_size, _OWN_SHARE)
             pooled_again = kernel(x_bytes + out_bytes + code_bytes + kept, out_size * spec.window, _OWN_SHARE)
             unpooled_again = kernel(x_bytes + out_bytes + code_bytes + map_bytes, map_size, _OWN_SHARE)
             direct = sums + pooled_again, unpooled_again + gradients
-        chunked = library + (1 + stored) * map_bytes + finish, (0 if stored else library) + unpool + gradients
+        chunked = (
+            library + (1 + stored) * map_bytes + epilogue,
+            (0 if stored else library) + unpool + gradients,
+        )
     return {"direct": direct, "chunked": chunked}

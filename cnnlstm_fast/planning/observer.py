@@ -1,4 +1,4 @@
-"""Who is told of every block, recurrent layer and module that is not fused, as it runs."""
+"""The observer: it is told of each block, recurrent layer and unfused module as it runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cnnlstm_fast.spec import BlockSpec
 
 
 class Observer(Protocol):
-    """Who is told of every block, recurrent layer and module that is not fused, as it runs.
+    """Is told of each block, recurrent layer and unfused module as it runs.
 
     Attributes:
-        alone: whether nobody else listens to all modules; only then blocks stay fused.
+        alone: there are no hooks on all modules but the observer's own; only then blocks stay fused.
     """
 
     alone: bool

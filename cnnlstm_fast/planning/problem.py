@@ -1,4 +1,4 @@
-"""What is asked of the planner: one convolution block, its sizes, and which gradients are wanted."""
+"""The question to the planner: one convolution block, its sizes, and which gradients are needed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cnnlstm_fast.spec import BlockSpec
 
-#: What a size that varies is taken for under the compiler, where to ask for it would fix it: images of a
-#: batch, and rows or columns.
+#: Sizes that are assumed under a compiler where the true ones vary: images of a batch, and rows or columns.
+#: Asking for the true ones would compile for just those.
 NOMINAL_BATCH, NOMINAL_EXTENT = 16, 64
 
 
@@ -24,8 +24,8 @@ class Sizes(NamedTuple):
         weight_shape: (Cout, C / groups, KH, KW).
         dtype: of input, parameters and result.
         device: the type of their device.
-        norm: None; ``"folded"`` (given statistics, into the weights), ``"given"`` (given ones, where the
-            norm's weight trains) or ``"batch"`` (statistics of the batch).
+        norm: None; ``"folded"`` (running statistics, folded into the weights), ``"given"`` (running
+            statistics, where the norm's weight needs a gradient) or ``"batch"`` (statistics of the batch).
     """
 
     spec: BlockSpec
@@ -45,10 +45,10 @@ class ConvProblem(NamedTuple):
         out_channels, kernel: of the weight (Cout, C / groups, *kernel).
         conv, pooled: (H, W) of the convolution's map and after the pool.
         dtype, norm: as in :class:`Sizes`.
-        training: whether any gradient is wanted.
-        needs_x: whether the input's is.
+        training: some tensor needs a gradient.
+        needs_x: the input does.
         channels_last: the input's channels are contiguous.
-        threads: that the kernels may use.
+        threads: how many the kernels may use.
     """
 
     spec: BlockSpec
@@ -91,16 +91,16 @@ def conv_problem(
 
 
 def lies_channels_last(x: Tensor) -> bool:
-    """Whether an image's channels are contiguous, and that is not so of contiguous ones."""
-    # Not one expression: its value would be a symbol to compilers, where a branch is a guard.
+    """Whether an image's channels are contiguous, and the image itself is not."""
+    # A conditional expression, because a compiler guards on a branch but makes a symbol of a value.
     return True if x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1 else False
 
 
 def nominal(
     shape: Sequence[int], weight_shape: Sequence[int], groups: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of input and weight, with likely sizes where the compiler lets them vary."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # loads what only compilers need
+    """Shapes of input and weight, with assumed sizes where the compiler lets them vary."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # an expensive import
 
     def known(size: int, otherwise: int) -> int:
         return size if has_static_value(size) else otherwise

@@ -17,8 +17,9 @@ def choose_recurrent(
 ) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 
-    ``plain`` says that neither resets nor lengths are given, which PyTorch's own layers take;
-    ``gru_step`` that this is a GRU and but one step.
+    Args:
+        plain: neither resets nor lengths are given; PyTorch's own layers take neither.
+        gru_step: this is a GRU and a sequence of one step.
 
     Raises:
         ValueError: ``plan`` names a plan that cannot run this call; the message says why.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from cnnlstm_fast import _ext
@@ -40,7 +41,10 @@ def of_batch(norm) -> bool:
 
 
 def folds(norm) -> bool:
-    """Whether a norm is folded into the convolution; its weight's gradient would be a difference of sums."""
+    """Whether a norm is folded into the convolution.
+
+    It is not where its weight needs a gradient, which would be a difference of two large sums.
+    """
     return not of_batch(norm) and not (torch.is_grad_enabled() and needs_gradient(norm.weight))
 
 
@@ -66,7 +70,7 @@ def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | No
 
 
 def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why neither ``direct`` nor ``chunked`` takes these tensors, as a sentence; None if they do.
+    """Why no fused plan takes these tensors, as a sentence; None if one does.
 
     Of a block ``x`` is (N, C, H, W) and ``weight`` (Cout, C / groups, KH, KW).
     """
@@ -87,7 +91,7 @@ def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         return f"the input is on {x.device} and the weight on {weight.device}"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode derivatives are being computed"
     if not _is_plain(x) or not _is_plain(weight):
         return "the input or a parameter is a Tensor subclass"
@@ -125,13 +129,25 @@ def _is_plain(t: Tensor) -> bool:
     return isinstance(t, (FakeTensor, FunctionalTensor))
 
 
+def is_plain_call(x: Tensor, weight: Tensor) -> bool:
+    """Whether a known plan can run these tensors: no transform, tracer, subclass or lazy negation."""
+    return (
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and not x.is_neg()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+    )
+
+
 def why_not_call(spec: BlockSpec, x: Tensor, weight: Tensor, bias: Tensor | None, norm) -> str | None:
-    """Why neither plan takes this call whatever its sizes, as a sentence; None if one does."""
+    """Why no fused plan takes this call, whatever its sizes, as a sentence; None if one does."""
     return why_not_fused(x, weight, bias) or (None if norm is None else why_not_normed(spec, x, weight, norm))
 
 
 def keeps_map(weight_shape: Sequence[int]) -> bool:
-    """Whether a pooled block under batch statistics keeps the map, because it costs much to compute again."""
+    """Whether a pooled block under batch statistics keeps the map, since computing it again costs more."""
     return weight_shape[1] * weight_shape[2] * weight_shape[3] > MOST_TAPS_COMPUTED_AGAIN
 
 
@@ -167,7 +183,7 @@ def check_sizes(spec: BlockSpec, size: Sequence[int], kernel: Sequence[int]) -> 
 
 
 def why_not_sizes(sizes: Sizes) -> str | None:
-    """Why none of our plans takes a block of these sizes, as a sentence; None if one does.
+    """Why no fused plan takes a block of these sizes, as a sentence; None if one does.
 
     Raises:
         ValueError: the input is too small for the kernel or the pool.
@@ -222,8 +238,8 @@ def why_not_fft(sizes: Sizes) -> str | None:
     return None
 
 
-#: Hidden units up to which a program that reads all recurrent weights each step, 8 MB in bfloat16 at some
-#: 100 GB/s, keeps up with the ten launches of a step in a loop.
+#: Hidden units up to which our CUDA kernel is faster than a loop of ten launches per step. The kernel reads
+#: all recurrent weights in each step: at this size 8 MB in bfloat16, at about 100 GB/s.
 _CUDA_UNITS = 1024
 
 
@@ -249,30 +265,34 @@ def why_not_fused_recurrent(x: Tensor, params: Sequence[Tensor]) -> str | None:
 
 
 def library_differentiates() -> bool:
-    """Whether PyTorch's own recurrent functions take part in what is going on.
+    """Whether PyTorch's own recurrent functions support the modes that are active.
 
-    Their oneDNN layers know no batching rule, no forward derivatives and, in what inductor makes of
-    them, no backward.
+    Their oneDNN layers have no batching rule and no forward derivatives. Compiled by inductor, they have no
+    backward either.
     """
     return torch.onnx.is_in_onnx_export() or not (
         torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
     )
 
 
 def global_hooks() -> bool:
-    """Whether hooks on all modules are set, by anyone but an observer that knows of fused ones."""
+    """Whether hooks on all modules are set, other than those of the observer, which is told of fused ones."""
     return _has_any_global_hook() and (observer.current is None or not observer.current.alone)
 
 
-def unhooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's forward and nothing else."""
-    return not (
+def own_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` itself has hooks, or a forward that is not its class's."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or global_hooks()
     )
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs its class's forward and nothing else."""
+    return not (own_hooks(module) or global_hooks())

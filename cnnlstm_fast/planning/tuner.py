@@ -1,9 +1,9 @@
-"""Which of a few ways is the fastest: timed at the first call of its kind, kept in memory and on disk.
+"""Timing of a few choices at the first call of its kind, with the results kept in memory and on disk.
 
-Plans of blocks on the CPU where that was asked for (:class:`tune`), and tiles of Triton kernels always. A
-file holds one call, the ways that were timed and their seconds, as JSON; what does not validate is timed
-again and replaced. Files are replaced whole, so that processes may share the folder: ``cnnlstm_fast`` in the
-user's cache folder, or CNNLSTM_FAST_CACHE.
+Timed are plans of blocks on the CPU, where :class:`tune` asks for it, and tiles of Triton kernels always. A
+JSON file holds one call, its choices and their seconds. A file that does not validate is timed again and
+replaced. Files are replaced atomically, so processes may share their folder: CNNLSTM_FAST_CACHE, or
+``cnnlstm_fast`` in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def timed(
     described: Callable[[T], Any],
     seconds: Callable[[Sequence[T]], list[float]],
 ) -> list[float]:
-    """How long each of ``choices`` takes, as it is kept for ``key``; else by ``seconds``, which is then kept.
+    """Seconds of each of ``choices``: those kept for ``key``, or else new ones, which are kept.
 
     Args:
         key: what the call is, for JSON.
@@ -113,7 +113,7 @@ def _read(path: Path, entry: dict) -> list[float] | None:
 
 
 def _write(path: Path, entry: dict) -> None:
-    """Replace a file at once; where nothing can be written, the choice lives as long as this process."""
+    """Replace a file atomically. Where nothing can be written, only this process remembers the seconds."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -123,20 +123,20 @@ def _write(path: Path, entry: dict) -> None:
 
 # ---- Plans of blocks on the CPU
 
-#: A plan is timed if it promises to take at most so many times the best one's time; and how many of them.
+#: A plan is timed if it is predicted to take at most this many times the best one's time; and how many are.
 _LIKELY, _MOST_TIMED = 1.8, 3
-#: Rounds in which those are timed in turn, after one call each.
+#: Rounds in which they are timed in turn, after one warm-up call each.
 _ROUNDS = 5
-#: A plan of ours must take less than this share of PyTorch's time: what is nearer is a tie.
+#: A fused plan must take less than this share of PyTorch's time; the noise of the timing is about as large.
 TIE = 0.97
 
-#: Seconds by plan and call, as they were found in this process.
+#: Seconds by call and plan that this process has found.
 _known: dict[tuple, dict[str, float]] = {}
 _MOST_KNOWN = 4096
 
 
 def may_time() -> bool:
-    """Whether anything can be timed now: nobody compiles, exports, traces or transforms."""
+    """Whether anything can be timed now: not while compiling, exporting, tracing or transforming."""
     return enabled and not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -158,13 +158,13 @@ def shortlist(predicted: dict[str, float]) -> list[str]:
 def seconds_of(
     call: tuple, key: Callable[[], dict], plans: list[str], run: Callable[[str], Any]
 ) -> dict[str, float]:
-    """How long a call takes by each of some plans.
+    """Seconds of a call by each of some plans.
 
     Args:
-        call: what that depends on, hashable.
-        key: the same for JSON.
-        plans: those to be timed.
-        run: runs the call by a plan, forward and backward as it will be.
+        call: all that the seconds depend on, hashable.
+        key: gives the same for JSON.
+        plans: names of those to be timed.
+        run: runs the call by the plan of a name, forward and backward.
     """
     known = _known.get(call)
     if known is None:

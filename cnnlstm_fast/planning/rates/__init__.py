@@ -1,4 +1,4 @@
-"""How long one of each thing takes, by kind of processor, as ``python -m benchmarks calibrate`` writes it."""
+"""Rates by kind of processor: nanoseconds of one count, as ``python -m benchmarks calibrate`` writes them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from cnnlstm_fast import _ext
 
 SCHEMA = 1
-#: Files that stand in for others, by instruction set: where a make of processor has none of its own.
+#: By instruction set, the file for processors of a make that has no file of its own.
 _NEAREST = {"avx512": "avx512-amd", "avx2": "avx2-amd", "baseline": "baseline"}
 _MAKES = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 
 
 class Rates(NamedTuple):
-    """Nanoseconds by term of :mod:`cnnlstm_fast.planning.costs`, as a processor of this kind takes them.
+    """Nanoseconds of one count of each term of :mod:`cnnlstm_fast.planning.costs`, for a kind of processor.
 
     Attributes:
         name: of the file.
         device: the processor that was measured.
-        threads: with which it was.
+        threads: how many it ran with.
         plans: by dtype, plan and way (``"forward"`` or ``"backward"``).
     """
 
@@ -34,13 +34,13 @@ class Rates(NamedTuple):
     plans: dict[str, dict[str, dict[str, dict[str, float]]]]
 
     def of(self, dtype: torch.dtype, plan: str) -> tuple[dict[str, float], dict[str, float]]:
-        """Those of a plan, forward and backward."""
+        """The rates of a plan's forward and backward."""
         ways = self.plans[str(dtype)[6:]][plan]
         return ways["forward"], ways["backward"]
 
 
 def read(name: str) -> Rates:
-    """The rates of a file of this folder, without its suffix.
+    """The rates of a file in this folder; ``name`` has no suffix.
 
     Raises:
         ValueError: the file is of another schema.
@@ -52,14 +52,14 @@ def read(name: str) -> Rates:
 
 
 def name_here() -> str:
-    """The file that is this processor's own, whether or not there is one."""
+    """The name of this processor's own file, which need not exist."""
     isa = torch.ops.cnnlstm_fast.isa() if _ext.loaded else "baseline"
     return isa if isa == "baseline" else f"{isa}-{make()}"
 
 
 @lru_cache(maxsize=1)
 def here() -> Rates:
-    """Those of this machine: of its instruction set, and of its make where there are any."""
+    """The rates of this machine's instruction set, and of its make if there is a file for that."""
     name = name_here()
     return read(name if (files(__name__) / f"{name}.json").is_file() else _NEAREST[name.partition("-")[0]])
 
