@@ -168,8 +168,4 @@ struct KernelTable {
   double (*fma_burst)(int64_t rounds);
 };
 
-const KernelTable* baseline_kernels();
-const KernelTable* avx2_kernels();  // null where the compiler has no such target
-const KernelTable* avx512_kernels();
-
 }  // namespace cnnlstm_fast

@@ -19,8 +19,4 @@ struct TransformTable {
   void (*run)(const Transform&, const float* x, float* out);
 };
 
-const TransformTable* baseline_transform();
-const TransformTable* avx2_transform();  // null where the compiler has no such target
-const TransformTable* avx512_transform();
-
 }  // namespace cnnlstm_fast

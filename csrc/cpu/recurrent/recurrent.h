@@ -131,8 +131,4 @@ struct RecurrentTable {
                         int64_t end, const float* columns, int64_t n, bool add, float* const* to);
 };
 
-const RecurrentTable* baseline_recurrent();
-const RecurrentTable* avx2_recurrent();  // null where the compiler has no such target
-const RecurrentTable* avx512_recurrent();
-
 }  // namespace cnnlstm_fast

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "block.h"
+#include "../conv_block/block.h"
 
 namespace cnnlstm_fast {
 
@@ -60,9 +60,5 @@ struct WinogradTable {
   // From the sums the gradient (co, c, 3, 3) of 16 channels co. Returns whether it is finite.
   bool (*weight_grad)(const Winograd&, const float* sums, int64_t co_group, float* to);
 };
-
-const WinogradTable* baseline_winograd();
-const WinogradTable* avx2_winograd();  // null where the compiler has no such target
-const WinogradTable* avx512_winograd();
 
 }  // namespace cnnlstm_fast
