@@ -1,10 +1,10 @@
-// Between the host code of transforms of windows and their kernel, compiled once per instruction set.
+// What the host code of transforms of windows hands to their kernel, compiled once per instruction set.
 #pragma once
 #include <cstdint>
 
 namespace cnnlstm_fast {
 
-// The matrices of one place, strides in floats: `count` matrices x (K, columns), columns contiguous, each times
+// Products at one position, strides in floats: `count` matrices x (K, columns), columns contiguous, each times
 // the same matrix (K, M), M contiguous, gives or is added to as many (M, columns).
 struct Transform {
   const float* matrix;

@@ -1,5 +1,5 @@
-// Plain structs and function pointers between the host code of recurrent layers and its kernels, compiled
-// once per instruction set. As in block.h, no library code may be inlined into the kernels.
+// What the host code of recurrent layers hands to their kernels. As in conv_block/block.h, no library code may be
+// inlined into these.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ enum RecurrentMode : int32_t { kLSTM = 0, kGRU = 1 };
 
 constexpr int64_t kUnitGroup = 16;  // hidden units are padded to a multiple of this
 constexpr int64_t kMaxRows = 64;    // most sequences that one call of a step works on
-constexpr int64_t kPacked = -1;     // in place of a step's stride: what `starts` says
+constexpr int64_t kPacked = -1;     // as a step's stride: steps begin where `starts` says
 
 // One direction of one layer, everything float32. Strides in elements; T steps, B sequences, I inputs, H
 // hidden units, P outputs per step (H, or fewer when projected). "Padded" is rounded up to kUnitGroup.
@@ -88,7 +88,8 @@ struct RecurrentTable {
   int64_t outer_rows;  // most rows of a product that add_outer works on
 
   // to[c][r] = from[r][c]
-  void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                    int64_t to_stride);
   // Packs units [begin, end) / lanes of a weight (gates * H, K), rows `stride` apart, into
   // [unit / lanes][K][gates][lanes]; gate g comes from the weight's block order[g].
   void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates,
