@@ -143,7 +143,7 @@ def including(instruction_set: Path, kernels: list[Path], to: Path) -> Path:
 
 @needs_checkout
 def test_every_kernel_file_includes_what_it_needs(tmp_path):
-    """Each compiles alone. Intrinsics take long to parse: so only the baseline without them; others in any order."""
+    """Alone for the baseline without x86; in random order for all sets, whose intrinsics parse slowly."""
     kernels = sorted(k for k in KERNELS.glob("*/*.inc") if not k.name.startswith("target_"))
     assert len(kernels) > 30
     compiler, *pretend = without_x86(tmp_path)

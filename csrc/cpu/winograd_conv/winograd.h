@@ -26,7 +26,7 @@ struct WinogradItem {
 };
 
 struct WinogradTable {
-  int64_t width;  // channels of a panel of weights, the last one may be narrower
+  int64_t width;  // channels of a panel of weights; the last panel may be narrower
 
   // Whether no tap is nearly zero for all outputs of an input, or for all inputs of an output, of `co` outputs over `c`
   // inputs. Otherwise a loud input that no tap multiplies would still round the rest of its tile. Looks at most at
