@@ -576,7 +576,7 @@ struct Products {
     for (int64_t u = 0; u < units;) {
       const int64_t inside = (column + u) % panel, some = std::min(units - u, panel - inside);
       recurrent_kernels().transpose(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some,
-                               to + u * count, count);
+                                    to + u * count, count);
       u += some;
     }
   }

@@ -65,7 +65,7 @@ int64_t length(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   return (size + 2 * padding - kernel) / stride + 1;
 }
 
-// A block with a pool of `window` x `window` by the forward kernel; its codes by the spread kernel.
+// A block with a pool of `window` x `window` by the forward kernel; its codes by max_unpool.
 double block_error(int activation, int64_t c, int64_t co, int64_t kernel, int64_t window) {
   Block b{};
   b.n = 2, b.c = c, b.h = 9, b.w = 11, b.co = co, b.kh = b.kw = kernel;
