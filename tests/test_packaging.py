@@ -183,11 +183,26 @@ def test_kernels_of_aarch64_under_emulation(tmp_path):
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
-    sources = [ROOT / "tests" / "native" / "emulated.cpp", *KERNELS.glob("*.cpp")]
-    program = tmp_path / "emulated"
-    run(compiler, "-O2", "-static", "-std=c++17", "-ffp-contract=fast", "-Wno-psabi", *map(str, sources),
-        "-o", str(program))  # fmt: skip
-    said = run(emulator, str(program)).splitlines()
+    build = [compiler, "-O2", "-static"]
+    assert_as_plain_loops(build, [*KERNELS.glob("*.cpp")], [emulator], tmp_path)
+
+
+@needs_checkout
+def test_baseline_kernels_without_pytorch(tmp_path):
+    """What the emulator runs, on this machine."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    kernels = [KERNELS / "dispatch.cpp", KERNELS / "kernels_baseline.cpp"]
+    kernels.append(ROOT / "tests" / "native" / "baseline_only.cpp")
+    assert_as_plain_loops([compiler, "-O1"], kernels, [], tmp_path)
+
+
+def assert_as_plain_loops(build: list[str], kernels: list[Path], emulator: list[str], folder: Path) -> None:
+    sources = [ROOT / "tests" / "native" / "emulated.cpp", *kernels]
+    program = str(folder / "emulated")
+    run(*build, "-std=c++17", "-ffp-contract=fast", "-Wno-psabi", *map(str, sources), "-o", program)
+    said = run(*emulator, program).splitlines()
     assert said[0] == "baseline" and len(said) == 27
 
 

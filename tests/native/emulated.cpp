@@ -141,11 +141,12 @@ double layer_error(RecurrentMode mode, int64_t inputs, int64_t hidden, int64_t b
         to[0] = x, to[3 * k.lanes] = y;
     }
   }
+  const int64_t starts[3] = {0, batch, 2 * batch};
   RecurrentLayer l{};
   l.mode = mode, l.steps = 2, l.batch = batch, l.inputs = inputs, l.hidden = l.width = hidden;
   l.padded_hidden = l.padded_width = padded, l.x_sequence = inputs, l.out_sequence = hidden;
   l.packed_x = packed_x.data, l.packed_h = packed_h.data, l.bias = bias.data, l.zeros = zeros.data;
-  l.h = h.data, l.c = c.data;
+  l.h = h.data, l.c = c.data, l.starts = starts;
   std::vector<float> out(batch * hidden);
   l.out = out.data();
   Floats scratch(k.forward_scratch(l));

@@ -129,8 +129,9 @@ struct KernelTable {
   void (*norm_sums)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride, const void* kept,
                     const int64_t* kept_stride, int64_t image, int64_t row0, int64_t row1, double* sums,
                     float* scratch);
-  // From z the gradient of z, both (oh, ow, co) contiguous of one image, for pooled rows [row0, row1); z is null where
-  // statistics don't depend on it. Less than all rows only where windows of two rows never meet: `to` is theirs.
+  // The gradient `to` of the convolution z = `map`, both [oh, ow, co] of one image, for pooled rows [row0, row1). `map`
+  // is null where the statistics don't depend on it. Less than all rows only where windows of two pooled rows never
+  // meet.
   void (*norm_unpool)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride,
                       const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image, int64_t row0,
                       int64_t row1, const void* map, void* to, float* scratch);
@@ -149,9 +150,9 @@ struct KernelTable {
   void (*max_unpool)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes, int64_t image,
                      int64_t row0, int64_t row1, void* map, float* scratch);
 
-  // Add one image to the gradients of weight [co][patch.vectors * vector] and bias [co] (either may
-  // be null). Returns whether the image is finite: otherwise the gradient of the weight is not what
-  // sums over all positions give, where 0 * inf is NaN.
+  // Adds one image to the gradients of the weight [co][patch.vectors * vector] and the bias [co]; either may be null.
+  // Returns whether the input is finite. If not, the weight's gradient lacks the NaN that 0 * inf gives where no
+  // gradient passes the pool.
   int64_t (*backward_weight_scratch)(const Block&, const Patch&);
   bool (*backward_weight)(const Block&, const Patch&, const void* x, const void* grad, const int64_t* grad_stride,
                           const uint8_t* codes, int64_t image, float* grad_weight, double* grad_bias, float* scratch);
@@ -166,7 +167,7 @@ struct KernelTable {
   int64_t (*input_tile)(const Block&);
   bool (*all_finite)(const float* values, int64_t count);
 
-  // A stretch of fused multiply-adds at full rate; returns the floating point operations done.
+  // Runs fused multiply-adds at full rate; returns the number of floating point operations.
   double (*fma_burst)(int64_t rounds);
 };
 

@@ -29,8 +29,8 @@ struct RecurrentLayer {
   int64_t x_step, x_sequence;
   const bool* reset;  // null: none
   int64_t reset_step, reset_sequence;
-  const int64_t* starts;   // T + 1: how many sequences all steps before have together
-  const int64_t* order;    // the caller's numbers of sequences; null: as the kernels number them
+  const int64_t* starts;   // T + 1: rows of all steps before, one per sequence and step
+  const int64_t* order;    // the caller's number of each sequence; null: the same as the kernels'
   const int64_t* lengths;  // null: all T
   float* out;              // outputs contiguous
   int64_t out_step, out_sequence;
@@ -56,7 +56,7 @@ struct RecurrentLayer {
   const float* zeros;  // as many as the widest of all rows
 };
 
-// Where something of step t of sequence q begins. Internal to each file: see above.
+// Where something of step t of sequence q begins. Static, so that the linker cannot share it between instruction sets.
 static inline int64_t position(const RecurrentLayer& l, int64_t t, int64_t q, int64_t step, int64_t sequence) {
   if (step == kPacked) return (l.starts[t] + q) * sequence;
   return t * step + (l.order ? l.order[q] : q) * sequence;
