@@ -158,10 +158,9 @@ class Survey:
     scale: float  # of the gradient
 
     @classmethod
-    def draw(cls, rng: random.Random) -> Survey:
-        kind, hidden = rng.choice(("LSTM", "GRU")), rng.choice((5, 16, 17, 32, 64))
-        inputs, time = rng.choice((3, 16, 40, 176, 600)), rng.choice((2, 5, 10, 20, 40, 80))
-        batch = rng.choice((2, 3, 8, 17))
+    def draw(cls, rng: random.Random, kind: str) -> Survey:
+        inputs, hidden = rng.choice((3, 16, 40, 176, 600)), rng.choice((5, 16, 17, 32, 64))
+        time, batch = rng.choice((2, 5, 10, 20, 40, 80)), rng.choice((2, 3, 8, 17))
         return cls(
             kind, inputs, hidden, min(time, 80000 // (batch * (inputs + hidden)) + 2), batch,
             rng.random() < 0.4, rng.random() < 0.4,
@@ -198,10 +197,9 @@ class Survey:
 
 @modes
 def test_gradients_have_pytorchs_own_errors(kind):
-    """Of 300 layers: no larger in the median, and not more often twice as large as half as large."""
+    """Of 150 layers: no larger in the median, and not more often twice as large as half as large."""
     rng = random.Random(f"{SEED} {kind}")
-    cases = [c for c in (Survey.draw(rng) for _ in range(300)) if c.kind == kind]
-    found = [r for case in cases for r in case.ratios().values()]
+    found = [r for _ in range(150) for r in Survey.draw(rng, kind).ratios().values()]
     worse, better = (sum(map(test, found)) / len(found) for test in (lambda r: r > 2, lambda r: r < 0.5))
     assert statistics.median(found) <= 1.08, statistics.median(found)
     assert worse <= better + 0.03, (worse, better)
