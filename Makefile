@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu lint sanitize sanitize-subset fuzz package properties programs soak versions clean
 .DELETE_ON_ERROR:
@@ -97,7 +97,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cpu/*.inc tests/native/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.inc") tests/native/*.cpp
 
 $(VENV)/installed: requirements-dev.txt requirements-data.txt
 	$(PYTHON) -m venv $(VENV)

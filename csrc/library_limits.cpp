@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "cpu/block.h"
+#include "cpu/conv_block/block.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

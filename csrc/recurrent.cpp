@@ -575,8 +575,8 @@ struct Products {
   void put(int64_t column, int64_t units, float* to) const {
     for (int64_t u = 0; u < units;) {
       const int64_t inside = (column + u) % panel, some = std::min(units - u, panel - inside);
-      recurrent_kernels().turn(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some,
-                               to + u * count, count);
+      recurrent_kernels().transpose(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some,
+                                    to + u * count, count);
       u += some;
     }
   }

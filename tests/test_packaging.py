@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
+import random
 import re
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from helpers import needs_extension, run_python
 import cnnlstm_fast
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc" / "cpu"
 LIBRARY = next(iter(Path(cnnlstm_fast.__file__).parent.glob("_C*.so")), None)
 needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs a checkout")
 
@@ -77,7 +81,7 @@ def test_kernels_of_instruction_sets_share_no_function(tmp_path):
     compiler, nm = shutil.which(os.environ.get("CXX", "g++")), shutil.which("nm")
     if compiler is None or nm is None or not (ROOT / "csrc").is_dir():
         pytest.skip("needs a checkout, a C++ compiler and nm")
-    source = ROOT / "csrc" / "cpu" / "kernels_avx512.cpp"
+    source = KERNELS / "kernels_avx512.cpp"
     compiled = tmp_path / "kernels.o"
     run(
         compiler,
@@ -100,20 +104,76 @@ def test_kernels_compile_without_any_x86(tmp_path):
 
     The cross compiler for aarch64 where there is one, else this machine's with __x86_64__ undefined.
     """
-    cross = shutil.which("aarch64-linux-gnu-g++")
-    compiler = cross or shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    (tmp_path / "gnu").mkdir()
-    (tmp_path / "gnu" / "stubs-32.h").touch()  # the C library's headers take this for a 32-bit machine
-    pretend = [] if cross else ["-U__x86_64__", "-U__x86_64", "-D__aarch64__", "-isystem", str(tmp_path)]
-    sources = [*(ROOT / "csrc" / "cpu").glob("kernels_*.cpp")]
+    compiler, *pretend = without_x86(tmp_path)
+    sources = [*KERNELS.glob("kernels_*.cpp")]
     for source in sources:
         run(compiler, "-fsyntax-only", "-std=c++17", "-Wno-psabi", *pretend, str(source))
     for source in sources:  # and none got in by another way
-        if not cross:
+        if pretend:
             seen = run(compiler, "-E", "-std=c++17", *pretend, str(source))
             assert "_mm256_" not in seen and "_mm512_" not in seen, source
+
+
+def without_x86(folder: Path) -> list[str]:
+    """A compiler for aarch64, or this machine's and flags with which it takes the machine for one."""
+    cross = shutil.which("aarch64-linux-gnu-g++")
+    if cross:
+        return [cross]
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    (folder / "gnu").mkdir()
+    (folder / "gnu" / "stubs-32.h").touch()  # the C library's headers take this for a 32-bit machine
+    return [compiler, "-U__x86_64__", "-U__x86_64", "-D__aarch64__", "-isystem", str(folder)]
+
+
+def including(instruction_set: Path, kernels: list[Path], to: Path) -> Path:
+    """As the file of an instruction set, with only these kernels in place of the list of all."""
+    named = [
+        "common/target_begin.inc",
+        *(str(k.relative_to(KERNELS)) for k in kernels),
+        "common/target_end.inc",
+    ]
+    lines = "\n".join(f'#include "{name}"' for name in named)
+    text = instruction_set.read_text()
+    assert text.count('#include "kernels.inc"') == 1
+    to.write_text(text.replace('#include "kernels.inc"', lines))
+    return to
+
+
+@needs_checkout
+def test_every_kernel_file_includes_what_it_needs(tmp_path):
+    """Alone for the baseline without x86; in random order for all sets, whose intrinsics parse slowly."""
+    kernels = sorted(k for k in KERNELS.glob("*/*.inc") if not k.name.startswith("target_"))
+    assert len(kernels) > 30
+    compiler, *pretend = without_x86(tmp_path)
+    check = ["-fsyntax-only", "-std=c++17", "-Wno-psabi", f"-I{KERNELS}"]
+    baseline = KERNELS / "kernels_baseline.cpp"
+    calls = [
+        [compiler, *check, *pretend, str(including(baseline, [kernel], tmp_path / f"alone{i}.cpp"))]
+        for i, kernel in enumerate(kernels)
+    ]
+    native = shutil.which(os.environ.get("CXX", "g++"))
+    if native and platform.machine() in ("x86_64", "AMD64"):
+        for source in KERNELS.glob("kernels_*.cpp"):
+            shuffled = random.sample(kernels, len(kernels))
+            calls.append([native, *check, str(including(source, shuffled, tmp_path / source.name))])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda call: run(*call), calls))
+
+
+@needs_checkout
+def test_list_of_kernels_names_every_file():
+    """What kernels.inc includes, by way of others too, is all there is."""
+    found, todo = set(), [KERNELS / "kernels.inc"]
+    while todo:
+        file = todo.pop()
+        for name in re.findall(r'#include "(.*\.inc)"', file.read_text()):
+            included = (file.parent / name).resolve()
+            if included not in found:
+                found.add(included)
+                todo.append(included)
+    assert found == {f.resolve() for f in KERNELS.glob("*/*.inc")}
 
 
 @needs_checkout
@@ -123,11 +183,26 @@ def test_kernels_of_aarch64_under_emulation(tmp_path):
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
-    sources = [ROOT / "tests" / "native" / "emulated.cpp", *(ROOT / "csrc" / "cpu").glob("*.cpp")]
-    program = tmp_path / "emulated"
-    run(compiler, "-O2", "-static", "-std=c++17", "-ffp-contract=fast", "-Wno-psabi", *map(str, sources),
-        "-o", str(program))  # fmt: skip
-    said = run(emulator, str(program)).splitlines()
+    build = [compiler, "-O2", "-static"]
+    assert_as_plain_loops(build, [*KERNELS.glob("*.cpp")], [emulator], tmp_path)
+
+
+@needs_checkout
+def test_baseline_kernels_without_pytorch(tmp_path):
+    """What the emulator runs, on this machine."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    kernels = [KERNELS / "dispatch.cpp", KERNELS / "kernels_baseline.cpp"]
+    kernels.append(ROOT / "tests" / "native" / "baseline_only.cpp")
+    assert_as_plain_loops([compiler, "-O1"], kernels, [], tmp_path)
+
+
+def assert_as_plain_loops(build: list[str], kernels: list[Path], emulator: list[str], folder: Path) -> None:
+    sources = [ROOT / "tests" / "native" / "emulated.cpp", *kernels]
+    program = str(folder / "emulated")
+    run(*build, "-std=c++17", "-ffp-contract=fast", "-Wno-psabi", *map(str, sources), "-o", program)
+    said = run(*emulator, program).splitlines()
     assert said[0] == "baseline" and len(said) == 27
 
 

@@ -25,34 +25,18 @@ bool cpu_has_avx512() {
 }
 
 // CNNLSTM_FAST_ISA=baseline|avx2|avx512 forces a lower set than the processor has.
-template <class Table>
-const Table* choose(const Table* baseline, const Table* avx2, const Table* avx512) {
-  const char* wish = std::getenv("CNNLSTM_FAST_ISA");
-  const bool any = !wish || !*wish;
-  if (cpu_has_avx512() && avx512 && (any || !std::strcmp(wish, "avx512"))) return avx512;
-  if (cpu_has_avx2() && avx2 && (any || std::strcmp(wish, "baseline"))) return avx2;
-  return baseline;
+const Kernels* choose() {
+  const char* asked = std::getenv("CNNLSTM_FAST_ISA");
+  const bool any = !asked || !*asked;
+  if (cpu_has_avx512() && avx512_kernels() && (any || !std::strcmp(asked, "avx512"))) return avx512_kernels();
+  if (cpu_has_avx2() && avx2_kernels() && (any || std::strcmp(asked, "baseline"))) return avx2_kernels();
+  return baseline_kernels();
 }
 
 }  // namespace
 
-const KernelTable& kernels() {
-  static const KernelTable* chosen = choose(baseline_kernels(), avx2_kernels(), avx512_kernels());
-  return *chosen;
-}
-
-const RecurrentTable& recurrent_kernels() {
-  static const RecurrentTable* chosen = choose(baseline_recurrent(), avx2_recurrent(), avx512_recurrent());
-  return *chosen;
-}
-
-const WinogradTable& winograd_kernels() {
-  static const WinogradTable* chosen = choose(baseline_winograd(), avx2_winograd(), avx512_winograd());
-  return *chosen;
-}
-
-const TransformTable& transform_kernels() {
-  static const TransformTable* chosen = choose(baseline_transform(), avx2_transform(), avx512_transform());
+const Kernels& chosen_kernels() {
+  static const Kernels* const chosen = choose();
   return *chosen;
 }
 

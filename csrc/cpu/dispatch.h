@@ -1,13 +1,22 @@
-// Which instruction set's kernels run, chosen once when the library is loaded.
+// Which instruction set's kernels run, chosen once, at the first call.
 #pragma once
-#include "block.h"
-#include "recurrent.h"
-#include "transform.h"
-#include "winograd.h"
+#include "kernels.h"
 
 namespace cnnlstm_fast {
-const KernelTable& kernels();
-const RecurrentTable& recurrent_kernels();
-const TransformTable& transform_kernels();
-const WinogradTable& winograd_kernels();
+
+const Kernels& chosen_kernels();
+
+inline const KernelTable& kernels() {
+  return chosen_kernels().block;
+}
+inline const RecurrentTable& recurrent_kernels() {
+  return chosen_kernels().recurrent;
+}
+inline const WinogradTable& winograd_kernels() {
+  return chosen_kernels().winograd;
+}
+inline const TransformTable& transform_kernels() {
+  return chosen_kernels().transform;
+}
+
 }  // namespace cnnlstm_fast

@@ -65,7 +65,7 @@ int64_t length(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   return (size + 2 * padding - kernel) / stride + 1;
 }
 
-// A block with a pool of `window` x `window` by the forward kernel; its codes by the spread kernel.
+// A block with a pool of `window` x `window` by the forward kernel; its codes by max_unpool.
 double block_error(int activation, int64_t c, int64_t co, int64_t kernel, int64_t window) {
   Block b{};
   b.n = 2, b.c = c, b.h = 9, b.w = 11, b.co = co, b.kh = b.kw = kernel;
@@ -141,11 +141,12 @@ double layer_error(RecurrentMode mode, int64_t inputs, int64_t hidden, int64_t b
         to[0] = x, to[3 * k.lanes] = y;
     }
   }
+  const int64_t starts[3] = {0, batch, 2 * batch};
   RecurrentLayer l{};
   l.mode = mode, l.steps = 2, l.batch = batch, l.inputs = inputs, l.hidden = l.width = hidden;
   l.padded_hidden = l.padded_width = padded, l.x_sequence = inputs, l.out_sequence = hidden;
   l.packed_x = packed_x.data, l.packed_h = packed_h.data, l.bias = bias.data, l.zeros = zeros.data;
-  l.h = h.data, l.c = c.data;
+  l.h = h.data, l.c = c.data, l.starts = starts;
   std::vector<float> out(batch * hidden);
   l.out = out.data();
   Floats scratch(k.forward_scratch(l));

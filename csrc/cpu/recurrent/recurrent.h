@@ -1,5 +1,5 @@
-// Plain structs and function pointers between the host code of recurrent layers and its kernels, compiled
-// once per instruction set. As in block.h, no library code may be inlined into the kernels.
+// What the host code of recurrent layers hands to their kernels. As in conv_block/block.h, no library code may be
+// inlined into these.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@ enum RecurrentMode : int32_t { kLSTM = 0, kGRU = 1 };
 
 constexpr int64_t kUnitGroup = 16;  // hidden units are padded to a multiple of this
 constexpr int64_t kMaxRows = 64;    // most sequences that one call of a step works on
-constexpr int64_t kPacked = -1;     // in place of a step's stride: what `starts` says
+constexpr int64_t kPacked = -1;     // as a step's stride: steps begin where `starts` says
 
 // One direction of one layer, everything float32. Strides in elements; T steps, B sequences, I inputs, H
 // hidden units, P outputs per step (H, or fewer when projected). "Padded" is rounded up to kUnitGroup.
@@ -29,8 +29,8 @@ struct RecurrentLayer {
   int64_t x_step, x_sequence;
   const bool* reset;  // null: none
   int64_t reset_step, reset_sequence;
-  const int64_t* starts;   // T + 1: how many sequences all steps before have together
-  const int64_t* order;    // the caller's numbers of sequences; null: as the kernels number them
+  const int64_t* starts;   // T + 1: rows of all steps before, one per sequence and step
+  const int64_t* order;    // the caller's number of each sequence; null: the same as the kernels'
   const int64_t* lengths;  // null: all T
   float* out;              // outputs contiguous
   int64_t out_step, out_sequence;
@@ -56,7 +56,7 @@ struct RecurrentLayer {
   const float* zeros;  // as many as the widest of all rows
 };
 
-// Where something of step t of sequence q begins. Internal to each file: see above.
+// Where something of step t of sequence q begins. Static, so that the linker cannot share it between instruction sets.
 static inline int64_t position(const RecurrentLayer& l, int64_t t, int64_t q, int64_t step, int64_t sequence) {
   if (step == kPacked) return (l.starts[t] + q) * sequence;
   return t * step + (l.order ? l.order[q] : q) * sequence;
@@ -88,7 +88,8 @@ struct RecurrentTable {
   int64_t outer_rows;  // most rows of a product that add_outer works on
 
   // to[c][r] = from[r][c]
-  void (*turn)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                    int64_t to_stride);
   // Packs units [begin, end) / lanes of a weight (gates * H, K), rows `stride` apart, into
   // [unit / lanes][K][gates][lanes]; gate g comes from the weight's block order[g].
   void (*pack_gates)(const float* weight, int64_t stride, int64_t hidden, int64_t k, int64_t gates,
@@ -130,9 +131,5 @@ struct RecurrentTable {
   void (*multiply_rows)(const float* gates, int64_t gate_rows, int64_t first_row, int64_t rows, int64_t begin,
                         int64_t end, const float* columns, int64_t n, bool add, float* const* to);
 };
-
-const RecurrentTable* baseline_recurrent();
-const RecurrentTable* avx2_recurrent();  // null where the compiler has no such target
-const RecurrentTable* avx512_recurrent();
 
 }  // namespace cnnlstm_fast

@@ -1,13 +1,13 @@
-// Plain structs and function pointers between the host code and the kernels that are compiled once
-// per instruction set. No library code may be inlined into the kernel files: the linker would keep
-// one copy of it, possibly the AVX-512 one, for every file.
+// What the host code of blocks hands to their kernels: plain structs and function pointers. The kernels are compiled
+// once per instruction set. No library code may be inlined into them: the linker would keep one copy of it, possibly
+// the AVX-512 one, for every instruction set.
 #pragma once
 #include <cstdint>
 
 namespace cnnlstm_fast {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
-// The clamping ones, up to kHardtanh, have slope 0 or 1: a argmax code says which. The others are curved.
+// Up to kHardtanh the slope is 0 or 1 and an argmax code says which; a backward of the others needs it as a number.
 enum Activation : int32_t {
   kNone = 0,
   kReLU = 1,
@@ -32,7 +32,7 @@ struct Block {
   int64_t n, c, h, w;  // input
   int64_t co, kh, kw;  // convolution
   int64_t sh, sw, ph, pw, dh, dw, groups;
-  int64_t oh, ow;                                                                  // convolution map
+  int64_t oh, ow;                                                                  // the convolution's map
   int64_t pool_kh, pool_kw, pool_sh, pool_sw, pool_ph, pool_pw, pool_dh, pool_dw;  // 1 1 1 1 0 0 1 1 without pool
   int64_t out_h, out_w;                                                            // pooled map
   int32_t activation, dtype;
@@ -49,23 +49,24 @@ struct Block {
   bool by_planes;              // a pointwise convolution of planes into planes, without a pool, codes and `kept`
 };
 
-// Rows of a map whose channels are contiguous: where `epilogue` reads a library's convolution.
+// A library's convolution of one image, channels contiguous, as `epilogue` reads it.
 struct ConvOutputView {
   const void* data;                // (oh, ow, co) of one image
   int64_t row_stride, col_stride;  // in elements
   int32_t dtype;
-  const float *scale, *shift;  // per channel, a whole number of code groups; both null where values are as they are
+  const float *scale, *shift;  // per channel, a whole number of code groups: a norm. Both null: none
 };
 
-// What the forward kernels write. `kept` lies as the result does: of each winner what `epilogue` read, where that
-// has a scale, or else the slope of a curved activation. Codes and `kept` may be null.
+// What the forward kernels write: the result, the codes and, laid out as the result, one value of each window's maximum
+// for the backward: what `epilogue` read there, if it has a scale, otherwise the activation's slope. Codes and `kept`
+// may be null.
 struct Outputs {
   void* data;
   uint8_t* codes;
   void* kept;
 };
 
-// A batch norm's training over one channel after another, a whole number of code groups of each:
+// A batch norm in training, per channel, a whole number of code groups of each array.
 // u = z * scale + shift enters the activation, and the gradient of z is
 // scale * (gradient of u) + constant + slope * (z - mean).
 struct NormGrads {
@@ -73,8 +74,8 @@ struct NormGrads {
   const float *constant, *slope;  // null until the sums are known
 };
 
-// How one patch (all taps of one convolution position) is read as whole vectors from memory whose
-// channels are contiguous. Lane l of vector j holds tap `tap[j * vector + l]`, or none where it is -1.
+// How one patch (the inputs of all taps at one position) is read as whole vectors from memory whose channels are
+// contiguous. Lane l of vector j holds tap `tap[j * vector + l]`, or none where it is -1.
 struct Patch {
   int64_t vectors;
   const int32_t* offset;       // [vectors], from the patch's first element
@@ -99,7 +100,8 @@ struct KernelTable {
   void (*pack_weight)(const Block&, const void* weight, bool width_contiguous, float* packed, int64_t begin,
                       int64_t end);
 
-  // Pooled rows [row0, row1) of `images` images from `image` on; `scratch` holds forward_scratch floats.
+  // The whole block by the direct convolution: pooled rows [row0, row1) of `images` images from `image` on; `scratch`
+  // holds forward_scratch floats.
   int64_t (*forward_scratch)(const Block&, int64_t images, int64_t rows);
   void (*forward)(const Block&, const void* x, const float* packed, const float* bias, const Outputs&, int64_t image,
                   int64_t images, int64_t row0, int64_t row1, float* scratch);
@@ -110,15 +112,15 @@ struct KernelTable {
   void (*depthwise)(const Block&, const float* x, const float* weight, const float* bias, float* out, int64_t image,
                     int64_t c0, int64_t c1, int64_t row0, int64_t row1, float* scratch);
 
-  // Activation, pool and layout of pooled rows of one image from a finished convolution.
+  // What follows a library's convolution: norm, activation, pool and layout, pooled rows [row0, row1) of one image.
   int64_t (*epilogue_scratch)(const Block&, int64_t rows);
   void (*epilogue)(const Block&, const ConvOutputView&, const Outputs&, int64_t image, int64_t row0, int64_t row1,
                    float* scratch);
 
-  // Adds `places` rows of `channels` floats (or bfloat16) to sums[channels].
+  // Adds `positions` rows of `channels` floats (or bfloat16) to sums[channels].
   void (*sum_rows)(const void* from, int64_t positions, int64_t channels, int32_t dtype, double* sums);
-  // Batch norm. Copies `places` rows of `co` floats (or bfloat16), at least one, and gives per channel their mean and
-  // the sum of squares about it. `to` may be `from`.
+  // Batch norm. Copies `positions` rows of `co` floats (or bfloat16), at least one, and gives per channel their mean
+  // and the sum of squares about it. `to` may be `from`.
   void (*copy_and_measure)(const void* from, void* to, int64_t positions, int64_t co, int32_t dtype, double* means,
                            double* squares);
   // Adds the sums of du and of du * (z - mean) over pooled rows of one image to sums[0, co) and [co, 2 co), where
@@ -127,29 +129,30 @@ struct KernelTable {
   void (*norm_sums)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride, const void* kept,
                     const int64_t* kept_stride, int64_t image, int64_t row0, int64_t row1, double* sums,
                     float* scratch);
-  // From z the gradient of z, both (oh, ow, co) contiguous of one image, for pooled rows [row0, row1); z is null where
-  // statistics don't depend on it. Less than all rows only where windows of two rows never meet: `to` is theirs.
+  // The gradient `to` of the convolution z = `map`, both [oh, ow, co] of one image, for pooled rows [row0, row1). `map`
+  // is null where the statistics don't depend on it. Less than all rows only where windows of two pooled rows never
+  // meet.
   void (*norm_unpool)(const Block&, const NormGrads&, const void* grad, const int64_t* grad_stride,
                       const uint8_t* codes, const void* kept, const int64_t* kept_stride, int64_t image, int64_t row0,
                       int64_t row1, const void* map, void* to, float* scratch);
 
-  // Adds the products of all pairs of taps less their pivots, and of a last tap of ones, over the places of rows
-  // [row0, row1) of the convolution map to the upper triangle of sums [taps + 1][patch_width(taps)]. Where no place is
-  // in the sums yet, the first one gives the pivots.
+  // Adds the products of all pairs of taps less their pivots, and of a last tap of ones, over the positions of rows
+  // [row0, row1) of the convolution's map to the upper triangle of sums [taps + 1][patch_width(taps)]. The first
+  // position of all gives the pivots.
   int64_t (*patch_width)(int64_t taps);
   int64_t (*patch_scratch)(const Block&);
   void (*patch_products)(const Block&, const void* x, int64_t image, int64_t row0, int64_t row1, double* pivot,
                          double* sums, float* scratch);
 
-  // The gradient of one image's convolution map, (oh, ow, co) contiguous, from the gradient of the
+  // The gradient of one image's convolution, [oh, ow, co], from the gradient of the
   // pooled map and the codes; rows as for norm_unpool.
   int64_t (*max_unpool_scratch)(const Block&);
   void (*max_unpool)(const Block&, const void* grad, const int64_t* grad_stride, const uint8_t* codes, int64_t image,
                      int64_t row0, int64_t row1, void* map, float* scratch);
 
-  // Add one image to the gradients of weight [co][patch.vectors * vector] and bias [co] (either may
-  // be null). Returns whether the image is finite: otherwise the gradient of the weight is not what
-  // sums over all places give, where 0 * inf is NaN.
+  // Adds one image to the gradients of the weight [co][patch.vectors * vector] and the bias [co]; either may be null.
+  // Returns whether the input is finite. If not, the weight's gradient lacks the NaN that 0 * inf gives where no
+  // gradient passes the pool.
   int64_t (*backward_weight_scratch)(const Block&, const Patch&);
   bool (*backward_weight)(const Block&, const Patch&, const void* x, const void* grad, const int64_t* grad_stride,
                           const uint8_t* codes, int64_t image, float* grad_weight, double* grad_bias, float* scratch);
@@ -164,12 +167,8 @@ struct KernelTable {
   int64_t (*input_tile)(const Block&);
   bool (*all_finite)(const float* values, int64_t count);
 
-  // A stretch of fused multiply-adds at full rate; returns the floating point operations done.
+  // Runs fused multiply-adds at full rate; returns the number of floating point operations.
   double (*fma_burst)(int64_t rounds);
 };
-
-const KernelTable* baseline_kernels();
-const KernelTable* avx2_kernels();  // null where the compiler has no such target
-const KernelTable* avx512_kernels();
 
 }  // namespace cnnlstm_fast

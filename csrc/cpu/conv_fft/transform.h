@@ -1,10 +1,10 @@
-// Between the host code of transforms of windows and their kernel, compiled once per instruction set.
+// What the host code of transforms of windows hands to their kernel, compiled once per instruction set.
 #pragma once
 #include <cstdint>
 
 namespace cnnlstm_fast {
 
-// The matrices of one place, strides in floats: `count` matrices x (K, columns), columns contiguous, each times
+// Products at one position, strides in floats: `count` matrices x (K, columns), columns contiguous, each times
 // the same matrix (K, M), M contiguous, gives or is added to as many (M, columns).
 struct Transform {
   const float* matrix;
@@ -18,9 +18,5 @@ struct Transform {
 struct TransformTable {
   void (*run)(const Transform&, const float* x, float* out);
 };
-
-const TransformTable* baseline_transform();
-const TransformTable* avx2_transform();  // null where the compiler has no such target
-const TransformTable* avx512_transform();
 
 }  // namespace cnnlstm_fast

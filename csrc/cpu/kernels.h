@@ -1,0 +1,22 @@
+// All kernels of one instruction set.
+#pragma once
+#include "conv_block/block.h"
+#include "conv_fft/transform.h"
+#include "recurrent/recurrent.h"
+#include "winograd_conv/winograd.h"
+
+namespace cnnlstm_fast {
+
+struct Kernels {
+  KernelTable block;
+  RecurrentTable recurrent;
+  WinogradTable winograd;
+  TransformTable transform;
+};
+
+// One per file kernels_*.cpp; null where the compiler's target has no such instruction set.
+const Kernels* baseline_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace cnnlstm_fast
