@@ -1,4 +1,4 @@
-// A block as the kernels see it, from the arguments of its ops, which are checked: whoever calls an op may pass
+// A block as the kernels see it, made from the arguments of its ops. They are checked, since an op may be called with
 // anything.
 #pragma once
 #include <torch/csrc/stable/tensor.h>

@@ -59,11 +59,10 @@ void check_argument(const char* op, const char* name, const std::optional<Tensor
   if (t->is_cpu() && has_shape(*t, shape) && (!dtype || t->scalar_type() == *dtype) &&
       (!contiguous || t->is_contiguous()))
     return;
-  const std::string expected =
-      in_words(shape) + (dtype ? std::string(" in ") + name_of(*dtype) : "") + (contiguous ? ", contiguous," : "");
-  STD_TORCH_CHECK(false, op, ": ", name, " does not fit the other arguments: expected shape ", expected,
-                  " on the CPU, got ", in_words(sizes(*t)), " in ", name_of(t->scalar_type()),
-                  t->is_contiguous() ? "" : ", not contiguous,", t->is_cpu() ? " on the CPU" : " on another device");
+  STD_TORCH_CHECK(false, op, ": ", name, " does not fit the other arguments: expected shape ", in_words(shape),
+                  dtype ? " and dtype " : "", dtype ? name_of(*dtype) : "", contiguous ? ", contiguous" : "",
+                  " on the CPU, got shape ", in_words(sizes(*t)), " and dtype ", name_of(t->scalar_type()),
+                  t->is_contiguous() ? "" : ", not contiguous", t->is_cpu() ? "" : " on another device");
 }
 
 bool lies_channels_last(const Tensor& x) {
@@ -93,6 +92,28 @@ Tensor contiguous_strict(const Tensor& t) {
 
 Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+Tensor as_floats(const Tensor& t) {
+  return as_dtype(t, ScalarType::Float);
+}
+
+Tensor as_float_rows(const Tensor& t) {
+  const Tensor floats = as_floats(t);
+  const int64_t last = floats.dim() - 1;
+  return floats.stride(last) == 1 || floats.size(last) <= 1 ? floats : torch::stable::contiguous(floats);
+}
+
+Tensor as_contiguous_floats(const Tensor& t) {
+  return torch::stable::contiguous(as_floats(t));
+}
+
+const float* floats(const Tensor& t) {
+  return static_cast<const float*>(t.data_ptr());
+}
+
+float* mutable_floats(const Tensor& t) {
+  return static_cast<float*>(t.data_ptr());
 }
 
 Ints strides_by_axis(const Tensor& t, const Ints& order) {

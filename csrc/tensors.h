@@ -39,6 +39,15 @@ torch::stable::Tensor contiguous_strict(const torch::stable::Tensor& t);
 
 torch::stable::Tensor as_dtype(const torch::stable::Tensor& t, torch::headeronly::ScalarType dtype);
 
+// As float32: any strides; the last dimension contiguous; all contiguous.
+torch::stable::Tensor as_floats(const torch::stable::Tensor& t);
+torch::stable::Tensor as_float_rows(const torch::stable::Tensor& t);
+torch::stable::Tensor as_contiguous_floats(const torch::stable::Tensor& t);
+
+// The elements of a float32 tensor.
+const float* floats(const torch::stable::Tensor& t);
+float* mutable_floats(const torch::stable::Tensor& t);
+
 // The strides by (N, C, H, W) of a tensor whose dimensions are those in another order.
 Ints strides_by_axis(const torch::stable::Tensor& t, const Ints& order);
 

@@ -61,7 +61,7 @@ def _codes_case(pool, code):
 @pytest.mark.parametrize("code", [0x00, 0x11, 0x99, 0xEE])
 def test_codes_that_name_places_outside_are_refused(code):
     """The backward read and wrote at the places that saved winner codes name, whatever they were."""
-    with pytest.raises(RuntimeError, match="names no place of the map"):
+    with pytest.raises(RuntimeError, match="names no position of the map"):
         backward(*_codes_case([3, 3, 2, 2, 1, 1, 1, 1, 0], code))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -229,8 +229,11 @@ def gains(ours: functional.Decision, other: functional.Decision) -> bool:
 
 def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:
     """Whether PyTorch's own convolution is not to be given ``x`` channels-last: csrc/library_limits.h."""
-    strided_pointwise = conv.weight[0, 0].numel() == 1 and conv.stride not in (1, (1, 1))
-    return x.dtype != torch.float32 or min(x.shape[-1], map_shape[-1]) == 1 or strided_pointwise
+    if x.dtype != torch.float32:
+        return True
+    stride, dilation = (v if isinstance(v, Sequence) else (v,) for v in (conv.stride, conv.dilation))
+    args = [*(stride * 2)[:2], 0, 0, *(dilation * 2)[:2], conv.groups]
+    return any(torch.ops.cnnlstm_fast.library_limits(x, conv.weight, args, map_shape[-1]))
 
 
 def fingerprint(tensors: Iterable[Tensor | None], by_reading: bool = False) -> tuple | None:
