@@ -158,13 +158,17 @@ def windows_meet(size, out_size, pool_args) -> bool:
         return True
     kernel, stride, padding, dilation = (pool_args[i : i + 2] for i in (0, 2, 4, 6))
     return all(
-        any(
-            0 <= i * stride[axis] - padding[axis] + j * dilation[axis] < size[axis]
-            for j in range(kernel[axis])
-        )
-        for axis in (0, 1)
-        for i in range(out_size[axis])
+        _windows_meet(size[i], out_size[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)
     )
+
+
+def _windows_meet(size, windows, kernel, stride, padding, dilation) -> bool:
+    """The same along one axis. A window that begins inside holds its first element."""
+    for start in range(-padding, min(0, windows * stride - padding), stride):
+        skipped = -(start // dilation)
+        if skipped >= kernel or start + skipped * dilation >= size:
+            return False
+    return (windows - 1) * stride - padding < size
 
 
 def is_fixed(*sizes) -> bool:

@@ -63,7 +63,7 @@ def _expanded(shape: list[int]) -> torch.Tensor:
 def test_python_and_the_kernels_agree_on_sizes():
     rng = random.Random(SEED)
     computed = refused = 0
-    for _ in range(3000):
+    for _ in range(1500):
         call = _draw(rng)
         try:
             _, size = block_sizes(**call)
@@ -89,7 +89,7 @@ def test_python_and_the_kernels_agree_on_sizes():
         coded = codes_shape(window, n, co, size) if keeps_codes(call["activation"], pool) else [0]
         assert (list(out.shape), list(codes.shape)) == (expected, coded), call
         computed += 1
-    assert computed > 1000 and refused > 200, (computed, refused)
+    assert computed > 500 and refused > 120, (computed, refused)
 
 
 @pytest.mark.parametrize("window", [(1, 14), (1, 15), (2, 127), (1, 255)])
