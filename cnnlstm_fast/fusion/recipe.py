@@ -231,9 +231,14 @@ def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:
     """Whether PyTorch's own convolution is not to be given ``x`` channels-last: csrc/library_limits.h."""
     if x.dtype != torch.float32:
         return True
-    stride, dilation = (v if isinstance(v, Sequence) else (v,) for v in (conv.stride, conv.dilation))
-    args = [*(stride * 2)[:2], 0, 0, *(dilation * 2)[:2], conv.groups]
+    # [stride, padding, dilation, groups] as in the schema of conv_block; the table does not ask for the padding.
+    args = [*_pair(conv.stride), 0, 0, *_pair(conv.dilation), conv.groups]
     return any(torch.ops.cnnlstm_fast.library_limits(x, conv.weight, args, map_shape[-1]))
+
+
+def _pair(value: int | Sequence[int]) -> Sequence[int]:
+    """A convolution's parameter for both axes."""
+    return [*value, *value][:2] if isinstance(value, Sequence) else [value, value]
 
 
 def fingerprint(tensors: Iterable[Tensor | None], by_reading: bool = False) -> tuple | None:
