@@ -17,6 +17,7 @@ namespace {
 
 // Positions of a window of `kernel` elements along one axis; 0 where none fits.
 int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil) {
+  if (!ceil && kernel - 1 > (size + 2 * padding - 1) / dilation) return 0;  // their product may overflow
   const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
   if (span < 0 && !(ceil && span + stride - 1 >= 0)) return 0;
   int64_t length = (span + (ceil ? stride - 1 : 0)) / stride + 1;

@@ -81,10 +81,10 @@ class Moments {
       const double *means = found.data() + i * 2 * channels_, *squares = means + channels_;
       const double count = static_cast<double>(size_of(i)), share = count / (count_ + count);
       for (int64_t c = 0; c < channels_; ++c) {
-        const double apart = means[c] - mean_[c];
-        squares_[c] += squares[c] + apart * apart * count_ * share;
+        const double delta = means[c] - mean_[c];
+        squares_[c] += squares[c] + delta * delta * count_ * share;
         // An infinity stays one, as in a sum.
-        mean_[c] = std::isfinite(apart) ? mean_[c] + apart * share : mean_[c] + means[c];
+        mean_[c] = std::isfinite(delta) ? mean_[c] + delta * share : mean_[c] + means[c];
       }
       count_ += count;
     }
@@ -385,19 +385,19 @@ class PatchMoments {
 
   // Products [taps + 1, width], upper triangle, of all pairs of taps less their pivots and of a last tap of ones.
   void add(const double* products, const double* pivots) {
-    std::vector<double> off(taps_), apart(taps_);
+    std::vector<double> off(taps_), delta(taps_);
     double *sums = static_cast<double*>(moments.data_ptr()), *mean = sums + taps_ * taps_;
     const double here = products[taps_ * width_ + taps_], share = here / (count_ + here);
     for (int64_t i = 0; i < taps_; ++i) {
       off[i] = products[i * width_ + taps_] / here;
-      apart[i] = pivots[i] + off[i] - mean[i];
+      delta[i] = pivots[i] + off[i] - mean[i];
     }
     for (int64_t i = 0; i < taps_; ++i)
       for (int64_t j = 0; j < taps_; ++j)
         sums[i * taps_ + j] += products[std::min(i, j) * width_ + std::max(i, j)] - here * off[i] * off[j] +
-                               apart[i] * apart[j] * count_ * share;
+                               delta[i] * delta[j] * count_ * share;
     for (int64_t i = 0; i < taps_; ++i)
-      mean[i] = std::isfinite(apart[i]) ? mean[i] + apart[i] * share : mean[i] + pivots[i] + off[i];
+      mean[i] = std::isfinite(delta[i]) ? mean[i] + delta[i] * share : mean[i] + pivots[i] + off[i];
     count_ += here;
   }
 

@@ -3,11 +3,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <tuple>
 
 #include "cpu/block.h"
 #include "op.h"
+#include "tensors.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -70,6 +72,10 @@ std::tuple<bool, bool, bool> limits_of(torch::stable::Tensor x, torch::stable::T
                                        int64_t out_width) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && conv.size() >= 7,
                   "library_limits: expected a 4-d input and weight, and the parameters of a convolution");
+  for (const std::vector<int64_t>& values : {sizes(x), sizes(weight), conv})
+    for (const int64_t value : values)
+      STD_TORCH_CHECK(value >= 0 && value <= std::numeric_limits<int32_t>::max(), "library_limits: ", value,
+                      " is out of range");
   const LibraryLimits limits = library_limits(x, weight, conv, out_width);
   return {limits.contiguous, limits.contiguous_grad, limits.as_float};
 }

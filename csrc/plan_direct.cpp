@@ -22,7 +22,7 @@ const int64_t kSliceFloats = limit("SLICE_FLOATS", int64_t{4} << 20, 1);
 const int64_t kItemWork = limit("ITEM_WORK", 1 << 16, 1);
 // Rows of a depthwise convolution that need more scratch are too long for it.
 constexpr int64_t kDepthwiseFloats = 96 * 1024;
-// Channels whose places fit the scratch of an item.
+// Channels whose positions fit the scratch of an item.
 constexpr int64_t kMostPlanes = 1536;
 
 // The block with `factor` groups computed as one, with zeros between them. The kernels' blocks of channels begin at
@@ -214,7 +214,7 @@ PatchStorage make_patch(const Block& b, int64_t lanes, bool may_gather) {
 }
 
 // Adds up the gradients of weight and bias, where there are tensors for them. Returns whether all images are finite:
-// otherwise the weight's is not what sums over all places give, where 0 * inf is NaN.
+// otherwise the weight's is not what sums over all positions give, where 0 * inf is NaN.
 bool sum_weight(const Block& b, const PatchStorage& s, const ResultGrad& result, const Tensor& x,
                 const std::optional<Tensor>& grad_weight, const std::optional<Tensor>& grad_bias) {
   const KernelTable& k = kernels();

@@ -52,17 +52,20 @@ Ints sizes(const Tensor& t) {
   return found;
 }
 
-void check_argument(const char* op, const char* name, const std::optional<Tensor>& t, const Ints& shape,
+void check_argument(const char* op, const char* name, const Tensor& t, const Ints& shape,
                     std::optional<ScalarType> dtype, Memory memory) {
-  if (!t) return;
   const bool contiguous = memory == Memory::kContiguous;
-  if (t->is_cpu() && has_shape(*t, shape) && (!dtype || t->scalar_type() == *dtype) &&
-      (!contiguous || t->is_contiguous()))
+  if (t.is_cpu() && has_shape(t, shape) && (!dtype || t.scalar_type() == *dtype) && (!contiguous || t.is_contiguous()))
     return;
   STD_TORCH_CHECK(false, op, ": ", name, " does not fit the other arguments: expected shape ", in_words(shape),
                   dtype ? " and dtype " : "", dtype ? name_of(*dtype) : "", contiguous ? ", contiguous" : "",
-                  " on the CPU, got shape ", in_words(sizes(*t)), " and dtype ", name_of(t->scalar_type()),
-                  t->is_contiguous() ? "" : ", not contiguous", t->is_cpu() ? "" : " on another device");
+                  " on the CPU, got shape ", in_words(sizes(t)), " and dtype ", name_of(t.scalar_type()),
+                  t.is_contiguous() ? "" : ", not contiguous", t.is_cpu() ? "" : " on another device");
+}
+
+void check_argument(const char* op, const char* name, const std::optional<Tensor>& t, const Ints& shape,
+                    std::optional<ScalarType> dtype, Memory memory) {
+  if (t) check_argument(op, name, *t, shape, dtype, memory);
 }
 
 bool lies_channels_last(const Tensor& x) {

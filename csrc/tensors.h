@@ -15,8 +15,10 @@ using Floats = std::vector<double>;
 Ints sizes(const torch::stable::Tensor& t);
 
 // Checks a tensor that an op was given: on the CPU, of this shape, of this dtype (any, where it is nothing) and
-// contiguous where that is asked for. A tensor that is not there passes.
+// contiguous where that is asked for. An argument that was not given passes.
 enum class Memory { kStrided, kContiguous };
+void check_argument(const char* op, const char* name, const torch::stable::Tensor& t, const Ints& shape,
+                    std::optional<torch::headeronly::ScalarType> dtype, Memory memory = Memory::kStrided);
 void check_argument(const char* op, const char* name, const std::optional<torch::stable::Tensor>& t, const Ints& shape,
                     std::optional<torch::headeronly::ScalarType> dtype, Memory memory = Memory::kStrided);
 

@@ -231,7 +231,7 @@ def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:
     """Whether PyTorch's own convolution is not to be given ``x`` channels-last: csrc/library_limits.h."""
     if x.dtype != torch.float32:
         return True
-    # [stride, padding, dilation, groups] as in the schema of conv_block; the table does not ask for the padding.
+    # Stride, padding, dilation and groups as in the schema of conv_block; nothing depends on the padding.
     args = [*_pair(conv.stride), 0, 0, *_pair(conv.dilation), conv.groups]
     return any(torch.ops.cnnlstm_fast.library_limits(x, conv.weight, args, map_shape[-1]))
 
