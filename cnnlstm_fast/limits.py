@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+import torch
+
+from cnnlstm_fast import _ext
+
 
 def limit(name: str, usual: int, least: int) -> int:
     """``usual``, unless the environment variable ``CNNLSTM_FAST_<name>`` holds another number.
@@ -15,3 +19,8 @@ def limit(name: str, usual: int, least: int) -> int:
     if one:
         return max(least, int(one))
     return least if os.environ.get("CNNLSTM_FAST_LEAST") == "1" else usual
+
+
+def kernel_limit(name: str) -> int:
+    """The value in force of a limit of the C++ code; 0 where there are no kernels."""
+    return torch.ops.cnnlstm_fast.limit(name) if _ext.loaded else 0

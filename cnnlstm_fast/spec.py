@@ -1,10 +1,12 @@
 """The description of a block, ``layout(pool(act(norm(conv(x)))))``, and all of its shape arithmetic.
 
-Nothing here computes on tensors. Sizes are (H, W), and a signal has height 1.
+Nothing here computes on tensors. Sizes are (H, W), and a signal has height 1. An op may be called with
+anything, so csrc/block_description.cpp has the same in C++; tests/test_spec.py compares the two.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -33,12 +35,18 @@ ACTIVATIONS: dict[str | None, int] = {
     "gelu": 8, "gelu_tanh": 9,
 }  # fmt: skip
 CURVED = ACTIVATIONS["leaky_relu"]
+#: How many numbers an activation has; the others have none.
+ACTIVATION_NUMBERS = {ACTIVATIONS["hardtanh"]: 2, ACTIVATIONS["leaky_relu"]: 1, ACTIVATIONS["elu"]: 1}
 
 #: Argmax codes: windows of up to this many elements take half a byte, larger ones one byte.
 NIBBLE_WINDOW = 14
 BYTE_WINDOW = 254
 #: Channels per code group: a group of 16 channels is 8 bytes (nibbles) or 16 bytes.
 CODE_GROUP = 16
+
+#: The largest parameter of a convolution or a pool, and the most elements of a tensor.
+MOST_SIZE = 2**31 - 1
+MOST_ELEMENTS = 2**40
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,12 @@ def map_size(size, kernel, conv_args) -> tuple[int, int]:
     return conv_size(size, kernel, conv_args[0:2], conv_args[2:4], conv_args[4:6])
 
 
+def padded_size(size, conv_args) -> tuple[int, int]:
+    """Size of an input with the padding of a convolution given as ``BlockSpec.conv_args``."""
+    h, w = (s + 2 * p + a for s, p, a in zip(size, conv_args[2:4], conv_args[7:] or (0, 0), strict=True))
+    return h, w
+
+
 def pool_size(size, pool_args) -> tuple[int, int]:
     """Size after a max pool given as ``BlockSpec.pool_args``; the last window must start inside."""
     if not pool_args:
@@ -144,13 +158,96 @@ def windows_meet(size, out_size, pool_args) -> bool:
         return True
     kernel, stride, padding, dilation = (pool_args[i : i + 2] for i in (0, 2, 4, 6))
     return all(
-        any(
-            0 <= i * stride[axis] - padding[axis] + j * dilation[axis] < size[axis]
-            for j in range(kernel[axis])
-        )
-        for axis in (0, 1)
-        for i in range(out_size[axis])
+        _windows_meet(size[i], out_size[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)
     )
+
+
+def _windows_meet(size, windows, kernel, stride, padding, dilation) -> bool:
+    """The same along one axis. A window that begins inside holds its first element."""
+    for start in range(-padding, min(0, windows * stride - padding), stride):
+        skipped = -(start // dilation)
+        if skipped >= kernel or start + skipped * dilation >= size:
+            return False
+    return (windows - 1) * stride - padding < size
+
+
+def is_fixed(*sizes) -> bool:
+    """Whether all sizes are numbers, none of them left open by a trace."""
+    return all(type(size) is int for size in sizes)
+
+
+def block_sizes(x_shape, weight_shape, conv, pool, activation, act, order):
+    """Check the arguments of the block's ops; (H, W) of the convolution's map and of the result.
+
+    Sizes that a trace leaves open are not compared.
+
+    Raises:
+        RuntimeError: they are not those of a block.
+    """
+    if len(x_shape) != 4 or len(weight_shape) != 4:
+        raise RuntimeError(
+            f"conv_block: expected a 4-d input and weight, got {len(x_shape)}-d and {len(weight_shape)}-d"
+        )
+    _check_parameters(conv, pool, activation, act, order)
+    n, c, h, w = x_shape
+    co, c_group, kh, kw = weight_shape
+    groups = conv[6]
+    if is_fixed(c, co, c_group, kh, kw, groups) and (
+        min(c, co, kh, kw) < 1 or co % groups or c != c_group * groups
+    ):
+        raise RuntimeError(
+            f"conv_block: an input of {c} channels does not fit a weight {tuple(weight_shape)} with "
+            f"groups={groups}"
+        )
+    conv_hw = map_size((h, w), (kh, kw), conv)
+    if is_fixed(h, w, *conv_hw) and min(h, w, *conv_hw) < 1:
+        raise RuntimeError(f"conv_block: an input of {h}x{w} is too small for the kernel")
+    _check_elements("an input", x_shape)
+    _check_elements("a weight", weight_shape)
+    _check_elements("an input with its padding", (c, *padded_size((h, w), conv)))
+    _check_elements("a map", (n, co, *conv_hw))
+    if not pool:
+        return conv_hw, conv_hw
+    if pool[0] * pool[1] > BYTE_WINDOW:
+        raise RuntimeError(
+            f"conv_block: a pool window of {pool[0]}x{pool[1]} has more than {BYTE_WINDOW} elements"
+        )
+    if pool[4] > pool[0] // 2 or pool[5] > pool[1] // 2:
+        raise RuntimeError("conv_block: pool padding is more than half the kernel")
+    size = pool_size(conv_hw, pool)
+    if is_fixed(*size):
+        if min(size) < 1:
+            raise RuntimeError(f"conv_block: a map of {conv_hw[0]}x{conv_hw[1]} is too small for the pool")
+        if not windows_meet(conv_hw, size, pool):
+            raise RuntimeError("conv_block: a pool window meets no element of the map")
+    return conv_hw, size
+
+
+def _check_parameters(conv, pool, activation, act, order) -> None:
+    if len(conv) not in (7, 9):
+        raise RuntimeError(
+            "conv_block: conv must be [stride, padding, dilation (h, w each), groups, more padding after "
+            f"(h, w)], got {len(conv)} values"
+        )
+    if len(pool) not in (0, 9):
+        raise RuntimeError(f"conv_block: pool must be empty or have 9 values, got {len(pool)}")
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise RuntimeError(f"conv_block: unknown activation {activation}")
+    numbers = ACTIVATION_NUMBERS.get(activation, 0)
+    if len(act) != numbers:
+        raise RuntimeError(f"conv_block: activation {activation} has {numbers} numbers, got {len(act)}")
+    if sorted(order) != [0, 1, 2, 3]:
+        raise RuntimeError(f"conv_block: order must be a permutation of 0, 1, 2, 3, got {list(order)}")
+    for name, values, from_zero in (("conv", conv, (2, 3, 7, 8)), ("pool", pool, (4, 5, 8))):
+        for i, value in enumerate(values):
+            if is_fixed(value) and not (i not in from_zero) <= value <= MOST_SIZE:
+                raise RuntimeError(f"conv_block: {name}[{i}] = {value} is out of range")
+
+
+def _check_elements(what: str, sizes) -> None:
+    """Sizes of 0 count as 1, so that no product of some of them is larger."""
+    if is_fixed(*sizes) and math.prod(max(size, 1) for size in sizes) > MOST_ELEMENTS:
+        raise RuntimeError(f"conv_block: {what} of size {tuple(sizes)} is too large")
 
 
 def raw_shape(order, n: int, c: int, size) -> list[int]:

@@ -1,9 +1,15 @@
 #include "library_limits.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <cstdlib>
+#include <limits>
 #include <string>
+#include <tuple>
 
 #include "cpu/conv_block/block.h"
+#include "op.h"
+#include "tensors.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -58,6 +64,31 @@ LibraryLimits library_limits(const torch::stable::Tensor& x, const torch::stable
   const bool longer = conv[4] * (weight.size(2) - 1) >= x.size(2) || conv[5] * (weight.size(3) - 1) >= x.size(3);
   const bool endless = half && conv[6] > 1 && weight.size(1) == 1 && weight.size(3) > kMostDepthwiseWidth;
   return {column || endless, column || endless || beyond, half && (column || longer) && library_has_amx()};
+}
+
+namespace {
+
+std::tuple<bool, bool, bool> limits_of(torch::stable::Tensor x, torch::stable::Tensor weight, std::vector<int64_t> conv,
+                                       int64_t out_width) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && conv.size() >= 7,
+                  "library_limits: expected a 4-d input and weight, and the parameters of a convolution");
+  for (const std::vector<int64_t>& values : {sizes(x), sizes(weight), conv})
+    for (const int64_t value : values)
+      STD_TORCH_CHECK(value >= 0 && value <= std::numeric_limits<int32_t>::max(), "library_limits: ", value,
+                      " is out of range");
+  const LibraryLimits limits = library_limits(x, weight, conv, out_width);
+  return {limits.contiguous, limits.contiguous_grad, limits.as_float};
+}
+
+}  // namespace
+
+// As the struct of that name.
+STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
+  m.def("library_limits(Tensor x, Tensor weight, int[] conv, int out_width) -> (bool, bool, bool)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
+  m.impl("library_limits", CNNLSTM_FAST_OP(limits_of));
 }
 
 }  // namespace cnnlstm_fast

@@ -87,7 +87,7 @@ struct Arena {
   ~Arena() { std::free(data); }
 };
 
-// What lies beyond the end of a buffer is nobody's: under AddressSanitizer an access is a report.
+// Under AddressSanitizer, an access to memory beyond the end of a buffer is reported.
 void forbid([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(data, bytes);
@@ -148,13 +148,13 @@ namespace {
 const int64_t kPooledBytes = limit("POOL_BYTES", int64_t{4} << 20, 1);
 // What the C library maps afresh at every call. Huge pages for less may cost more, looking for them, than they save.
 const int64_t kHugeBytes = limit("HUGE_BYTES", int64_t{32} << 20, 1);
-// Whether every buffer is a mapping of its own between pages that nobody may touch, filled with NaN, and gone when it
-// is given back: whatever reads or writes beyond its ends, or later, ends the process. Results are PyTorch's alone.
+// Whether every buffer is a mapping of its own, filled with NaN, between pages without access, and is unmapped when it
+// is given back: a read or write beyond its ends, or later, ends the process. Results then are PyTorch's own memory.
 const bool kFenced = limit("FENCES", 0, 0) != 0;
 constexpr int64_t kMostTrackedBytes = int64_t{256} << 20;
 constexpr size_t kMostTracked = 64;
 
-// A mutex that a child process finds open, whatever other threads were about when it was forked.
+// A mutex that is open in a forked child process, also where another thread held it at the fork.
 template <class Owner>
 std::mutex& forkable() {
   static std::mutex* const mutex = [] {
@@ -185,9 +185,10 @@ Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarTyp
   }
 }
 
-// Memory of PyTorch's own that large results were made of, to be made of again once nobody else holds it. A storage
-// whose memory were ours could be neither resized nor emptied; and of one that is PyTorch's only it can say who holds
-// it (ops/outputs.py). At most 256 MiB, held by others or not; what is dropped from here belongs to its result alone.
+// Storages of large results, each used for another result once nobody else holds it. They are PyTorch's own: a storage
+// of our memory could be neither resized nor emptied. Only PyTorch knows how many hold one (ops/outputs.py). At most
+// 256 MiB are tracked, whether others hold them or not. A storage that is dropped from here belongs to its result
+// alone.
 class Outputs {
  public:
   static Outputs& outputs() {
@@ -255,8 +256,8 @@ class Outputs {
     return found;
   }
 
-  // What has to make room is drawn by chance: a program that goes through more than there is room for, again and
-  // again in the same order, would otherwise never find any of it. It is dropped when the lock is open.
+  // What makes room is drawn by chance: a program that goes through more storages than there is room for, again and
+  // again in the same order, would otherwise never find one of them. The caller drops it when the lock is open.
   void add(const Tensor& t, std::vector<Tensor>& dropped) {
     const std::lock_guard<std::mutex> lock(forkable<Outputs>());
     while (!tracked_.empty() && (tracked_.size() == kMostTracked || bytes_ + t.numel() > kMostTrackedBytes)) {

@@ -9,9 +9,8 @@
 
 namespace cnnlstm_fast {
 
-// The elements of a tensor of these sizes. An error where they are more than 2^40, sizes of 0 taken for 1: whatever is
-// multiplied from sizes that were asked about neither overflows nor wraps. A tensor may have such sizes without any
-// memory behind them, where strides are 0.
+// The elements of a tensor of these sizes. An error where they are more than 2^40, sizes of 0 taken for 1: then no
+// product of some of the sizes overflows. A tensor whose strides are 0 may have such sizes with hardly any memory.
 int64_t elements(const char* what, std::initializer_list<int64_t> sizes);
 int64_t elements(const char* what, const std::vector<int64_t>& sizes);
 int64_t elements(const char* what, const torch::stable::Tensor& t);
@@ -35,10 +34,10 @@ class AlignedFloats {
   float* data_;
 };
 
-// A new, unwritten CPU tensor like `like` of the given size, for an op to return: its storage is PyTorch's own, so that
-// it can be resized and emptied. Memory that the C library would give back to the system each time is used again when
-// nobody holds it any more, since clearing fresh pages costs as much as a convolution; what it would map afresh comes
-// on huge pages, where there are any.
+// A new, unwritten CPU tensor like `like` of the given size, for an op to return. Its storage is PyTorch's own, so that
+// it can be resized and emptied. The C library gives large memory back to the system each time, and clearing fresh
+// pages costs as much as a convolution: such memory is used again when nobody else holds it. The largest lies on huge
+// pages, where the system has them.
 torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::vector<int64_t>& size,
                                  torch::headeronly::ScalarType dtype);
 

@@ -1,21 +1,22 @@
 // cnnlstm_fast::recurrent_layer and its backward on the CPU: checks, allocation, threads. The schema and the
 // meaning of every argument stand in cnnlstm_fast/ops/recurrent.py, the arithmetic in cpu/recurrent.inc.
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <deque>
-#include <limits>
-#include <numeric>
 #include <optional>
-#include <thread>
 #include <vector>
 
 #include "cpu/dispatch.h"
 #include "limits.h"
 #include "memory.h"
 #include "op.h"
+#include "recurrent_description.h"
+#include "recurrent_packing.h"
+#include "recurrent_steps.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -23,15 +24,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
 using Maybe = std::optional<Tensor>;
 
-// Measured limits. More inputs than these, or these if sequences are few, are projected for many steps at
-// once instead of with the state. The bits are the same.
-const int64_t kMostFusedInputs = limit("FUSED_INPUTS", 1024, 0), kFewSequences = 4,
-              kMostFusedInputsOfFew = limit("FUSED_INPUTS_OF_FEW", 128, 0);
-// So many weights of the state are shared by cores if sequences are not too many for a core.
-const int64_t kSharedWeights = limit("SHARED_WEIGHTS", int64_t{1} << 18, 1), kMostSharingSequences = 32;
 // Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
 // or two hold.
 const int64_t kChunkFloats = limit("RECURRENT_CHUNK_FLOATS", int64_t{1} << 20, 1);
@@ -39,262 +33,6 @@ const int64_t kChunkFloats = limit("RECURRENT_CHUNK_FLOATS", int64_t{1} << 20, 1
 const int64_t kRowsFloats = limit("RECURRENT_ROWS_FLOATS", int64_t{1} << 16, 1);
 // Rows of a product that are worth an item.
 const int64_t kRowsOfItem = limit("RECURRENT_ROWS", 24, 1);
-
-int64_t padded(int64_t units) {
-  return ceil_div(units, kUnitGroup) * kUnitGroup;
-}
-
-// ---- Tensors as the kernels read them
-
-Tensor as_floats(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-}
-
-// float32 whose last dimension is contiguous.
-Tensor as_rows(const Tensor& t) {
-  const Tensor floats = as_floats(t);
-  const int64_t last = floats.dim() - 1;
-  return floats.stride(last) == 1 || floats.size(last) <= 1 ? floats : torch::stable::contiguous(floats);
-}
-
-Tensor as_contiguous(const Tensor& t) {
-  return torch::stable::contiguous(as_floats(t));
-}
-
-const float* floats(const Tensor& t) {
-  return static_cast<const float*>(t.data_ptr());
-}
-
-float* mutable_floats(const Tensor& t) {
-  return static_cast<float*>(t.data_ptr());
-}
-
-Tensor in_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-}
-
-// ---- Description of a call
-
-struct DirectionWeights {
-  Tensor w_ih, w_hh;
-  Maybe b_ih, b_hh, w_hr;
-};
-
-struct Call {
-  int64_t mode, steps, batch, inputs, hidden, width, gates;
-  int64_t rows;  // steps of all sequences together
-  bool batch_first, packed;
-  ScalarType dtype;
-  std::vector<DirectionWeights> directions;
-  Maybe reset, lengths, h0, c0;
-  // As the kernels number sequences, see recurrent.h; the last two are empty where all are of one length.
-  std::vector<int64_t> starts, order, sorted;
-
-  int64_t kept_of_gates() const { return mode == kLSTM ? 5 : 4; }
-  int64_t padded_hidden() const { return padded(hidden); }
-  int64_t padded_width() const { return padded(width); }
-  Ints sequence(int64_t features) const {
-    if (packed) return {rows, features};
-    return batch_first ? Ints{batch, steps, features} : Ints{steps, batch, features};
-  }
-  int64_t step_dim() const { return batch_first ? 1 : 0; }
-  int64_t longest() const { return static_cast<int64_t>(starts.size()) - 1; }
-  int64_t caller(int64_t q) const { return order.empty() ? q : order[q]; }
-  int64_t length(int64_t q) const { return sorted.empty() ? steps : sorted[q]; }
-  int64_t active(int64_t t) const { return starts[t + 1] - starts[t]; }
-  bool fused_inputs() const {
-    return inputs <= (rows < kFewSequences * longest() ? kMostFusedInputsOfFew : kMostFusedInputs);
-  }
-};
-
-// A tensor's strides from step to step and from sequence to sequence.
-struct Strides {
-  int64_t step, sequence;
-  Strides(const Call& call, const Tensor& t)
-      : step(call.packed ? kPacked : t.stride(call.step_dim())),
-        sequence(t.stride(call.packed ? 0 : 1 - call.step_dim())) {}
-};
-
-void check_tensor(const Maybe& t, const Ints& size, const char* name) {
-  if (!t) return;
-  bool fits = t->dim() == static_cast<int64_t>(size.size());
-  for (size_t i = 0; fits && i < size.size(); ++i) fits = t->size(i) == size[i];
-  STD_TORCH_CHECK(fits && t->is_cpu(), "recurrent_layer: ", name,
-                  " does not fit the other arguments in shape or device");
-}
-
-Call describe(const Tensor& x, const Maybe& h0, const Maybe& c0, std::vector<DirectionWeights> directions,
-              const Maybe& reset, const Maybe& lengths, int64_t mode, bool batch_first) {
-  STD_TORCH_CHECK(mode == kLSTM || mode == kGRU, "recurrent_layer: unknown mode ", mode);
-  const bool packed = x.dim() == 2 && lengths.has_value();
-  STD_TORCH_CHECK(packed || x.dim() == 3, "recurrent_layer: expected a 3-d input, or a 2-d one with lengths, got ",
-                  x.dim(), "-d");
-  STD_TORCH_CHECK(!packed || (lengths->dim() == 1 && !batch_first && !reset),
-                  "recurrent_layer: packed sequences take 1-d lengths, no reset and no batch_first");
-  Call call{};
-  call.packed = packed;
-  call.mode = mode;
-  call.dtype = x.scalar_type();
-  STD_TORCH_CHECK(call.dtype == ScalarType::Float || call.dtype == ScalarType::BFloat16,
-                  "recurrent_layer: the kernels compute float32 and bfloat16 only");
-  call.batch_first = batch_first;
-  call.steps = x.size(batch_first ? 1 : 0);
-  call.batch = packed ? lengths->size(0) : x.size(batch_first ? 0 : 1), call.inputs = x.size(packed ? 1 : 2);
-  call.gates = mode == kLSTM ? 4 : 3;
-  const Tensor& w_hh = directions[0].w_hh;
-  STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % call.gates == 0, "recurrent_layer: w_hh has no whole gates");
-  call.hidden = w_hh.size(0) / call.gates, call.width = w_hh.size(1);
-  STD_TORCH_CHECK(call.hidden >= 1 && call.width >= 1 && call.inputs >= 1, "recurrent_layer: sizes must be positive");
-  const bool projected = directions[0].w_hr.has_value();
-  STD_TORCH_CHECK(projected ? mode == kLSTM && call.width <= call.hidden : call.width == call.hidden,
-                  "recurrent_layer: w_hh must be square per gate unless an LSTM is projected, to no more units");
-  const int64_t rows = call.gates * call.hidden;
-  for (const DirectionWeights& d : directions) {
-    check_tensor(d.w_ih, {rows, call.inputs}, "w_ih");
-    check_tensor(d.w_hh, {rows, call.width}, "w_hh");
-    check_tensor(d.b_ih, {rows}, "b_ih");
-    check_tensor(d.b_hh, {rows}, "b_hh");
-    check_tensor(d.w_hr, {call.width, call.hidden}, "w_hr");
-    STD_TORCH_CHECK(d.w_hr.has_value() == projected && d.b_ih.has_value() == d.b_hh.has_value(),
-                    "recurrent_layer: both directions and both biases must be given alike");
-    for (const Maybe& w : {Maybe(d.w_ih), Maybe(d.w_hh), d.b_ih, d.b_hh, d.w_hr})
-      if (w) STD_TORCH_CHECK(w->scalar_type() == call.dtype, "recurrent_layer: input and weights differ in dtype");
-  }
-  const int64_t count = static_cast<int64_t>(directions.size());
-  elements("an input", x);
-  elements("weights with their rows padded", {4, call.padded_hidden(), std::max(call.inputs, call.padded_width())});
-  elements("what a recurrent layer keeps",
-           {count, call.steps, call.batch, 5, std::max(call.padded_hidden(), call.padded_width())});
-  STD_TORCH_CHECK(call.batch <= std::numeric_limits<int32_t>::max(), "recurrent_layer: a batch of ", call.batch,
-                  " sequences is too large");
-  check_tensor(h0, {count, call.batch, call.width}, "h0");
-  STD_TORCH_CHECK(mode == kLSTM || !c0, "recurrent_layer: a GRU has no c0");
-  check_tensor(c0, {count, call.batch, call.hidden}, "c0");
-  for (const Maybe& s : {h0, c0})
-    if (s) STD_TORCH_CHECK(s->scalar_type() == call.dtype, "recurrent_layer: input and state differ in dtype");
-  if (reset) {
-    check_tensor(reset, batch_first ? Ints{call.batch, call.steps} : Ints{call.steps, call.batch}, "reset");
-    STD_TORCH_CHECK(reset->scalar_type() == ScalarType::Bool, "recurrent_layer: reset must be bool");
-    call.reset = *reset;
-  }
-  if (lengths) {
-    check_tensor(lengths, {call.batch}, "lengths");
-    STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "recurrent_layer: lengths must be int64");
-    call.lengths = torch::stable::contiguous(*lengths);
-    const int64_t* values = static_cast<const int64_t*>(call.lengths->data_ptr());
-    for (int64_t b = 0; b < call.batch; ++b) {
-      STD_TORCH_CHECK(values[b] >= 0 && values[b] <= call.steps, "recurrent_layer: lengths must lie in 0 to ",
-                      call.steps);
-      STD_TORCH_CHECK(!packed || (values[b] <= call.steps - call.rows && (b == 0 || values[b] <= values[b - 1])),
-                      "recurrent_layer: lengths of packed sequences must fall, and their sum be that of all steps");
-      call.rows += values[b];
-    }
-    STD_TORCH_CHECK(!packed || call.rows == call.steps,
-                    "recurrent_layer: lengths of packed sequences must fall, and their sum be that of all steps");
-  } else {
-    call.rows = call.steps * call.batch;
-  }
-  if (h0) call.h0 = as_contiguous(*h0);
-  if (c0) call.c0 = as_contiguous(*c0);
-  call.directions = std::move(directions);
-  return call;
-}
-
-// Numbers the sequences from the longest to the shortest, once the results have found room.
-void number_sequences(Call& call) {
-  int64_t longest = call.steps;
-  if (call.lengths) {
-    const int64_t* values = static_cast<const int64_t*>(call.lengths->data_ptr());
-    call.sorted.assign(values, values + call.batch);
-    if (!call.packed) {
-      call.order.resize(call.batch);
-      std::iota(call.order.begin(), call.order.end(), 0);
-      std::stable_sort(call.order.begin(), call.order.end(),
-                       [&](int64_t a, int64_t b) { return values[a] > values[b]; });
-      for (int64_t q = 0; q < call.batch; ++q) call.sorted[q] = values[call.order[q]];
-    }
-    longest = call.batch ? call.sorted[0] : 0;
-  }
-  call.starts.resize(longest + 1);
-  for (int64_t t = 0, active = call.batch; t < longest; ++t) {
-    while (call.lengths && call.sorted[active - 1] <= t) --active;
-    call.starts[t + 1] = call.starts[t] + active;
-  }
-}
-
-std::vector<DirectionWeights> directions_of(const Tensor& w_ih, const Tensor& w_hh, const Maybe& b_ih,
-                                            const Maybe& b_hh, const Maybe& w_hr, const Maybe& w_ih_r,
-                                            const Maybe& w_hh_r, const Maybe& b_ih_r, const Maybe& b_hh_r,
-                                            const Maybe& w_hr_r) {
-  std::vector<DirectionWeights> directions{{w_ih, w_hh, b_ih, b_hh, w_hr}};
-  STD_TORCH_CHECK(w_ih_r.has_value() == w_hh_r.has_value(), "recurrent_layer: the reverse direction lacks a weight");
-  if (w_ih_r) directions.push_back({*w_ih_r, *w_hh_r, b_ih_r, b_hh_r, w_hr_r});
-  return directions;
-}
-
-// The weights' order of gates by the kernels' columns.
-const int32_t* gate_order(int64_t mode, bool of_inputs) {
-  static constexpr int32_t kAsTheyAre[4] = {0, 1, 2, 3};
-  static constexpr int32_t kNewFirst[3] = {2, 0, 1};
-  return mode == kGRU && of_inputs ? kNewFirst : kAsTheyAre;
-}
-
-// ---- Threads
-
-// Into how many even shares of at least `least` and about `most` to cut `count`, every thread having one.
-int64_t shares(int64_t count, int64_t least, int64_t most) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = ceil_div(ceil_div(count, most), threads) * threads;
-  return std::clamp<int64_t>(wanted, 1, ceil_div(count, least));
-}
-
-// Bounds of stretches of steps that have about `most` rows each.
-std::vector<int64_t> cut_steps(const Call& call, int64_t most) {
-  const int64_t longest = call.longest(), total = call.starts[longest];
-  const int64_t wanted = ceil_div(total, std::max<int64_t>(1, most));
-  const int64_t count = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, longest));
-  std::vector<int64_t> bounds{0};
-  for (int64_t i = 1; i <= count; ++i) {
-    const int64_t rows = ceil_div(i * total, count);
-    const int64_t t = std::lower_bound(call.starts.begin(), call.starts.end(), rows) - call.starts.begin();
-    if (t > bounds.back()) bounds.push_back(t);
-  }
-  return bounds;
-}
-
-int64_t most_rows(const Call& call, const std::vector<int64_t>& bounds) {
-  int64_t most = 0;
-  for (size_t i = 1; i < bounds.size(); ++i) most = std::max(most, call.starts[bounds[i]] - call.starts[bounds[i - 1]]);
-  return most;
-}
-
-// Steps [begin, end) in which at most `count` sequences take part.
-struct Stretch {
-  int64_t begin, end, count;
-};
-
-// Steps [begin, end) cut where so many sequences have ended that threads had better share the others anew.
-std::vector<Stretch> cut_by_activity(const Call& call, int64_t begin, int64_t end) {
-  std::vector<Stretch> stretches;
-  while (begin < end) {
-    Stretch s{begin, begin + 1, call.active(begin)};
-    while (s.end < end && 4 * call.active(s.end) >= 3 * s.count) ++s.end;
-    stretches.push_back(s);
-    begin = s.end;
-  }
-  return stretches;
-}
-
-// Tiles of sequences, as many as threads can share evenly.
-struct Tiles {
-  int64_t batch, count;
-  explicit Tiles(int64_t batch) : batch(batch) {
-    const int64_t threads = torch::stable::get_num_threads();
-    count = std::min(batch, ceil_div(ceil_div(batch, kMaxRows), threads) * threads);
-  }
-  int64_t begin(int64_t i) const { return i * batch / count; }
-  int64_t size(int64_t i) const { return begin(i + 1) - begin(i); }
-};
 
 // ---- Forward
 
@@ -311,7 +49,8 @@ struct Prepared {
 };
 
 // `out` may be missing where what is saved has it.
-void describe_layer(const Call& call, int64_t d, const Tensor& x, const Maybe& out, const Tensor& saved, Prepared& p) {
+void describe_layer(const RecurrentCall& call, int64_t d, const Tensor& x, const Maybe& out, const Tensor& saved,
+                    Prepared& p) {
   RecurrentLayer& l = p.layer;
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   l.mode = static_cast<int32_t>(call.mode);
@@ -342,100 +81,33 @@ void describe_layer(const Call& call, int64_t d, const Tensor& x, const Maybe& o
   l.zeros = p.zeros(std::max({l.padded_hidden, l.padded_width, l.inputs}));
 }
 
-void pack_weights(const Call& call, int64_t d, Prepared& p) {
-  const RecurrentTable& k = recurrent_kernels();
+void pack_weights(const RecurrentCall& call, int64_t d, Prepared& p) {
   RecurrentLayer& l = p.layer;
   const DirectionWeights& w = call.directions[d];
-  const int64_t units = l.padded_hidden, blocks = units / k.lanes;
-  auto pack = [&](const Tensor& weight, int64_t inputs, bool of_inputs) {
-    const Tensor rows = as_rows(weight);
-    float* packed = p.memory(weight, units * call.gates * inputs);
-    for_each_item(blocks, [&](int64_t i) {
-      k.pack_gates(floats(rows), rows.stride(0), l.hidden, inputs, call.gates, gate_order(call.mode, of_inputs), packed,
-                   i * k.lanes, (i + 1) * k.lanes);
-    });
+  auto pack = [&](const Tensor& weight, bool of_inputs) {
+    const Tensor rows = as_float_rows(weight);
+    float* packed = p.memory(weight, gate_floats(call.mode, l.hidden, rows.size(1)));
+    pack_gate_weight(rows, call.mode, of_inputs, packed);
     return packed;
   };
   if (call.fused_inputs()) {
-    l.packed_x = pack(w.w_ih, l.inputs, true);
+    l.packed_x = pack(w.w_ih, true);
   } else {
-    const Tensor& rows = p.held.emplace_back(as_rows(w.w_ih));
+    const Tensor& rows = p.held.emplace_back(as_float_rows(w.w_ih));
     l.w_ih = floats(rows), l.w_ih_stride = rows.stride(0), l.order_x = gate_order(call.mode, true);
   }
-  l.packed_h = pack(w.w_hh, l.width, false);
+  l.packed_h = pack(w.w_hh, false);
   if (l.projected) {
-    const Tensor turned = as_contiguous(torch::stable::transpose(*w.w_hr, 0, 1));
-    float* packed = p.memory(turned, ceil_div(l.width, k.panel) * k.panel * l.padded_hidden);
-    k.pack_columns(floats(turned), l.width, 1, l.hidden, gate_order(call.mode, false), l.width, packed, 0,
-                   ceil_div(l.width, k.panel));
+    float* packed = p.memory(*w.w_hr, projection_floats(l.hidden, l.width));
+    pack_projection(*w.w_hr, packed);
     l.packed_r = packed;
   }
-  float* bias = p.zeros(4 * units);
+  float* bias = p.zeros(bias_floats(l.hidden));
   l.bias = bias;
-  if (!w.b_ih) return;
-  const Tensor b_ih = as_contiguous(*w.b_ih), b_hh = as_contiguous(*w.b_hh);
-  for (int64_t u = 0; u < l.hidden; ++u) {
-    float* to = bias + u / k.lanes * 4 * k.lanes + u % k.lanes;
-    auto of = [&](const Tensor& b, int64_t gate) { return floats(b)[gate * l.hidden + u]; };
-    if (call.mode == kLSTM) {
-      for (int64_t g = 0; g < 4; ++g) to[g * k.lanes] = of(b_ih, g) + of(b_hh, g);
-    } else {
-      to[0] = of(b_ih, 2), to[k.lanes] = of(b_ih, 0) + of(b_hh, 0);
-      to[2 * k.lanes] = of(b_ih, 1) + of(b_hh, 1), to[3 * k.lanes] = of(b_hh, 2);
-    }
-  }
+  if (w.b_ih) pack_bias(as_contiguous_floats(*w.b_ih), as_contiguous_floats(*w.b_hh), call.mode, bias);
 }
 
-// Steps of all unit blocks by a team of threads: within a step blocks are claimed, the next one begins when
-// all are done. A thread waits only for blocks that a running thread has claimed, so that it makes no
-// difference how many of the team ever run, or whether they do so one after another.
-template <class F>
-void run_with_step_barrier(int64_t steps, int64_t blocks, const F& run) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
-  std::vector<std::atomic<int64_t>> claimed(blocks);
-  for (auto& c : claimed) c = 0;
-  std::atomic<int64_t> done{0};
-  FirstError error;
-  in_parallel(0, threads, 1, [&](int64_t member, int64_t) {
-    const int64_t own = member * blocks / threads;
-    for (int64_t step = done.load(std::memory_order_acquire) / blocks; step < steps; ++step) {
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t block = (own + i) % blocks;
-        int64_t unclaimed = step;
-        if (!claimed[block].compare_exchange_strong(unclaimed, step + 1)) continue;
-        if (!error.free_of([&] { run(step, block); })) return;
-        done.fetch_add(1, std::memory_order_release);
-      }
-      for (int64_t spins = 0; done.load(std::memory_order_acquire) < (step + 1) * blocks; ++spins) {
-        if (error.failed()) return;  // a block that is never done
-        if (spins > 4096) std::this_thread::yield();
-      }
-    }
-  });
-  error.rethrow();
-}
-
-// Whether cores divide the units between them, each keeping its part of large weights in its cache, rather
-// than the sequences.
-bool by_units(const RecurrentLayer& l, int64_t sequences) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return threads > 1 && !l.projected && 4 * l.padded_hidden * l.width >= kSharedWeights &&
-         sequences <= kMostSharingSequences * threads;
-}
-
-// Blocks of units for a team, multiples of `least`.
-struct UnitBlocks {
-  int64_t units, size, count;
-  UnitBlocks(int64_t units, int64_t least, int64_t per_thread) : units(units) {
-    const int64_t wanted = per_thread * torch::stable::get_num_threads();
-    size = std::max<int64_t>(1, units / least / wanted) * least;
-    count = ceil_div(units, size);
-  }
-  int64_t begin(int64_t i) const { return i * size; }
-  int64_t end(int64_t i) const { return std::min(units, (i + 1) * size); }
-};
-
-void run_forward(const Call& call, int64_t d, Prepared& p, const Tensor& h_n, const Tensor& c_n) {
+void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor& h_n, const Tensor& c_n) {
   const RecurrentTable& k = recurrent_kernels();
   RecurrentLayer& l = p.layer;
   const int64_t parity = l.batch * l.padded_width;
@@ -509,8 +181,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, M
                                                            Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r,
                                                            Maybe reset, Maybe lengths, int64_t mode, bool batch_first,
                                                            bool keep, bool keep_out, int64_t rows) {
-  Call call = describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r),
-                       reset, lengths, mode, batch_first);
+  RecurrentCall call =
+      describe_recurrent(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r),
+                         reset, lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Tensor out = new_output(x, call.sequence(directions * call.width), wide);
@@ -519,12 +192,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, M
       torch::stable::new_empty(x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
   STD_TORCH_CHECK(rows == -1 ? !keep || !call.packed : rows == call.rows, "recurrent_layer: expected ", call.rows,
                   " rows, the steps of all sequences together, got ", rows);
-  const int64_t kept = call.kept_of_gates() + keep_out, units = call.padded_hidden();
-  Ints size = rows == -1 ? Ints{directions, call.steps, call.batch, kept, units} : Ints{directions, rows, kept, units};
-  const Tensor saved = new_output(x, keep ? size : Ints{0}, wide);
+  const Tensor saved = new_output(x, keep ? call.saved(directions, keep_out, rows != -1) : Ints{0}, wide);
   number_sequences(call);
   if (call.batch > 0) {
-    const Tensor from = as_rows(x);
+    const Tensor from = as_float_rows(x);
     for (int64_t d = 0; d < directions; ++d) {
       Prepared p;
       describe_layer(call, d, from, out, saved, p);
@@ -532,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, M
       run_forward(call, d, p, h_n, c_n);
     }
   }
-  return {in_dtype(out, call.dtype), in_dtype(h_n, call.dtype), in_dtype(c_n, call.dtype), saved};
+  return {as_dtype(out, call.dtype), as_dtype(h_n, call.dtype), as_dtype(c_n, call.dtype), saved};
 }
 
 // ---- Backward
@@ -582,7 +253,7 @@ struct Products {
   }
 };
 
-void put_weight_grad(const Call& call, const Products& products, bool of_inputs, const Tensor& to) {
+void put_weight_grad(const RecurrentCall& call, const Products& products, bool of_inputs, const Tensor& to) {
   const int32_t* order = gate_order(call.mode, of_inputs);
   const int64_t blocks = call.padded_hidden() / kUnitGroup;
   for_each_item(call.gates * blocks, [&](int64_t i) {
@@ -599,185 +270,246 @@ struct BackwardCall {
   bool need_weights;
 };
 
-void run_backward(const Call& call, const BackwardCall& want, int64_t d, Prepared& p, const DirectionGrads& grads) {
-  const RecurrentTable& k = recurrent_kernels();
-  RecurrentLayer& l = p.layer;
-  const DirectionWeights& w = call.directions[d];
-  const int64_t hidden = l.padded_hidden, columns = 4 * hidden;
-  const int64_t x_end = call.gates * hidden, h_begin = columns - call.gates * hidden;
-
-  RecurrentBackward b{};
-  if (want.grad_out) {
-    const Strides of_grad(call, *want.grad_out);
-    b.grad_out = floats(*want.grad_out) + d * call.width * want.grad_out->stride(want.grad_out->dim() - 1);
-    b.grad_step = of_grad.step, b.grad_sequence = of_grad.sequence;
+// The backward of one direction, chunk of steps by chunk of steps.
+class DirectionBackward {
+ public:
+  DirectionBackward(const RecurrentCall& call, const BackwardCall& want, int64_t d, Prepared& p)
+      : call_(call),
+        want_(want),
+        d_(d),
+        p_(p),
+        l_(p.layer),
+        gate_columns_(4 * l_.padded_hidden),
+        bias_(ceil_div(gate_columns_, panel()) * panel()) {
+    set_gradients();
+    pack();
+    bounds_ = cut_steps(call, kChunkFloats / gate_columns_);
+    const int64_t most = most_rows(call, bounds_);
+    b_.gates = p.memory(want.rows, ceil_div(gate_columns_, panel()) * panel() * most);
+    if (l_.projected) {
+      b_.dy = p.memory(want.rows, ceil_div(l_.padded_width, panel()) * panel() * most);
+      b_.my = p.memory(want.rows, l_.padded_hidden * most);
+    }
+    if (!want.need_weights) return;
+    of_x_.emplace(panel(), 0, input_end(), gate_columns_, l_.inputs);
+    of_h_.emplace(panel(), state_begin(), gate_columns_, gate_columns_, l_.width);
+    if (l_.projected) of_m_.emplace(panel(), 0, l_.padded_width, l_.padded_width, l_.hidden);
   }
-  if (call.h0) b.h0 = floats(*call.h0) + d * l.batch * l.width;
-  if (call.c0) b.c0 = floats(*call.c0) + d * l.batch * l.hidden;
-  auto state = [&](const Maybe& from, int64_t size, int64_t row) {
-    float* to = p.zeros(l.batch * row);
-    if (from)
-      for (int64_t q = 0; q < l.batch; ++q)
-        std::copy_n(floats(*from) + (d * l.batch + call.caller(q)) * size, size, to + q * row);
-    return to;
-  };
-  b.dh = state(want.grad_h_n, l.width, l.padded_width);
-  if (call.mode == kLSTM) b.dc = state(want.grad_c_n, l.hidden, hidden);
 
-  auto pack_columns = [&](const Tensor& weight, int64_t blocks, int64_t block, bool of_inputs) {
-    const Tensor rows = as_rows(weight);
+  void run(const DirectionGrads& grads) {
+    const int64_t chunks = static_cast<int64_t>(bounds_.size()) - 1;
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t at = l_.reversed ? c : chunks - 1 - c, t0 = bounds_[at], t1 = bounds_[at + 1];
+      gather_rows(t0, t1);
+      run_steps(t0, t1, c == chunks - 1);
+      add_chunk();
+    }
+    put_state(want_.grad_h0, b_.dh, l_.width, l_.padded_width);
+    put_state(want_.grad_c0, b_.dc, l_.hidden, l_.padded_hidden);
+    if (want_.need_weights) put_weights(grads);
+  }
+
+ private:
+  static int64_t panel() { return recurrent_kernels().panel; }
+  // Columns of the gates that belong to the inputs end there, and those of the state begin there.
+  int64_t input_end() const { return call_.gates * l_.padded_hidden; }
+  int64_t state_begin() const { return gate_columns_ - call_.gates * l_.padded_hidden; }
+
+  // The gradients that the direction begins with.
+  void set_gradients() {
+    if (want_.grad_out) {
+      const Strides of_grad(call_, *want_.grad_out);
+      b_.grad_out = floats(*want_.grad_out) + d_ * call_.width * want_.grad_out->stride(want_.grad_out->dim() - 1);
+      b_.grad_step = of_grad.step, b_.grad_sequence = of_grad.sequence;
+    }
+    if (call_.h0) b_.h0 = floats(*call_.h0) + d_ * l_.batch * l_.width;
+    if (call_.c0) b_.c0 = floats(*call_.c0) + d_ * l_.batch * l_.hidden;
+    b_.dh = state(want_.grad_h_n, l_.width, l_.padded_width);
+    if (call_.mode == kLSTM) b_.dc = state(want_.grad_c_n, l_.hidden, l_.padded_hidden);
+  }
+
+  // [B][row] as the kernels number sequences, from the caller's [directions, B, size].
+  float* state(const Maybe& from, int64_t size, int64_t row) {
+    float* to = p_.zeros(l_.batch * row);
+    if (from)
+      for (int64_t q = 0; q < l_.batch; ++q)
+        std::copy_n(floats(*from) + (d_ * l_.batch + call_.caller(q)) * size, size, to + q * row);
+    return to;
+  }
+
+  void put_state(const Maybe& to, const float* from, int64_t size, int64_t row) const {
+    if (to)
+      for (int64_t q = 0; q < l_.batch; ++q)
+        std::copy_n(from + q * row, size, mutable_floats(*to) + (d_ * l_.batch + call_.caller(q)) * size);
+  }
+
+  void pack() {
+    const DirectionWeights& w = call_.directions[d_];
+    if (l_.steps > 1 || wants_first_state()) b_.columns_h = pack_columns(w.w_hh, call_.gates, l_.hidden, false);
+    if (l_.projected) b_.columns_r = pack_columns(*w.w_hr, 1, l_.width, false);
+    if (want_.grad_x) columns_x_ = pack_columns(w.w_ih, call_.gates, l_.hidden, true);
+  }
+
+  // Whether the gradient of the state before the first step is a result.
+  bool wants_first_state() const { return want_.grad_h0.has_value(); }
+
+  const float* pack_columns(const Tensor& weight, int64_t blocks, int64_t block, bool of_inputs) {
+    const RecurrentTable& k = recurrent_kernels();
+    const Tensor rows = as_float_rows(weight);
     const int64_t n = rows.size(1), panels = ceil_div(n, k.panel);
-    float* packed = p.memory(weight, panels * k.panel * blocks * padded(block));
+    float* packed = p_.memory(weight, panels * k.panel * blocks * padded_units(block));
     for_each_item(panels, [&](int64_t i) {
-      k.pack_columns(floats(rows), rows.stride(0), blocks, block, gate_order(call.mode, of_inputs), n, packed, i,
+      k.pack_columns(floats(rows), rows.stride(0), blocks, block, gate_order(call_.mode, of_inputs), n, packed, i,
                      i + 1);
     });
     return packed;
-  };
-  // The state before the first step has no gradient that anyone wants.
-  const bool to_the_end = want.grad_h0.has_value();
-  if (l.steps > 1 || to_the_end) b.columns_h = pack_columns(w.w_hh, call.gates, l.hidden, false);
-  if (l.projected) b.columns_r = pack_columns(*w.w_hr, 1, l.width, false);
-  const float* columns_x = want.grad_x ? pack_columns(w.w_ih, call.gates, l.hidden, true) : nullptr;
+  }
 
-  const std::vector<int64_t> bounds = cut_steps(call, kChunkFloats / columns);
-  const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1, most = most_rows(call, bounds);
-  b.gates = p.memory(want.rows, ceil_div(columns, k.panel) * k.panel * most);
-  if (l.projected) {
-    b.dy = p.memory(want.rows, ceil_div(l.padded_width, k.panel) * k.panel * most);
-    b.my = p.memory(want.rows, hidden * most);
-  }
-  std::optional<Products> of_x, of_h, of_m;
-  AlignedFloats bias(ceil_div(columns, k.panel) * k.panel);
-  if (want.need_weights) {
-    of_x.emplace(k.panel, 0, x_end, columns, l.inputs);
-    of_h.emplace(k.panel, h_begin, columns, columns, l.width);
-    if (l.projected) of_m.emplace(k.panel, 0, l.padded_width, l.padded_width, l.hidden);
-  }
-  ChunkRows rows;
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t position_of = l.reversed ? c : chunks - 1 - c, t0 = bounds[position_of], t1 = bounds[position_of + 1];
-    const int64_t count = call.starts[t1] - call.starts[t0], previous = l.reversed ? 1 : -1;
-    rows.x.clear(), rows.h.clear(), rows.m.clear(), rows.grad_x.clear();
+  // What was read for every row of steps [t0, t1), and where its gradient goes.
+  void gather_rows(int64_t t0, int64_t t1) {
+    const int64_t count = call_.starts[t1] - call_.starts[t0], previous = l_.reversed ? 1 : -1;
+    rows_.x.clear(), rows_.h.clear(), rows_.m.clear(), rows_.grad_x.clear();
     for (int64_t t = t0; t < t1; ++t)
-      for (int64_t q = 0; q < call.active(t); ++q) {
-        rows.x.push_back(l.x + position(l, t, q, l.x_step, l.x_sequence));
-        const bool first = t == (l.reversed ? call.length(q) - 1 : 0);
-        const bool fresh = l.reset && l.reset[position(l, t, q, l.reset_step, l.reset_sequence)];
-        rows.h.push_back(fresh || (first && !b.h0) ? l.zeros
-                         : first                   ? b.h0 + call.caller(q) * l.width
-                         : l.keep_out ? l.saved + position(l, t + previous, q, l.saved_step, l.saved_sequence) +
-                                            (l.kept - 1) * hidden
-                                      : l.out + position(l, t + previous, q, l.out_step, l.out_sequence));
-        if (columns_x) {
-          const Strides of_grad(call, *want.grad_x);
-          rows.grad_x.push_back(mutable_floats(*want.grad_x) + position(l, t, q, of_grad.step, of_grad.sequence));
+      for (int64_t q = 0; q < call_.active(t); ++q) {
+        rows_.x.push_back(l_.x + position(l_, t, q, l_.x_step, l_.x_sequence));
+        const bool first = t == (l_.reversed ? call_.length(q) - 1 : 0);
+        const bool fresh = l_.reset && l_.reset[position(l_, t, q, l_.reset_step, l_.reset_sequence)];
+        rows_.h.push_back(fresh || (first && !b_.h0) ? l_.zeros
+                          : first                    ? b_.h0 + call_.caller(q) * l_.width
+                          : l_.keep_out ? l_.saved + position(l_, t + previous, q, l_.saved_step, l_.saved_sequence) +
+                                              (l_.kept - 1) * l_.padded_hidden
+                                        : l_.out + position(l_, t + previous, q, l_.out_step, l_.out_sequence));
+        if (columns_x_) {
+          const Strides of_grad(call_, *want_.grad_x);
+          rows_.grad_x.push_back(mutable_floats(*want_.grad_x) + position(l_, t, q, of_grad.step, of_grad.sequence));
         }
       }
-    if (l.projected)
-      for (int64_t i = 0; i < count; ++i) rows.m.push_back(b.my + i * hidden);
-    b.rows = count, b.first_row = call.starts[t0];
+    if (l_.projected)
+      for (int64_t i = 0; i < count; ++i) rows_.m.push_back(b_.my + i * l_.padded_hidden);
+    b_.rows = count, b_.first_row = call_.starts[t0];
+  }
 
-    std::vector<Stretch> stretches = cut_by_activity(call, t0, t1);
-    if (!l.reversed) std::reverse(stretches.begin(), stretches.end());
+  void run_steps(int64_t t0, int64_t t1, bool last_chunk) const {
+    std::vector<Stretch> stretches = cut_by_activity(call_, t0, t1);
+    if (!l_.reversed) std::reverse(stretches.begin(), stretches.end());
     for (size_t at = 0; at < stretches.size(); ++at) {
-      const Stretch& s = stretches[at];
-      const int64_t steps = s.end - s.begin;
-      auto time = [&](int64_t i) { return l.reversed ? s.begin + i : s.end - 1 - i; };
-      const bool last = c == chunks - 1 && at + 1 == stretches.size() && !to_the_end;
-      if (by_units(l, s.count)) {
-        const UnitBlocks blocks(hidden, k.panel, 4);
-        run_with_step_barrier(steps + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
-          const int64_t begin = blocks.begin(block), end = blocks.end(block);
-          for (int64_t q = 0; q < s.count; q += kMaxRows) {
-            const int64_t n = std::min(kMaxRows, s.count - q);
-            if (i > 0) k.backward_state(l, b, time(i - 1), q, n, begin, end);
-            if (i < steps) k.backward_gates(l, b, time(i), q, n, begin, end, nullptr);
-          }
-        });
-      } else {
-        const Tiles tiles(s.count);
-        const int64_t scratch_size = k.backward_scratch(l);
-        for_each_item(tiles.count, [&](int64_t item) {
-          float* scratch = thread_scratch(scratch_size);
-          const int64_t b0 = tiles.begin(item), n = tiles.size(item);
-          for (int64_t i = 0; i < steps; ++i) {
-            k.backward_gates(l, b, time(i), b0, n, 0, hidden, scratch);
-            if (!last || i + 1 < steps) k.backward_state(l, b, time(i), b0, n, 0, l.padded_width);
-          }
-        });
-      }
+      const bool last = last_chunk && at + 1 == stretches.size() && !wants_first_state();
+      if (by_units(l_, stretches[at].count))
+        run_by_units(stretches[at], last);
+      else
+        run_by_sequences(stretches[at], last);
     }
-    // Everything that all steps of the chunk contribute to, in one list of items.
-    const int64_t x_items = of_x ? of_x->items() : 0, h_items = of_h ? of_h->items() : 0;
-    const int64_t m_items = of_m ? of_m->items() : 0, bias_items = want.need_weights ? ceil_div(columns, k.panel) : 0;
-    const int64_t row_items =
-        columns_x ? shares(count, kRowsOfItem, std::max<int64_t>(2 * kRowsOfItem, kRowsFloats / x_end)) : 0;
-    for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
-      if (i < x_items) return of_x->add(i, rows.x.data(), b.gates, count);
-      if ((i -= x_items) < h_items) return of_h->add(i, rows.h.data(), b.gates, count);
-      if ((i -= h_items) < m_items) return of_m->add(i, rows.m.data(), b.dy, count);
-      if ((i -= m_items) < bias_items)
-        return k.add_rows(b.gates + i * k.panel * count, count, bias.data() + i * k.panel);
-      i -= bias_items;
-      const int64_t first = i * count / row_items;
-      k.multiply_rows(b.gates, count, first, (i + 1) * count / row_items - first, 0, x_end, columns_x, l.inputs, d > 0,
-                      rows.grad_x.data() + first);
+  }
+
+  // The number of the i-th step from where a stretch's backward begins.
+  int64_t time(const Stretch& s, int64_t i) const { return l_.reversed ? s.begin + i : s.end - 1 - i; }
+
+  void run_by_units(const Stretch& s, bool last) const {
+    const RecurrentTable& k = recurrent_kernels();
+    const int64_t steps = s.end - s.begin;
+    const UnitBlocks blocks(l_.padded_hidden, k.panel, 4);
+    run_with_step_barrier(steps + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
+      const int64_t begin = blocks.begin(block), end = blocks.end(block);
+      for (int64_t q = 0; q < s.count; q += kMaxRows) {
+        const int64_t n = std::min(kMaxRows, s.count - q);
+        if (i > 0) k.backward_state(l_, b_, time(s, i - 1), q, n, begin, end);
+        if (i < steps) k.backward_gates(l_, b_, time(s, i), q, n, begin, end, nullptr);
+      }
     });
   }
 
-  auto put_state = [&](const Maybe& to, const float* from, int64_t size, int64_t row) {
-    if (to)
-      for (int64_t q = 0; q < l.batch; ++q)
-        std::copy_n(from + q * row, size, mutable_floats(*to) + (d * l.batch + call.caller(q)) * size);
-  };
-  put_state(want.grad_h0, b.dh, l.width, l.padded_width);
-  put_state(want.grad_c0, b.dc, l.hidden, hidden);
-  if (!want.need_weights) return;
-  put_weight_grad(call, *of_x, true, grads.w_ih);
-  put_weight_grad(call, *of_h, false, grads.w_hh);
-  if (of_m) of_m->put(0, l.width, mutable_floats(*grads.w_hr));
-  if (grads.b_ih)
-    for (int64_t g = 0; g < call.gates; ++g)
-      for (int64_t u = 0; u < l.hidden; ++u) {
-        mutable_floats(*grads.b_ih)[gate_order(call.mode, true)[g] * l.hidden + u] = bias[g * hidden + u];
-        mutable_floats(*grads.b_hh)[g * l.hidden + u] = bias[h_begin + g * hidden + u];
+  void run_by_sequences(const Stretch& s, bool last) const {
+    const RecurrentTable& k = recurrent_kernels();
+    const int64_t steps = s.end - s.begin, scratch_size = k.backward_scratch(l_);
+    const Tiles tiles(s.count);
+    for_each_item(tiles.count, [&](int64_t item) {
+      float* scratch = thread_scratch(scratch_size);
+      const int64_t b0 = tiles.begin(item), n = tiles.size(item);
+      for (int64_t i = 0; i < steps; ++i) {
+        k.backward_gates(l_, b_, time(s, i), b0, n, 0, l_.padded_hidden, scratch);
+        if (!last || i + 1 < steps) k.backward_state(l_, b_, time(s, i), b0, n, 0, l_.padded_width);
       }
-}
+    });
+  }
+
+  // Everything that all steps of the chunk contribute to, in one list of items.
+  void add_chunk() {
+    const RecurrentTable& k = recurrent_kernels();
+    const int64_t count = b_.rows, x_end = input_end();
+    const int64_t x_items = of_x_ ? of_x_->items() : 0, h_items = of_h_ ? of_h_->items() : 0;
+    const int64_t m_items = of_m_ ? of_m_->items() : 0;
+    const int64_t bias_items = want_.need_weights ? ceil_div(gate_columns_, k.panel) : 0;
+    const int64_t row_items =
+        columns_x_ ? shares(count, kRowsOfItem, std::max<int64_t>(2 * kRowsOfItem, kRowsFloats / x_end)) : 0;
+    for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
+      if (i < x_items) return of_x_->add(i, rows_.x.data(), b_.gates, count);
+      if ((i -= x_items) < h_items) return of_h_->add(i, rows_.h.data(), b_.gates, count);
+      if ((i -= h_items) < m_items) return of_m_->add(i, rows_.m.data(), b_.dy, count);
+      if ((i -= m_items) < bias_items)
+        return k.add_rows(b_.gates + i * k.panel * count, count, bias_.data() + i * k.panel);
+      i -= bias_items;
+      const int64_t first = i * count / row_items;
+      k.multiply_rows(b_.gates, count, first, (i + 1) * count / row_items - first, 0, x_end, columns_x_, l_.inputs,
+                      d_ > 0, rows_.grad_x.data() + first);
+    });
+  }
+
+  void put_weights(const DirectionGrads& grads) const {
+    put_weight_grad(call_, *of_x_, true, grads.w_ih);
+    put_weight_grad(call_, *of_h_, false, grads.w_hh);
+    if (of_m_) of_m_->put(0, l_.width, mutable_floats(*grads.w_hr));
+    if (!grads.b_ih) return;
+    for (int64_t g = 0; g < call_.gates; ++g)
+      for (int64_t u = 0; u < l_.hidden; ++u) {
+        mutable_floats(*grads.b_ih)[gate_order(call_.mode, true)[g] * l_.hidden + u] = bias_[g * l_.padded_hidden + u];
+        mutable_floats(*grads.b_hh)[g * l_.hidden + u] = bias_[state_begin() + g * l_.padded_hidden + u];
+      }
+  }
+
+  const RecurrentCall& call_;
+  const BackwardCall& want_;
+  const int64_t d_;
+  Prepared& p_;
+  const RecurrentLayer& l_;
+  const int64_t gate_columns_;
+  AlignedFloats bias_;
+  RecurrentBackward b_{};
+  const float* columns_x_ = nullptr;
+  std::vector<int64_t> bounds_;
+  std::optional<Products> of_x_, of_h_, of_m_;  // sums for w_ih, w_hh and w_hr
+  ChunkRows rows_;
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor x, Maybe h0, Maybe c0, Tensor w_ih,
                          Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r, Maybe w_hh_r, Maybe b_ih_r,
                          Maybe b_hh_r, Maybe w_hr_r, Maybe reset, Maybe lengths, Maybe out, Tensor saved, int64_t mode,
                          bool batch_first, bool need_x, bool need_state, bool need_weights) {
-  Call call = describe(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r),
-                       reset, lengths, mode, batch_first);
+  const char* op = "recurrent_layer_backward";
+  RecurrentCall call =
+      describe_recurrent(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r),
+                         reset, lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
-  check_tensor(out, call.sequence(directions * call.width), "out");
-  check_tensor(grad_out, call.sequence(directions * call.width), "grad_out");
-  check_tensor(grad_h_n, {directions, call.batch, call.width}, "grad_h_n");
+  check_argument(op, "out", out, call.sequence(directions * call.width), std::nullopt, Memory::kContiguous);
+  check_argument(op, "grad_out", grad_out, call.sequence(directions * call.width), std::nullopt);
+  check_argument(op, "grad_h_n", grad_h_n, {directions, call.batch, call.width}, std::nullopt);
   STD_TORCH_CHECK(mode == kLSTM || !grad_c_n, "recurrent_layer_backward: a GRU has no c_n");
-  check_tensor(grad_c_n, {directions, call.batch, call.hidden}, "grad_c_n");
-  const int64_t kept = call.kept_of_gates() + !out, units = call.padded_hidden();
-  if (saved.dim() == 4)
-    check_tensor(saved, {directions, call.rows, kept, units}, "saved");
-  else
-    check_tensor(saved, {directions, call.steps, call.batch, kept, units}, "saved");
-  STD_TORCH_CHECK(!call.packed || saved.dim() == 4, "recurrent_layer: saved does not fit packed sequences");
-  STD_TORCH_CHECK(saved.scalar_type() == wide && saved.is_contiguous() && (!out || out->is_contiguous()),
-                  "recurrent_layer_backward: expected the forward's own out and saved");
+  check_argument(op, "grad_c_n", grad_c_n, {directions, call.batch, call.hidden}, std::nullopt);
+  const bool by_rows = call.packed || saved.dim() == 4;
+  check_argument(op, "saved", saved, call.saved(directions, !out, by_rows), wide, Memory::kContiguous);
   number_sequences(call);
 
   const Maybe wide_out = out ? Maybe(as_floats(*out)) : Maybe();
   BackwardCall want{};
-  want.rows = as_rows(x);
+  want.rows = as_float_rows(x);
   want.need_weights = need_weights;
-  if (grad_out) want.grad_out = as_rows(*grad_out);
-  if (grad_h_n) want.grad_h_n = as_contiguous(*grad_h_n);
-  if (grad_c_n) want.grad_c_n = as_contiguous(*grad_c_n);
+  if (grad_out) want.grad_out = as_float_rows(*grad_out);
+  if (grad_h_n) want.grad_h_n = as_contiguous_floats(*grad_h_n);
+  if (grad_c_n) want.grad_c_n = as_contiguous_floats(*grad_c_n);
   if (need_x) {
-    // Its memory has first what the input's has: whoever computed that wants it so.
+    // The first two dimensions lie in memory as those of the input do: then the layer below, which reads this as the
+    // gradient of its result, finds it as that was laid out.
     if (!call.packed && x.stride(0) < x.stride(1)) {
       Tensor made = new_output(x, Ints{x.size(1), x.size(0), call.inputs}, wide);
       want.grad_x = torch::stable::transpose(made, 0, 1);
@@ -803,9 +535,9 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
     if (call.batch * call.steps == 0) continue;
     Prepared p;
     describe_layer(call, d, want.rows, wide_out, saved, p);
-    run_backward(call, want, d, p, grads[d]);
+    DirectionBackward(call, want, d, p).run(grads[d]);
   }
-  auto result = [&](const Maybe& t) { return t ? in_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0}); };
+  auto result = [&](const Maybe& t) { return t ? as_dtype(*t, call.dtype) : torch::stable::new_empty(x, Ints{0}); };
   auto weights = [&](int64_t d) {
     if (!need_weights || d >= directions)
       return std::make_tuple(result({}), result({}), result({}), result({}), result({}));

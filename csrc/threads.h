@@ -57,8 +57,8 @@ inline int64_t wanted_items() {
   return 4 * static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
-// The first error of work that several threads share. Nobody catches what leaves a thread, so that it is carried to the
-// one that waits for all.
+// The first error of work that several threads share. An exception that leaves a thread ends the process, so it is
+// kept for the thread that waits for all.
 class FirstError {
  public:
   // Whether `run` came to its end.
@@ -74,7 +74,7 @@ class FirstError {
   }
   // Whether the others may as well stop.
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
-  // Once nobody works any more.
+  // To be called when all threads have ended.
   void rethrow() const {
     if (error_) std::rethrow_exception(error_);
   }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "limits.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {
@@ -39,7 +40,7 @@ Tensor new_floats(const Tensor& like, int64_t count) {
 
 // x with its channels contiguous.
 Tensor with_channels_inside(const Tensor& x) {
-  return x.stride(1) == 1 ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+  return x.stride(1) == 1 ? x : channels_last(x);
 }
 
 Winograd describe(const Tensor& x, int64_t co, int64_t oh, int64_t ow, int64_t ph, int64_t pw) {
@@ -75,17 +76,17 @@ bool winograd_suits(const Tensor& weight) {
   return k.has_all_taps(data, co, c, kSample) || k.has_all_taps(data, co, c, std::max(co, c));
 }
 
-WinogradConvolution::WinogradConvolution(const Tensor& weight, bool of_map)
-    : c_(weight.size(of_map ? 0 : 1)),
-      co_(weight.size(of_map ? 1 : 0)),
+WinogradConvolution::WinogradConvolution(const Tensor& weight, bool transposed)
+    : c_(weight.size(transposed ? 0 : 1)),
+      co_(weight.size(transposed ? 1 : 0)),
       transformed_(new_floats(weight, kWinogradPositions * group_up(co_) * c_)) {
   const WinogradTable& k = winograd_kernels();
-  const int64_t outer = weight.size(1) * 9, o_stride = of_map ? 9 : outer, i_stride = of_map ? outer : 9;
+  const int64_t outer = weight.size(1) * 9, o_stride = transposed ? 9 : outer, i_stride = transposed ? outer : 9;
   const Tensor flat = torch::stable::contiguous(weight);
   const float* from = static_cast<const float*>(flat.data_ptr());
   float* to = static_cast<float*>(transformed_.data_ptr());
   for_each_item(ceil_div(co_, k.width),
-                [&](int64_t panel) { k.transform_weight(from, co_, c_, o_stride, i_stride, of_map, panel, to); });
+                [&](int64_t panel) { k.transform_weight(from, co_, c_, o_stride, i_stride, transposed, panel, to); });
 }
 
 bool WinogradConvolution::run(const Block& b, const Tensor& x, const std::optional<Tensor>& bias,

@@ -9,17 +9,16 @@
 
 namespace cnnlstm_fast {
 
-// Whether rounding that is relative to the loudest place of a tile does a convolution by this weight (co, c, 3, 3) no
-// harm. Where a tap is nearly zero for a whole channel, that place may be one the channel does not see, and the rest of
-// the block may leave nothing of those that do.
+// Whether the rounding of tiles suits this weight (co, c, 3, 3): it is relative to the largest element of a tile. Where
+// a tap is nearly zero for a whole channel, that element may not contribute to the channel at all, and its rounding
+// then is large beside the channel's values.
 bool winograd_suits(const torch::stable::Tensor& weight);
 
 // A float32 convolution with stride 1 by one weight, for input after input.
 class WinogradConvolution {
  public:
-  // `weight` is (co, c, 3, 3). `of_map` gives the convolution that turns a gradient of the map into one of
-  // the input.
-  WinogradConvolution(const torch::stable::Tensor& weight, bool of_map);
+  // `weight` is (co, c, 3, 3). Transposed, the convolution turns a gradient of the map into one of the input.
+  WinogradConvolution(const torch::stable::Tensor& weight, bool transposed);
 
   // Writes the block of x (n, c, h, w). Returns whether its map is finite; otherwise NaN and infinity are not where
   // they belong.

@@ -1,8 +1,8 @@
 """What the host functions ask of their arguments, so that no kernel reads or writes beyond a tensor.
 
-The questions and words are those of csrc/. Sizes that a trace leaves open are not compared, which would tie
-the traced program to them. What lies on the device, winner codes and lengths, is not looked at, which would
-wait for it: the kernels are safe for any such values.
+A block's own arguments are checked by :func:`cnnlstm_fast.spec.block_sizes`. Sizes that a trace leaves open
+are not compared, which would tie the traced program to them. What lies on the device, argmax codes and
+lengths, is not looked at, which would wait for it: the kernels are safe for any such values.
 """
 
 from __future__ import annotations
@@ -17,33 +17,12 @@ from torch import Tensor
 from cnnlstm_fast.ops.conv_block import PLANS, keeps_codes
 from cnnlstm_fast.ops.cuda import DTYPES
 from cnnlstm_fast.ops.recurrent import MODES, saved_shape
-from cnnlstm_fast.spec import (
-    ACTIVATIONS,
-    BYTE_WINDOW,
-    codes_shape,
-    map_size,
-    pool_size,
-    raw_shape,
-    windows_meet,
-)
-
-#: The largest size or parameter, so that places fit 32 bits; and the elements of a tensor that a machine
-#: may have.
-_MOST = 2**31 - 1
-_MOST_ELEMENTS = 2**46
-
-#: How many numbers an activation has, by its number.
-_NUMBERS = {ACTIVATIONS["hardtanh"]: 2, ACTIVATIONS["leaky_relu"]: 1, ACTIVATIONS["elu"]: 1}
-
-
-def _fixed(*sizes) -> bool:
-    """Whether all sizes are numbers, none of them left open by a trace."""
-    return all(type(size) is int for size in sizes)
+from cnnlstm_fast.spec import MOST_SIZE, block_sizes, codes_shape, is_fixed, padded_size, raw_shape
 
 
 def _is_shape(found: Sequence[int], expected: Sequence[int]) -> bool:
     return len(found) == len(expected) and all(
-        a == b for a, b in zip(found, expected, strict=True) if _fixed(a, b)
+        a == b for a, b in zip(found, expected, strict=True) if is_fixed(a, b)
     )
 
 
@@ -72,7 +51,7 @@ def _check_like(op: str, x: Tensor, name: str, t: Tensor | None) -> None:
 
 def _check_kept(op: str, x: Tensor, name: str, t: Tensor, dtype: torch.dtype) -> None:
     """Check the type and memory of what a forward kept."""
-    traced = not _fixed(*t.shape)
+    traced = not is_fixed(*t.shape)
     if t.dtype != dtype or t.device != x.device or not (traced or t.is_contiguous()):
         raise RuntimeError(
             f"{op}: {name} must be contiguous {dtype} on {x.device}, got {t.dtype} of strides {t.stride()} "
@@ -103,70 +82,18 @@ def check_block(
     """Check what both ops of the block take; the sizes of the convolution's map and of the result."""
     _check_dtype("conv_block", x)
     _check_like("conv_block", x, "weight", weight)
-    numbers = activation, tuple(act), tuple(order), plan
-    return _block_sizes(x.shape, weight.shape, tuple(conv), tuple(pool), *numbers)
+    if plan not in (PLANS["direct"], PLANS["chunked"]):
+        raise RuntimeError(f"conv_block: unknown plan {plan}")
+    return _block_sizes(x.shape, weight.shape, tuple(conv), tuple(pool), activation, tuple(act), tuple(order))
 
 
 @_once
-def _block_sizes(x_shape, weight_shape, conv, pool, activation, act, order, plan):
-    if len(x_shape) != 4 or len(weight_shape) != 4:
-        raise RuntimeError(
-            f"conv_block: expected a 4-d input and weight, got {len(x_shape)}-d and {len(weight_shape)}-d"
-        )
-    if len(conv) not in (7, 9):
-        raise RuntimeError(
-            "conv_block: conv must be [stride, padding, dilation (h, w each), groups, more padding after "
-            f"(h, w)], got {len(conv)} values"
-        )
-    if len(pool) not in (0, 9):
-        raise RuntimeError(f"conv_block: pool must be empty or have 9 values, got {len(pool)}")
-    if not 0 <= activation < len(ACTIVATIONS):
-        raise RuntimeError(f"conv_block: unknown activation {activation}")
-    numbers = _NUMBERS.get(activation, 0)
-    if len(act) != numbers:
-        raise RuntimeError(f"conv_block: activation {activation} has {numbers} numbers, got {len(act)}")
-    if sorted(order) != [0, 1, 2, 3]:
-        raise RuntimeError(f"conv_block: order must be a permutation of 0, 1, 2, 3, got {list(order)}")
-    if plan not in (PLANS["direct"], PLANS["chunked"]):
-        raise RuntimeError(f"conv_block: unknown plan {plan}")
-    for name, values, from_zero in (("conv", conv, (2, 3, 7, 8)), ("pool", pool, (4, 5, 8))):
-        for i, value in enumerate(values):
-            if _fixed(value) and not (i not in from_zero) <= value <= _MOST:
-                raise RuntimeError(f"conv_block: {name}[{i}] = {value} is out of range")
-
-    n, c, h, w = x_shape
-    co, c_group, kh, kw = weight_shape
-    groups = conv[6]
-    if _fixed(c, co, c_group, kh, kw, groups) and (
-        min(c, co, kh, kw) < 1 or co % groups or c != c_group * groups
-    ):
-        raise RuntimeError(
-            f"conv_block: an input of {c} channels does not fit a weight {tuple(weight_shape)} with "
-            f"groups={groups}"
-        )
-    conv_hw = map_size((h, w), (kh, kw), conv)
-    if _fixed(h, w, *conv_hw):
-        if min(h, w, *conv_hw) < 1:
-            raise RuntimeError(f"conv_block: an input of {h}x{w} is too small for the kernel")
-        after_h, after_w = conv[7:] or (0, 0)
-        padded = h + 2 * conv[2] + after_h, w + 2 * conv[3] + after_w
-        if max(padded) > _MOST or (_fixed(n, co) and n * co * conv_hw[0] * conv_hw[1] > _MOST_ELEMENTS):
-            raise RuntimeError(f"conv_block: a map of {conv_hw[0]}x{conv_hw[1]} is too large")
-    if not pool:
-        return conv_hw, conv_hw
-    if pool[0] * pool[1] > BYTE_WINDOW:
-        raise RuntimeError(
-            f"conv_block: a pool window of {pool[0]}x{pool[1]} has more than {BYTE_WINDOW} elements"
-        )
-    if pool[4] > pool[0] // 2 or pool[5] > pool[1] // 2:
-        raise RuntimeError("conv_block: pool padding is more than half the kernel")
-    size = pool_size(conv_hw, pool)
-    if _fixed(*size):
-        if min(size) < 1:
-            raise RuntimeError(f"conv_block: a map of {conv_hw[0]}x{conv_hw[1]} is too small for the pool")
-        if not windows_meet(conv_hw, size, pool):
-            raise RuntimeError("conv_block: a pool window meets no element of the map")
-    return conv_hw, size
+def _block_sizes(x_shape, weight_shape, conv, *rest):
+    sizes = block_sizes(x_shape, weight_shape, conv, *rest)
+    padded = padded_size(x_shape[2:], conv)
+    if is_fixed(*padded) and max(padded) > MOST_SIZE:  # positions have 32 bits
+        raise RuntimeError(f"conv_block: an input of {padded[0]}x{padded[1]} with its padding is too large")
+    return sizes
 
 
 def check_bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -224,7 +151,7 @@ def check_statistics(mean: Tensor | None, var: Tensor | None, places: int) -> No
     """Check that statistics are given, or that a batch of so many values per channel has some."""
     if (mean is None) != (var is None):
         raise RuntimeError("conv_norm_block: expected a mean and a variance, or neither")
-    if mean is None and _fixed(places) and places <= 1:
+    if mean is None and is_fixed(places) and places <= 1:
         raise RuntimeError(f"conv_norm_block: expected more than 1 value per channel, got {places}")
 
 
@@ -311,7 +238,7 @@ def _check_layer_shapes(x, mode, batch_first, *given):
     if len(w_hh) != 2 or w_hh[0] % gates:
         raise RuntimeError(f"{op}: w_hh has no whole gates, got {tuple(w_hh)} for {gates} of them")
     (rows, units), inputs = w_hh, x[2]
-    if _fixed(rows, inputs) and min(rows, inputs) < 1:
+    if is_fixed(rows, inputs) and min(rows, inputs) < 1:
         raise RuntimeError(f"{op}: sizes must be positive, got w_hh of {tuple(w_hh)} and {inputs} inputs")
     if weights[4] is not None or reverse[4] is not None:
         raise RuntimeError(f"{op}: the CUDA kernels compute no projection, got a w_hr")

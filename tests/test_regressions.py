@@ -61,7 +61,7 @@ def _codes_case(pool, code):
 @pytest.mark.parametrize("code", [0x00, 0x11, 0x99, 0xEE])
 def test_codes_that_name_places_outside_are_refused(code):
     """The backward read and wrote at the places that saved winner codes name, whatever they were."""
-    with pytest.raises(RuntimeError, match="names no place of the map"):
+    with pytest.raises(RuntimeError, match="names no position of the map"):
         backward(*_codes_case([3, 3, 2, 2, 1, 1, 1, 1, 0], code))
 
 
@@ -273,7 +273,7 @@ def test_the_fuzzer_reaches_every_op():
     ops = {
         name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "cnnlstm_fast::" in name
     }
-    assert of.keys() == ops - {"isa", "fma_peak", "recycle_outputs"} - {
+    assert of.keys() == ops - {"isa", "fma_peak", "recycle_outputs", "limit", "conv_plans"} - {
         "conv_fft",
         "conv_fft_backward",
         "holders",

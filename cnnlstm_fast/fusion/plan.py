@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -170,5 +171,13 @@ def is_faster(ours: CallPlan, other: CallPlan) -> bool:
 
 def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:
     """Whether PyTorch's convolution must not get ``x`` channels-last (csrc/library_limits.h says why)."""
-    strided_pointwise = conv.weight[0, 0].numel() == 1 and conv.stride not in (1, (1, 1))
-    return x.dtype != torch.float32 or min(x.shape[-1], map_shape[-1]) == 1 or strided_pointwise
+    if x.dtype != torch.float32 or not x.is_cpu:
+        return x.dtype != torch.float32
+    # Stride, padding, dilation and groups as in the schema of conv_block; nothing depends on the padding.
+    args = [*_pair(conv.stride), 0, 0, *_pair(conv.dilation), conv.groups]
+    return any(torch.ops.cnnlstm_fast.library_limits(x, conv.weight, args, map_shape[-1]))
+
+
+def _pair(value: int | Sequence[int]) -> Sequence[int]:
+    """A convolution's parameter for both axes."""
+    return [*value, *value][:2] if isinstance(value, Sequence) else [value, value]

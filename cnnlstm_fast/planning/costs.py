@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from cnnlstm_fast.limits import kernel_limit
 from cnnlstm_fast.planning.problem import ConvProblem
 from cnnlstm_fast.planning.rates import Rates
 from cnnlstm_fast.spec import LAYOUTS
@@ -29,8 +30,8 @@ _LANES, _TILE_CHANNELS = 16, 64
 _TILE_POSITIONS = 6
 #: Bytes above which a tensor does not stay in cache, and above which the allocator returns its pages.
 _CACHE_BYTES, _LARGE_BYTES = 1 << 20, 24 << 20
-#: Bytes of maps that ``chunked`` works on at a time, and how many times the weights: as in csrc.
-_CHUNK_BYTES, _CHUNK_WEIGHTS = 2 << 20, 8
+#: Bytes of maps that ``chunked`` works on at a time, and how many times the weights.
+_CHUNK_BYTES, _CHUNK_WEIGHTS = kernel_limit("CHUNK_BYTES"), kernel_limit("CHUNK_WEIGHTS")
 #: Input channels up to which the library has a special convolution for images; channels of a wide group.
 _IMAGE_CHANNELS, _NARROW_GROUP = 3, 16
 #: Kernel columns up to which the library computes signals as it computes images.

@@ -569,6 +569,11 @@ def _step(rng: random.Random) -> dict:
     }  # fmt: skip
 
 
+def _library(rng: random.Random) -> dict:
+    block = _block(rng)
+    return {"x": block["x"], "weight": block["weight"], "conv": block["conv"], "out_width": rng.randint(0, 9)}
+
+
 def _check_step(a: dict, results: tuple) -> str | None:
     return _check_shapes(a, results, {"out": [len(a["x"]), a["width"]]})
 
@@ -582,6 +587,7 @@ OPS = {op.name: op for op in (
     Op("patch_moments", _moments, _check_moments),
     Op("suits_winograd", lambda rng: {"weight": _plain(rng, [*rng.choices((1, 5, 16, 33), k=2), 3, 3])},
        lambda a, results: None),
+    Op("library_limits", _library, lambda a, results: None),
     Op("fingerprint", lambda rng: {name: _plain(rng, rng.choices((1, 3, 17), k=2), rng.choice(list(DTYPES)))
                                    for name in ("first", "second", "third", "fourth")},
        lambda a, results: None),

@@ -1,9 +1,11 @@
-// Products of one small matrix with windows of images, which may overlap, and those that give a weight's gradient
-// of its spectra. The schemas stand in cnnlstm_fast/ops/conv_fft.py.
+// The kernels of convolutions by Fourier transforms: products of one small matrix with windows of images, which may
+// overlap, and the products that give the gradient of a weight's spectra. The schemas, and the ops conv_fft and its
+// backward that call these, stand in cnnlstm_fast/ops/conv_fft.py.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -21,12 +23,16 @@ using torch::stable::Tensor;
 // Multiply-adds that are not worth a second thread.
 const int64_t kOfOneThread = limit("TRANSFORM_WORK", 1 << 17, 1);
 
-void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
-  STD_TORCH_CHECK(x.dim() == 6 && out.dim() == 6 && matrix.dim() == 2, "transform_windows: wrong dimensions");
-  for (const Tensor* t : {&x, &matrix, &out})
+void check_rows(const char* op, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
     STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float &&
                         (t->size(t->dim() - 1) == 1 || t->stride(t->dim() - 1) == 1),
-                    "transform_windows: tensors must be float32 on the CPU, the last dimension contiguous");
+                    op, ": tensors must be float32 on the CPU, the last dimension contiguous");
+}
+
+void transform_windows(Tensor x, Tensor matrix, Tensor out, bool add) {
+  STD_TORCH_CHECK(x.dim() == 6 && out.dim() == 6 && matrix.dim() == 2, "transform_windows: wrong dimensions");
+  check_rows("transform_windows", {&x, &matrix, &out});
   for (int64_t i : {0, 1, 2, 4, 5})
     STD_TORCH_CHECK(x.size(i) == out.size(i), "transform_windows: x and out differ in dimension ", i);
   STD_TORCH_CHECK(x.size(3) == matrix.size(0) && out.size(3) == matrix.size(1),
@@ -68,10 +74,7 @@ const int64_t kChain = limit("PRODUCT_CHAIN", 1024, 1), kFewProducts = limit("PR
 
 void add_products(Tensor grad, Tensor x, Tensor out) {
   STD_TORCH_CHECK(grad.dim() == 3 && x.dim() == 3 && out.dim() == 4, "add_products: wrong dimensions");
-  for (const Tensor* t : {&grad, &x, &out})
-    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float &&
-                        (t->size(t->dim() - 1) == 1 || t->stride(t->dim() - 1) == 1),
-                    "add_products: tensors must be float32 on the CPU, the last dimension contiguous");
+  check_rows("add_products", {&grad, &x, &out});
   const int64_t rows = out.size(0), outputs = out.size(1), taps = out.size(2), channels = out.size(3);
   const int64_t positions = grad.size(0);
   STD_TORCH_CHECK(grad.size(1) == rows && grad.size(2) == outputs && x.size(0) == positions + taps - 1 &&
