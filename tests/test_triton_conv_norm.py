@@ -106,8 +106,8 @@ def _float32_means_float32(monkeypatch):
 
 @pytest.fixture
 def constants_of_the_kernels(kernels, monkeypatch):
-    """Sets a constant of the module that the host functions share."""
-    shared = kernels.module.finish.__globals__
+    """Sets a constant of `kernels/arguments.py`."""
+    shared = kernels.module.over_positions.__globals__
     return lambda name, value: monkeypatch.setitem(shared, name, value)
 
 
