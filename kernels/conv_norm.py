@@ -83,6 +83,9 @@ from cnnlstm_fast.kernels.conv_norm_kernels import (
 from cnnlstm_fast.kernels.launching import launch
 from cnnlstm_fast.spec import codes_shape, raw_shape
 
+#: The order of a tensor (N, H, W, C), as the ops take an order.
+_NHWC = (0, 2, 3, 1)
+
 
 def fold(
     weight: Tensor,
@@ -256,8 +259,8 @@ def backward(
             t.new_zeros(t.shape if need else [0]) for t, need in ((x, need_x), (weight, need_weight))
         )
         return dx, dweight, stats.new_zeros([2, channels])
-    at_argmax = (kept, nchw_strides(kept, order)) if pool else (map, _nhwc_strides(map))
-    sums, du = _norm_sums(grad, *at_argmax, stats, eps, activation, act, order, given and needed, run)
+    z, z_strides = (kept, nchw_strides(kept, order)) if pool else (map, nchw_strides(map, _NHWC))
+    sums, du = _norm_sums(grad, z, z_strides, stats, eps, activation, act, order, given and needed, run)
     if not needed:
         return x.new_empty(0), weight.new_empty(0), sums
     if given:  # a block without a norm whose gradient has passed through it
@@ -399,7 +402,3 @@ def _norm_args(like, bias, gamma, beta, mean, var, eps) -> dict:
     pointers = {f"{name}_ptr": like if t is None else t.contiguous() for name, t in given.items()}
     has = dict(HAS_BIAS=bias is not None, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None)
     return pointers | has | dict(EPS=eps)
-
-
-def _nhwc_strides(t: Tensor) -> list[int]:
-    return nchw_strides(t, (0, 2, 3, 1))

@@ -48,9 +48,10 @@ def _scale_and_shift(
 def _given_statistics(mean_ptr, var_ptr, bias_ptr, c, c_ok, HAS_BIAS: tl.constexpr):
     """(mean without the convolution's bias, variance) per channel in float64."""
     mean = load_float64(mean_ptr + c, c_ok, 0.0)
+    var = load_float64(var_ptr + c, c_ok, 1.0)
     if HAS_BIAS:
         mean -= load_float64(bias_ptr + c, c_ok, 0.0)
-    return mean, load_float64(var_ptr + c, c_ok, 1.0)
+    return mean, var
 
 
 @triton.jit

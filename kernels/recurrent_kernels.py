@@ -1,7 +1,8 @@
 """The kernels of :mod:`cnnlstm_fast.kernels.recurrent`, which gives their formulas and starts them.
 
 Both kernels have two ways, RESIDENT and streaming, each a function of its own. A tile is BM sequences by BN
-units: [BM, BN]. ``..._rows`` are pointers to the first unit of each sequence: [BM].
+units: [BM, BN]. ``..._rows`` are pointers to the first unit of each sequence: [BM]. ``at_state`` is the offset of
+that unit in a tensor (DIRECTIONS, B, H).
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ def _cell(
 
 @triton.jit
 def _forward_resident(
-    gx_rows, w_ptr, bi_ptr, bh_ptr, h0_rows, c0_rows, reset_ptr, out_rows, hn_rows, cn_rows, saved_rows,
-    b, b_ok, length, steps, reverse, saved_step, x_t, o_t, r_t, r_b,
+    gx_rows, w_ptr, bi_ptr, bh_ptr, h0_ptr, c0_ptr, reset_ptr, out_rows, hn_ptr, cn_ptr, saved_rows,
+    at_state, b, b_ok, length, steps, reverse, saved_step, x_t, o_t, r_t, r_b,
     H: tl.constexpr, KEPT_H: tl.constexpr, GATES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_RESET: tl.constexpr, KEEP: tl.constexpr,
     AHEAD: tl.constexpr, PRECISION: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr,
@@ -173,8 +174,8 @@ def _forward_resident(
     w3 = w2
     if GATES == 4:
         w3 = tl.trans(_load_weight(w_ptr, 3, 0, 0, H, KEPT_H, BN, BN, FLOAT32_PRODUCT))
-    h = _load_state(h0_rows, u, b_ok, H, HAS_STATE, BM, BN)
-    c = _load_state(c0_rows, u, b_ok, H, HAS_C, BM, BN)
+    h = _load_state(h0_ptr + at_state, u, b_ok, H, HAS_STATE, BM, BN)
+    c = _load_state(c0_ptr + at_state, u, b_ok, H, HAS_C, BM, BN)
     t = tl.where(reverse, steps - 1, 0).to(tl.int64)
     active = (t >= 0) & (t < length)  # sequences of no length have no last step
     restart = _load_reset(reset_ptr, b, t, r_t, r_b, active, HAS_RESET)
@@ -211,9 +212,9 @@ def _forward_resident(
             g1 = n1
             g2 = n2
             g3 = n3
-    _store_tile(hn_rows, u, b_ok, h, H)
+    _store_tile(hn_ptr + at_state, u, b_ok, h, H)
     if GATES == 4:
-        _store_tile(cn_rows, u, b_ok, c, H)
+        _store_tile(cn_ptr + at_state, u, b_ok, c, H)
 
 
 @triton.jit
@@ -244,8 +245,8 @@ def _streamed_products(
 
 @triton.jit
 def _forward_streaming(
-    gx_rows, w_ptr, bi_ptr, bh_ptr, h0_rows, c0_rows, reset_ptr, out_rows, hn_rows, cn_rows, saved_rows,
-    state_rows, b, b_ok, length, steps, reverse, B, UNITS, saved_step, x_t, o_t, r_t, r_b,
+    gx_rows, w_ptr, bi_ptr, bh_ptr, h0_ptr, c0_ptr, reset_ptr, out_rows, hn_ptr, cn_ptr, saved_rows,
+    state_ptr, at_state, b, b_ok, length, steps, reverse, B, UNITS, saved_step, x_t, o_t, r_t, r_b,
     H: tl.constexpr, KEPT_H: tl.constexpr, GATES: tl.constexpr, DIRECTIONS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_RESET: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr,
@@ -256,18 +257,18 @@ def _forward_streaming(
     other = (B * (DIRECTIONS * H)).to(tl.int64)  # from one buffer to the other
     for n in range(0, UNITS, BN):
         u = n + tl.arange(0, BN)
-        h = _load_state(h0_rows, u, b_ok, H, HAS_STATE, BM, BN)
-        c = _load_state(c0_rows, u, b_ok, H, HAS_C, BM, BN)
-        _store_tile(state_rows, u, b_ok, h, H)
+        h = _load_state(h0_ptr + at_state, u, b_ok, H, HAS_STATE, BM, BN)
+        c = _load_state(c0_ptr + at_state, u, b_ok, H, HAS_C, BM, BN)
+        _store_tile(state_ptr + at_state, u, b_ok, h, H)
         if GATES == 4:
-            _store_tile(cn_rows, u, b_ok, c, H)
+            _store_tile(cn_ptr + at_state, u, b_ok, c, H)
     tl.debug_barrier()
     for s in range(steps):
         t = tl.where(reverse, steps - 1 - s, s).to(tl.int64)
         active = t < length
         restart = _load_reset(reset_ptr, b, t, r_t, r_b, active, HAS_RESET)
         going_on = b_ok & (restart == 0)
-        h_rows = state_rows + s % 2 * other
+        h_rows = state_ptr + s % 2 * other + at_state
         for n in range(0, UNITS, BN):
             u = n + tl.arange(0, BN)
             g0, g1, g2, g3 = _load_gates(gx_rows + t * x_t, u, active, H, H, GATES)
@@ -278,20 +279,20 @@ def _forward_streaming(
             h = _load_tile(h_rows, u, going_on, H)
             c = h
             if GATES == 4:
-                c = _load_tile(cn_rows, u, going_on, H)
+                c = _load_tile(cn_ptr + at_state, u, going_on, H)
             b0, b1, b2, b3 = _load_biases(bi_ptr, bh_ptr, u, H, GATES, HAS_BIAS, BN)
             h, c = _cell(
                 a0, a1, a2, a3, g0, g1, g2, g3, b0, b1, b2, b3, h, c, active,
                 out_rows + t * o_t, saved_rows + t * saved_step, u, b_ok, H, KEPT_H, GATES, KEEP,
             )  # fmt: skip
-            _store_tile(state_rows + (1 - s % 2) * other, u, b_ok, h, H)
+            _store_tile(state_ptr + (1 - s % 2) * other + at_state, u, b_ok, h, H)
             if GATES == 4:
-                _store_tile(cn_rows, u, b_ok, c, H)
+                _store_tile(cn_ptr + at_state, u, b_ok, c, H)
         tl.debug_barrier()
     for n in range(0, UNITS, BN):
         u = n + tl.arange(0, BN)
-        h = _load_tile(state_rows + steps % 2 * other, u, b_ok, H)
-        _store_tile(hn_rows, u, b_ok, h, H)
+        h = _load_tile(state_ptr + steps % 2 * other + at_state, u, b_ok, H)
+        _store_tile(hn_ptr + at_state, u, b_ok, h, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "UNITS"])
@@ -326,16 +327,14 @@ def forward_kernel(
     bh_ptr += direction * (GATES * H)
     if RESIDENT:
         _forward_resident(
-            gx_rows, w_ptr, bi_ptr, bh_ptr, h0_ptr + at_state, c0_ptr + at_state, reset_ptr,
-            out_rows, hn_ptr + at_state, cn_ptr + at_state, saved_rows,
-            b, b_ok, length, steps, reverse, saved_step, x_t, o_t, r_t, r_b,
+            gx_rows, w_ptr, bi_ptr, bh_ptr, h0_ptr, c0_ptr, reset_ptr, out_rows, hn_ptr, cn_ptr, saved_rows,
+            at_state, b, b_ok, length, steps, reverse, saved_step, x_t, o_t, r_t, r_b,
             H, KEPT_H, GATES, HAS_BIAS, HAS_STATE, HAS_RESET, KEEP, AHEAD, PRECISION, FLOAT32_PRODUCT, BM, BN,
         )  # fmt: skip
     else:
         _forward_streaming(
-            gx_rows, w_ptr, bi_ptr, bh_ptr, h0_ptr + at_state, c0_ptr + at_state, reset_ptr,
-            out_rows, hn_ptr + at_state, cn_ptr + at_state, saved_rows, state_ptr + at_state,
-            b, b_ok, length, steps, reverse, B, UNITS, saved_step, x_t, o_t, r_t, r_b,
+            gx_rows, w_ptr, bi_ptr, bh_ptr, h0_ptr, c0_ptr, reset_ptr, out_rows, hn_ptr, cn_ptr, saved_rows,
+            state_ptr, at_state, b, b_ok, length, steps, reverse, B, UNITS, saved_step, x_t, o_t, r_t, r_b,
             H, KEPT_H, GATES, DIRECTIONS, HAS_BIAS, HAS_STATE, HAS_RESET, KEEP, PRECISION, FLOAT32_PRODUCT,
             BM, BN, BK, STAGES,
         )  # fmt: skip
@@ -417,18 +416,15 @@ def _load_step_back(
 
 @triton.jit
 def _backward_resident(
-    grad_rows, grad_hn_rows, grad_cn_rows, w_ptr, h0_rows, c0_rows, reset_ptr, out_rows, saved_rows,
-    dgates_rows, before_rows, dh_rows, dc_rows,
-    b, b_ok, length, steps, reverse, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
+    grad_rows, grad_hn_ptr, grad_cn_ptr, w_ptr, h0_rows, c0_rows, reset_ptr, out_rows, saved_rows,
+    dgates_rows, before_rows, dh_ptr, dc_ptr,
+    at_state, b, b_ok, length, steps, reverse, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
     H: tl.constexpr, KEPT_H: tl.constexpr, GATES: tl.constexpr, HAS_STATE: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_GRAD_H: tl.constexpr, HAS_GRAD_C: tl.constexpr,
     KEEP_BEFORE: tl.constexpr, PRECISION: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """All steps with dh and dc in registers and the weights on chip: BN covers the H units.
-
-    One function above 80 lines: what a step loads for the next one stays in registers around the loop.
-    """
+    """All steps with dh and dc in registers and the weights on chip: BN covers the H units."""
     NEED_BEFORE: tl.constexpr = KEEP_BEFORE or GATES == 3
     u = tl.arange(0, BN)
     w0 = _load_weight(w_ptr, 0, 0, 0, H, KEPT_H, BN, BN, FLOAT32_PRODUCT)
@@ -439,8 +435,8 @@ def _backward_resident(
         w3 = _load_weight(w_ptr, 3, 0, 0, H, KEPT_H, BN, BN, FLOAT32_PRODUCT)
     t = tl.where(reverse, 0, steps - 1).to(tl.int64)
     active = (t >= 0) & (t < length)  # sequences of no length have no last step
-    dh = _load_state(grad_hn_rows, u, b_ok, H, HAS_GRAD_H, BM, BN)
-    dc = _load_state(grad_cn_rows, u, b_ok, H, HAS_GRAD_C, BM, BN)
+    dh = _load_state(grad_hn_ptr + at_state, u, b_ok, H, HAS_GRAD_H, BM, BN)
+    dc = _load_state(grad_cn_ptr + at_state, u, b_ok, H, HAS_GRAD_C, BM, BN)
     c = tl.full((BM, BN), 0.0, tl.float32)
     if GATES == 4:
         c = _load_tile(saved_rows + t * saved_step + 4 * KEPT_H, u, active, H)
@@ -487,9 +483,9 @@ def _backward_resident(
         before_h = next_before_h
         before_c = next_before_c
         grad = next_grad
-    _store_tile(dh_rows, u, b_ok, dh, H)
+    _store_tile(dh_ptr + at_state, u, b_ok, dh, H)
     if GATES == 4:
-        _store_tile(dc_rows, u, b_ok, dc, H)
+        _store_tile(dc_ptr + at_state, u, b_ok, dc, H)
 
 
 @triton.jit
@@ -517,9 +513,9 @@ def _streamed_grad(
 
 @triton.jit
 def _backward_streaming(
-    grad_rows, grad_hn_rows, grad_cn_rows, w_ptr, h0_rows, c0_rows, reset_ptr, out_rows, saved_rows,
-    dgates_rows, before_rows, dh_rows, dc_rows,
-    b, b_ok, length, steps, reverse, UNITS, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
+    grad_rows, grad_hn_ptr, grad_cn_ptr, w_ptr, h0_rows, c0_rows, reset_ptr, out_rows, saved_rows,
+    dgates_rows, before_rows, dh_ptr, dc_ptr,
+    at_state, b, b_ok, length, steps, reverse, UNITS, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
     H: tl.constexpr, KEPT_H: tl.constexpr, GATES: tl.constexpr, HAS_STATE: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_GRAD_H: tl.constexpr, HAS_GRAD_C: tl.constexpr,
     KEEP_BEFORE: tl.constexpr, PRECISION: tl.constexpr, FLOAT32_PRODUCT: tl.constexpr,
@@ -529,11 +525,11 @@ def _backward_streaming(
     NEED_BEFORE: tl.constexpr = KEEP_BEFORE or GATES == 3
     for n in range(0, UNITS, BN):
         u = n + tl.arange(0, BN)
-        dh = _load_state(grad_hn_rows, u, b_ok, H, HAS_GRAD_H, BM, BN)
-        dc = _load_state(grad_cn_rows, u, b_ok, H, HAS_GRAD_C, BM, BN)
-        _store_tile(dh_rows, u, b_ok, dh, H)
+        dh = _load_state(grad_hn_ptr + at_state, u, b_ok, H, HAS_GRAD_H, BM, BN)
+        dc = _load_state(grad_cn_ptr + at_state, u, b_ok, H, HAS_GRAD_C, BM, BN)
+        _store_tile(dh_ptr + at_state, u, b_ok, dh, H)
         if GATES == 4:
-            _store_tile(dc_rows, u, b_ok, dc, H)
+            _store_tile(dc_ptr + at_state, u, b_ok, dc, H)
     tl.debug_barrier()
     for s in range(steps):
         t = tl.where(reverse, s, steps - 1 - s).to(tl.int64)
@@ -548,11 +544,11 @@ def _backward_streaming(
             if HAS_RESET:
                 before_h = tl.where(restart[:, None], 0.0, before_h)
                 before_c = tl.where(restart[:, None], 0.0, before_c)
-            dh = _load_tile(dh_rows, u, b_ok, H)
+            dh = _load_tile(dh_ptr + at_state, u, b_ok, H)
             dc = dh
             c = dh
             if GATES == 4:
-                dc = _load_tile(dc_rows, u, b_ok, H)
+                dc = _load_tile(dc_ptr + at_state, u, b_ok, H)
                 c = _load_tile(saved_rows + t * saved_step + 4 * KEPT_H, u, active, H)
             d0, d1, d2, d3, dc, dh = _gate_grads(
                 s0, s1, s2, s3, c, before_h, before_c, dh + grad, dc, active, GATES
@@ -561,22 +557,22 @@ def _backward_streaming(
             if KEEP_BEFORE:
                 kept = tl.where(active[:, None], before_h, 0.0)
                 _store_tile(before_rows + t * d_t * H, u, b_ok, kept, H)
-            _store_tile(dh_rows, u, b_ok, dh, H)
+            _store_tile(dh_ptr + at_state, u, b_ok, dh, H)
             if GATES == 4:
                 if HAS_RESET:
                     dc = tl.where(restart[:, None], 0.0, dc)
-                _store_tile(dc_rows, u, b_ok, dc, H)
+                _store_tile(dc_ptr + at_state, u, b_ok, dc, H)
         tl.debug_barrier()
         for n in range(0, UNITS, BN):
             u = n + tl.arange(0, BN)
-            dh = _load_tile(dh_rows, u, b_ok, H)
+            dh = _load_tile(dh_ptr + at_state, u, b_ok, H)
             dh = _streamed_grad(
                 dh, w_ptr, dgates_rows + t * d_t * (4 * H), n, active, UNITS,
                 H, KEPT_H, GATES, PRECISION, FLOAT32_PRODUCT, BN, BK, STAGES,
             )  # fmt: skip
             if HAS_RESET:
                 dh = tl.where(restart[:, None], 0.0, dh)
-            _store_tile(dh_rows, u, b_ok, dh, H)
+            _store_tile(dh_ptr + at_state, u, b_ok, dh, H)
         tl.debug_barrier()
 
 
@@ -608,22 +604,22 @@ def backward_kernel(
     dgates_rows = dgates_ptr + direction * (4 * H) + b * d_b * (4 * H)
     before_rows = before_ptr + direction * H + b * d_b * H
     at_state = direction * (B * H) + b * H
+    h0_rows = h0_ptr + at_state
+    c0_rows = c0_ptr + at_state
     w_ptr += direction * (GATES * H * KEPT_H)
     if RESIDENT:
         _backward_resident(
-            grad_rows, grad_hn_ptr + at_state, grad_cn_ptr + at_state, w_ptr, h0_ptr + at_state,
-            c0_ptr + at_state, reset_ptr, out_rows, saved_rows,
-            dgates_rows, before_rows, dh_ptr + at_state, dc_ptr + at_state,
-            b, b_ok, length, steps, reverse, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
+            grad_rows, grad_hn_ptr, grad_cn_ptr, w_ptr, h0_rows, c0_rows, reset_ptr, out_rows, saved_rows,
+            dgates_rows, before_rows, dh_ptr, dc_ptr,
+            at_state, b, b_ok, length, steps, reverse, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
             H, KEPT_H, GATES, HAS_STATE, HAS_RESET, HAS_GRAD, HAS_GRAD_H, HAS_GRAD_C, KEEP_BEFORE,
             PRECISION, FLOAT32_PRODUCT, BM, BN,
         )  # fmt: skip
     else:
         _backward_streaming(
-            grad_rows, grad_hn_ptr + at_state, grad_cn_ptr + at_state, w_ptr, h0_ptr + at_state,
-            c0_ptr + at_state, reset_ptr, out_rows, saved_rows,
-            dgates_rows, before_rows, dh_ptr + at_state, dc_ptr + at_state,
-            b, b_ok, length, steps, reverse, UNITS, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
+            grad_rows, grad_hn_ptr, grad_cn_ptr, w_ptr, h0_rows, c0_rows, reset_ptr, out_rows, saved_rows,
+            dgates_rows, before_rows, dh_ptr, dc_ptr,
+            at_state, b, b_ok, length, steps, reverse, UNITS, saved_step, g_t, g_u, o_t, r_t, r_b, d_t,
             H, KEPT_H, GATES, HAS_STATE, HAS_RESET, HAS_GRAD, HAS_GRAD_H, HAS_GRAD_C, KEEP_BEFORE,
             PRECISION, FLOAT32_PRODUCT, BM, BN, BK, STAGES,
         )  # fmt: skip

@@ -7,12 +7,14 @@ nothing else in the process sees the switch.
 from __future__ import annotations
 
 import collections
+import importlib
 import itertools
 import math
 import random
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -578,14 +580,32 @@ def test_any_codes_are_safe(kernels, name, plan):
 
 
 def test_every_kernel_is_compiled_ahead_of_time():
-    from cnnlstm_fast.kernels import aot, conv_block, conv_norm, recurrent
+    from cnnlstm_fast.kernels import aot
 
     launched = {
         launch.kernel for case in aot.CASES for dtype in case.dtypes for launch in aot.launches(case, dtype)
     }
-    modules = conv_block, conv_norm, recurrent
-    everything = [item for module in modules for item in vars(module).items()]
-    assert launched == {kernel for name, kernel in everything if name.endswith("_kernel")}
+    assert launched == {f for name, f in _device_functions().items() if name.endswith("_kernel")}
+
+
+def test_inductor_can_copy_every_kernel():
+    """It copies a kernel and the device functions that it finds under their own names in its globals."""
+    for function in _device_functions().values():
+        found = function.fn.__globals__
+        names = [name for name in function.fn.__code__.co_names if name in found]
+        for name in names:
+            called = found[name]
+            is_device_function = isinstance(called, triton.JITFunction) and called.fn.__name__ == name
+            assert called is triton.language or is_device_function, f"{function.fn.__name__} names {name}"
+
+
+def _device_functions() -> dict[str, Any]:
+    """All functions of the kernels that run on a device, by module and name."""
+    package = "cnnlstm_fast.kernels"
+    modules = ("common", "conv_block_kernels", "conv_norm_kernels", "recurrent_kernels")
+    members = {m: vars(importlib.import_module(f"{package}.{m}")) for m in modules}
+    everything = [(m, name, f) for m, found in members.items() for name, f in found.items()]
+    return {f"{m}.{name}": f for m, name, f in everything if isinstance(f, triton.JITFunction)}
 
 
 def test_ahead_of_time_compilation_needs_no_device():

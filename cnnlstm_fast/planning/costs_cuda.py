@@ -17,11 +17,13 @@ _LIBRARY_SHARE, _OWN_SHARE = 0.6, 0.2
 def costs(problem: ConvProblem, tf32: bool) -> dict[str, tuple[float, float]]:
     """What each plan costs on CUDA: {plan: (forward, backward)}, in bytes moved or the arithmetic of as many.
 
-    A kernel takes the longer of its two; ``chunked`` runs the convolution's kernels and then the pass that
-    finishes, or the pass that spreads the gradient and then the convolution's. Under a norm by the
-    batch's statistics ``direct`` convolves once for the sums, once for the result and once for
-    the gradient, whose convolution is the library's; ``chunked`` reads its map once more for the sums. A
-    norm by given ones that trains adds a pass over the gradient; one that is folded nothing.
+    A kernel takes the longer of its two. ``chunked`` runs the convolution's kernels and then the epilogue;
+    backward it unpools the gradient and then runs the convolution's kernels.
+
+    Under a norm by the batch's statistics ``direct`` convolves once for the sums, once for the result and
+    once for the gradient, whose convolution is the library's. ``chunked`` reads the convolution's output
+    once more for the sums. A norm by given statistics that trains adds a pass over the gradient; one that
+    is folded adds nothing.
     """
     spec, dtype, norm, training = problem.spec, problem.dtype, problem.norm, problem.training
     size = dtype.itemsize
@@ -46,24 +48,25 @@ def costs(problem: ConvProblem, tf32: bool) -> dict[str, tuple[float, float]]:
         kernel(x_bytes + map_bytes, map_size, _LIBRARY_SHARE) + map_bytes + out_bytes + code_bytes,
         kernel(read + map_bytes * ways, map_size * ways, _LIBRARY_SHARE) + map_bytes + out_bytes + code_bytes,
     )
-    kept = out_bytes if training and spec.pool else 0  # z of the winners
-    passed = 2 * out_bytes  # the gradient and z of the winners, for the norm's own gradients
+    kept = out_bytes if training and spec.pool else 0  # z at the argmax
+    passed = 2 * out_bytes  # the gradient and z at the argmax, for the norm's own gradients
     if norm == "given":
         direct = direct[0] + kept, direct[1] + passed + out_bytes
         chunked = chunked[0] + kept, chunked[1] + passed + out_bytes
     if norm == "batch":
         stored = training and (not spec.pool or taps > MOST_TAPS_COMPUTED_AGAIN)
-        finish = map_bytes + out_bytes + code_bytes + kept
-        spread = 2 * map_bytes + out_bytes + code_bytes
+        epilogue = map_bytes + out_bytes + code_bytes + kept
+        unpool = 2 * map_bytes + out_bytes + code_bytes
         gradients = passed + kernel(read + map_bytes * ways, map_size * ways, _LIBRARY_SHARE)
         library = kernel(x_bytes + map_bytes, map_size, _LIBRARY_SHARE)
         if stored:
             sums = kernel(x_bytes + map_bytes, map_size, _OWN_SHARE)
-            direct = sums + finish, spread + gradients
+            direct = sums + epilogue, unpool + gradients
         else:
             sums = kernel(x_bytes, map_size, _OWN_SHARE)
             pooled_again = kernel(x_bytes + out_bytes + code_bytes + kept, out_size * spec.window, _OWN_SHARE)
-            spread_again = kernel(x_bytes + out_bytes + code_bytes + map_bytes, map_size, _OWN_SHARE)
-            direct = sums + pooled_again, spread_again + gradients
-        chunked = library + (1 + stored) * map_bytes + finish, (0 if stored else library) + spread + gradients
+            unpool_again = kernel(x_bytes + out_bytes + code_bytes + map_bytes, map_size, _OWN_SHARE)
+            direct = sums + pooled_again, unpool_again + gradients
+        convolved_again = 0 if stored else library
+        chunked = library + (1 + stored) * map_bytes + epilogue, convolved_again + unpool + gradients
     return {"direct": direct, "chunked": chunked}
