@@ -1,8 +1,9 @@
 """The kernels of :mod:`cnnlstm_fast.kernels.recurrent`, which gives their formulas and starts them.
 
 Both kernels have two ways, RESIDENT and streaming, each a function of its own. A tile is BM sequences by BN
-units: [BM, BN]. ``..._rows`` are pointers to the first unit of each sequence: [BM]. ``at_state`` is the offset of
-that unit in a tensor (DIRECTIONS, B, H).
+units: [BM, BN]. ``..._rows`` are pointers to the first unit of each sequence: [BM]. ``at_state`` are the
+offsets of these units in a tensor (DIRECTIONS, B, H). Rows of KEPT_H elements are H, padded so that each
+starts at a multiple of 16.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _forward_resident(
     """All steps with the state in registers and the weights on chip: BN covers the H units."""
     HAS_C: tl.constexpr = HAS_STATE and GATES == 4
     u = tl.arange(0, BN)
-    # Transposed: [k, unit].
+    # Transposed: [unit before, unit after].
     w0 = tl.trans(_load_weight(w_ptr, 0, 0, 0, H, KEPT_H, BN, BN, FLOAT32_PRODUCT))
     w1 = tl.trans(_load_weight(w_ptr, 1, 0, 0, H, KEPT_H, BN, BN, FLOAT32_PRODUCT))
     w2 = tl.trans(_load_weight(w_ptr, 2, 0, 0, H, KEPT_H, BN, BN, FLOAT32_PRODUCT))
@@ -308,10 +309,15 @@ def forward_kernel(
 ):  # fmt: skip
     """out, the final states and what backward reads, of BM sequences in one direction.
 
-    gx (T, B by strides, DIRECTIONS * GATES * H), w (DIRECTIONS, GATES * H, KEPT_H), biases
-    (DIRECTIONS, GATES * H), states (DIRECTIONS, B, H), saved (DIRECTIONS, T, B, 4 gates and an LSTM's c,
-    KEPT_H), state (2, DIRECTIONS, B, H) the passing h where weights stream. UNITS is H, as an argument
-    because the assembler unrolls constant loops until the registers are gone.
+    gx                  (T, B, DIRECTIONS * GATES * H), the first two by strides
+    w                   (DIRECTIONS, GATES * H, KEPT_H)
+    bi, bh              (DIRECTIONS, GATES * H)
+    h0, c0, hn, cn      (DIRECTIONS, B, H), the last two float32
+    saved               (DIRECTIONS, T, B, 5 or 4, KEPT_H): the four gates and an LSTM's c
+    state               (2, DIRECTIONS, B, H): h before and after a step, where weights stream
+
+    A GRU's four gates are r, z, n and v. UNITS is H, as an argument because the assembler unrolls constant
+    loops until the registers are gone.
     """
     SAVED: tl.constexpr = 5 if GATES == 4 else 4
     direction, reverse, b, b_ok, length, steps = _load_sequences(
@@ -394,7 +400,7 @@ def _load_step_back(
     H: tl.constexpr, KEPT_H: tl.constexpr, GATES: tl.constexpr, HAS_GRAD: tl.constexpr,
     HAS_STATE: tl.constexpr, NEED_BEFORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """(gates, h and c before, gradient of the output) of a tile's step ``t``; the states without resets."""
+    """(gates, h and c before, gradient of the output) of a tile's step ``t`` without its resets: [BM, BN]."""
     active = (t >= 0) & (t < length)
     s0, s1, s2, s3 = _load_gates(saved_rows + t * saved_step, u, active, H, KEPT_H, 4)
     before = tl.where(reverse, t + 1, t - 1)
@@ -589,9 +595,11 @@ def backward_kernel(
 ):  # fmt: skip
     """The gradients of the gates of BM sequences in one direction, and of their initial states.
 
-    dgates has 4 H for every row of ``before``, whose rows have strides ``d_t, d_b`` of H elements and
-    which takes the h before every step: both what the parameters' gradients are made of. An LSTM's four
-    gates are those of ``saved``; a GRU's are r, z, n and v. dh, dc (DIRECTIONS, B, H) are float32.
+    before              (T, B, DIRECTIONS, H): h before every step; strides ``d_t, d_b`` count rows of H
+    dgates              (T, B, DIRECTIONS, 4 H): the gradients of the gates in ``saved``
+    dh, dc              (DIRECTIONS, B, H), float32: the gradients of the initial states
+
+    The parameters' gradients are products of the first two. Other tensors are as in `forward_kernel`.
     """
     SAVED: tl.constexpr = 5 if GATES == 4 else 4
     direction, reverse, b, b_ok, length, steps = _load_sequences(
