@@ -117,6 +117,15 @@ def split_tap(k, KH: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
+def tile_positions(tile, M, SIZE_H, SIZE_W, BM: tl.constexpr):
+    """The BM of M positions that are number ``tile``'s: (position, whether there is such a one, n, h, w)."""
+    m = tile * BM + tl.arange(0, BM)
+    m_ok = m < M
+    n, h, w = split_position(m, SIZE_H, SIZE_W)
+    return m, m_ok, n, h, w
+
+
+@triton.jit
 def group_channels(pid, COUT_G: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr):
     """The BN of a group's COUT_G channels that are program ``pid``'s.
 

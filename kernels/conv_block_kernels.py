@@ -20,6 +20,7 @@ from cnnlstm_fast.kernels.common import (
     round_to_type_of,
     split_position,
     split_tap,
+    tile_positions,
 )
 
 # ---------------------------------------------------------------- forward
@@ -185,9 +186,7 @@ def forward_kernel(
         last = (c_end - 1) // COUT_G
     c = c0 + tl.arange(0, BN)
     c_ok = c < c_end
-    m = pid // TILES_N * BM + tl.arange(0, BM)
-    m_ok = m < M
-    n, ph, pw = split_position(m, PH, PW)
+    m, m_ok, n, ph, pw = tile_positions(pid // TILES_N, M, PH, PW, BM)
 
     best, code, kept = _no_maximum(BM, BN)
     for e in range(POOL_KH * POOL_KW):
@@ -232,9 +231,7 @@ def epilogue_kernel(
     c0 = pid % TILES_N * BN
     c = c0 + tl.arange(0, BN)
     c_ok = c < COUT
-    m = pid // TILES_N * BM + tl.arange(0, BM)
-    m_ok = m < M
-    n, ph, pw = split_position(m, PH, PW)
+    m, m_ok, n, ph, pw = tile_positions(pid // TILES_N, M, PH, PW, BM)
 
     best, code, kept = _no_maximum(BM, BN)
     for e in range(POOL_KH * POOL_KW):
@@ -312,9 +309,7 @@ def grad_weight_kernel(
 
     acc = tl.full((BN, BK), 0.0, tl.float32)
     for t in range(TILES_PER_SPLIT):
-        m = (split * TILES_PER_SPLIT + t) * BM + tl.arange(0, BM)
-        m_ok = m < M
-        n, oh, ow = split_position(m, OH, OW)
+        _, m_ok, n, oh, ow = tile_positions(split * TILES_PER_SPLIT + t, M, OH, OW, BM)
         dconv = max_unpool(  # [BM, BN]
             grad_ptr, codes_ptr, n, oh, ow, m_ok, c, c_ok, PH, PW, g_n, g_c, g_h, g_w,
             POOL_KH, POOL_KW, POOL_SH, POOL_SW, POOL_PH, POOL_PW, POOL_DH, POOL_DW,
@@ -351,9 +346,7 @@ def grad_input_kernel(
     COUT_G: tl.constexpr = COUT // GROUPS
     pid = tl.program_id(0).to(OFFSET)
     ci, ci_ok, group, pid_m = group_channels(pid, CIN_G, GROUPS, BN)
-    m = pid_m * BM + tl.arange(0, BM)
-    m_ok = m < M
-    n, ih, iw = split_position(m, H, W)
+    _, m_ok, n, ih, iw = tile_positions(pid_m, M, H, W, BM)
 
     acc = tl.full((BM, BN), 0.0, tl.float32)
     for tap in range(KH * KW):
@@ -408,9 +401,7 @@ def max_unpool_kernel(
     pid = tl.program_id(0).to(OFFSET)
     c = pid % TILES_N * BN + tl.arange(0, BN)
     c_ok = c < COUT
-    m = pid // TILES_N * BM + tl.arange(0, BM)
-    m_ok = m < M
-    n, oh, ow = split_position(m, OH, OW)
+    _, m_ok, n, oh, ow = tile_positions(pid // TILES_N, M, OH, OW, BM)
     dconv = max_unpool(
         grad_ptr, codes_ptr, n, oh, ow, m_ok, c, c_ok, PH, PW, g_n, g_c, g_h, g_w,
         POOL_KH, POOL_KW, POOL_SH, POOL_SW, POOL_PH, POOL_PW, POOL_DH, POOL_DW,

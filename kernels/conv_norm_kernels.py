@@ -19,6 +19,7 @@ from cnnlstm_fast.kernels.common import (
     max_unpool,
     round_to_type_of,
     split_position,
+    tile_positions,
 )
 
 
@@ -133,9 +134,7 @@ def statistics_kernel(
     squares = tl.full((BN,), 0.0, tl.float64)
     first = split * TILES_PER_SPLIT
     for t in range(first, tl.minimum(first + TILES_PER_SPLIT, (M + BM - 1) // BM)):
-        m = t * BM + tl.arange(0, BM)
-        m_ok = m < M
-        n, oh, ow = split_position(m, OH, OW)
+        m, m_ok, n, oh, ow = tile_positions(t, M, OH, OW, BM)
         z = _load_z(
             x_ptr, w_ptr, map_ptr, n, oh, ow, m_ok, group, c, c_ok, INNER, H, W,
             x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
@@ -320,9 +319,7 @@ def grad_map_kernel(
     pid = tl.program_id(0).to(OFFSET)
     c_in_group, c_ok, group, pid_m = group_channels(pid, COUT_G, GROUPS, BN)
     c = group * COUT_G + c_in_group
-    m = pid_m * BM + tl.arange(0, BM)
-    m_ok = m < M
-    n, oh, ow = split_position(m, OH, OW)
+    _, m_ok, n, oh, ow = tile_positions(pid_m, M, OH, OW, BM)
     z = _load_z(
         x_ptr, w_ptr, dconv_ptr, n, oh, ow, m_ok, group, c, c_ok, INNER, H, W,
         x_n, x_c, x_h, x_w, w_o, w_c, w_h, w_w,
