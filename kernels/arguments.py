@@ -84,12 +84,26 @@ def over_positions(positions: int, args: dict) -> dict:
 
     They do where any tensor in ``args`` reaches too far.
     """
-    wide = positions >= NARROW_REACH or any(
-        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= NARROW_REACH
-        for t in args.values()
-        if isinstance(t, Tensor)
-    )
+    wide = positions >= NARROW_REACH
+    for value in args.values():
+        # Asking the type of a number first is faster: most arguments are numbers.
+        if type(value) not in _NUMBERS and isinstance(value, Tensor):
+            wide = wide or _reaches_far(value)
     return args | dict(M=positions, WIDE=wide)
+
+
+_NUMBERS = frozenset((int, bool, float))
+
+
+def _reaches_far(t: Tensor) -> bool:
+    """Whether the offset of its last element is beyond NARROW_REACH."""
+    elements = t.numel()
+    if type(elements) is int and t.is_contiguous():  # not asked of sizes that a trace leaves open
+        return elements > NARROW_REACH
+    reach = 0
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        reach += (size - 1) * stride
+    return reach >= NARROW_REACH
 
 
 def strides(prefix: str, values: Sequence[int], axes: str = "nchw") -> dict:
