@@ -318,7 +318,7 @@ def _float32_products(precision: str):
 def source(launch: Launch) -> ASTSource:
     """What the launcher would compile: ones become constants, multiples of 16 are promised as such."""
     signature, constants, attributes = {}, {}, {}
-    for place, param in enumerate(launch.kernel.params):
+    for index, param in enumerate(launch.kernel.params):
         value = launch.args[param.name]
         special = isinstance(value, int) and not param.do_not_specialize
         if param.is_constexpr or (special and value == 1):
@@ -329,7 +329,7 @@ def source(launch: Launch) -> ASTSource:
             _POINTERS[value.dtype] if isinstance(value, Tensor) else "i32" if value < 2**31 else "i64"
         )
         if isinstance(value, Tensor) or (special and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
@@ -374,7 +374,7 @@ def compile_all(
 
 
 def _compile_some(case: Case | LayerCase, dtype: str, which: list[int], archs: Iterable[int]) -> list[Record]:
-    """Those of a case's launches whose places are ``which``."""
+    """Those of a case's launches whose indices are ``which``."""
     records = []
     recorded = launches(case, dtype)
     for launch in (recorded[at] for at in which):

@@ -7,12 +7,14 @@ nothing else in the process sees the switch.
 from __future__ import annotations
 
 import collections
+import importlib
 import itertools
 import math
 import random
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ class Kernels:
         self.module, self.device = module, device
 
     def forward(self, block, x, weight, bias=None, *, plan, order=(0, 1, 2, 3), keep=True):
-        """(the map in (N, C, H, W), its winner codes) of a 2-d block."""
+        """(the map in (N, C, H, W), its argmax codes) of a 2-d block."""
         args = (*_op_args(block), list(order), PLANS[plan], keep)
         raw, codes, self.slopes = self.module.forward(x, weight, bias, *args, run=launch_in_bounds)
         assert raw.is_contiguous()
@@ -126,8 +128,8 @@ def _interpreter_steps(block: Block) -> int:
     taps = math.prod(block.kernel)
     c_out, c_in = block.c_out // block.groups, block.c // block.groups
     window = math.prod(block.pool.kernel) if block.pool else 1
-    places, inputs = block.n * math.prod(size), block.n * math.prod(block.size)
-    forward = -(-places // 64) * max(block.groups, -(-block.c_out // 32)) * window * -(-taps * c_in // 16)
+    positions, inputs = block.n * math.prod(size), block.n * math.prod(block.size)
+    forward = -(-positions // 64) * max(block.groups, -(-block.c_out // 32)) * window * -(-taps * c_in // 16)
     to_weight = -(-inputs // 32) * block.groups * -(-c_out // 64) * -(-taps * c_in // 32) * window
     to_input = -(-inputs // 64) * block.groups * -(-c_in // 64) * taps * -(-c_out // 16) * window
     return forward + to_weight + to_input
@@ -155,7 +157,7 @@ def _on(device: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _decode(codes: Tensor, window: int, channels: int) -> Tensor:
-    """Winner codes (N, H, W, groups, bytes) as places (N, C, H, W), -1 where nothing passed."""
+    """Argmax codes (N, H, W, groups, bytes) as elements of windows (N, C, H, W), -1 where nothing passed."""
     codes = codes.cpu().int()
     if window <= 14:
         codes = torch.cat([codes & 15, codes >> 4], -1)
@@ -182,13 +184,13 @@ def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
     grad = grad if grad.dim() == 4 else grad.unsqueeze(2)
     _, true = torch_ways(block, tensors, grad)
     plain = replace(block, activation=None, pool=None)
-    places = winners(block, torch_block(plain, **{name: t.double() for name, t in tensors.items()}))
+    argmax = winners(block, torch_block(plain, **{name: t.double() for name, t in tensors.items()}))
     there = _on(kernels.device, tensors | {"grad": grad})
     grad, x, weight = there.pop("grad"), there["x"], there["weight"]
     out, codes = kernels.forward(block, **there, plan=plan, order=order)
     found = {"out": out}
     if block.pool or (block.activation and block.activation not in CURVED):
-        assert torch.equal(_decode(codes, _window(block), block.c_out), places.int()), f"codes of {block}"
+        assert torch.equal(_decode(codes, _window(block), block.c_out), argmax.int()), f"codes of {block}"
     found |= kernels.backward(block, grad, x, weight, codes, plan=plan, order=order, needs=tuple(tensors))
     for name, mine in found.items():
         assert mine.dtype == x.dtype
@@ -356,11 +358,11 @@ def test_nan_and_infinities_stand_where_torch_puts_them(kernels, name, plan):
     grad.view(-1)[random.randrange(grad.numel())] = math.nan
     ways, true = torch_ways(block, tensors, grad)
     plain = replace(block, activation=None, pool=None)
-    places = winners(block, torch_block(plain, **{name: t.double() for name, t in tensors.items()}))
+    argmax = winners(block, torch_block(plain, **{name: t.double() for name, t in tensors.items()}))
     there = _on(kernels.device, tensors | {"grad": grad})
     grad, x, weight = there.pop("grad"), there["x"], there["weight"]
     out, codes = kernels.forward(block, **there, plan=plan)
-    assert torch.equal(_decode(codes, _window(block), block.c_out), places.int())
+    assert torch.equal(_decode(codes, _window(block), block.c_out), argmax.int())
     found = {"out": out} | kernels.backward(block, grad, x, weight, codes, plan=plan, needs=tuple(tensors))
     for name, mine in found.items():
         assert_close_as_torch(mine.cpu(), [way[name] for way in ways], true[name], f"{name} of {block}")
@@ -397,7 +399,7 @@ def test_empty_batch(kernels, pool, plan):
 @plans
 def test_64_bit_offsets_change_nothing(kernels, monkeypatch, plan):
     tensors, grad = integer_tensors(TUTORIAL, torch.float32)
-    monkeypatch.setattr(kernels.module, "NARROW_REACH", 0)
+    monkeypatch.setitem(kernels.module.over_positions.__globals__, "NARROW_REACH", 0)
     _assert_exact(kernels, TUTORIAL, tensors, grad, plan=plan)
 
 
@@ -578,14 +580,32 @@ def test_any_codes_are_safe(kernels, name, plan):
 
 
 def test_every_kernel_is_compiled_ahead_of_time():
-    from cnnlstm_fast.kernels import aot, conv_block, conv_norm, recurrent
+    from cnnlstm_fast.kernels import aot
 
     launched = {
         launch.kernel for case in aot.CASES for dtype in case.dtypes for launch in aot.launches(case, dtype)
     }
-    modules = conv_block, conv_norm, recurrent
-    everything = [item for module in modules for item in vars(module).items()]
-    assert launched == {kernel for name, kernel in everything if name.endswith("_kernel")}
+    assert launched == {f for name, f in _device_functions().items() if name.endswith("_kernel")}
+
+
+def test_inductor_can_copy_every_kernel():
+    """It copies a kernel and the device functions that it finds under their own names in its globals."""
+    for function in _device_functions().values():
+        found = function.fn.__globals__
+        names = [name for name in function.fn.__code__.co_names if name in found]
+        for name in names:
+            called = found[name]
+            is_device_function = isinstance(called, triton.JITFunction) and called.fn.__name__ == name
+            assert called is triton.language or is_device_function, f"{function.fn.__name__} names {name}"
+
+
+def _device_functions() -> dict[str, Any]:
+    """All functions of the kernels that run on a device, by module and name."""
+    package = "cnnlstm_fast.kernels"
+    modules = ("common", "conv_block_kernels", "conv_norm_kernels", "recurrent_kernels")
+    members = {m: vars(importlib.import_module(f"{package}.{m}")) for m in modules}
+    everything = [(m, name, f) for m, found in members.items() for name, f in found.items()]
+    return {f"{m}.{name}": f for m, name, f in everything if isinstance(f, triton.JITFunction)}
 
 
 def test_ahead_of_time_compilation_needs_no_device():

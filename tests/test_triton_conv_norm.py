@@ -106,8 +106,8 @@ def _float32_means_float32(monkeypatch):
 
 @pytest.fixture
 def constants_of_the_kernels(kernels, monkeypatch):
-    """Sets a constant of the module that the host functions share."""
-    shared = kernels.module.finish.__globals__
+    """Sets a constant of `kernels/arguments.py`."""
+    shared = kernels.module.over_positions.__globals__
     return lambda name, value: monkeypatch.setitem(shared, name, value)
 
 
@@ -353,7 +353,7 @@ def test_means_far_from_zero(kernels, constants_of_the_kernels, keep_map, progra
 @pytest.mark.parametrize("programs", [1, 18, 512])
 @pytest.mark.parametrize("where", OUTLIERS)
 def test_outliers(kernels, constants_of_the_kernels, where, programs, plan):
-    """One place far from the others spoils no statistic, wherever it lies."""
+    """One position far from the others spoils no statistic, wherever it lies."""
     constants_of_the_kernels("REDUCTION_PROGRAMS", programs)
     block = replace(SMALL, n=5, size=(13, 9))
     tensors = normal_tensors(block, torch.float32)
@@ -403,7 +403,7 @@ def test_an_infinite_place_makes_the_mean_infinite(kernels, plan):
 @plans
 @pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
 def test_everything_speaks_of_the_map_as_it_is_stored(kernels, keep_map, plan):
-    """In bfloat16: statistics, winners and results are those of the rounded z, whether it is kept or not."""
+    """In bfloat16: statistics, argmax and results are those of the rounded z, whether it is kept or not."""
     tensors = normal_tensors(SMALL, torch.bfloat16)
     _, _, _, (out, _, kept, _, stats) = _forward(kernels, SMALL, tensors, plan=plan, keep_map=keep_map)
     z = torch_block(
@@ -445,7 +445,7 @@ def test_specials_stay_in_their_channels(kernels, value, plan, training):
 
 @_without_cudnn()
 def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
-    """Under given statistics whose scale is 1 or -1: everything equal to float64's, winners too."""
+    """Under given statistics whose scale is 1 or -1: everything equal to float64's, the argmax too."""
     block, tensors = as_2d(block, tensors)
     grad = grad if grad.dim() == 4 else grad.unsqueeze(2)
     tensors.pop("bias", None)
@@ -482,8 +482,8 @@ def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
     back = [order.index(axis) for axis in range(4)]
     same(found.permute(back), out.detach(), "out")
     if block.pool:
-        places = winners(block, u.detach())
-        assert torch.equal(_decode(codes, _window(block), block.c_out), places.int())
+        argmax = winners(block, u.detach())
+        assert torch.equal(_decode(codes, _window(block), block.c_out), argmax.int())
     else:
         same(kept_map.permute(0, 3, 1, 2), z.detach(), "the map")
     same(grads[0], dx, "x")

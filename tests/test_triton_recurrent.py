@@ -269,8 +269,8 @@ def test_batch_first_gives_the_same(kernels, weights, mode):
     layer = replace(PLAIN, mode=mode)
     tensors, grads = layer.tensors(torch.float32), layer.grads(torch.float32)
     found = kernels(layer, tensors, grads)
-    turned = tensors | {name: tensors[name].transpose(0, 1) for name in ("x", "reset")}
-    again = kernels(replace(layer, batch_first=True), turned, (grads[0].transpose(0, 1), *grads[1:]))
+    transposed = tensors | {name: tensors[name].transpose(0, 1) for name in ("x", "reset")}
+    again = kernels(replace(layer, batch_first=True), transposed, (grads[0].transpose(0, 1), *grads[1:]))
     for name, t in found.items():
         expected = t.transpose(0, 1) if name in ("out", "dx") else t
         assert torch.equal(again[name], expected), name

@@ -135,7 +135,7 @@ def device(monkeypatch):
 
 BLOCKS = {
     "forward and backward": dict(pool=[2, 2, 2, 2, 0, 0, 1, 1, 0], plan=1),
-    "finish and unpool": dict(pool=[3, 2, 2, 1, 1, 0, 1, 1, 0], plan=2),
+    "epilogue and max unpooling": dict(pool=[3, 2, 2, 1, 1, 0, 1, 1, 0], plan=2),
 }
 
 
