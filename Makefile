@@ -47,7 +47,7 @@ gpu:
 # instruction set of this machine. Building takes minutes, so `test` runs a subset.
 SANITIZED := -m pytest -q -x -p no:cacheprovider
 sanitize: $(VENV)/installed
-	CNNLSTM_FAST_CASES=100 $(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_ops.py -k "test_properties or wrong_calls"
+	CNNLSTM_FAST_CASES=100 $(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_wrong_calls.py
 	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds 20
 	$(BIN)/python tests/native/sanitized.py thread $(SANITIZED) tests/test_properties.py tests/test_memory.py tests/test_concurrency.py -k "test_properties or get_memory or many_threads or trained_on"
 
@@ -55,7 +55,7 @@ sanitize: $(VENV)/installed
 # quarter of what there is to compile. The suites of the kernels follow, one in SHARE of every test's cases, with every
 # limit at its least and every buffer fenced (docs/contributing.md), so that small tensors go where large ones do.
 SHARE ?= 12
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,ops conv_block conv_norm winograd conv_fft recurrent_ops properties)
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,conv_block_ops functional_conv_block conv_block conv_norm winograd conv_fft python_inside recurrent_ops properties)
 # (Those that would take minutes there, and what starts processes or compilers of its own.)
 LEFT_OUT := not wrong_calls and not compile and not export and not graph_break and not opcheck and not bounded and not several_chunks and not shared_by_cores and not large and not ctrl_c and not explain
 sanitize-subset: $(VENV)/installed
@@ -63,7 +63,7 @@ sanitize-subset: $(VENV)/installed
 		echo "left out: the compiler $${CXX:-g++} has no AddressSanitizer (libasan.so)"; \
 	else \
 		export CNNLSTM_FAST_ISA=baseline CNNLSTM_FAST_CASES=10; \
-		$(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_ops.py -k "test_properties or wrong_calls" && \
+		$(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_wrong_calls.py && \
 		$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds 5 && \
 		CNNLSTM_FAST_LEAST=1 CNNLSTM_FAST_FENCES=1 CNNLSTM_FAST_SHARE=$(SHARE) \
 		$(BIN)/python tests/native/sanitized.py address $(SANITIZED) $(KERNEL_TESTS) -k "$(LEFT_OUT)"; \

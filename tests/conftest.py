@@ -169,6 +169,50 @@ def _fresh_state(request):
 
 
 @pytest.fixture
+def one_thread(_fresh_state):
+    """For tests in which nothing is large enough for two."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float32_means_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def constants_of_the_kernels(kernels, monkeypatch):
+    """Sets a constant of the module that the host functions share."""
+    shared = kernels.module.finish.__globals__
+    return lambda name, value: monkeypatch.setitem(shared, name, value)
+
+
+@pytest.fixture
+def always_worth_it(monkeypatch):
+    """Small blocks too are speculated, and those for which no fused plan is the fastest."""
+    from cnnlstm_fast.fusion import plan
+
+    why_not = plan.FusionPlan._why_unfused
+    monkeypatch.setattr(plan.FusionPlan, "_why_unfused", lambda *args: why_not(*args[:-1], handed=True))
+    monkeypatch.setattr(plan, "OVERHEAD_US", 0)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """What ran as blocks: names of the norm, the activation and the pool of each."""
+    from cnnlstm_fast.fusion import run
+
+    seen = []
+    run_block = run.run_block
+
+    def noted(x, conv, *parts, **kwargs):
+        seen.append(tuple(part and type(part).__name__ for part in parts))
+        return run_block(x, conv, *parts, **kwargs)
+
+    monkeypatch.setattr(run, "run_block", noted)
+    return seen
+
+
+@pytest.fixture
 def always_ours(monkeypatch):
     """Blocks run by the cheapest of our plans, however fast PyTorch's operators are."""
     with _gain(monkeypatch, -(2**31)):

@@ -39,6 +39,7 @@ plans = pytest.mark.parametrize(
     "plan", [pytest.param(p, marks=needs_extension if p in FUSED else ()) for p in PLANS]
 )
 fused_plans = pytest.mark.parametrize("plan", [pytest.param(p, marks=needs_extension) for p in FUSED])
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 # ---------------------------------------------------------------- blocks
