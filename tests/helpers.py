@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_forked
 from torch import Tensor, nn
 
 import cnnlstm_fast
@@ -404,10 +405,9 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     # glibc fills what malloc returns: the kernels' scratch memory is poisoned as well as tensors
     env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
     env |= _OTHERS_SETS[isa] | {"CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "3")}
-    asked = subprocess.run(
-        [sys.executable, "-c", "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())"],
-        env=env, cwd=root, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    asked = run_forked(
+        "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())", CNNLSTM_FAST_ISA=isa
+    )
     if asked.stdout.strip() != isa:
         assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
         pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_forked
 from helpers import (
     CURVED,
     FUSED,
@@ -29,7 +30,6 @@ from helpers import (
     plans,
     random_blocks,
     refusal,
-    run_python,
     torch_block,
     torch_ways,
     winners,
@@ -645,7 +645,7 @@ try:
 except ValueError as e:
     print(e)
 """
-    ran = run_python(code, CNNLSTM_FAST_NO_EXTENSION="1")
+    ran = run_forked(code, CNNLSTM_FAST_NO_EXTENSION="1")
     assert ran.returncode == 0, ran.stderr
     assert "compiled kernels are missing" in ran.stdout and "CNNLSTM_FAST_NO_EXTENSION" in ran.stdout
 

@@ -13,7 +13,8 @@ from functools import partial
 import programs
 import pytest
 import torch
-from helpers import SEED, needs_extension, run_python
+from forked import run_forked
+from helpers import SEED, needs_extension
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
@@ -151,7 +152,7 @@ def test_planted_faults_are_found(wrong, one_thread):
     small = runner.shrink(program, "accelerate", found[0])
     assert runner.fails(small, "accelerate")[0] == found[0]
     assert len(small.source()) < len(program.source())
-    ran = run_python(small.script("accelerate"))
+    ran = run_forked(small.script("accelerate"))
     assert "values seen" in ran.stdout, ran.stderr
 
 

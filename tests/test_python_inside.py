@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import SEED, needs_extension, run_python
+from forked import run_forked
+from helpers import SEED, needs_extension
 
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.ops import conv_fft as op
@@ -62,7 +63,7 @@ print(dict(seen))
 @pytest.mark.parametrize("training", [False, True])
 def test_ctrl_c_stays_ctrl_c(training):
     """Real signals at random moments, within the op's Python code and without."""
-    done = run_python(CTRL_C.format(seed=SEED, training=training))
+    done = run_forked(CTRL_C.format(seed=SEED, training=training))
     assert done.stdout.strip() == "{'KeyboardInterrupt': 60}", done.stderr[-2000:]
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from forked import run_forked
 from helpers import assert_close_as_torch, needs_extension
 from layers import assert_same, layers, pair, r
 from sequences import Case, kinds, pack, random_cases
@@ -92,10 +89,7 @@ print(high() - before)
 @needs_extension
 def test_packed_sequences_take_no_more_than_their_steps(kind, train):
     """5,040 steps, which padded would be 768,000: a result of 750 MiB and gates of many times that."""
-    run = subprocess.run(
-        [sys.executable, "-c", EXTREME.format(kind=kind, train=train)],
-        cwd=Path(cf.__file__).parents[1], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    run = run_forked(EXTREME.format(kind=kind, train=train))
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 200
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections
-import subprocess
-import sys
 
 import pytest
+from forked import run_forked
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -36,4 +35,4 @@ def test_ahead_of_time_compilation_needs_no_device():
 
 def test_importing_the_package_imports_no_triton():
     code = "import sys, cnnlstm_fast; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert run_forked(code).returncode == 0

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import (
     LAYOUTS,
     STRIDED,
@@ -25,7 +26,6 @@ from helpers import (
     normal_tensors,
     our_block,
     random_blocks,
-    run_python,
     strided,
     torch_block,
 )
@@ -400,7 +400,7 @@ def test_it_is_chosen_where_it_pays(channels, size, chosen):
 
 def test_the_op_refuses_other_convolutions():
     """In a process of its own, so that a crash is seen."""
-    ran = run_python("""
+    ran = run_forked("""
 import torch, cnnlstm_fast
 op = torch.ops.cnnlstm_fast.conv_block.default
 x = torch.randn(2, 4, 9, 9)

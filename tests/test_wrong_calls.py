@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from helpers import needs_extension, run_python
+from forked import run_forked
+from helpers import needs_extension
 
 _WRONG_CALLS = """
 import json, sys, torch, cnnlstm_fast
@@ -134,7 +135,7 @@ print("the end")
 @needs_extension
 def test_wrong_calls_of_the_ops_never_crash():
     """In a process of their own, so that a crash is seen: each wrong call is a RuntimeError."""
-    ran = run_python(_WRONG_CALLS)
+    ran = run_forked(_WRONG_CALLS)
     lines = ran.stdout.splitlines()
     assert ran.returncode == 0 and lines and lines[-1] == "the end", (
         f"exit status {ran.returncode} after {json.dumps(lines[-1:])}: {ran.stderr[-2000:]}"
