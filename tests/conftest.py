@@ -24,6 +24,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "not_measured: coverage is not measured")
     config.addinivalue_line("markers", "long: takes minutes; runs with CNNLSTM_FAST_LONG=1")
     config.addinivalue_line(
+        "markers", "first: takes long; begins early, so that nothing waits for it at the end"
+    )
+    config.addinivalue_line(
         "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
     )
 
@@ -50,6 +53,7 @@ def pytest_collection_modifyitems(config, items):
     _take_combinations(config, items)
     _take_share(config, items)
     _measure_few(items)
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 def _cases_of_tests(items):

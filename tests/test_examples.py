@@ -27,6 +27,7 @@ def run(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.first
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=needs_aeon) if n == "sensors.py" else n for n in EXAMPLES]
 )
@@ -37,6 +38,7 @@ def test_an_example_runs(name):
     assert "nan" not in done.stdout
 
 
+@pytest.mark.first
 def test_distributed_gradients_are_those_of_one_process():
     done = run("distributed.py", "--tiny", "--seed", "5")
     assert done.returncode == 0, done.stderr

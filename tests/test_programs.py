@@ -24,6 +24,7 @@ PROGRAM_SEED = os.environ.get("CNNLSTM_FAST_PROGRAM_SEED", "3")
 SECONDS = os.environ.get("CNNLSTM_FAST_PROGRAM_SECONDS", "60")
 
 
+@pytest.mark.first
 @pytest.mark.not_measured
 def test_a_minute_of_programs(tmp_path):
     """Random programs do the same plain, accelerated and compiled; what does not is printed as a script.

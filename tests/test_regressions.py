@@ -268,6 +268,7 @@ print(json.dumps(fuzz.fuzz(60, 1500, {seed}, None)["of"]))
 """
 
 
+@pytest.mark.first
 def test_the_fuzzer_reaches_every_op():
     """It had gone on with arguments of an older schema: every call was refused, and none looked at."""
     of = json.loads(run_forked(_FUZZ.format(seed=SEED)).stdout)
