@@ -1,6 +1,5 @@
 """What the tests of ``accelerate`` and of ``fusion/`` share: models, and a comparison with eager."""
 
-import contextlib
 import copy
 
 import torch
@@ -214,10 +213,3 @@ def assert_alike(plain: nn.Module, fast: nn.Module, calls: int = 6, grad: bool =
                 close(ours, theirs)
             else:
                 assert ours == theirs
-
-
-@contextlib.contextmanager
-def restored(t: Tensor):
-    before = t.detach().clone()
-    yield
-    t.data.copy_(before)

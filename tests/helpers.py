@@ -55,6 +55,9 @@ class PoolCase:
     ceil_mode: bool = False
 
 
+POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
+
+
 @dataclass(frozen=True)
 class Activation:
     """An activation, where its slope jumps, and the values of z beyond which it has none."""

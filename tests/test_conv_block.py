@@ -14,6 +14,7 @@ from helpers import (
     ACTIVATIONS,
     FUSED,
     LAYOUTS,
+    POOL_2X2,
     STRIDED,
     Block,
     PoolCase,
@@ -42,7 +43,6 @@ from helpers import (
 from cnnlstm_fast import reference
 from cnnlstm_fast.functional import conv_block
 
-POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 SMALL = Block(3, 5, (9, 11), 19, (3, 3), padding=(1, 1), pool=POOL_2X2)
 
 

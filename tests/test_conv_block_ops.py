@@ -13,6 +13,7 @@ from forked import run_forked
 from helpers import (
     CURVED,
     FUSED,
+    POOL_2X2,
     Block,
     PoolCase,
     after_conv,
@@ -40,7 +41,6 @@ from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.ops import conv_block as op
 from cnnlstm_fast.spec import conv_size, pool_size
 
-POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 BLOCK = Block(3, 5, (9, 14), 18, (3, 3), padding=(1, 1), pool=POOL_2X2)
 
 BLOCKS = {

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from field_models import Speech
 from helpers import (
     LAYOUTS,
+    POOL_2X2,
     SEED,
     STRIDED,
     Block,
-    PoolCase,
     assert_block,
     assert_close_as_torch,
     decided,
@@ -39,7 +39,6 @@ from cnnlstm_fast.planning import choose, rates
 from cnnlstm_fast.spec import BlockSpec
 
 pytestmark = needs_extension
-POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 IMAGE = Block(3, 5, (19, 34), 6, (9, 7), padding=(4, 3))
 
 BLOCKS = {

@@ -10,12 +10,26 @@ from cnnlstm_fast.planning import choose, costs_cuda, support
 from cnnlstm_fast.planning.problem import Sizes, conv_problem
 from cnnlstm_fast.spec import BlockSpec, Pool
 
+POOL_2X2 = Pool((2, 2), (2, 2))
 
-def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=True, norm="batch", **spec):
-    spec = BlockSpec(**{"padding": (1, 1), "pool": Pool((2, 2), (2, 2))} | spec)
+
+def _planned(
+    shape, weight_shape, dtype=torch.float32, tf32=False, training=True, norm="batch", needs_x=None, **spec
+):
+    """The plans of forward and backward and the reason; inputs of few channels want no gradient."""
+    spec = BlockSpec(**{"padding": (1, 1), "pool": POOL_2X2} | spec)
     sizes = Sizes(spec, shape, weight_shape, dtype, "cuda", norm)
-    return choose.cheapest(sizes, training, shape[1] > 4, False, True, tf32, 1)[:3]
+    needs_x = shape[1] > 4 if needs_x is None else needs_x
+    return choose.cheapest(sizes, training, needs_x, False, True, tf32, 1)[:3]
 
+
+def _planned_without(*sizes, training=False, needs_x=False, pool=None, **options):
+    """The plans of forward and backward of a block without a norm, whose result is a sequence."""
+    options = {"layout": "locations"} | options
+    return _planned(*sizes, training=training, norm=None, needs_x=needs_x, pool=pool, **options)[:2]
+
+
+# ---------------------------------------------------------------- a block with a norm
 
 TUTORIAL_SIZES = (1280, 3, 28, 28), (64, 3, 3, 3)
 CRNN_SIZES = (64, 64, 16, 50), (128, 64, 3, 3)
@@ -44,7 +58,7 @@ def test_a_folded_norm_is_a_block_without_one():
 
 def test_costs_counted_by_hand():
     """The tutorial's block in bfloat16, bound by bytes all over, but for what it convolves."""
-    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
+    spec = BlockSpec(padding=(1, 1), pool=POOL_2X2)
     sizes = Sizes(spec, *TUTORIAL_SIZES, torch.bfloat16, "cuda", "batch")
     problem = conv_problem(sizes, training=True, needs_x=False, channels_last=False, threads=1)
     costs = costs_cuda.costs(problem, tf32=False)
@@ -74,7 +88,7 @@ def test_the_plans_of_calls(monkeypatch):
         return decide(sizes, *args)
 
     monkeypatch.setattr(choose, "cheapest", recorded)
-    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
+    spec = BlockSpec(padding=(1, 1), pool=POOL_2X2)
     with FakeTensorMode():
         x, weight = (torch.empty(shape, device="cuda") for shape in TUTORIAL_SIZES)
         norm = torch.nn.BatchNorm2d(64, device="cuda")
@@ -86,3 +100,34 @@ def test_the_plans_of_calls(monkeypatch):
             choose.choose("auto", spec, x, weight, None, norm.requires_grad_())
         assert seen[3:] == ["folded"]
         assert support.why_not_by_patches(spec, x, weight) is not None
+
+
+# ---------------------------------------------------------------- a block without one
+
+
+def test_small_channels_run_direct_and_arithmetic_goes_to_the_library():
+    """The tutorial's block is bound by memory, a VGG layer by arithmetic; TF32 moves the border."""
+    tutorial = (1280, 3, 28, 28), (64, 3, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = _planned_without(*tutorial, dtype, dtype == torch.float32, pool=POOL_2X2, training=True)
+        assert planned == ("direct", "direct")
+    vgg = (64, 256, 16, 50), (512, 256, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = _planned_without(*vgg, dtype, pool=POOL_2X2, training=True, needs_x=True)
+        assert planned == ("chunked", "chunked")
+    between = (64, 6, 32, 100), (32, 6, 3, 3)
+    assert _planned_without(*between, pool=POOL_2X2)[0] == "chunked"
+    assert _planned_without(*between, tf32=True, pool=POOL_2X2)[0] == "direct"
+
+
+def test_windows_that_overlap_cost_the_direct_plan_their_recomputation():
+    sizes = (64, 6, 64, 64), (24, 6, 3, 3)
+    assert _planned_without(*sizes, torch.bfloat16, pool=POOL_2X2)[0] == "direct"
+    assert _planned_without(*sizes, torch.bfloat16, pool=Pool((5, 5), (1, 1), (2, 2)))[0] == "chunked"
+
+
+def test_nothing_to_fuse_is_left_to_torch():
+    sizes = (8, 3, 28, 28), (64, 3, 3, 3)
+    assert _planned_without(*sizes, activation=None, layout="channels_last") == ("reference", "reference")
+    assert _planned_without(*sizes, activation=None)[0] != "reference"
+    assert _planned_without((8, 32, 28, 28), (32, 1, 3, 3), groups=32) == ("chunked", "chunked")

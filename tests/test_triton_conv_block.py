@@ -32,7 +32,7 @@ from helpers import (
     torch_ways,
     winners,
 )
-from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
+from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch, with_open_sizes
 from torch import Tensor
 from triton_blocks import (
     ORDERS,
@@ -49,10 +49,6 @@ from triton_blocks import (
     dtypes,
     plans,
 )
-
-from cnnlstm_fast.planning import choose
-from cnnlstm_fast.planning.problem import Sizes
-from cnnlstm_fast.spec import BlockSpec, Pool
 
 pytestmark = pytest.mark.usefixtures("float32_means_float32")
 
@@ -437,20 +433,12 @@ def test_wrong_calls_start_no_kernel(kernels, backward, wrong):
 
 
 def test_checks_leave_the_batch_of_a_trace_open():
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
     from cnnlstm_fast.kernels import checks
 
-    env = ShapeEnv()
     args = _arguments("cpu", backward=True)
-    with FakeTensorMode(shape_env=env) as mode:
-        for name in ("x", "grad", "codes"):
-            dims = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (args[name].dim() - 1)
-            args[name] = mode.from_tensor(args[name], symbolic_context=StatelessSymbolicContext(dims))
-    x, weight, block = args["x"], torch.zeros(20, 3, 3, 3), _op_args(TUTORIAL)
+    env, args = with_open_sizes(args, {"x": (0,), "grad": (0,), "codes": (0,)})
+    x, weight, block = args["x"], args["weight"], _op_args(TUTORIAL)
     assert type(x.shape[0]) is torch.SymInt
-    weight = mode.from_tensor(weight, static_shapes=True)
     _, size = checks.check_block(x, weight, *block, args["order"], 1)
     checks.check_bias(x, weight, weight[:, 0, 0, 0])
     checks.check_block_backward(args["grad"], x, weight, args["codes"], 1, block[-1], args["order"], size)
@@ -504,46 +492,6 @@ def test_tracing_shows_the_kernels(plan):
     assert not [target for target in targets if "cnnlstm_fast" in target]
     assert targets.count("triton_kernel_wrapper_functional") == {"direct": 4, "chunked": 2}[plan]
     assert ("aten.convolution.default" in targets) == (plan == "chunked")
-
-
-# ---------------------------------------------------------------- the rule between the plans
-
-
-def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=False, needs_x=False, **spec):
-    spec = BlockSpec(**{"padding": (1, 1), "layout": "locations"} | spec)
-    sizes = Sizes(spec, shape, weight_shape, dtype, "cuda", None)
-    return choose.cheapest(sizes, training, needs_x, False, True, tf32, 1)[:2]
-
-
-POOL_2X2 = Pool((2, 2), (2, 2))
-
-
-def test_small_channels_run_direct_and_arithmetic_goes_to_the_library():
-    """The tutorial's block is bound by memory, a VGG layer by arithmetic; TF32 moves the border."""
-    tutorial = (1280, 3, 28, 28), (64, 3, 3, 3)
-    for dtype in (torch.float32, torch.bfloat16):
-        planned = _planned(*tutorial, dtype, dtype == torch.float32, pool=POOL_2X2, training=True)
-        assert planned == ("direct", "direct")
-    vgg = (64, 256, 16, 50), (512, 256, 3, 3)
-    for dtype in (torch.float32, torch.bfloat16):
-        planned = _planned(*vgg, dtype, pool=POOL_2X2, training=True, needs_x=True)
-        assert planned == ("chunked", "chunked")
-    between = (64, 6, 32, 100), (32, 6, 3, 3)
-    assert _planned(*between, pool=POOL_2X2)[0] == "chunked"
-    assert _planned(*between, tf32=True, pool=POOL_2X2)[0] == "direct"
-
-
-def test_windows_that_overlap_cost_the_direct_plan_their_recomputation():
-    sizes = (64, 6, 64, 64), (24, 6, 3, 3)
-    assert _planned(*sizes, torch.bfloat16, pool=POOL_2X2)[0] == "direct"
-    assert _planned(*sizes, torch.bfloat16, pool=Pool((5, 5), (1, 1), (2, 2)))[0] == "chunked"
-
-
-def test_nothing_to_fuse_is_left_to_torch():
-    sizes = (8, 3, 28, 28), (64, 3, 3, 3)
-    assert _planned(*sizes, activation=None, layout="channels_last") == ("reference", "reference")
-    assert _planned(*sizes, activation=None)[0] != "reference"
-    assert _planned((8, 32, 28, 28), (32, 1, 3, 3), groups=32) == ("chunked", "chunked")
 
 
 # ---------------------------------------------------------------- on a device

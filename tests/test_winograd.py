@@ -12,6 +12,7 @@ import torch
 from forked import run_forked
 from helpers import (
     LAYOUTS,
+    POOL_2X2,
     STRIDED,
     WINOGRAD,
     Block,
@@ -41,7 +42,6 @@ from cnnlstm_fast.planning.choose import choose
 pytestmark = needs_extension
 
 PLAN = "winograd"
-POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 BLOCK = Block(3, 21, (9, 14), 70, (3, 3), padding=(1, 1), pool=POOL_2X2)
 special_blocks = pytest.mark.parametrize(
     "block",
