@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu lint sanitize sanitize-subset fuzz package properties programs soak versions clean
+.PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu lint sanitize sanitize-subset sanitized-build sanitized-calls sanitized-kernels fuzz package properties programs soak versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -47,26 +47,40 @@ gpu:
 # instruction set of this machine. Building takes minutes, so `test` runs a subset.
 SANITIZED := -m pytest -q -x -p no:cacheprovider
 sanitize: $(VENV)/installed
-	CNNLSTM_FAST_CASES=100 $(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_ops.py -k "test_properties or wrong_calls"
+	CNNLSTM_FAST_CASES=100 $(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_wrong_calls.py
 	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds 20
 	$(BIN)/python tests/native/sanitized.py thread $(SANITIZED) tests/test_properties.py tests/test_memory.py tests/test_concurrency.py -k "test_properties or get_memory or many_threads or trained_on"
 
 # The baseline kernels and all that is around them under AddressSanitizer and UndefinedBehaviorSanitizer: a
-# quarter of what there is to compile. The suites of the kernels follow, one in SHARE of every test's cases, with every
-# limit at its least and every buffer fenced (docs/contributing.md), so that small tensors go where large ones do.
+# quarter of what there is to compile. It is compiled once; then two halves may run side by side: wrong calls and
+# properties, and the suites of the kernels, one in SHARE of every test's cases, with every limit at its least and
+# every buffer fenced (docs/contributing.md), so that small tensors go where large ones do.
 SHARE ?= 12
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,ops conv_block conv_norm winograd conv_fft recurrent_ops properties)
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,conv_block_ops functional_conv_block conv_block conv_norm winograd conv_fft python_inside recurrent_ops properties)
 # (Those that would take minutes there, and what starts processes or compilers of its own.)
 LEFT_OUT := not wrong_calls and not compile and not export and not graph_break and not opcheck and not bounded and not several_chunks and not shared_by_cores and not large and not ctrl_c and not explain
-sanitize-subset: $(VENV)/installed
-	@if ! $${CXX:-g++} -print-file-name=libasan.so | grep -q /; then \
-		echo "left out: the compiler $${CXX:-g++} has no AddressSanitizer (libasan.so)"; \
+HAS_SANITIZER := $${CXX:-g++} -print-file-name=libasan.so | grep -q /
+BASELINE := CNNLSTM_FAST_ISA=baseline CNNLSTM_FAST_CASES=10
+sanitize-subset: sanitized-calls sanitized-kernels
+
+sanitized-build: $(VENV)/installed
+	@if $(HAS_SANITIZER); then \
+		$(BASELINE) $(BIN)/python tests/native/sanitized.py address; \
 	else \
-		export CNNLSTM_FAST_ISA=baseline CNNLSTM_FAST_CASES=10; \
-		$(BIN)/python tests/native/sanitized.py address $(SANITIZED) tests/test_properties.py tests/test_ops.py -k "test_properties or wrong_calls" && \
-		$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds 5 && \
-		CNNLSTM_FAST_LEAST=1 CNNLSTM_FAST_FENCES=1 CNNLSTM_FAST_SHARE=$(SHARE) \
-		$(BIN)/python tests/native/sanitized.py address $(SANITIZED) $(KERNEL_TESTS) -k "$(LEFT_OUT)"; \
+		echo "left out: the compiler $${CXX:-g++} has no AddressSanitizer (libasan.so)"; \
+	fi
+
+sanitized-calls: sanitized-build
+	@if $(HAS_SANITIZER); then \
+		export $(BASELINE); \
+		$(BIN)/python tests/native/sanitized.py --built address $(SANITIZED) tests/test_properties.py tests/test_wrong_calls.py && \
+		$(BIN)/python tests/native/sanitized.py --built address tests/native/fuzz.py --seconds 5; \
+	fi
+
+sanitized-kernels: sanitized-build
+	@if $(HAS_SANITIZER); then \
+		export $(BASELINE) CNNLSTM_FAST_LEAST=1 CNNLSTM_FAST_FENCES=1 CNNLSTM_FAST_SHARE=$(SHARE); \
+		$(BIN)/python tests/native/sanitized.py --built address $(SANITIZED) $(KERNEL_TESTS) -k "$(LEFT_OUT)"; \
 	fi
 
 FUZZ_SECONDS ?= 60

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import blocks as block_races
 from benchmarks import calibrate as calibration
-from benchmarks import dispatch, gpu, growth, memory, roofline, trace
+from benchmarks import dispatch, gpu, gpu_works, growth, memory, roofline, trace
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
 from benchmarks.race import WrongResult, race
 from benchmarks.results import Device, Report, read
@@ -349,7 +349,7 @@ def on_gpu(
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here: --device cpu tries this part out")
-    every = gpu.works()
+    every = gpu_works.works()
     chosen = [w for name, w in every.items() if not work or any(name.startswith(p) for p in work)]
     if not chosen:
         raise typer.BadParameter(f"no work begins with {work}; there are: {', '.join(every)}")

@@ -25,6 +25,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "not_measured: coverage is not measured")
     config.addinivalue_line("markers", "long: takes minutes; runs with CNNLSTM_FAST_LONG=1")
     config.addinivalue_line(
+        "markers", "first: takes long; begins early, so that nothing waits for it at the end"
+    )
+    config.addinivalue_line(
         "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
     )
 
@@ -51,6 +54,7 @@ def pytest_collection_modifyitems(config, items):
     _take_combinations(config, items)
     _take_share(config, items)
     _measure_few(items)
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 def _cases_of_tests(items):
@@ -170,6 +174,50 @@ def _fresh_state(request):
         known._known_calls.clear()
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_thread(_fresh_state):
+    """For tests in which nothing is large enough for two."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float32_means_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def constants_of_the_kernels(kernels, monkeypatch):
+    """Sets a constant of `kernels/arguments.py`."""
+    shared = kernels.module.over_positions.__globals__
+    return lambda name, value: monkeypatch.setitem(shared, name, value)
+
+
+@pytest.fixture
+def always_worth_it(monkeypatch):
+    """Small blocks too are speculated, and those for which no fused plan is the fastest."""
+    from cnnlstm_fast.fusion import plan
+
+    why_not = plan.FusionPlan._why_unfused
+    monkeypatch.setattr(plan.FusionPlan, "_why_unfused", lambda *args: why_not(*args[:-1], handed=True))
+    monkeypatch.setattr(plan, "OVERHEAD_US", 0)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """What ran as blocks: names of the norm, the activation and the pool of each."""
+    from cnnlstm_fast.fusion import run
+
+    seen = []
+    run_block = run.run_block
+
+    def noted(x, conv, *parts, **kwargs):
+        seen.append(tuple(part and type(part).__name__ for part in parts))
+        return run_block(x, conv, *parts, **kwargs)
+
+    monkeypatch.setattr(run, "run_block", noted)
+    return seen
 
 
 @pytest.fixture

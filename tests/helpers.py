@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_forked
 from torch import Tensor, nn
 
 import cnnlstm_fast
@@ -39,6 +40,7 @@ plans = pytest.mark.parametrize(
     "plan", [pytest.param(p, marks=needs_extension if p in FUSED else ()) for p in PLANS]
 )
 fused_plans = pytest.mark.parametrize("plan", [pytest.param(p, marks=needs_extension) for p in FUSED])
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 # ---------------------------------------------------------------- blocks
@@ -51,6 +53,9 @@ class PoolCase:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     ceil_mode: bool = False
+
+
+POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 
 
 @dataclass(frozen=True)
@@ -403,10 +408,9 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     # glibc fills what malloc returns: the kernels' scratch memory is poisoned as well as tensors
     env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
     env |= _OTHERS_SETS[isa] | {"CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "3")}
-    asked = subprocess.run(
-        [sys.executable, "-c", "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())"],
-        env=env, cwd=root, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    asked = run_forked(
+        "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())", CNNLSTM_FAST_ISA=isa
+    )
     if asked.stdout.strip() != isa:
         assert isa != "baseline", f"{asked.stdout}{asked.stderr}"
         pytest.skip(f"this machine or build has no {isa}, the kernels say {asked.stdout.strip()}")

@@ -135,3 +135,21 @@ def launch_in_bounds(kernel, programs: int, args: dict, options: dict, others=()
 def no_launch(*_) -> None:
     """In place of a launch, where none may be."""
     raise AssertionError("a kernel was started")
+
+
+def with_open_sizes(
+    args: dict[str, Any], open_dims: dict[str, tuple[int, ...]]
+) -> tuple[Any, dict[str, Any]]:
+    """The guards of a trace, and ``args`` as fake tensors in it; only the sizes ``open_dims`` are free."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+
+    def fake(name: str, t: Tensor) -> Tensor:
+        free = open_dims.get(name, ())
+        dims = [DimDynamic.DYNAMIC if d in free else DimDynamic.STATIC for d in range(t.dim())]
+        return mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dims))
+
+    return env, {n: fake(n, value) if isinstance(value, Tensor) else value for n, value in args.items()}

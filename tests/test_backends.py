@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import runpy
 
 import pytest
 import torch
-from helpers import needs_extension, run_python
+from helpers import needs_extension
 from torch import nn
 
 import cnnlstm_fast as cf
@@ -65,7 +66,11 @@ def test_an_accelerated_model_obeys_at_once(plan, monkeypatch):
     assert torch.equal(ran[0], ran[2]) and not torch.equal(ran[0], ran[1])
 
 
-def test_the_environment_sets_the_default():
-    code = "import cnnlstm_fast as cf; print(cf.backends.allow_transforms)"
-    assert run_python(code).stdout.split() == ["True"]
-    assert run_python(code, CNNLSTM_FAST_ALLOW_TRANSFORMS="0").stdout.split() == ["False"]
+def test_the_environment_sets_the_default(monkeypatch):
+    """The module is run anew: what it holds in this process is not changed."""
+    for value, expected in ((None, True), ("1", True), ("0", False)):
+        if value is None:
+            monkeypatch.delenv("CNNLSTM_FAST_ALLOW_TRANSFORMS", raising=False)
+        else:
+            monkeypatch.setenv("CNNLSTM_FAST_ALLOW_TRANSFORMS", value)
+        assert runpy.run_path(cf.backends.__file__)["allow_transforms"] is expected

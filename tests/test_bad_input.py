@@ -1,7 +1,7 @@
 """Wrong calls of everything public: each says what was got, what was expected and what to do.
 
 Those of ``functional.conv_block`` alone stand in test_errors.py; those of the ops themselves, which no
-person calls, in test_ops.py and in the fuzzer.
+person calls, in test_wrong_calls.py and in the fuzzer.
 """
 
 from __future__ import annotations

@@ -13,31 +13,35 @@ from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command_line
-from benchmarks import gpu
+from benchmarks import gpu, gpu_works
 from benchmarks.race import OURS, Spread, WrongResult
 
 
 def block(
     training: bool = False, dtype: str = "float32", needs_x: bool = False, normed: bool = False
-) -> gpu.Work:
+) -> gpu_works.Work:
     conv = partial(nn.Conv2d, 3, 8, 3, padding=1, bias=not normed)
-    pair = partial(gpu._pair_of_blocks, conv, nn.MaxPool2d(2), "locations", normed)
+    pair = partial(gpu_works._pair_of_blocks, conv, nn.MaxPool2d(2), "locations", normed)
     mode = "training" if training else "inference"
-    return gpu.Work(f"block/small/{mode}/{dtype}", pair, (2, 3, 8, 10), dtype, training, needs_x, 1000, 2000)
+    return gpu_works.Work(
+        f"block/small/{mode}/{dtype}", pair, (2, 3, 8, 10), dtype, training, needs_x, 1000, 2000
+    )
 
 
-def layer(kind: str, masked: str, training: bool = False) -> gpu.Work:
-    pair = partial(gpu._pair_of_layers, kind, (5, 3, 4), 6, {"bidirectional": masked == "lengths"}, masked)
-    return gpu.Work(f"layer/{kind}", pair, (5, 3, 4), "float32", training, images=False)
+def layer(kind: str, masked: str, training: bool = False) -> gpu_works.Work:
+    pair = partial(
+        gpu_works._pair_of_layers, kind, (5, 3, 4), 6, {"bidirectional": masked == "lengths"}, masked
+    )
+    return gpu_works.Work(f"layer/{kind}", pair, (5, 3, 4), "float32", training, images=False)
 
 
-def quickly(work: gpu.Work, **options) -> gpu.Result:
+def quickly(work: gpu_works.Work, **options) -> gpu.Result:
     seed = random.randrange(10**6)
     return gpu.race(work, "cpu", seed=seed, rounds=2, turn_ms=0.0, slow_peers=False, **options)
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize("dtype", gpu_works.DTYPES)
 @pytest.mark.parametrize("normed", [False, True], ids=["no norm", "norm"])
 def test_a_block_races(dtype, training, normed):
     result = quickly(block(training, dtype, needs_x=training, normed=normed))
@@ -121,22 +125,22 @@ def test_every_contestant_gets_its_turn_first():
 
 def test_bytes_and_operations_of_the_tutorials_block():
     """Counted by hand: 1280 images of 3x28x28, 64 maps of 28x28, pooled to 14x14."""
-    work = gpu.works()["block/TimeDistributed/inference/float32"]
+    work = gpu_works.works()["block/TimeDistributed/inference/float32"]
     assert work.bytes == 4 * (1280 * 3 * 28 * 28 + 1280 * 64 * 14 * 14)
     assert work.flops == 2 * 1280 * 64 * 28 * 28 * 27
-    inner = gpu.works()["block/CRNN 2/training/bfloat16"]
+    inner = gpu_works.works()["block/CRNN 2/training/bfloat16"]
     x, out = 64 * 64 * 16 * 50, 64 * 128 * 8 * 25
     assert inner.needs_x and inner.bytes == 2 * (3 * x + 2 * out)
     assert inner.flops == 3 * 2 * 64 * 128 * 16 * 50 * 64 * 9
-    normed = gpu.works()["block/CRNN BN/training/bfloat16"]
+    normed = gpu_works.works()["block/CRNN BN/training/bfloat16"]
     x, out = 64 * 256 * 8 * 25, 64 * 512 * 4 * 26
     assert normed.needs_x and normed.bytes == 2 * (4 * x + 2 * out)
     assert normed.flops == 3 * 2 * 64 * 512 * 8 * 25 * 256 * 9
-    assert gpu.works()["block/CRNN BN/inference/bfloat16"].bytes == 2 * (x + out)
+    assert gpu_works.works()["block/CRNN BN/inference/bfloat16"].bytes == 2 * (x + out)
 
 
 def test_every_work_can_be_built():
-    every = gpu.works()
+    every = gpu_works.works()
     assert len(every) == 4 * (8 + 6 + 3)
     for name, work in every.items():
         if name.endswith("inference/float32"):
@@ -152,7 +156,7 @@ def test_rates_of_this_machine():
 
 def test_a_run_leaves_a_file_that_can_be_read_and_drawn(tmp_path, monkeypatch):
     small = {w.name: w for w in (block(), layer("GRU", "reset"))}
-    monkeypatch.setattr(gpu, "works", lambda: small)
+    monkeypatch.setattr(gpu_works, "works", lambda: small)
     arguments = ["gpu", "--device", "cpu", "--folder", str(tmp_path), "--seconds", "0", "--rounds", "2"]
     done = CliRunner().invoke(command_line.app, arguments)
     assert done.exit_code == 0, done.output
@@ -180,7 +184,7 @@ def test_a_failure_ends_neither_the_run_nor_in_silence(tmp_path, monkeypatch):
         raise RuntimeError("out of memory")
 
     works = {"bad": dataclasses.replace(block(), name="bad", build=build), "good": block()}
-    monkeypatch.setattr(gpu, "works", lambda: works)
+    monkeypatch.setattr(gpu_works, "works", lambda: works)
     arguments = ["gpu", "--device", "cpu", "--folder", str(tmp_path), "--seconds", "0", "--rounds", "2"]
     done = CliRunner().invoke(command_line.app, arguments)
     assert done.exit_code == 1 and "bad: RuntimeError: out of memory" in done.output

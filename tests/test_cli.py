@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import run_forked
 from typer.testing import CliRunner
 
 import cnnlstm_fast.demo
@@ -365,7 +366,7 @@ def test_missing_packages_name_the_command(missing, args, install):
         f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {args}; "
         "runpy.run_module('cnnlstm_fast', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_forked(code)
     assert done.returncode == 1 and install in done.stderr and "Traceback" not in done.stderr
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from field_models import Speech
 from helpers import (
     LAYOUTS,
+    POOL_2X2,
     SEED,
     STRIDED,
     Block,
-    PoolCase,
     assert_block,
     assert_close_as_torch,
     decided,
@@ -23,7 +23,6 @@ from helpers import (
     needs_extension,
     normal_tensors,
     our_block,
-    run_python,
     strided,
     torch_block,
     torch_ways,
@@ -35,15 +34,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cnnlstm_fast as cf
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.ops import conv_fft as op
-from cnnlstm_fast.ops import python_inside
 from cnnlstm_fast.ops.conv_block import PLANS, backward_op, forward_op
 from cnnlstm_fast.planning import choose, rates
 from cnnlstm_fast.spec import BlockSpec
 
 pytestmark = needs_extension
-
-POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 IMAGE = Block(3, 5, (19, 34), 6, (9, 7), padding=(4, 3))
+
 BLOCKS = {
     "image": IMAGE,
     "strided": Block(2, 3, (33, 41), 8, (11, 9), stride=(2, 3), padding=(5, 2)),
@@ -54,6 +51,7 @@ BLOCKS = {
     "one channel": Block(2, 1, (47, 33), 4, (41, 11), stride=(2, 2), padding=(20, 5), activation="hardtanh"),
 }
 blocks = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+
 image_and_signal = pytest.mark.parametrize(
     "block", [BLOCKS["strided"], BLOCKS["signal"]], ids=["image", "signal"]
 )
@@ -102,7 +100,7 @@ def work(request, monkeypatch):
         monkeypatch.setattr(op, "_SPECTRUM_BYTES", 2**12)
 
 
-# ------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- numbers
 
 
 @pytest.mark.instruction_sets
@@ -208,7 +206,7 @@ def test_overflow_inside_a_transform():
     assert torch.equal(out, torch.full_like(out, 1e37))
 
 
-# ------------------------------------------------------------- memory
+# ---------------------------------------------------------------- memory
 
 
 @image_and_signal
@@ -276,7 +274,7 @@ def test_only_what_a_gradient_reads_is_kept():
         assert [t.shape for t in kept if t.numel()] == [x.shape]
 
 
-# ------------------------------------------------------------- whole blocks
+# ---------------------------------------------------------------- whole blocks
 
 
 @blocks
@@ -327,7 +325,7 @@ def test_unbatched_and_empty():
     assert of_x.shape == empty.shape and not of_weight.any()
 
 
-# ------------------------------------------------------------- autograd and compilers
+# ---------------------------------------------------------------- autograd and compilers
 
 
 @image_and_signal
@@ -475,7 +473,7 @@ def test_a_call_under_inference_mode_leaves_nothing_that_training_cannot_use():
     assert weight.grad.isfinite().all()
 
 
-# ------------------------------------------------------------- the choice
+# ---------------------------------------------------------------- the choice
 
 
 @pytest.fixture
@@ -560,7 +558,7 @@ def test_autocast_is_left_to_the_others():
             conv_block(x, weight, plan="fft")
 
 
-# ------------------------------------------------------------- determinism
+# ---------------------------------------------------------------- determinism
 
 
 def test_the_same_bits_twice():
@@ -592,109 +590,6 @@ def test_a_loud_neighbour_is_not_heard():
 
 
 # ---------------------------------------------------------------- errors on their way
-
-
-CTRL_C = """
-import collections, os, random, signal, sys, threading, time
-import torch
-from cnnlstm_fast.functional import conv_block
-
-random.seed({seed})
-signal.signal(signal.SIGINT, signal.default_int_handler)  # test runners ignore it
-torch.set_num_threads(2)
-x, w = torch.randn(2, 8, 1, 900), torch.randn(8, 8, 1, 60)
-if {training}:
-    x.requires_grad_(), w.requires_grad_()
-
-def work():
-    y = conv_block(x, w, torch.zeros(8), plan="fft", padding=(0, 30))
-    if {training}:
-        y.sum().backward()
-
-work()
-begun = time.perf_counter()
-for _ in range(5):
-    work()
-once, seen = (time.perf_counter() - begun) / 5, collections.Counter()
-for _ in range(60):
-    caught = threading.Event()
-
-    def press(delay):  # again, as a person would: Python swallows one that arrives in a finalizer
-        while not caught.wait(delay):
-            os.kill(os.getpid(), signal.SIGINT)
-            delay = 2.0
-
-    thread = threading.Thread(target=press, args=(random.uniform(0.5, 2.5) * once,))
-    try:
-        thread.start()
-        while True:
-            work()
-    except BaseException as error:
-        caught.set()
-        seen[type(error).__name__] += 1
-    thread.join()
-    assert torch.is_grad_enabled()
-    work()
-print(dict(seen))
-"""
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_ctrl_c_stays_ctrl_c(training):
-    """Real signals at random moments, within the op's Python code and without."""
-    done = run_python(CTRL_C.format(seed=SEED, training=training))
-    assert done.stdout.strip() == "{'KeyboardInterrupt': 60}", done.stderr[-2000:]
-
-
-class OwnError(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit, OwnError, ValueError])
-@pytest.mark.parametrize("where", ["forward", "training", "backward"])
-def test_errors_come_out_as_they_are(where, error, monkeypatch):
-    x, w = torch.randn(1, 3, 1, 90), torch.randn(4, 3, 1, 20)
-    x.requires_grad_(where != "forward")
-    raised = error("on its way")
-
-    def fail(t):
-        raise raised
-
-    y = conv_block(x, w, plan="fft")
-    with monkeypatch.context() as patched:
-        patched.setattr(op, "_finite", fail)
-        with pytest.raises(error) as caught:
-            y.sum().backward() if where == "backward" else conv_block(x, w, plan="fft")
-    assert caught.value is raised
-    torch.testing.assert_close(conv_block(x, w, plan="fft"), y)
-    with pytest.raises(RuntimeError, match="channels"):  # a refusal is no error of a kernel
-        forward_op(x, w[:, :2], None, [1, 1, 0, 0, 1, 1, 1], 0, [], [], [0, 1, 2, 3], PLANS["fft"], False)
-
-
-def test_an_interrupt_before_the_kernel_begins(monkeypatch):
-    """Its entry is the first Python code after a signal, where nothing can be noted."""
-    calls = []
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise RuntimeError("handed on")
-        return 3
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(python_inside, "_only_ctrl_c_raises", lambda: True)  # test runners ignore the signal
-        python_inside.call(failing, 1)
-    assert len(calls) == 2
-    monkeypatch.setattr(python_inside, "_only_ctrl_c_raises", lambda: False)
-    with pytest.raises(RuntimeError, match="handed on"):
-        python_inside.call(lambda: calls.clear() or failing())
-
-    def refusing():
-        raise RuntimeError("wrong sizes")
-
-    monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="wrong sizes"):
-        python_inside.call(refusing)
 
 
 @pytest.mark.parametrize("loud", [30.0, 1e3, 1e6], ids="{:g}".format)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     LAYOUTS,
+    POOL_2X2,
     Block,
     PoolCase,
     assert_block,
@@ -33,7 +34,6 @@ from cnnlstm_fast.ops import conv_norm as op
 
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 BLOCK = Block(3, 5, (9, 14), 18, (3, 3), padding=(1, 1), pool=POOL_2X2)
 BLOCKS = {
     "2x2": BLOCK,

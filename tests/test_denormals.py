@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import needs_extension
 from torch import Tensor, nn
 
@@ -132,11 +131,7 @@ print(int(kept.count_nonzero()), kept[0].item() != 0)
     [("", True), ("torch.set_flush_denormal(True)", False), ("torch.set_flush_denormal(False)", True)],
 )
 def test_the_mode_of_every_thread_is_as_it_was(before, mine):
-    root = Path(__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CALLS.format(before=before)],
-        cwd=root, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    run = run_forked(CALLS.format(before=before))
     assert run.returncode == 0, run.stderr
     kept, first = run.stdout.split()
     assert first == str(mine)

@@ -1,11 +1,10 @@
 """What the doctor sees."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import needs_extension
 
 import cnnlstm_fast as cf
@@ -20,9 +19,7 @@ NAMES = {
 def elsewhere(**env) -> str:
     """The doctor's report in a fresh process with these environment variables."""
     code = "from cnnlstm_fast import doctor; print(doctor.report())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=120
-    )
+    done = run_forked(code, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -105,7 +102,7 @@ def test_import_is_light():
         "import sys, cnnlstm_fast, cnnlstm_fast.doctor as d; d.report(); "
         "print([m for m in ('triton', 'rich', 'typer', 'matplotlib', 'sklearn') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_forked(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

@@ -27,6 +27,7 @@ def run(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.first
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=needs_aeon) if n == "sensors.py" else n for n in EXAMPLES]
 )
@@ -37,6 +38,7 @@ def test_an_example_runs(name):
     assert "nan" not in done.stdout
 
 
+@pytest.mark.first
 def test_distributed_gradients_are_those_of_one_process():
     done = run("distributed.py", "--tiny", "--seed", "5")
     assert done.returncode == 0, done.stderr
@@ -46,12 +48,15 @@ def test_distributed_gradients_are_those_of_one_process():
 
 
 def test_distributed_notices_gradients_that_differ(tmp_path):
-    """With a gate of nothing, rounding alone must fail it."""
-    text = (FOLDER / "distributed.py").read_text().replace("ROUNDING = 1e-5", "ROUNDING = 0.0")
-    (tmp_path / "distributed.py").write_text(text)
+    """With a gate of nothing the exit status is 1. One process shows it: two differ by more than nothing."""
+    text = (FOLDER / "distributed.py").read_text()
+    assert text.count("ROUNDING = 1e-5") == 1
+    (tmp_path / "distributed.py").write_text(text.replace("ROUNDING = 1e-5", "ROUNDING = 0.0"))
     (tmp_path / "side_by_side.py").write_text((FOLDER / "side_by_side.py").read_text())
-    done = run(tmp_path / "distributed.py", "--tiny")
-    assert done.returncode != 0
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    done = run(tmp_path / "distributed.py", "--tiny", **alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout.count("1 processes") == 2, done.stdout + done.stderr
 
 
 @needs_aeon

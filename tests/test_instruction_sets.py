@@ -6,6 +6,7 @@ import pytest
 from helpers import needs_extension, repeat_with_instruction_set
 
 
+@pytest.mark.first
 @needs_extension
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):

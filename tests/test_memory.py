@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_as_torch, run_python
+from forked import run_forked
+from helpers import assert_close_as_torch
 from torch import nn
 
 import cnnlstm_fast as cf
@@ -198,7 +199,7 @@ print("the end")
 
 
 def test_absurd_sizes_are_refused_before_anything_is_allocated():
-    ran = run_python("import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))\n" + _ABSURD)
+    ran = run_forked("import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))\n" + _ABSURD)
     assert ran.returncode == 0 and ran.stdout == "the end\n", (
         f"{ran.returncode}: {ran.stdout[-3000:]}{ran.stderr[-2000:]}"
     )
@@ -247,7 +248,7 @@ for kib in [2**i for i in range(4, 18)] + [3 * 2**i for i in range(4, 18)]:
                 assert torch.allclose(f, e, rtol=1e-3, atol=1e-3)
 print(outcomes)
 """
-    ran = run_python(code, CNNLSTM_FAST_SCRATCH_BYTES="0", CNNLSTM_FAST_SHARED_WEIGHTS="1")
+    ran = run_forked(code, CNNLSTM_FAST_SCRATCH_BYTES="0", CNNLSTM_FAST_SHARED_WEIGHTS="1")
     assert ran.returncode == 0, f"{ran.returncode}: {ran.stdout[-2000:]}{ran.stderr[-3000:]}"
 
 
@@ -279,7 +280,7 @@ while time.monotonic() < end:
 print(children, flush=True)
 os._exit(0)
 """
-    ran = run_python(code)
+    ran = run_forked(code)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
 
 
@@ -446,7 +447,7 @@ at = ctypes.cast(buffer.data_ptr(), ctypes.POINTER(ctypes.c_float))
 at[6] = 1
 {harm}
 """
-    ran = run_python(code, CNNLSTM_FAST_FENCES="1", CNNLSTM_FAST_POOL_BYTES="1")
+    ran = run_forked(code, CNNLSTM_FAST_FENCES="1", CNNLSTM_FAST_POOL_BYTES="1")
     assert ran.returncode == ended, ran.stderr[-2000:]
     assert ended != -signal.SIGABRT or "buffer of 28 bytes was written" in ran.stderr
 

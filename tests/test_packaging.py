@@ -98,6 +98,7 @@ def test_kernels_of_instruction_sets_share_no_function(tmp_path):
     assert not [line for line in weak if "DW.ref." not in line]  # a pointer, not code
 
 
+@pytest.mark.first
 @needs_checkout
 def test_kernels_compile_without_any_x86(tmp_path):
     """The baseline as another processor's compiler sees it: no intrinsics, no target attributes.
@@ -176,6 +177,7 @@ def test_list_of_kernels_names_every_file():
     assert found == {f.resolve() for f in KERNELS.glob("*/*.inc")}
 
 
+@pytest.mark.first
 @needs_checkout
 def test_kernels_of_aarch64_under_emulation(tmp_path):
     """The NEON kernels of blocks and of recurrent layers, run by an emulator, against plain loops."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import needs_extension, run_python
+from forked import run_forked
+from helpers import needs_extension
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -335,7 +336,7 @@ y = cf.functional.conv_block(x, weight, padding=1)
 print(tuner.enabled, float(y.double().sum()).hex())
 """
     env = {"CNNLSTM_FAST_TUNE": "1", "CNNLSTM_FAST_CACHE": str(cache)}
-    first, second = (run_python(code.replace("{reads}", reads), **env) for reads in ("False", "True"))
+    first, second = (run_forked(code.replace("{reads}", reads), **env) for reads in ("False", "True"))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout == second.stdout and first.stdout.startswith("True")
     (path,) = cache.iterdir()

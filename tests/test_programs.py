@@ -13,7 +13,8 @@ from functools import partial
 import programs
 import pytest
 import torch
-from helpers import SEED, needs_extension, run_python
+from forked import run_forked
+from helpers import SEED, needs_extension
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
@@ -23,6 +24,7 @@ PROGRAM_SEED = os.environ.get("CNNLSTM_FAST_PROGRAM_SEED", "3")
 SECONDS = os.environ.get("CNNLSTM_FAST_PROGRAM_SECONDS", "60")
 
 
+@pytest.mark.first
 @pytest.mark.not_measured
 def test_a_minute_of_programs(tmp_path):
     """Random programs do the same plain, accelerated and compiled; what does not is printed as a script.
@@ -151,7 +153,7 @@ def test_planted_faults_are_found(wrong, one_thread):
     small = runner.shrink(program, "accelerate", found[0])
     assert runner.fails(small, "accelerate")[0] == found[0]
     assert len(small.source()) < len(program.source())
-    ran = run_python(small.script("accelerate"))
+    ran = run_forked(small.script("accelerate"))
     assert "values seen" in ran.stdout, ran.stderr
 
 

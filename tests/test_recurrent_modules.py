@@ -6,48 +6,19 @@ import contextlib
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close_as_torch, needs_extension
-from sequences import Case, assert_case, kinds, pack, random_cases, result_gradients
+from helpers import needs_extension
+from layers import assert_same, layers, pair, r
+from sequences import assert_case, kinds, random_cases, result_gradients
 from torch import nn
 from torch.nn.utils import parametrizations, prune, rnn
 from twins import Ops
 
 import cnnlstm_fast as cf
 from cnnlstm_fast import _ext
-
-both = [(kind, more) for kind in ("LSTM", "GRU") for more in ({}, {"bidirectional": True, "num_layers": 2})]
-layers = pytest.mark.parametrize("kind, more", [*both, ("LSTM", {"proj_size": 3})])
-
-
-def pair(kind: str, inputs: int = 5, hidden: int = 7, **more):
-    """A fast layer and its plain twin of the same weights."""
-    twin = getattr(nn, kind)(inputs, hidden, **more)
-    ours = getattr(cf, kind)(inputs, hidden, **more)
-    ours.load_state_dict(twin.state_dict())
-    return ours, twin
-
-
-def assert_same(got, expected, tolerance: float = 1e-5) -> None:
-    """Results of layers, nested or packed, and their dtypes and shapes."""
-    if isinstance(expected, rnn.PackedSequence):
-        assert isinstance(got, rnn.PackedSequence)
-        for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
-            mine, theirs = getattr(got, name), getattr(expected, name)
-            assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs)), name
-        got, expected = got.data, expected.data
-    if isinstance(expected, tuple):
-        assert type(got) is tuple and len(got) == len(expected)
-        for g, e in zip(got, expected, strict=True):
-            assert_same(g, e, tolerance)
-    else:
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def through_module(drawn, module_type, leaves):
@@ -124,7 +95,6 @@ def test_constructors(kind, name):
         assert [p.dtype for p in got.parameters()] == [p.dtype for p in expected.parameters()]
 
 
-r = torch.randn
 # input, initial state of an LSTM, of a GRU
 WRONG_CALLS = {
     "four dimensions": (r(1, 6, 3, 5), None, None),
@@ -237,129 +207,6 @@ def test_training_follows_the_same_curve(kind):
 # ---------------------------------------------------------------- packed sequences
 
 
-@random_cases(14, reset=False, lengths=True, time=6)
-@pytest.mark.parametrize("sorted_already", [True, False])
-def test_packed_sequences(case, sorted_already):
-    """In and out, with every gradient, against the plain module in float64."""
-    if case.batch is None:
-        return
-    drawn = case.draw()
-    drawn.lengths.clamp_(min=1)
-    if sorted_already:
-        drawn.lengths.copy_(drawn.lengths.sort(descending=True).values)
-    module = case.module(cf)
-    twin = case.module(nn)
-    results = []
-    grads = None
-    for layer, dtype in ((module, torch.float32), (twin, torch.float32), (twin, torch.float64)):
-        leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in drawn.leaves.items()}
-        packed = rnn.pack_padded_sequence(
-            drawn.laid_out(leaves["x"]), drawn.lengths, case.batch_first, enforce_sorted=sorted_already
-        )
-        state = [leaves[n] for n in ("h_0", "c_0") if n in leaves]
-        hx = None if not state else state[0] if case.kind == "GRU" else tuple(state)
-        params = {n: leaves[n] for n in drawn.params}
-        out, last = torch.func.functional_call(layer.to(dtype), params, (packed, hx))
-        tensors = [out.data, *((last,) if case.kind == "GRU" else last)]
-        grads = grads or [torch.randn(t.shape) for t in tensors]
-        found = torch.autograd.grad(tensors, list(leaves.values()), [g.to(dtype) for g in grads])
-        results.append((out, [t.detach() for t in tensors] + list(found)))
-    (mine, ours), (theirs, way), (_, true) = results
-    assert_same(mine, theirs, 1e-4)
-    for at, (o, w, t) in enumerate(zip(ours, way, true, strict=True)):
-        assert_close_as_torch(o, w, t, f"{at} of {case}")
-
-
-@layers
-def test_packed_without_kernels_is_torch(kind, more):
-    ours, twin = pair(kind, **more, dtype=torch.float64)
-    packed = rnn.pack_sequence([r(2, 5).double(), r(6, 5).double(), r(3, 5).double()], enforce_sorted=False)
-    assert_same(ours(packed), twin(packed), 0)
-    assert_same(ours(packed)[0].data.sum(), twin(packed)[0].data.sum(), 0)
-
-
-@layers
-def test_packed_equals_lengths(kind, more):
-    ours, _ = pair(kind, **more)
-    drawn = Case(kind, 5, 7, 6, 4, lengths=True, state=False).draw()
-    drawn.lengths.clamp_(min=1)
-    out, last = ours(pack(drawn, enforce_sorted=False))
-    padded, _ = rnn.pad_packed_sequence(out, total_length=6)
-    assert_same((padded, last), ours(drawn.data["x"], lengths=drawn.lengths), 1e-6)
-
-
-EXTREME = """
-import torch, cnnlstm_fast as cf
-from torch.nn.utils.rnn import pack_sequence
-def high():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
-layer = cf.{kind}(64, 128, bidirectional=True, num_layers=2)
-def step(sequences):
-    with torch.set_grad_enabled({train}):
-        out, _ = layer(pack_sequence(sequences))
-        if {train}:
-            out.data.sum().backward()
-step([torch.randn(9, 64)] * 3)
-before = high()
-step([torch.randn(3000, 64)] + [torch.randn(8, 64)] * 255)
-print(high() - before)
-"""
-
-
-@kinds
-@pytest.mark.parametrize("train", [False, True])
-@needs_extension
-def test_packed_sequences_take_no_more_than_their_steps(kind, train):
-    """5,040 steps, which padded would be 768,000: a result of 750 MiB and gates of many times that."""
-    run = subprocess.run(
-        [sys.executable, "-c", EXTREME.format(kind=kind, train=train)],
-        cwd=Path(cf.__file__).parents[1], capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 200
-
-
-@kinds
-@needs_extension
-def test_lengths_keep_no_more_than_their_steps(kind):
-    layer = getattr(cf, kind)(16, 32, bidirectional=True)
-    lengths = torch.tensor([300] + [4] * 63)
-    kept = {}
-
-    def note(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    x = torch.randn(300, 64, 16)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out, _ = layer(x, lengths=lengths)
-    params = sum(p.untyped_storage().nbytes() for p in layer.parameters())
-    gates = 2 * int(lengths.sum()) * 6 * 32 * 4
-    assert (
-        sum(kept.values())
-        <= x.untyped_storage().nbytes() + params + gates + lengths.untyped_storage().nbytes()
-    )
-    out.sum().backward()
-
-
-@kinds
-def test_packed_is_differentiable_twice(kind):
-    ours, twin = pair(kind, bidirectional=True)
-    found = []
-    for module in (ours, twin):
-        torch.manual_seed(3)
-        sequences = [r(n, 5).requires_grad_() for n in (2, 6, 1)]
-        out, _ = module(rnn.pack_sequence([s * 1 for s in sequences], enforce_sorted=False))
-        grads = torch.autograd.grad(out.data.pow(2).sum(), sequences, create_graph=True)
-        penalty = sum(g.pow(2).sum() for g in grads)
-        found.append(torch.autograd.grad(penalty, [*sequences, *module.parameters()], allow_unused=True))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(
-            mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-4, atol=1e-4
-        )
-
-
 @kinds
 @needs_extension
 @pytest.mark.parametrize("name", ["bias_hh_l0", "x"])
@@ -372,23 +219,6 @@ def test_a_second_derivative_minds_every_change(kind, name):
         (x if name == "x" else getattr(ours, name)).add_(1)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*create_graph"):
         torch.autograd.grad(out.sum(), ours.weight_hh_l0, create_graph=True)
-
-
-def test_packed_and_lengths_do_not_go_together():
-    ours, _ = pair("LSTM")
-    packed = rnn.pack_sequence([r(6, 5), r(2, 5)])
-    with pytest.raises(ValueError, match="pad_packed_sequence"):
-        ours(packed, lengths=torch.tensor([6, 2]))
-    with pytest.raises(ValueError, match="pad_packed_sequence"):
-        ours(packed, reset=torch.zeros(6, 2, dtype=torch.bool))
-
-
-@kinds
-def test_packed_under_autocast(kind):
-    ours, twin = pair(kind)
-    packed = rnn.pack_sequence([r(6, 5), r(2, 5)])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same(ours(packed), twin(packed), 0.03)
 
 
 # ---------------------------------------------------------------- what is done to modules
@@ -484,6 +314,7 @@ IN_PLACE = {
     "projected": {"proj_size": 3},
     "projected both ways": {"proj_size": 3, "bidirectional": True},
 }
+
 CHANGED = (
     "out",
     "h_n",
@@ -779,86 +610,3 @@ def test_dropout_between_layers(kind):
     run()
     assert_same(got, twin(x))
     assert_same(ours.eval()(x), twin.eval()(x))
-
-
-# ---------------------------------------------------------------- streams
-
-
-def stream_layers():
-    for kind in ("LSTM", "GRU"):
-        for more in ({}, {"num_layers": 3}, {"bias": False}, {"batch_first": True, "num_layers": 2}):
-            yield kind, more
-    yield "LSTM", {"proj_size": 3, "num_layers": 2}
-
-
-@pytest.mark.parametrize("kind, more", stream_layers())
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=needs_extension), torch.float64, torch.bfloat16]
-)
-@pytest.mark.parametrize("inputs, hidden, batch", [(5, 7, 1), (17, 40, 3), (9, 16, 66)])
-def test_step_by_step_equals_the_whole_sequence(kind, more, dtype, inputs, hidden, batch):
-    layer = getattr(cf, kind)(inputs, hidden, dtype=dtype, **more)
-    x = r(7, batch, inputs).to(dtype)
-    reset = torch.rand(7, batch) < 0.2
-    rows = more.get("num_layers", 1)
-    hx = tuple(r(rows, batch, w).to(dtype) for w in (more.get("proj_size", hidden), hidden))
-    hx = hx if kind == "LSTM" else hx[1]
-    with torch.no_grad():
-        whole, last = (
-            layer(x.transpose(0, 1), hx, reset=reset.T) if layer.batch_first else layer(x, hx, reset=reset)
-        )
-    whole = whole.transpose(0, 1) if layer.batch_first else whole
-    stream = layer.stream(batch, hx)
-    steps = torch.stack([stream(xt, reset=rt) for xt, rt in zip(x, reset, strict=True)])
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6  # bfloat16 rounds the state between calls
-    assert_same((steps, stream.state), (whole, last), tolerance)
-
-
-@needs_extension
-@kinds
-def test_large_streams_on_threads(kind):
-    layer = getattr(cf, kind)(33, 520)
-    x = r(4, 1, 33)
-    with torch.no_grad():
-        whole, last = layer(x)
-    stream = layer.stream()
-    assert_same((torch.stack([stream(xt) for xt in x]), stream.state), (whole, last), 1e-6)
-
-
-@kinds
-def test_streams_keep_to_themselves(kind):
-    layer, _ = pair(kind, num_layers=2)
-    one, other = layer.stream(2), layer.stream(2)
-    x = r(4, 2, 5)
-    first = [one(xt) for xt in x]
-    kept = [y.clone() for y in first]
-    state = one.state
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.zero_()
-    assert_same(tuple(other(xt) for xt in x), tuple(first), 0)  # the weights of when it was made
-    one.start()
-    assert_same(tuple(one(xt) for xt in x), tuple(kept), 0)  # anew
-    assert_same(tuple(first), tuple(kept), 0)
-    one.start(state)
-    assert_same(one.state, state, 0)
-    assert not first[0].requires_grad
-
-
-def test_stream_errors():
-    layer, _ = pair("LSTM")
-    with pytest.raises(ValueError, match="bidirectional LSTM cannot stream"):
-        cf.LSTM(5, 7, bidirectional=True).stream()
-    with pytest.raises(ValueError, match="batch=0"):
-        layer.stream(0)
-    with pytest.raises(ValueError, match=r"c_0 of shape \(1, 2, 6\)"):
-        layer.stream(2, (r(1, 2, 7), r(1, 2, 6)))
-    with pytest.raises(TypeError, match="pair"):
-        layer.stream(2, r(1, 2, 7))
-    stream = layer.stream(2)
-    with pytest.raises(ValueError, match=r"\(2, 6\), expected \(2, 5\)"):
-        stream(r(2, 6))
-    with pytest.raises(TypeError, match="float64"):
-        stream(r(2, 5).double())
-    with pytest.raises(ValueError, match=r"reset of shape \(3,\)"):
-        stream(r(2, 5), reset=torch.zeros(3, dtype=torch.bool))

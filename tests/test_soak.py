@@ -5,6 +5,7 @@ import pytest
 from benchmarks import soak
 
 
+@pytest.mark.first
 def test_a_short_soak():
     """Finite losses, and nothing that grows with the number of shapes."""
     result = soak.soak(120, seed=3, points=10)

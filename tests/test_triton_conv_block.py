@@ -6,15 +6,9 @@ nothing else in the process sees the switch.
 
 from __future__ import annotations
 
-import collections
-import importlib
-import itertools
 import math
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -22,10 +16,8 @@ from helpers import (
     ACTIVATIONS,
     CURVED,
     FIELD_BLOCKS,
-    SEED,
     STRIDED,
     Block,
-    PoolCase,
     as_2d,
     assert_block,
     assert_close_as_torch,
@@ -34,27 +26,31 @@ from helpers import (
     integer_tensors,
     normal_tensors,
     our_block,
-    random_block,
     random_blocks,
     strided,
     torch_block,
     torch_ways,
     winners,
 )
-from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
+from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch, with_open_sizes
 from torch import Tensor
+from triton_blocks import (
+    ORDERS,
+    PLANS,
+    SPECIAL_BLOCKS,
+    TUTORIAL,
+    _decode,
+    _on,
+    _op_args,
+    _small_blocks,
+    _window,
+    _without_cudnn,
+    compiled,
+    dtypes,
+    plans,
+)
 
-from cnnlstm_fast.planning import choose
-from cnnlstm_fast.planning.problem import Sizes
-from cnnlstm_fast.spec import BlockSpec, Pool
-
-triton = pytest.importorskip("triton", reason="needs Triton")
-
-PLANS = {"direct": 1, "chunked": 2}
-ORDERS = list(itertools.permutations(range(4)))
-
-plans = pytest.mark.parametrize("plan", PLANS)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+pytestmark = pytest.mark.usefixtures("float32_means_float32")
 
 
 class Kernels:
@@ -87,94 +83,9 @@ class Kernels:
         return {name: grads[name] for name in needs}
 
 
-#: Number and numbers of every activation in tests/helpers.py, as the op takes them.
-ACTIVATION_ARGS = {
-    None: (0, []),
-    "relu": (1, []),
-    "hardtanh": (2, [-2.0, 3.0]),
-    "relu6": (2, [0.0, 6.0]),
-    "leaky": (3, [0.1]),
-    "size": (3, [-1.0]),
-    "elu": (4, [0.7]),
-    "tanh": (5, []),
-    "sigmoid": (6, []),
-    "silu": (7, []),
-    "gelu": (8, []),
-    "gelu_tanh": (9, []),
-}
-
-
-def _op_args(block: Block) -> tuple[list[int], int, list[float], list[int]]:
-    p = block.pool
-    pool = [] if p is None else [*p.kernel, *p.stride, *p.padding, *p.dilation, int(p.ceil_mode)]
-    conv = [*block.stride, *block.padding, *block.dilation, block.groups]
-    return conv, *ACTIVATION_ARGS[block.activation], pool
-
-
 @interpreter_and_cuda
 def kernels(request):
     yield from kernels_of("conv_block", request.param, Kernels)
-
-
-@pytest.fixture(autouse=True)
-def _float32_means_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-def _interpreter_steps(block: Block) -> int:
-    """How many steps of a program's inner loop the interpreter takes for a block, about (ms each)."""
-    block, _ = as_2d(block, {})
-    _, _, *size = block.out_shape()
-    taps = math.prod(block.kernel)
-    c_out, c_in = block.c_out // block.groups, block.c // block.groups
-    window = math.prod(block.pool.kernel) if block.pool else 1
-    positions, inputs = block.n * math.prod(size), block.n * math.prod(block.size)
-    forward = -(-positions // 64) * max(block.groups, -(-block.c_out // 32)) * window * -(-taps * c_in // 16)
-    to_weight = -(-inputs // 32) * block.groups * -(-c_out // 64) * -(-taps * c_in // 32) * window
-    to_input = -(-inputs // 64) * block.groups * -(-c_in // 64) * taps * -(-c_out // 16) * window
-    return forward + to_weight + to_input
-
-
-def _small_blocks(count: int, **fixed):
-    rng = random.Random(f"{SEED} triton {count}")
-    found = []
-    while len(found) < count:
-        block = random_block(rng, **fixed)
-        if _interpreter_steps(block) <= 60:
-            found.append(block)
-    return pytest.mark.parametrize("block", found, ids=[str(i) for i in range(count)])
-
-
-def _on(device: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on a device with the strides they have."""
-
-    def moved(t):
-        shape = [1 if stride == 0 else size for size, stride in zip(t.shape, t.stride(), strict=True)]
-        there = torch.empty_strided(shape, t.stride(), dtype=t.dtype, device=device)
-        return there.copy_(t[tuple(slice(size) for size in shape)]).expand(t.shape)
-
-    return tensors if device == "cpu" else {name: moved(t) for name, t in tensors.items()}
-
-
-def _decode(codes: Tensor, window: int, channels: int) -> Tensor:
-    """Argmax codes (N, H, W, groups, bytes) as elements of windows (N, C, H, W), -1 where nothing passed."""
-    codes = codes.cpu().int()
-    if window <= 14:
-        codes = torch.cat([codes & 15, codes >> 4], -1)
-        codes = torch.where(codes == 15, -1, codes)
-    else:
-        assert codes.shape[-1] == 16
-        codes = torch.where(codes == 255, -1, codes)
-    return codes.flatten(3)[..., :channels].movedim(-1, 1)
-
-
-def _window(block: Block) -> int:
-    return math.prod(block.pool.kernel) if block.pool else 1
-
-
-def _without_cudnn():
-    """On a device `chunked` then multiplies patches, without transforms that round or spread NaNs."""
-    return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)
 
 
 @_without_cudnn()
@@ -299,9 +210,6 @@ def test_ties_and_codes_are_exact_in_every_memory(kernels, block, plan):
     _assert_exact(kernels, block, tensors, grad, plan=plan, order=random.choice(ORDERS))
 
 
-TUTORIAL = Block(2, 3, (5, 6), 20, (3, 3), padding=(1, 1), pool=PoolCase((2, 2), (2, 2), (0, 0), (1, 1)))
-
-
 @plans
 @pytest.mark.parametrize("how", STRIDED)
 def test_strided_and_expanded_inputs_are_exact(kernels, how, plan):
@@ -321,23 +229,6 @@ def test_the_gradient_of_a_sum_has_no_strides_at_all(kernels, plan):
 def test_every_memory_order_is_exact(kernels, order, plan):
     block = replace(TUTORIAL, n=2, c=1, size=(4, 6), c_out=17)
     _assert_exact(kernels, block, *integer_tensors(block, torch.bfloat16), plan=plan, order=order)
-
-
-SPECIAL_BLOCKS = {
-    "bare": replace(TUTORIAL, activation=None, pool=None),
-    "no pool": replace(TUTORIAL, pool=None),
-    "no activation": replace(TUTORIAL, activation=None, bias=False),
-    "14 elements": Block(1, 2, (4, 15), 17, (1, 2), pool=PoolCase((2, 7), (1, 4), (1, 3), (1, 1))),
-    "15 elements": Block(1, 2, (9, 7), 17, (2, 1), pool=PoolCase((5, 3), (3, 2), (2, 1), (1, 1), True)),
-    "254 elements": Block(1, 1, (2, 128), 3, (1, 2), pool=PoolCase((2, 127), (2, 127), (0, 0), (1, 1))),
-    "gaps": Block(2, 2, (9, 8), 5, (2, 2), pool=PoolCase((1, 2), (3, 3), (0, 0), (1, 1))),
-    "dilated pool": Block(1, 2, (8, 9), 5, (2, 2), pool=PoolCase((2, 2), (1, 2), (0, 1), (2, 3), True)),
-    "dilated strided": Block(2, 2, (11, 12), 18, (2, 3), (3, 2), (1, 2), (2, 3)),
-    "depthwise": Block(1, 6, (5, 6), 6, (3, 3), padding=(1, 1), groups=6, pool=TUTORIAL.pool),
-    "groups across code groups": Block(1, 6, (5, 4), 33, (2, 2), groups=3, pool=TUTORIAL.pool),
-    "groups of whole code groups": Block(1, 4, (5, 4), 96, (2, 2), groups=2, pool=TUTORIAL.pool),
-    "one of everything": Block(1, 1, (1, 1), 1, (1, 1), pool=PoolCase((1, 1), (1, 1), (0, 0), (1, 1))),
-}
 
 
 @plans
@@ -479,6 +370,7 @@ WRONG_BLOCKS = {
     "a plan of the CPU": (dict(plan=3), "unknown plan 3"),
     "no plan": (dict(plan=0), "unknown plan 0"),
 }
+
 WRONG_FORWARDS = {
     "a short bias": (dict(bias=torch.zeros(19)), r"expected a bias of shape \(20,\)"),
     "one bias for all": (dict(bias=torch.zeros(1)), r"got \(1,\)"),
@@ -488,6 +380,7 @@ WRONG_FORWARDS = {
         "input and bias differ in dtype: .*float64",
     ),
 }
+
 WRONG_BACKWARDS = {
     "a gradient of another size": (
         dict(grad=torch.zeros(2, 20, 2, 4)),
@@ -540,20 +433,12 @@ def test_wrong_calls_start_no_kernel(kernels, backward, wrong):
 
 
 def test_checks_leave_the_batch_of_a_trace_open():
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
     from cnnlstm_fast.kernels import checks
 
-    env = ShapeEnv()
     args = _arguments("cpu", backward=True)
-    with FakeTensorMode(shape_env=env) as mode:
-        for name in ("x", "grad", "codes"):
-            dims = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (args[name].dim() - 1)
-            args[name] = mode.from_tensor(args[name], symbolic_context=StatelessSymbolicContext(dims))
-    x, weight, block = args["x"], torch.zeros(20, 3, 3, 3), _op_args(TUTORIAL)
+    env, args = with_open_sizes(args, {"x": (0,), "grad": (0,), "codes": (0,)})
+    x, weight, block = args["x"], args["weight"], _op_args(TUTORIAL)
     assert type(x.shape[0]) is torch.SymInt
-    weight = mode.from_tensor(weight, static_shapes=True)
     _, size = checks.check_block(x, weight, *block, args["order"], 1)
     checks.check_bias(x, weight, weight[:, 0, 0, 0])
     checks.check_block_backward(args["grad"], x, weight, args["codes"], 1, block[-1], args["order"], size)
@@ -577,52 +462,6 @@ def test_any_codes_are_safe(kernels, name, plan):
 
 
 # ---------------------------------------------------------------- ahead of time, and registration
-
-
-def test_every_kernel_is_compiled_ahead_of_time():
-    from cnnlstm_fast.kernels import aot
-
-    launched = {
-        launch.kernel for case in aot.CASES for dtype in case.dtypes for launch in aot.launches(case, dtype)
-    }
-    assert launched == {f for name, f in _device_functions().items() if name.endswith("_kernel")}
-
-
-def test_inductor_can_copy_every_kernel():
-    """It copies a kernel and the device functions that it finds under their own names in its globals."""
-    for function in _device_functions().values():
-        found = function.fn.__globals__
-        names = [name for name in function.fn.__code__.co_names if name in found]
-        for name in names:
-            called = found[name]
-            is_device_function = isinstance(called, triton.JITFunction) and called.fn.__name__ == name
-            assert called is triton.language or is_device_function, f"{function.fn.__name__} names {name}"
-
-
-def _device_functions() -> dict[str, Any]:
-    """All functions of the kernels that run on a device, by module and name."""
-    package = "cnnlstm_fast.kernels"
-    modules = ("common", "conv_block_kernels", "conv_norm_kernels", "recurrent_kernels")
-    members = {m: vars(importlib.import_module(f"{package}.{m}")) for m in modules}
-    everything = [(m, name, f) for m, found in members.items() for name, f in found.items()]
-    return {f"{m}.{name}": f for m, name, f in everything if isinstance(f, triton.JITFunction)}
-
-
-def test_ahead_of_time_compilation_needs_no_device():
-    from cnnlstm_fast.kernels import aot
-
-    case = aot.Case("small", (2, 3, 8, 8), 16, (3, 3), dtypes=("bfloat16",))
-    records = aot.compile_all([case], [90])
-    assert collections.Counter(record.kernel for record in records) == {  # with all choices of tiles
-        "forward_kernel": 3, "grad_input_kernel": 3, "grad_weight_kernel": 2, "grad_bias_kernel": 1,
-    }  # fmt: skip
-    for record in records:
-        assert record.arch == "sm_90a" and 16 <= record.registers <= 255 and record.spills == 0, record
-
-
-def test_importing_the_package_imports_no_triton():
-    code = "import sys, cnnlstm_fast; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @plans
@@ -655,50 +494,9 @@ def test_tracing_shows_the_kernels(plan):
     assert ("aten.convolution.default" in targets) == (plan == "chunked")
 
 
-# ---------------------------------------------------------------- the rule between the plans
-
-
-def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=False, needs_x=False, **spec):
-    spec = BlockSpec(**{"padding": (1, 1), "layout": "locations"} | spec)
-    sizes = Sizes(spec, shape, weight_shape, dtype, "cuda", None)
-    return choose.cheapest(sizes, training, needs_x, False, True, tf32, 1)[:2]
-
-
-POOL_2X2 = Pool((2, 2), (2, 2))
-
-
-def test_small_channels_run_direct_and_arithmetic_goes_to_the_library():
-    """The tutorial's block is bound by memory, a VGG layer by arithmetic; TF32 moves the border."""
-    tutorial = (1280, 3, 28, 28), (64, 3, 3, 3)
-    for dtype in (torch.float32, torch.bfloat16):
-        planned = _planned(*tutorial, dtype, dtype == torch.float32, pool=POOL_2X2, training=True)
-        assert planned == ("direct", "direct")
-    vgg = (64, 256, 16, 50), (512, 256, 3, 3)
-    for dtype in (torch.float32, torch.bfloat16):
-        planned = _planned(*vgg, dtype, pool=POOL_2X2, training=True, needs_x=True)
-        assert planned == ("chunked", "chunked")
-    between = (64, 6, 32, 100), (32, 6, 3, 3)
-    assert _planned(*between, pool=POOL_2X2)[0] == "chunked"
-    assert _planned(*between, tf32=True, pool=POOL_2X2)[0] == "direct"
-
-
-def test_windows_that_overlap_cost_the_direct_plan_their_recomputation():
-    sizes = (64, 6, 64, 64), (24, 6, 3, 3)
-    assert _planned(*sizes, torch.bfloat16, pool=POOL_2X2)[0] == "direct"
-    assert _planned(*sizes, torch.bfloat16, pool=Pool((5, 5), (1, 1), (2, 2)))[0] == "chunked"
-
-
-def test_nothing_to_fuse_is_left_to_torch():
-    sizes = (8, 3, 28, 28), (64, 3, 3, 3)
-    assert _planned(*sizes, activation=None, layout="channels_last") == ("reference", "reference")
-    assert _planned(*sizes, activation=None)[0] != "reference"
-    assert _planned((8, 32, 28, 28), (32, 1, 3, 3), groups=32) == ("chunked", "chunked")
-
-
 # ---------------------------------------------------------------- on a device
 
 
-compiled = pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 field_blocks = pytest.mark.parametrize(
     "block", [block for block in FIELD_BLOCKS.values() if block.groups == 1], ids=str
 )

@@ -7,7 +7,6 @@ import itertools
 import math
 import random
 from dataclasses import replace
-from functools import partial
 from unittest import mock
 
 import pytest
@@ -17,7 +16,6 @@ from helpers import (
     ACTIVATIONS,
     STRIDED,
     Block,
-    PoolCase,
     activate,
     as_2d,
     assert_close_as_torch,
@@ -28,10 +26,11 @@ from helpers import (
     torch_block,
     winners,
 )
-from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
+from interpreted import interpreter_and_cuda, no_launch
 from norms import assert_normed, ours, random_norm, run
-from test_conv_norm import BLOCKS, OUTLIERS
-from test_triton_conv_block import (  # where there is no Triton, it skips this file too
+from test_conv_norm import BLOCKS
+from torch import Tensor
+from triton_blocks import (
     ORDERS,
     PLANS,
     SPECIAL_BLOCKS,
@@ -42,77 +41,19 @@ from test_triton_conv_block import (  # where there is no Triton, it skips this 
     _small_blocks,
     _window,
     _without_cudnn,
+    compiled,
+    plans,
 )
-from torch import Tensor
+from triton_norms import BACKWARD_OP, FORWARD_OP, SMALL, _forward, _map_size, modes, norm_kernels
 
 from cnnlstm_fast.ops import conv_norm as op
-from cnnlstm_fast.planning import choose, costs_cuda, support
-from cnnlstm_fast.planning.problem import Sizes, conv_problem
-from cnnlstm_fast.spec import BlockSpec, Pool
 
-plans = pytest.mark.parametrize("plan", PLANS)
-modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-FORWARD_OP, BACKWARD_OP = op.forward_op, op.backward_op
-compiled = pytest.mark.parametrize("kernels", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-
-
-class Kernels:
-    """The host functions of the kernels, and where their tensors have to be."""
-
-    def __init__(self, module, device: str):
-        self.module, self.device = module, device
-
-    def block(self, *, order=(0, 1, 2, 3), keep_map=False):
-        """A function like :func:`norms.ours` whose ops are these host functions."""
-
-        def call(block: Block, x, weight, bias, norm, *, plan: str, layout="channels_first") -> Tensor:
-            signal = block.rank == 3
-            flat, tensors = as_2d(block, {"x": x, "weight": weight})
-            affine = [tensors["x"], tensors["weight"], bias, norm.weight, norm.bias]
-            of_batch = support.of_batch(norm)
-            statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-            given = [None if t is None else t.to(self.device) for t in (*affine, *statistics)]
-            args = (*_op_args(flat), list(order), PLANS[plan])
-            raw, stats = op.ConvNormFunction.apply(*given, norm.eps, *args, keep_map)
-            if of_batch:
-                count = raw.shape[order.index(0)] * math.prod(_map_size(flat))
-                op.update_running(norm, bias, stats[0].cpu(), stats[1].cpu(), count)
-            out = raw.permute([order.index(axis) for axis in range(4)]).cpu()
-            return out.squeeze(2) if signal else out
-
-        return call
-
-    def assert_normed(self, block, tensors, norm, *, plan, order=None, keep_map=None, **options):
-        """As :func:`norms.assert_normed`."""
-        order = random.choice(ORDERS) if order is None else order
-        keep_map = random.random() < 0.5 if keep_map is None else keep_map
-        our = self.block(order=order, keep_map=keep_map)
-        return assert_normed(block, tensors, norm, plan=plan, our=our, **options)
+pytestmark = pytest.mark.usefixtures("float32_means_float32")
 
 
 @interpreter_and_cuda
 def kernels(request):
-    for found in kernels_of("conv_norm", request.param, Kernels):
-        module = found.module
-        forward, backward = (partial(f, run=launch_in_bounds) for f in (module.forward, module.backward))
-        with mock.patch.multiple(op, forward_op=forward, backward_op=backward):
-            yield found
-
-
-@pytest.fixture(autouse=True)
-def _float32_means_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-@pytest.fixture
-def constants_of_the_kernels(kernels, monkeypatch):
-    """Sets a constant of `kernels/arguments.py`."""
-    shared = kernels.module.over_positions.__globals__
-    return lambda name, value: monkeypatch.setitem(shared, name, value)
-
-
-def _map_size(block: Block) -> tuple[int, ...]:
-    return replace(block, activation=None, pool=None).out_shape()[2:]
+    yield from norm_kernels(request.param)
 
 
 # ---------------------------------------------------------------- wrong calls
@@ -222,7 +163,6 @@ def test_blocks_of_the_field(kernels, name, plan, training):
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = Block(3, 2, (6, 7), 18, (2, 3), padding=(1, 1), pool=PoolCase((2, 2), (2, 2), (0, 0), (1, 1)))
 
 
 @plans
@@ -332,114 +272,6 @@ def test_running_statistics(kernels, momentum, plan):
         assert_close_as_torch(getattr(mine, name), getattr(theirs, name), getattr(true, name), name)
 
 
-# ---------------------------------------------------------------- statistics
-
-
-@plans
-@pytest.mark.parametrize("programs", [1, 18, 512])
-@pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
-def test_means_far_from_zero(kernels, constants_of_the_kernels, keep_map, programs, plan):
-    """An image of bytes, its sums in few or many parts: the map's mean is far larger than its deviation."""
-    constants_of_the_kernels("REDUCTION_PROGRAMS", programs)
-    block = replace(SMALL, n=5, size=(13, 9))
-    tensors = normal_tensors(block, torch.float32)
-    tensors["x"] = torch.randint(0, 256, tensors["x"].shape).float() + 1000
-    tensors["weight"] = tensors["weight"].abs()
-    norm = random_norm(block, True)
-    kernels.assert_normed(block, tensors, norm, plan=plan, keep_map=keep_map)
-
-
-@plans
-@pytest.mark.parametrize("programs", [1, 18, 512])
-@pytest.mark.parametrize("where", OUTLIERS)
-def test_outliers(kernels, constants_of_the_kernels, where, programs, plan):
-    """One position far from the others spoils no statistic, wherever it lies."""
-    constants_of_the_kernels("REDUCTION_PROGRAMS", programs)
-    block = replace(SMALL, n=5, size=(13, 9))
-    tensors = normal_tensors(block, torch.float32)
-    OUTLIERS[where](tensors["x"]).add_(random.choice((-1e4, 1e2, 1e3)))
-    kernels.assert_normed(block, tensors, random_norm(block, True), plan=plan)
-
-
-@plans
-@pytest.mark.parametrize("programs", [1, 9, 512])
-def test_statistics_are_exact_where_the_map_is(kernels, constants_of_the_kernels, programs, plan):
-    """Small whole numbers far from zero: mean and variance to float32's last bits of the deviation."""
-    constants_of_the_kernels("REDUCTION_PROGRAMS", programs)
-    block = Block(4, 1, (12, 10), 17, (1, 1), bias=False, activation=None)
-    x = torch.randint(-8, 9, (4, 1, 12, 10)).float() + 2**16
-    weight = torch.ones(17, 1, 1, 1)
-    weight[3], weight[5] = -2, 0
-    args = (*_op_args(block), [0, 1, 2, 3], PLANS[plan])
-    there = [t.to(kernels.device) for t in (x, weight)]
-    out, *kept, stats = kernels.module.forward(*there, None, None, None, None, None, 1e-5, *args, True, False)
-    z = F.conv2d(x.double(), weight.double())
-    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
-    found = stats.cpu()
-    assert ((found[0] - mean).abs() <= 1e-6).all()
-    assert ((found[1] - var).abs() <= 1e-5 * var).all()
-    scale = (var + 1e-5).rsqrt()
-    torch.testing.assert_close(found[2:], torch.stack([scale, -mean * scale]), rtol=1e-5, atol=1e-7)
-    *_, sums = kernels.module.backward(
-        torch.ones_like(out), *there, stats, *kept, 1e-5, *args, False, False, False
-    )
-    # what deviates from the mean cancels, though the mean is no float32
-    assert (sums[0].abs() <= 1e-3).all() and (sums[1] == 480).all()
-
-
-@plans
-def test_an_infinite_place_makes_the_mean_infinite(kernels, plan):
-    """As the sum of a map is, whatever it is summed about."""
-    block = Block(3, 1, (12, 10), 17, (1, 1), bias=False, activation=None)
-    args = (*_op_args(block), [0, 1, 2, 3], PLANS[plan])
-    for at in (0, 359):
-        x = torch.randn(3, 1, 12, 10)
-        x.view(-1)[at] = math.inf
-        there = [t.to(kernels.device) for t in (x, torch.ones(17, 1, 1, 1))]
-        *_, stats = kernels.module.forward(*there, None, None, None, None, None, 1e-5, *args, False, False)
-        assert (stats[0] == math.inf).all() and stats[1].isnan().all()
-
-
-@plans
-@pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
-def test_everything_speaks_of_the_map_as_it_is_stored(kernels, keep_map, plan):
-    """In bfloat16: statistics, argmax and results are those of the rounded z, whether it is kept or not."""
-    tensors = normal_tensors(SMALL, torch.bfloat16)
-    _, _, _, (out, _, kept, _, stats) = _forward(kernels, SMALL, tensors, plan=plan, keep_map=keep_map)
-    z = torch_block(
-        replace(SMALL, activation=None, pool=None), tensors["x"].float(), tensors["weight"].float()
-    )
-    z = z.bfloat16().double()
-    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
-    torch.testing.assert_close(stats[:2].cpu(), torch.stack([mean, var]), rtol=1e-5, atol=1e-5)
-    normed = F.relu(kept.float() * stats[2].float() + stats[3].float()).bfloat16()
-    torch.testing.assert_close(out, normed, rtol=2**-8, atol=0)
-    assert (out != normed).float().mean() < 0.02
-
-
-@plans
-def test_a_channel_without_variance(kernels, plan):
-    tensors = normal_tensors(SMALL, torch.float32)
-    tensors["weight"][3] = 0
-    norm, ours = random_norm(SMALL, True), kernels.block()
-    found = run(lambda *a: ours(SMALL, *a, plan=plan), tensors, norm, torch.ones(SMALL.out_shape()))
-    assert all(t.isfinite().all() for t in found.values())
-    constant = F.relu(norm.bias[3]).expand(found["out"][:, 3].shape)
-    torch.testing.assert_close(found["out"][:, 3], constant, rtol=1e-6, atol=1e-7)
-
-
-@plans
-@modes
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-def test_specials_stay_in_their_channels(kernels, value, plan, training):
-    tensors = normal_tensors(SMALL, torch.float32)
-    tensors["weight"][3, 0, 0, 0] = value
-    norm = random_norm(SMALL, training)  # the input's gradient gathers from all channels
-    found = kernels.assert_normed(SMALL, tensors, norm, plan=plan, needs=("weight",))
-    others = [c for c in range(SMALL.c_out) if c != 3]
-    assert found["out"][:, others].isfinite().all() and found["norm.weight"][others].isfinite().all()
-
-
 # ---------------------------------------------------------------- whole numbers
 
 
@@ -535,15 +367,6 @@ def test_nan_and_infinities_in_the_gradient(kernels, pool, plan, training):
 
 
 # ---------------------------------------------------------------- what is asked for, bits
-
-
-def _forward(kernels, block, tensors, *, plan, given=False, keep=True, keep_map=False, order=(0, 2, 3, 1)):
-    """(the op's arguments without the plan's, its results) of a norm with weights."""
-    x, weight, bias = (tensors[name].to(kernels.device) for name in ("x", "weight", "bias"))
-    statistics = (bias, bias.abs() + 0.5) if given else (None, None)
-    args = (1e-5, *_op_args(block), list(order), PLANS[plan])
-    results = kernels.module.forward(x, weight, bias, bias, bias, *statistics, *args, keep, keep_map)
-    return x, weight, args, results
 
 
 @plans
@@ -732,86 +555,6 @@ def test_tracing_shows_the_kernels(plan, training):
     assert targets.count("triton_kernel_wrapper_functional") == launches
     assert targets.count("aten.convolution.default") == (plan == "chunked") * (1 + training)
     assert targets.count("aten.convolution_backward.default") == (training or plan == "chunked")
-
-
-# ---------------------------------------------------------------- the rule between the plans
-
-
-def _planned(shape, weight_shape, dtype=torch.float32, tf32=False, training=True, norm="batch", **spec):
-    spec = BlockSpec(**{"padding": (1, 1), "pool": Pool((2, 2), (2, 2))} | spec)
-    sizes = Sizes(spec, shape, weight_shape, dtype, "cuda", norm)
-    return choose.cheapest(sizes, training, shape[1] > 4, False, True, tf32, 1)[:3]
-
-
-TUTORIAL_SIZES = (1280, 3, 28, 28), (64, 3, 3, 3)
-CRNN_SIZES = (64, 64, 16, 50), (128, 64, 3, 3)
-
-
-@modes
-def test_few_taps_convolve_twice_and_many_leave_it_to_the_library(training):
-    for dtype, tf32 in ((torch.float32, True), (torch.bfloat16, False)):
-        assert _planned(*TUTORIAL_SIZES, dtype, tf32, training)[:2] == ("direct", "direct")
-        assert _planned(*CRNN_SIZES, dtype, tf32, training)[:2] == ("chunked", "chunked")
-    assert _planned(*TUTORIAL_SIZES, torch.float32, False, training)[0] == "chunked"  # without tensor cores
-
-
-def test_given_statistics_of_a_norm_that_trains():
-    assert _planned(*TUTORIAL_SIZES, torch.bfloat16, norm="given")[0] == "direct"
-    assert _planned(*TUTORIAL_SIZES, torch.bfloat16, norm="given", pool=None)[0] == "chunked"
-
-
-def test_a_folded_norm_is_a_block_without_one():
-    for sizes in (TUTORIAL_SIZES, CRNN_SIZES):
-        assert _planned(*sizes, torch.bfloat16, norm="folded") == _planned(*sizes, torch.bfloat16, norm=None)
-    bare = dict(pool=None, activation=None)
-    assert _planned(*TUTORIAL_SIZES, norm=None, **bare)[0] == "reference"
-    assert _planned(*TUTORIAL_SIZES, norm="folded", **bare)[0] != "reference"
-
-
-def test_costs_counted_by_hand():
-    """The tutorial's block in bfloat16, bound by bytes all over, but for what it convolves."""
-    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
-    sizes = Sizes(spec, *TUTORIAL_SIZES, torch.bfloat16, "cuda", "batch")
-    problem = conv_problem(sizes, training=True, needs_x=False, channels_last=False, threads=1)
-    costs = costs_cuda.costs(problem, tf32=False)
-    x, out, codes = 2 * 1280 * 3 * 28**2, 2 * 1280 * 64 * 14**2, 1280 * 64 * 14**2
-    the_map = 4 * out
-    convolved = 2 * 1280 * 64 * 28**2 * 27 / (180 * 0.2)
-    library = x + the_map
-    assert costs["direct"] == (
-        pytest.approx(2 * convolved),
-        pytest.approx(max(x + out + codes + the_map, convolved) + 2 * out + library),
-    )
-    assert costs["chunked"] == (
-        pytest.approx(library + the_map + the_map + 2 * out + codes),
-        pytest.approx(library + 2 * the_map + out + codes + 2 * out + library),
-    )
-
-
-def test_the_plans_of_calls(monkeypatch):
-    """On CUDA tensors without data: what decides knows the norm's mode and whether its weight trains."""
-    from torch._subclasses import FakeTensorMode
-
-    seen = []
-    decide = choose.cheapest
-
-    def recorded(sizes, *args):
-        seen.append(sizes.norm)
-        return decide(sizes, *args)
-
-    monkeypatch.setattr(choose, "cheapest", recorded)
-    spec = BlockSpec(padding=(1, 1), pool=Pool((2, 2), (2, 2)))
-    with FakeTensorMode():
-        x, weight = (torch.empty(shape, device="cuda") for shape in TUTORIAL_SIZES)
-        norm = torch.nn.BatchNorm2d(64, device="cuda")
-        for train, frozen in ((True, False), (False, False), (False, True)):
-            norm.train(train).requires_grad_(not frozen)
-            choose.choose("auto", spec, x, weight, None, norm)
-        assert seen == ["batch", "given", "folded"]
-        with torch.no_grad():
-            choose.choose("auto", spec, x, weight, None, norm.requires_grad_())
-        assert seen[3:] == ["folded"]
-        assert support.why_not_by_patches(spec, x, weight) is not None
 
 
 # ---------------------------------------------------------------- on a device

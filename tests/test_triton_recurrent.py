@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from helpers import SEED, STRIDED, assert_close_as_torch, strided
-from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch
+from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch, with_open_sizes
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs Triton")
+pytestmark = pytest.mark.usefixtures("float32_means_float32")
 
 MODES = {"LSTM": 0, "GRU": 1}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -184,11 +185,6 @@ def _moved(t: Tensor, device: str) -> Tensor:
 @interpreter_and_cuda
 def kernels(request):
     yield from kernels_of("recurrent", request.param, Kernels)
-
-
-@pytest.fixture(autouse=True)
-def _float32_means_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=["resident", "streamed"])
@@ -504,23 +500,11 @@ def test_wrong_calls_start_no_kernel(kernels, backward, wrong):
 
 
 def test_checks_leave_the_sizes_of_a_trace_open():
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
     from cnnlstm_fast.kernels import checks
 
-    env = ShapeEnv()
-    args = _arguments("cpu", backward=True)
     open_dims = {"x": (0, 1), "h0": (1,), "c0": (1,), "reset": (0, 1), "lengths": (0,), "out": (0, 1)}
     open_dims |= {"grad_out": (0, 1), "grad_hn": (1,), "grad_cn": (1,), "saved": (1, 2)}
-    mode = FakeTensorMode(shape_env=env)
-    for name, value in args.items():
-        if isinstance(value, Tensor):
-            dims = [
-                DimDynamic.DYNAMIC if d in open_dims.get(name, ()) else DimDynamic.STATIC
-                for d in range(value.dim())
-            ]
-            args[name] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dims))
+    env, args = with_open_sizes(_arguments("cpu", backward=True), open_dims)
     x, h0, c0, *weights = (args[name] for name in INPUTS)
     assert type(x.shape[1]) is torch.SymInt
     checks.check_layer(x, h0, c0, weights, args["reset"], args["lengths"], 0, False)

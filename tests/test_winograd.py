@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import (
     LAYOUTS,
+    POOL_2X2,
     STRIDED,
     WINOGRAD,
     Block,
@@ -25,7 +27,6 @@ from helpers import (
     normal_tensors,
     our_block,
     random_blocks,
-    run_python,
     strided,
     torch_block,
 )
@@ -41,7 +42,6 @@ from cnnlstm_fast.planning.choose import choose
 pytestmark = needs_extension
 
 PLAN = "winograd"
-POOL_2X2 = PoolCase((2, 2), (2, 2), (0, 0), (1, 1))
 BLOCK = Block(3, 21, (9, 14), 70, (3, 3), padding=(1, 1), pool=POOL_2X2)
 special_blocks = pytest.mark.parametrize(
     "block",
@@ -400,7 +400,7 @@ def test_it_is_chosen_where_it_pays(channels, size, chosen):
 
 def test_the_op_refuses_other_convolutions():
     """In a process of its own, so that a crash is seen."""
-    ran = run_python("""
+    ran = run_forked("""
 import torch, cnnlstm_fast
 op = torch.ops.cnnlstm_fast.conv_block.default
 x = torch.randn(2, 4, 9, 9)

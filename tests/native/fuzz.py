@@ -20,150 +20,37 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fuzz_arguments import (
+    DTYPES,
+    MOST_ELEMENTS,
+    Op,
+    _check_shapes,
+    _doubles,
+    _near,
+    _plain,
+    break_something,
+    is_vast,
+    tensor,
+)
+from fuzz_recurrent import (
+    _check_layer,
+    _check_layer_backward,
+    _check_step,
+    _layer_backward,
+    _layer_forward,
+    _pack,
+    _step,
+)
 
-from cnnlstm_fast import reference
 from cnnlstm_fast.ops.conv_block import keeps_codes
-from cnnlstm_fast.ops.recurrent import UNIT_GROUP, saved_shape
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import map_size, pool_size, raw_shape
 
-HUGE = (2**31 - 1, 2**31, 2**32 + 1, 2**62, -(2**62), -1)
-#: Sizes that tensors may have where strides are 0, and that no op may take: products of them wrap.
-VAST = (2**38 + 1, 2**42 + 2, 2**58 + 2**17, 2**62)
-MOST_ELEMENTS = 2**40
-DTYPES = {
-    name: getattr(torch, name)
-    for name in ("float32", "bfloat16", "float64", "float16", "int64", "uint8", "bool", "complex64")
-}
-
-
-# ---------------------------------------------------------------- arguments, as JSON so that they can be kept
-
-
-def tensor(rng: random.Random, size: list[int], dtype: str = "float32", fill: str = "normal") -> dict:
-    how = rng.choice(("plain",) * 6 + ("sliced", "permuted", "expanded", "offset", "flipped_dims"))
-    return {"size": size, "dtype": dtype, "how": how, "fill": fill, "seed": rng.randrange(2**31)}
-
-
-def make(spec):
-    """The argument that a spec stands for: a tensor for a dict, else the value itself."""
-    if not isinstance(spec, dict):
-        return spec
-    size, dtype, how = spec["size"], DTYPES[spec["dtype"]], spec["how"]
-    generator = torch.Generator().manual_seed(spec["seed"])
-
-    def values(shape):
-        if spec["fill"] == "bytes":
-            return torch.randint(0, 256, shape, generator=generator).to(dtype)
-        if spec["fill"] == "bits":
-            return (torch.rand(shape, generator=generator) < 0.2).to(dtype)
-        if spec["fill"] == "steps":
-            return torch.randint(0, spec["most"] + 1, shape, generator=generator).to(dtype)
-        if spec["fill"] == "most":
-            return torch.full(shape, spec["most"], dtype=dtype)
-        t = torch.randn(shape, generator=generator) / (4 if spec["fill"] == "small" else 1)
-        if spec["fill"] == "specials":
-            special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 3e38])
-            pick = torch.randint(0, 40, shape, generator=generator)
-            t = torch.where(pick < 5, special[pick.clamp(max=4)], t)
-        return t.to(dtype)
-
-    if how == "vast":
-        return values([1 if s in VAST else s for s in size]).expand(size)
-    if how == "sliced" and size:
-        return values([*size[:-1], 2 * size[-1] + 1])[..., 1::2]
-    if how == "permuted" and len(size) > 1:
-        order = list(range(len(size)))
-        random.Random(spec["seed"]).shuffle(order)
-        inverse = [order.index(i) for i in range(len(size))]
-        return values([size[i] for i in order]).permute(inverse)
-    if how == "expanded" and size and size[0]:
-        return values([1, *size[1:]]).expand(size)
-    if how == "offset":
-        flat = values([int(torch.Size(size).numel()) + 1])
-        return flat[1:].view(size)
-    if how == "flipped_dims" and size:
-        dims = list(reversed(range(len(size))))
-        return values(list(reversed(size))).permute(dims)
-    return values(size)
-
-
-def make_vast(rng: random.Random, arguments: dict) -> None:
-    """Give all dimensions of one size another, so that arguments still fit each other."""
-    tensors = [spec for spec in arguments.values() if isinstance(spec, dict)]
-    sizes = sorted({s for spec in tensors for s in spec["size"] if 0 < s < VAST[0]})
-    if not sizes:
-        return
-    old, new = rng.choice(sizes), rng.choice(VAST)
-    for spec in tensors:
-        if old in spec["size"]:
-            size = [new if s == old else s for s in spec["size"]]
-            if math.prod(size) < 2**60:  # PyTorch counts bytes in 64 bits
-                spec.update(size=size, how="vast")
-
-
-def is_vast(arguments: dict) -> bool:
-    return any(isinstance(spec, dict) and spec["how"] == "vast" for spec in arguments.values())
-
-
-def break_something(rng: random.Random, arguments: dict) -> None:
-    """Change one argument to something of the same kind that may be wrong."""
-    if rng.random() < 0.1:
-        return make_vast(rng, arguments)
-    name = rng.choice(list(arguments))
-    value = arguments[name]
-    if isinstance(value, dict):
-        what = rng.randrange(6)
-        size = value["size"]
-        if what == 0:
-            value["dtype"] = rng.choice(list(DTYPES))
-        elif what == 1 and size:
-            size[rng.randrange(len(size))] = rng.choice((0, 1, 2, 3, 5, 16, 17))
-        elif what == 2:
-            size.insert(rng.randint(0, len(size)), rng.choice((1, 2)))
-        elif what == 3 and size:
-            size.pop(rng.randrange(len(size)))
-        elif what == 4:
-            value["fill"] = rng.choice(("normal", "specials", "bytes"))
-        else:
-            value["how"] = rng.choice(("plain", "sliced", "permuted", "expanded", "offset", "flipped_dims"))
-    elif isinstance(value, bool):
-        arguments[name] = not value
-    elif isinstance(value, float):
-        arguments[name] = rng.choice((0.0, -1.0, 1e300, math.inf, math.nan))
-    elif isinstance(value, int):
-        arguments[name] = rng.choice((value + 1, value - 1, 0, 1, 2, 3, *HUGE))
-    elif isinstance(value, list):
-        what = rng.randrange(5)
-        if what == 0 and value:
-            value.pop(rng.randrange(len(value)))
-        elif what == 1:
-            value.insert(rng.randint(0, len(value)), rng.choice((0, 1, 2)))
-        elif what == 2 and value:
-            value[rng.randrange(len(value))] = rng.choice(HUGE)
-        elif value:
-            value[rng.randrange(len(value))] = rng.choice((0, 1, 2, 3, 4, 5, 7, 16, 255))
-
-
-@dataclass(frozen=True)
-class Op:
-    """How to fuzz one op: arguments that it takes, and what it then has to give."""
-
-    name: str
-    valid: Callable[[random.Random], dict]
-    check: Callable[[dict, tuple], str | None]  # what is wrong with the results, None if nothing
-
-    def call(self, arguments: dict):
-        made = {name: make(spec) for name, spec in arguments.items()}
-        return made, getattr(torch.ops.cnnlstm_fast, self.name).default(**made)
-
-
 # ---------------------------------------------------------------- blocks
+
 
 #: How many numbers an activation has.
 NUMBERS = {2: 2, 3: 1, 4: 1}
@@ -277,11 +164,6 @@ def _norm_backward(rng: random.Random) -> dict:
     }  # fmt: skip
 
 
-def _plain(rng: random.Random, size: list[int], dtype: str = "float32", fill: str = "small") -> dict:
-    """A tensor as the ops themselves make them."""
-    return {**tensor(rng, size, dtype, fill), "how": "plain"}
-
-
 def _fold(rng: random.Random) -> dict:
     block = _block(rng)
     dtype = block["weight"]["dtype"]
@@ -331,23 +213,6 @@ def _new(rng: random.Random) -> dict:
     }
 
 
-def _near(result: torch.Tensor, true: torch.Tensor, slack: float) -> str | None:
-    if result.shape != true.shape or not result.is_contiguous():
-        return (
-            f"result of shape {tuple(result.shape)}, strides {result.stride()}, expected {tuple(true.shape)}"
-        )
-    if not result.isfinite().all() or not true.isfinite().all():
-        return None  # NaN and infinity are the tests' business
-    error, norm = (result.double() - true).norm(), true.norm()
-    if error > slack * torch.finfo(result.dtype).eps * (norm + true.numel() ** 0.5):
-        return f"result is off by {error.item():.3e} of {norm.item():.3e}"
-    return None
-
-
-def _doubles(a: dict, *names: str) -> list[torch.Tensor | None]:
-    return [None if a[name] is None else a[name].double() for name in names]
-
-
 def _block_in_double(a: dict, norm: tuple | None = None) -> torch.Tensor:
     block = [a[name] for name in ("conv", "activation", "act", "pool", "order")]
     return conv_block_by_args(*_doubles(a, "x", "weight", "bias"), *block, norm=norm)
@@ -372,15 +237,6 @@ def _check_norm_forward(a: dict, results: tuple) -> str | None:
     return _near(results[0], true if exact else results[0].double(), 2**12)
 
 
-def _check_shapes(a: dict, results: tuple, needed: dict[str, list[int]]) -> str | None:
-    """``needed`` are the sizes of results by the flag that asks for them."""
-    for result, (flag, size) in zip(results, needed.items(), strict=False):
-        expected = tuple(size) if a.get(flag, True) else (0,)
-        if tuple(result.shape) != expected:
-            return f"{flag}: a result of shape {tuple(result.shape)}, expected {expected}"
-    return None
-
-
 def _check_backward(a: dict, results: tuple) -> str | None:
     weight = a["weight"].shape
     return _check_shapes(a, results, {"need_x": a["x"].shape, "need_weight": weight, "need_bias": weight[:1]})
@@ -400,182 +256,12 @@ def _check_moments(a: dict, results: tuple) -> str | None:
     return _check_shapes(a, results, {"moments": [taps + 1, taps]})
 
 
-# ---------------------------------------------------------------- recurrent layers
-
-WEIGHTS = [f"{name}{way}" for way in ("", "_r") for name in ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
-GATES = {0: 4, 1: 3}
-
-
-def _weights(
-    rng: random.Random, dtype: str, mode: int, inputs: int, hidden: int, width: int, bias: bool
-) -> dict:
-    """Of one direction, in the op's order."""
-    rows = GATES[mode] * hidden
-    sizes = {
-        "w_ih": [rows, inputs], "w_hh": [rows, width], "b_ih": [rows] if bias else None,
-        "b_hh": [rows] if bias else None, "w_hr": [width, hidden] if width < hidden else None,
-    }  # fmt: skip
-    return {n: None if size is None else tensor(rng, size, dtype, "small") for n, size in sizes.items()}
-
-
-def _layer(rng: random.Random) -> dict:
-    mode, directions, batch_first = rng.randrange(2), rng.choice((1, 2)), rng.random() < 0.5
-    inputs, hidden = rng.choice((1, 2, 5, 16, 33)), rng.choice((1, 3, 16, 17, 33))
-    width = rng.randint(1, hidden) if mode == 0 and rng.random() < 0.3 else hidden
-    steps, batch = rng.choice((1, 2, 5, 8)), rng.choice((0, 1, 2, 3, 9))
-    dtype, bias = rng.choice(("float32", "float32", "bfloat16")), rng.random() < 0.7
-    packed = rng.random() < 0.2  # sequences of one length, so that their data are whole steps
-    batch_first &= not packed
-    leading = [batch, steps] if batch_first else [steps, batch]
-    fill = "most" if packed else "steps"
-    ways = [_weights(rng, dtype, mode, inputs, hidden, width, bias) for _ in range(directions)]
-    weights = [w for way in ways for w in way.values()] + [None] * 5
-    states = {"h0": [directions, batch, width], "c0": [directions, batch, hidden]}
-    return {
-        "x": tensor(rng, [*([steps * batch] if packed else leading), inputs], dtype),
-        **{
-            n: tensor(rng, size, dtype) if rng.random() < (0.05 if n == "c0" and mode else 0.6) else None
-            for n, size in states.items()
-        },
-        **dict(zip(WEIGHTS, weights, strict=False)),
-        "reset": tensor(rng, leading, "bool", "bits") if rng.random() < 0.4 and not packed else None,
-        "lengths": {**tensor(rng, [batch], "int64", fill), "most": steps}
-        if packed or rng.random() < 0.4
-        else None,
-        "mode": mode,
-        "batch_first": batch_first,
-    }
-
-
-def _layer_rows(rng: random.Random, a: dict) -> int:
-    """A right value of ``rows``."""
-    if len(a["x"]["size"]) == 2:
-        return a["x"]["size"][0]
-    steps, batch, _ = a["x"]["size"]
-    return -1 if a["lengths"] or rng.random() < 0.5 else steps * batch
-
-
-def _layer_forward(rng: random.Random) -> dict:
-    a = _layer(rng)
-    flags = {"keep": rng.random() < 0.5, "keep_out": rng.random() < 0.5}
-    return {**a, **flags, "rows": _layer_rows(rng, a)}
-
-
-def _layer_sizes(a: dict, keep_out: bool, kept_rows: int) -> tuple[list[int], list[int], list[int]]:
-    """Sizes of h_n, c_n and of what is kept; of specs."""
-    if len(a["x"]["size"]) == 2:
-        steps, batch = a["lengths"]["most"], a["lengths"]["size"][0]
-    else:
-        steps, batch = a["x"]["size"][:2][:: -1 if a["batch_first"] else 1]
-    rows, width = a["w_hh"]["size"]
-    hidden, directions = rows // GATES[a["mode"]], 1 if a["w_ih_r"] is None else 2
-    kept = saved_shape(a["mode"], directions, steps, batch, hidden, keep_out, kept_rows)
-    return [directions, batch, width], [directions, batch, hidden], kept
-
-
-def _layer_backward(rng: random.Random) -> dict:
-    """With results and gates that no forward made."""
-    a = _layer(rng)
-    keep_out = rng.random() < 0.5
-    h, c, kept = _layer_sizes(a, keep_out, _layer_rows(rng, a))
-    dtype = a["x"]["dtype"]
-    out = [*a["x"]["size"][:-1], h[0] * h[2]]
-    grads = {"grad_out": out, "grad_h_n": h, "grad_c_n": c}
-    mode, batch_first = a.pop("mode"), a.pop("batch_first")
-    return {
-        **{
-            n: tensor(rng, size, dtype)
-            if rng.random() < (0.05 if n == "grad_c_n" and mode else 0.7)
-            else None
-            for n, size in grads.items()
-        },
-        **a, "out": None if keep_out else _plain(rng, out, dtype), "saved": _plain(rng, kept),
-        "mode": mode, "batch_first": batch_first,
-        **{f"need_{which}": rng.random() < 0.7 for which in ("x", "state", "weights")},
-    }  # fmt: skip
-
-
-def _check_layer(a: dict, results: tuple) -> str | None:
-    x, directions = a["x"].double(), 1 if a["w_ih_r"] is None else 2
-    floats = [t for t in a.values() if isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.numel()]
-    if not results[0].numel() or a["x"].dtype != torch.float32 or max(t.abs().max() for t in floats) > 100:
-        return None  # large weights make the recurrence chaotic
-    hidden, width = a["w_hh"].shape[0] // GATES[a["mode"]], a["w_hh"].shape[1]
-    lengths = a["lengths"]
-    if x.dim() == 2:
-        if (lengths != lengths[0]).any():
-            return None
-        x, lengths = x.view(-1, len(lengths), x.shape[1]), None
-    batch = x.shape[0 if a["batch_first"] else 1]
-    state = [
-        x.new_zeros(directions, batch, size) if a[name] is None else a[name].double()
-        for name, size in (("h0", width), ("c0", hidden))
-    ]
-    options = dict(
-        bidirectional=directions == 2, batch_first=a["batch_first"], bias=a["b_ih"] is not None,
-        reset=a["reset"], lengths=lengths,
-    )  # fmt: skip
-    params = [a[name].double() for name in WEIGHTS if a[name] is not None]
-    if a["mode"] == 0:
-        projected = 0 if a["w_hr"] is None else width
-        true, _ = reference.lstm(x, tuple(state), params, proj_size=projected, **options)
-    else:
-        true, _ = reference.gru(x, state[0], params, **options)
-    true = true.flatten(0, 1) if a["x"].dim() == 2 else true
-    return _near(results[0], true.contiguous(), 2**12)
-
-
-def _check_layer_backward(a: dict, results: tuple) -> str | None:
-    expected = {"need_x": [a["x"]], "need_state": [a["h0"], a["c0"]], "need_weights": [a[n] for n in WEIGHTS]}
-    found = iter(results)
-    for flag, like in expected.items():
-        for t in like:
-            size = tuple(t.shape) if t is not None and a[flag] else (0,)
-            if tuple((result := next(found)).shape) != size:
-                return f"{flag}: a gradient of shape {tuple(result.shape)}, expected {size}"
-    return None
-
-
-def _stream_sizes(rng: random.Random) -> tuple[int, int, int, int]:
-    mode, inputs = rng.randrange(2), rng.choice((1, 2, 5, 33))
-    hidden = rng.choice((1, 3, 16, 17, 33))
-    width = rng.randint(1, hidden) if mode == 0 and rng.random() < 0.3 else hidden
-    return mode, inputs, hidden, width
-
-
-def _pack(rng: random.Random) -> dict:
-    mode, inputs, hidden, width = _stream_sizes(rng)
-    weights = _weights(rng, "float32", mode, inputs, hidden, width, rng.random() < 0.7)
-    return {**{n: w and {**w, "how": "plain"} for n, w in weights.items()}, "mode": mode}
-
-
-def _step(rng: random.Random) -> dict:
-    """Packed weights of the right number that no pack made."""
-    mode, inputs, hidden, width = _stream_sizes(rng)
-    layers, batch = rng.choice((1, 1, 2, 3)), rng.choice((0, 1, 2, 7))
-    numbers = 0
-    for layer in range(layers):
-        weights = _weights(rng, "float32", mode, width if layer else inputs, hidden, width, True)
-        made = [w and torch.zeros(w["size"]) for w in weights.values()]
-        numbers += torch.ops.cnnlstm_fast.recurrent_stream_pack.default(*made, mode).numel()
-    padded = [-(-size // UNIT_GROUP) * UNIT_GROUP for size in (width, hidden)]
-    return {
-        "x": _plain(rng, [batch, inputs]),
-        "h": _plain(rng, [layers, 2, batch, padded[0]]),
-        "c": _plain(rng, [0] if mode else [layers, batch, padded[1]]),
-        "packed": _plain(rng, [numbers]),
-        "reset": tensor(rng, [batch], "bool", "bits") if rng.random() < 0.4 else None,
-        "mode": mode, "hidden": hidden, "width": width, "step": rng.randrange(3),
-    }  # fmt: skip
-
-
 def _library(rng: random.Random) -> dict:
     block = _block(rng)
     return {"x": block["x"], "weight": block["weight"], "conv": block["conv"], "out_width": rng.randint(0, 9)}
 
 
-def _check_step(a: dict, results: tuple) -> str | None:
-    return _check_shapes(a, results, {"out": [len(a["x"]), a["width"]]})
+# ---------------------------------------------------------------- all of them
 
 
 OPS = {op.name: op for op in (

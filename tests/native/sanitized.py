@@ -1,10 +1,12 @@
-"""Run Python with the C++ kernels under a sanitizer: ``python tests/native/sanitized.py KIND COMMAND...``.
+"""Run Python with kernels under a sanitizer: ``python tests/native/sanitized.py [--built] KIND COMMAND...``.
 
 KIND is ``address`` (AddressSanitizer, UndefinedBehaviorSanitizer and edge coverage for the fuzzer) or
 ``thread`` (ThreadSanitizer). The extension is built as setup.py describes it, with other flags, into a
 copy of the package under build/; COMMAND (arguments of Python, as ``-m pytest tests/...``) then runs
 with that package and with the sanitizer's runtime loaded first, once for every instruction set of this
 machine or only for the one that CNNLSTM_FAST_ISA names; under ``baseline`` the others are not built.
+Without COMMAND it only builds; with ``--built`` it runs what an earlier call has built, so that several
+may run at once.
 
 PyTorch and Python themselves are not instrumented. AddressSanitizer still sees their memory, since it
 replaces malloc. ThreadSanitizer would not see how PyTorch's threads wait for each other, so there
@@ -41,11 +43,18 @@ OPTIONS = {
 }
 
 
-def build(kind: str) -> Path:
-    """Build the kernels for ``kind``; returns a folder like a checkout, to run in."""
+def baseline_only() -> bool:
+    return os.environ.get("CNNLSTM_FAST_ISA") == "baseline"
+
+
+def folder_of(kind: str) -> Path:
+    return ROOT / "build" / (f"sanitize-{kind}-baseline" if baseline_only() else f"sanitize-{kind}")
+
+
+def build(kind: str) -> None:
+    """Build the kernels for ``kind`` in :func:`folder_of` it, a folder like a checkout."""
     flags, _, helper = KINDS[kind]
-    baseline_only = os.environ.get("CNNLSTM_FAST_ISA") == "baseline"
-    folder = ROOT / "build" / (f"sanitize-{kind}-baseline" if baseline_only else f"sanitize-{kind}")
+    folder = folder_of(kind)
     package = folder / "cnnlstm_fast"
     package.mkdir(parents=True, exist_ok=True)
     for link in (*folder.iterdir(), *package.iterdir()):
@@ -72,7 +81,7 @@ def build(kind: str) -> Path:
     os.chdir(ROOT)
     distribution = run_setup("setup.py", ["-q", "build_ext"], stop_after="commandline")
     for module in distribution.ext_modules:
-        if baseline_only:
+        if baseline_only():
             others = ("csrc/cpu/kernels_avx2.cpp", "csrc/cpu/kernels_avx512.cpp")
             module.sources = [s for s in module.sources if s not in others]
             module.sources.append("tests/native/baseline_only.cpp")
@@ -90,7 +99,6 @@ def build(kind: str) -> Path:
     command.run()
     if not list(package.glob("_C*.so")):
         raise SystemExit(f"the kernels were not built with {' '.join(flags)}")
-    return folder
 
 
 def environment(kind: str, folder: Path) -> dict[str, str]:
@@ -110,10 +118,14 @@ def environment(kind: str, folder: Path) -> dict[str, str]:
     }
 
 
-def main(kind: str, *command: str) -> int:
+def main(kind: str, *command: str, built: bool = False) -> int:
     if kind not in KINDS:
         raise SystemExit(f"got {kind!r}, expected one of {', '.join(KINDS)}")
-    folder = build(kind)
+    if not built:
+        build(kind)
+    if not command:
+        return 0
+    folder = folder_of(kind)
     env = os.environ | environment(kind, folder)
     # ThreadSanitizer wants its memory where address randomisation may have put something else.
     start = ["setarch", "-R", sys.executable] if kind == "thread" else [sys.executable]
@@ -135,6 +147,9 @@ def main(kind: str, *command: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    given = sys.argv[1:]
+    if built := given[:1] == ["--built"]:
+        del given[0]
+    if not given:
         raise SystemExit(__doc__)
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*given, built=built))

@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("layouts", "models", "modules", "properties", "memory", "ecosystem")
+TESTS = (
+    "layouts", "models", "fusion_match", "sequential", "time_distributed", "to_sequence", "compiled_modules",
+    "properties", "memory", "ecosystem",
+)  # fmt: skip
 # What belongs to the compilers and exporters of one version of torch, not to the library.
 LEFT_OUT = (
     "compile or reduce_overhead or inductor or onnx or export or script or opcheck or every_instruction_set "

@@ -1,0 +1,231 @@
+"""Operands and statistics that change between a convolution and the end of its block."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerated import Block, assert_alike, close, images, module_with, pair, settle
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from twins import grid
+
+import cnnlstm_fast as cf
+
+pytestmark = pytest.mark.usefixtures("always_worth_it")
+
+
+#: What changes an operand or a statistic after the convolution, each by another way in.
+CHANGES = {
+    "input in place": lambda m: m.x.detach().mul_(0),
+    "input data": lambda m: m.x.data.mul_(0),
+    "input numpy": lambda m: m.x.detach().numpy().fill(0),
+    "weight in place": lambda m: torch.no_grad()(m.conv.weight.mul_)(1.5),
+    "weight data": lambda m: m.conv.weight.data.mul_(1.5),
+    "weight numpy": lambda m: np.multiply(
+        m.conv.weight.detach().numpy(), 1.5, out=m.conv.weight.detach().numpy()
+    ),
+    "bias inference": lambda m: torch.inference_mode()(m.conv.bias.data.add_)(0.5),
+    "norm weight": lambda m: torch.no_grad()(m.bn.weight.mul_)(1.25),
+    "norm bias data": lambda m: m.bn.bias.data.sub_(0.5),
+    "running mean": lambda m: m.bn.running_mean.add_(0.5),
+    "running var numpy": lambda m: m.bn.running_var.numpy().__imul__(2),
+    "reads statistics": lambda m: m.log.append(m.bn.running_mean.clone()),
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("when", ["always", "fourth call"])
+@pytest.mark.parametrize("at", ["conv", "norm", "activation"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_between(change, at, when, mode):
+    """A block has read its operands where eager reads them."""
+
+    def between(self, name, value):
+        if name == at:
+            CHANGES[change](self)
+
+    plain, fast = pair(Block(between, (lambda call: True) if when == "always" else lambda call: call == 4))
+    # Where eager's own backward refuses what has changed, or would compute with it.
+    refused = ("input", "weight") if at == "conv" else ("input", "weight", "norm", "running")
+    grad = not change.startswith(refused)
+    assert_alike(plain.train(mode == "train"), fast.train(mode == "train"), grad=grad)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("look", ["conv", "norm", "late"])
+@pytest.mark.parametrize("change", [name for name in CHANGES if "numpy" not in name])
+def test_what_changes_before_an_unexpected_look(change, look, mode):
+    """What a block does not hand out is computed, if anybody holds it, before an operand changes."""
+
+    def between(self, name, value):
+        if name == look:
+            CHANGES[change](self)
+            self.log += [v.detach().clone() for v in (value if look == "late" else (value,))]
+
+    plain, fast = pair(Block(between))
+    grad = not change.startswith(
+        ("input", "weight", "norm", "running")
+    )  # eager's own backward refuses others
+    assert_alike(plain.train(mode == "train"), fast.train(mode == "train"), grad=grad)
+
+
+def test_values_that_linger_are_watched_once():
+    """Watching for writes ends where a program keeps values in variables that it does not read."""
+
+    class Lingering(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            z = F.relu(self.bn(y))
+            for _ in range(12):
+                z = z + 1
+            self.log.append(torch._C._len_torch_dispatch_stack())
+            return z
+
+    fast = pair(Lingering().eval())[1]
+    with torch.no_grad():
+        for _ in range(4):
+            fast(grid(2, 3, 8, 6))
+    assert fast.log == [0, 1, 0, 0]
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_mode_entered_in_between():
+    """Modes of the program's that are entered behind a convolution leave the stack as they came."""
+    seen = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Entered(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            with Seeing():
+                z = F.relu(self.bn(y))
+                del y
+                z = z.neg()
+            return z.neg()
+
+    plain, fast = pair(Entered().eval())
+    assert_alike(plain, fast, grad=False)
+    assert seen.count(torch.ops.aten.neg.default) == 12 and torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_a_weight_put_back():
+    class Scaled(Block):
+        def forward(self, x):
+            before = self.conv.weight.detach().clone()
+            with torch.no_grad():
+                self.conv.weight.mul_(3.0)
+            y = self.conv(x)
+            with torch.no_grad():
+                self.conv.weight.copy_(before)
+            return F.max_pool2d(F.relu(y), 2)
+
+    plain, fast = pair(Scaled().eval())
+    assert_alike(plain, fast, grad=False)
+
+
+def test_norms_in_another_order_than_their_activations():
+    class Crossed(Block):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Conv2d(3, 6, 3, padding=1)
+
+        def forward(self, x):
+            y, z = self.conv(x), self.other(x)
+            z = self.bn(z)
+            self.log.append(self.bn.running_mean.clone())
+            y = self.bn(y)
+            return F.max_pool2d(F.relu(y), 2) + F.max_pool2d(F.relu(z), 2)
+
+    assert_alike(*pair(Crossed()))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("steps", ["norm", "norm and pool", "gelu"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_biases_may_change_before_the_backward(steps, mode, again):
+    """PyTorch's operators do not save them; second derivatives read what they were."""
+    chain = {
+        "norm": [nn.BatchNorm2d(6)],
+        "norm and pool": [nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)],
+        "gelu": [nn.GELU()],
+    }[steps]
+    plain, fast = pair(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *chain).train(mode == "train"))
+    for _ in range(3):
+        x, found = grid(2, 3, 8, 6), []
+        for model in (plain, fast):
+            given = x.clone().requires_grad_()
+            out = model(given)
+            with torch.no_grad():
+                model[0].bias.add_(0.125)
+            loss = (out * torch.arange(out.numel()).view(out.shape).cos()).sum()
+            grads = torch.autograd.grad(loss, [given, model[0].weight], create_graph=again)
+            if again:
+                total = sum(g.square().sum() for g in grads)
+                grads += torch.autograd.grad(total, [model[0].weight])
+            found.append(grads)
+        for ours, theirs in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_convolution_that_is_used_in_two_ways():
+    """Its weight changes before the second use is looked at."""
+
+    class Twice(Block):
+        def forward(self, x):
+            z = F.relu(self.conv(x))
+            y = self.conv(x)
+            self.conv.weight.data.neg_()
+            return z + y
+
+    plain, fast = pair(Twice())
+    for mode in (torch.no_grad, torch.inference_mode):
+        for _ in range(4):
+            x = grid(2, 3, 8, 6)
+            with mode():
+                close(fast(x), plain(x))
+
+
+def changed_input(self, x):
+    x = x * 1
+    y = self.conv(x)
+    x.detach().mul_(0)
+    return F.relu(self.bn(y))
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("change", [Tensor.zero_, lambda x: x.numpy().fill(0)], ids=["operator", "numpy"])
+def test_input_changed_in_place_later(change, looks):
+    """The block has run before that. What cannot be computed any more is an error, never another answer."""
+
+    def forward(self, x):
+        x = x * 1
+        y = self.conv(x)
+        if self.flag:
+            change(x)
+            y = y * 2 if looks else y
+        return F.relu(y)
+
+    model = module_with(forward).eval()
+    fast, x = cf.accelerate(model), images()
+    with torch.no_grad():
+        settle(fast, x)
+        fast.flag = model.flag = True
+        if looks and change is not Tensor.zero_:  # an operator is seen before it writes
+            with pytest.raises(RuntimeError, match="changed in place"):
+                fast(x)
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_input_always_changed_in_place():
+    model = module_with(changed_input).eval()
+    fast = cf.accelerate(model)
+    for _ in range(4):
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                x = images()
+                torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
