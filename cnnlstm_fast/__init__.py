@@ -7,6 +7,8 @@ from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeD
 from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed, ToSequence
 from cnnlstm_fast.planning.tuner import tune
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GRU",
     "LSTM",
