@@ -1,13 +1,13 @@
 """Fast CNN-to-RNN models in PyTorch: drop-in modules over fused kernels."""
 
+__version__ = "0.1.0"
+
 from cnnlstm_fast import backends, doctor, functional, reference
 from cnnlstm_fast.accelerate import accelerate
 from cnnlstm_fast.explain import explain
 from cnnlstm_fast.models import CNN_LSTM_1DConv, CNN_LSTM_Simple, CNN_LSTM_TimeDistributed
 from cnnlstm_fast.nn import GRU, LSTM, Sequential, TimeDistributed, ToSequence
 from cnnlstm_fast.planning.tuner import tune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GRU",

@@ -87,6 +87,10 @@ def _described(parameter: click.Parameter, context: click.Context) -> list[str]:
     return [f"``{names}``", f"    {' '.join(text.split())}", ""]
 
 
+def _include(app, path, parent, content: list[str]) -> None:
+    content[0] = point_to_site(content[0])
+
+
 def setup(app):
     app.add_directive("commands", Commands)
-    app.connect("include-read", lambda app, path, parent, content: content.__setitem__(0, point_to_site(content[0])))
+    app.connect("include-read", _include)

@@ -50,7 +50,13 @@ class tune:
     from bytes and arithmetic, and kernels time their tiles by themselves.
 
     Args:
-        mode: True or False.
+        mode: whether plans are timed from now on, or within the ``with`` block.
+
+    Example:
+        >>> model = cf.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()).eval()
+        >>> with cf.tune(), torch.no_grad():
+        ...     model(torch.randn(2, 3, 12, 12)).shape
+        torch.Size([2, 16, 10, 10])
     """
 
     def __init__(self, mode: bool = True):
