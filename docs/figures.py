@@ -1,5 +1,6 @@
 """Draws the guides' pictures: bridges.png and architecture.png. Run as `python docs/figures.py`."""
 
+import hashlib
 from pathlib import Path
 
 import matplotlib
@@ -55,8 +56,8 @@ def draw_bridges(path: Path):
     plt.close(figure)
 
 
-#: Each floor's name and colour; then what a block and what a recurrent layer passes there: nothing, one box or
-#: two beside each other. A box is a file, which must exist (tests/test_docs.py), and what is called there.
+#: Each floor's name and colour; then what a block and what a recurrent layer passes there: nothing, one box
+#: or two beside each other. A box is a file, which must exist (tests/test_docs.py), and what is called there.
 FLOORS = (
     (
         "2 whole models", "#dadaeb",
@@ -157,6 +158,11 @@ def draw_way(axes, x: float, width: float, floors: list[list], gap: float = 0.15
     )
 
 
+def architecture_source() -> str:
+    """What architecture.png was drawn from, which the file holds."""
+    return hashlib.sha256(repr((FLOORS, BELOW_ALL)).encode()).hexdigest()
+
+
 def draw_architecture(path: Path):
     """The floors, and one block's and one recurrent layer's way down through them and back."""
     figure, axes = plt.subplots(figsize=(12.5, 8.2))
@@ -176,14 +182,14 @@ def draw_architecture(path: Path):
     axes.text(centre, -0.6, "   ".join(BELOW_ALL), ha="center", va="center", fontsize=8.2, family="monospace")
     axes.text(
         centre, -1.1,
-        "Where no plan of ours is faster, floor 5 calls reference.py or PyTorch's own layer: the way ends there.",
+        "Where no plan of ours is faster, floor 5 calls reference.py or PyTorch's layer: the way ends there.",
         ha="center", fontsize=8.5, style="italic",
     )  # fmt: skip
     axes.set_xlim(0, end + 0.6)
     axes.set_ylim(-1.3, len(FLOORS) + 0.1)
     axes.axis("off")
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Source": architecture_source()})
     plt.close(figure)
 
 
