@@ -32,7 +32,6 @@ html_copy_source = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # a docstring says types where shapes don't
-autodoc_class_signature = "separated"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shapes"]
