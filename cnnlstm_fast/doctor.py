@@ -101,15 +101,15 @@ def compile_kernels() -> list:
     """Compile every Triton kernel ahead of time for every supported GPU; needs no GPU.
 
     Returns:
-        One record per kernel, variant and architecture, with its registers, the registers that it spills and
-        its shared memory in bytes.
+        One record per kernel, variant and architecture: ``registers`` of a thread; ``shared`` memory and
+        ``spills`` in bytes.
 
     Raises:
         ImportError: Triton is not installed.
 
     Example:
         >>> records = cf.doctor.compile_kernels()  # doctest: +SKIP
-        >>> any(record.spilled for record in records)  # doctest: +SKIP
+        >>> any(record.spills for record in records)  # doctest: +SKIP
         False
     """
     if not support.triton_available():

@@ -71,13 +71,13 @@ FLOORS = (
     ),
     (
         "4 what is a block", "#c6dbef",
-        [("cnnlstm_fast/patterns.py", "steps, run_chain"), ("cnnlstm_fast/fusion/", "in a running program")],
+        [("cnnlstm_fast/fusion/match.py", "steps"), ("cnnlstm_fast/fusion/", "in a running program")],
         [],
     ),
     (
         "5 functions", "#c7e9c0",
-        [("cnnlstm_fast/functional.py", "conv_block: checks, make_spec")],
-        [("cnnlstm_fast/functional_recurrent.py", "lstm, gru: checks")],
+        [("cnnlstm_fast/functional/conv_block.py", "conv_block: checks, make_spec")],
+        [("cnnlstm_fast/functional/recurrent.py", "lstm, gru: checks")],
     ),
     (
         "6 planning", "#fdd0a2",
