@@ -117,7 +117,7 @@ lint-project: $(VENV)/installed
 
 # Guides and API reference as one site, build/docs/index.html. A warning is an error.
 docs: $(VENV)/installed
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
 
 $(VENV)/installed: requirements-dev.txt requirements-data.txt requirements-docs.txt
 	$(PYTHON) -m venv $(VENV)

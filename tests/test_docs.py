@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import cnnlstm_fast as cf
 from benchmarks.__main__ import app as benchmarks_app
-from cnnlstm_fast import compile_backend
+from cnnlstm_fast import compile_backend, errors
 from cnnlstm_fast.cli import app
 from cnnlstm_fast.nn.stream import Stream
 
@@ -131,10 +131,10 @@ def public_objects() -> dict[str, object]:
     }
 
 
-#: What stands in the reference beside the public names: what they return.
+#: What stands in the reference beside the public names: what they return and raise.
 RECORDS = {
     "accelerate.Report": accelerate.Report, "accelerate.Site": accelerate.Site,
-    "explain.Report": explain.Report, "explain.Stage": explain.Stage,
+    "explain.Report": explain.Report, "explain.Stage": explain.Stage, "errors": errors,
 }  # fmt: skip
 PUBLIC = public_objects()
 #: Those whose docstring has no section "Shapes" because no tensor goes in or out.
