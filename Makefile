@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu lint sanitize sanitize-subset sanitized-build sanitized-calls sanitized-kernels fuzz package properties programs soak versions clean
+.PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu lint lint-project docs sanitize sanitize-subset sanitized-build sanitized-calls sanitized-kernels fuzz package properties programs soak versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -14,7 +14,7 @@ demo: $(VENV)/built
 # of its own (the demo, the examples) is not counted. Its tracer would otherwise add minutes.
 # What malloc returns is poisoned, as fresh tensors are: the kernels' scratch memory too.
 test: $(VENV)/built
-	$(MAKE) -j 2 --output-sync lint sanitize-subset compile-some-kernels
+	$(MAKE) -j 2 --output-sync lint lint-project docs sanitize-subset compile-some-kernels
 	MALLOC_PERTURB_=128 $(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 # Every variant for one of the architectures, which one the seed decides; below for all three: minutes.
@@ -113,9 +113,29 @@ lint: $(VENV)/installed
 	$(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.inc") tests/native/*.cpp
 
-$(VENV)/installed: requirements-dev.txt requirements-data.txt
+# The project's own files, each by its linter. What is in version control must be in the source archive too.
+lint-project: $(VENV)/installed
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --strict-collection --no-progress --quiet .github
+	$(BIN)/pre-commit validate-config .pre-commit-config.yaml
+	VALIDATE_PYPROJECT_NO_NETWORK=1 $(BIN)/validate-pyproject pyproject.toml
+	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+		$(BIN)/check-manifest --no-build-isolation; \
+	else \
+		echo "left out: check-manifest, this is no git repository"; \
+	fi
+
+# Guides and API reference as one site, build/docs/index.html. A warning is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
+
+$(VENV)/installed: requirements-dev.txt requirements-data.txt requirements-docs.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt -r requirements-docs.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-data.txt
 	touch $@
 

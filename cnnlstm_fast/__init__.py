@@ -1,5 +1,7 @@
 """Fast CNN-to-RNN models in PyTorch: drop-in modules over fused kernels."""
 
+__version__ = "0.1.0"  # above the imports, some of which read it
+
 from cnnlstm_fast import backends, doctor, functional, reference
 from cnnlstm_fast.accelerate import accelerate
 from cnnlstm_fast.explain import explain

@@ -21,20 +21,34 @@ __all__ = ["Report", "Site", "accelerate"]
 def accelerate(model: nn.Module) -> nn.Module:
     """The same model, made of fast parts.
 
-    The result is of the same class, with modules of its own that share all parameters and buffers
-    with ``model``'s, which stays as it is. Convolutions with what follows them run as one block
-    wherever that was seen to be the same (:mod:`cnnlstm_fast.fusion`); ``nn.LSTM`` and ``nn.GRU``
-    become our own classes, which compare equal to theirs. Hooks, parametrizations, custom attributes
-    and methods, ``train``/``eval``, ``state_dict`` keys, copying and pickling are as before.
+    A convolution and what follows it run as one block wherever the first call showed that the results are the
+    same. ``nn.LSTM`` and ``nn.GRU`` become this package's classes, which compare equal to PyTorch's. Hooks,
+    parametrizations, custom attributes and methods, ``train``/``eval``, ``state_dict`` keys, copying and
+    pickling stay as they are.
 
-    The copy is :func:`cnnlstm_fast.copying.copy_sharing_tensors`'s: ``copy.deepcopy``, but for tensors and
-    what cannot be copied, which are shared. A model that cannot be copied is returned as it is.
+    Args:
+        model: any module. It stays as it is.
 
-    ``report()`` of the result says what became fast, what did not and why, after it has been called
-    at least twice in a mode (the first call observes).
+    Returns:
+        A module of the same class. It is a ``copy.deepcopy`` of ``model``, except for tensors and for what
+        cannot be copied: these are shared. A model that cannot be copied is returned as it is. ``report()``
+        of the result lists what became fast, what did not and why (:class:`cnnlstm_fast.accelerate.Report`),
+        after two calls in a mode: the first call observes.
+
+    Shapes:
+        Inputs and results are those of ``model``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
+        >>> fast = cf.accelerate(model)
+        >>> fast[0].weight is model[0].weight
+        True
+        >>> x = torch.randn(8, 1, 32, 100)
+        >>> torch.allclose(fast(x), model(x), atol=1e-5)
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"got a {type(model).__name__}, expected an nn.Module")
@@ -114,11 +128,11 @@ def _become_fast(module: nn.Module) -> None:
 
 
 class Site(NamedTuple):
-    """One row of a :class:`Report`.
+    """One row of a :class:`cnnlstm_fast.accelerate.Report`.
 
     Attributes:
         name: the module's name in the model.
-        block: what runs as one, as ``Conv2d+BatchNorm+ReLU+MaxPool2d``.
+        block: what runs as one, for example ``Conv2d+BatchNorm+ReLU+MaxPool2d``.
         mode: ``training`` or ``eval``, the dtype, and ``no gradients`` where they are off.
         plan: ``direct``, ``chunked``, ``winograd`` or ``fast`` (a recurrent layer); ``PyTorch`` for what runs
             as it is.
@@ -133,7 +147,17 @@ class Site(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became fast; ``str()`` is a table."""
+    """What became fast; ``str()`` is a table.
+
+    Attributes:
+        sites: a :class:`cnnlstm_fast.accelerate.Site` for each convolution and recurrent layer, by mode.
+
+    Example:
+        >>> fast = cf.accelerate(nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2)).eval())
+        >>> _ = fast(torch.randn(8, 1, 32, 100)), fast(torch.randn(8, 1, 32, 100))
+        >>> fast.report().sites[0].block
+        'Conv2d+ReLU+MaxPool2d'
+    """
 
     sites: list[Site]
 

@@ -1,9 +1,9 @@
 """``torch.compile(model, backend="cnnlstm_fast")``: blocks in the graphs that dynamo captures.
 
-The backend is found through an entry point, so nothing has to be imported. It looks for the blocks
-of :mod:`cnnlstm_fast.fusion.match` among the graph's calls, puts one call of the block function in the
-place of each, and hands the rest to eager PyTorch or, with ``options={"rest": "inductor"}``, to
-inductor. Whether a fused plan is the fastest is decided at run time, as everywhere.
+The backend is found through an entry point, so nothing has to be imported. It looks for blocks (a convolution
+with its norm, activation, pool and bridge) among the graph's calls and puts one call of the block function in
+the place of each. The rest goes to eager PyTorch or, with ``options={"rest": "inductor"}``, to inductor.
+Whether a fused plan is the fastest is decided at run time, as everywhere.
 
 ``model.compile(backend="cnnlstm_fast")`` compiles in place and keeps the model's type and keys;
 ``torch.compile(model)`` returns a wrapper whose keys begin with ``_orig_mod.``.
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict | None = None) -> Callable:
-    """The backend.
+    """The backend: what ``torch.compile(model, backend="cnnlstm_fast")`` calls with each graph.
 
     Args:
         graph: what dynamo captured; parameters are among its inputs.
@@ -51,8 +51,20 @@ def cnnlstm_fast(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict 
         options: ``{"rest": "eager"}`` (the default) or ``{"rest": "inductor"}``: what runs all that is
             in no block.
 
+    Returns:
+        A function of the graph's inputs, with the graph's results.
+
+    Shapes:
+        Inputs and results are those of the graph.
+
     Raises:
         ValueError: unknown options.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
+        >>> fast = torch.compile(model, backend="cnnlstm_fast", options={"rest": "eager"})
+        >>> fast(torch.randn(2, 3, 12, 12)).shape
+        torch.Size([2, 8, 5, 5])
     """
     options = {"rest": "eager", **(options or {})}
     rest = options.pop("rest")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cnnlstm_fast import _ext
+from cnnlstm_fast import __version__, _ext
 from cnnlstm_fast.planning import support
 
 __all__ = ["Finding", "Report", "compile_kernels", "report"]
@@ -37,12 +37,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`report` found; ``str()`` is a table."""
+    """What :func:`cnnlstm_fast.doctor.report` found; ``str()`` is a table.
+
+    Attributes:
+        findings: a :class:`cnnlstm_fast.doctor.Finding` for each thing that was looked at.
+    """
 
     findings: tuple[Finding, ...]
 
     def __getitem__(self, name: str) -> Finding:
         """The finding of that name.
+
+        Args:
+            name: of a :class:`cnnlstm_fast.doctor.Finding`.
 
         Raises:
             KeyError: nothing of that name was looked at.
@@ -64,7 +71,17 @@ class Report:
 
 
 def report() -> Report:
-    """Look at the package, the machine and the process; changes nothing, takes milliseconds."""
+    """Look at the package, the machine and the process; changes nothing, takes milliseconds.
+
+    Returns:
+        A :class:`cnnlstm_fast.doctor.Report`. It raises nothing: what cannot be found out is a finding too.
+
+    Example:
+        >>> report = cf.doctor.report()
+        >>> report["threads"].status in ("ok", "warning")
+        True
+        >>> print(report)  # doctest: +SKIP
+    """
     return Report(
         (
             _versions(),
@@ -84,10 +101,16 @@ def compile_kernels() -> list:
     """Compile every Triton kernel ahead of time for every supported GPU; needs no GPU.
 
     Returns:
-        One record per kernel, variant and architecture (:class:`cnnlstm_fast.kernels.aot.Record`).
+        One record per kernel, variant and architecture: ``registers`` of a thread; ``shared`` memory and
+        ``spills`` in bytes.
 
     Raises:
         ImportError: Triton is not installed.
+
+    Example:
+        >>> records = cf.doctor.compile_kernels()  # doctest: +SKIP
+        >>> any(record.spills for record in records)  # doctest: +SKIP
+        False
     """
     if not support.triton_available():
         raise ImportError("compiling the GPU kernels needs Triton: pip install triton")
@@ -97,7 +120,7 @@ def compile_kernels() -> list:
 
 
 def _versions() -> Finding:
-    own = _installed("cnnlstm-fast") or "(not installed, imported from a checkout)"
+    own = __version__ if _installed("cnnlstm-fast") else f"{__version__} (imported from a checkout)"
     value = f"cnnlstm_fast {own}, torch {torch.__version__}, Python {platform.python_version()}"
     return Finding("versions", "ok", f"{value}, {platform.machine()}")
 

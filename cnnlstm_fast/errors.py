@@ -1,6 +1,13 @@
 """Errors of wrong calls: each is a ``ValueError`` or ``TypeError``, and what PyTorch raises for that call.
 
 So code that catches PyTorch's error around a plain module catches ours around its drop-in.
+
+Example:
+    >>> try:
+    ...     cf.LSTM(64, 128)(torch.randn(10, 2, 32))
+    ... except RuntimeError as error:  # as nn.LSTM's
+    ...     print(isinstance(error, ValueError), error)
+    True the LSTM expects 64 features but the input has 32 in its last dimension: ...
 """
 
 from __future__ import annotations

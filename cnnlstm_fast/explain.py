@@ -26,18 +26,18 @@ __all__ = ["Report", "Stage", "explain"]
 
 @dataclass
 class Stage:
-    """One row of a :class:`Report`.
+    """One row of a :class:`cnnlstm_fast.explain.Report`.
 
     Attributes:
         name: the module's name in the model; ``-> name`` (or ``-> result``) for what the model does to
             a tensor on its way there.
         op: the operations, as ``Conv2d+ReLU+MaxPool2d``.
-        shape: shape of the result (of the first call's; of the input where the stage failed).
-        layout: how the result lies in memory: a name of :data:`cnnlstm_fast.spec.LAYOUTS` for a block,
+        shape: shape of the result of the first call; of the input where the stage failed.
+        layout: how the result lies in memory: for a block a name that ``conv_block(layout=...)`` takes,
             else ``contiguous``, ``channels_last`` or ``strided``.
-        plan: ``direct``, ``chunked``, ``winograd`` or ``reference`` for a block, ``fused``, ``library`` or
-            ``reference`` for a ``cf.LSTM`` or ``cf.GRU``, ``PyTorch`` for a module that runs as it is,
-            ``view`` or ``copy`` on the way into a module, ``failed``.
+        plan: ``direct``, ``chunked``, ``winograd``, ``fft`` or ``reference`` for a block; ``fused``,
+            ``library`` or ``reference`` for a ``cf.LSTM`` or ``cf.GRU``; ``PyTorch`` for a module that runs
+            as it is; ``view`` or ``copy`` on the way into a module; ``failed``.
         reason: why this plan.
         ms: milliseconds, all calls together.
         bytes: memory of the result, all calls together; 0 for views.
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass
 class Report:
-    """What :func:`explain` saw; ``str()`` is a table.
+    """What :func:`cnnlstm_fast.explain` saw; ``str()`` is a table.
 
     Attributes:
         stages: in the order of their first call.
@@ -116,8 +116,22 @@ def explain(model: nn.Module, *inputs: Any) -> Report:
         model: any module, fast or plain.
         inputs: what its forward takes.
 
+    Returns:
+        A :class:`cnnlstm_fast.explain.Report`: a :class:`cnnlstm_fast.explain.Stage` for the input, for every
+        block and module, and for every view or copy between them. Times are milliseconds, memory is bytes.
+
+    Shapes:
+        Any that ``model`` takes.
+
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> model = cf.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        >>> report = cf.explain(model, torch.randn(4, 3, 28, 28))
+        >>> [(stage.op, stage.shape) for stage in report.stages[1:]]
+        [('Conv2d+ReLU+MaxPool2d', (4, 64, 14, 14))]
+        >>> print(report)  # doctest: +SKIP
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"got a {type(model).__name__}, expected an nn.Module and its inputs")

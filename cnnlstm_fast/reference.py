@@ -41,19 +41,39 @@ __all__ = [
 def to_layout(y: Tensor, layout: str) -> Tensor:
     """Bring a map ``(N, C, H, W)`` or ``(N, C, L)`` into a named layout, contiguous as promised.
 
-    =======================  ===================================  ==============================
-    layout                   result                               a step is
-    =======================  ===================================  ==============================
-    ``channels_first``       ``(N, C, H, W)``                     (for the next convolution)
-    ``channels_last``        ``(N, C, H, W)``, C fastest          (for the next convolution)
-    ``locations``            ``(N, H*W, C)``                      a location
-    ``locations_time_major`` ``(H*W, N, C)``                      a location
-    ``features``             ``(N, C*H*W)``                       a frame of a clip
-    ``columns``              ``(N, W, C*H)``                      an image column
-    ``columns_time_major``   ``(W, N, C*H)``                      an image column
-    ``rows``                 ``(N, H, C*W)``                      a spectrogram frame
-    ``rows_time_major``      ``(H, N, C*W)``                      a spectrogram frame
-    =======================  ===================================  ==============================
+    ========================  ===========================  ==========================
+    layout                    result                       a step is
+    ========================  ===========================  ==========================
+    ``channels_first``        ``(N, C, H, W)``             (for the next convolution)
+    ``channels_last``         ``(N, C, H, W)``, C fastest  (for the next convolution)
+    ``locations``             ``(N, H*W, C)``              a location
+    ``locations_time_major``  ``(H*W, N, C)``              a location
+    ``features``              ``(N, C*H*W)``               a frame of a clip
+    ``columns``               ``(N, W, C*H)``              an image column
+    ``columns_time_major``    ``(W, N, C*H)``              an image column
+    ``rows``                  ``(N, H, C*W)``              a spectrogram frame
+    ``rows_time_major``       ``(H, N, C*W)``              a spectrogram frame
+    ========================  ===========================  ==========================
+
+    ``columns_channels_last`` and ``rows_channels_last`` have features in the order H, C and W, C. They have
+    ``..._time_major`` twins too.
+
+    Args:
+        y: the map; any strides. A map ``(N, C, L)`` counts as one of height 1.
+        layout: a name of the table.
+
+    Returns:
+        A tensor of the table's shape, contiguous in that shape; ``channels_last`` in the sense of
+        ``torch.channels_last``. It is a view where no element has to move.
+
+    Raises:
+        KeyError: an unknown layout.
+
+    Example:
+        >>> cf.reference.to_layout(torch.randn(8, 64, 16, 50), "columns").shape
+        torch.Size([8, 50, 1024])
+        >>> cf.reference.to_layout(torch.randn(8, 64, 100), "locations_time_major").shape
+        torch.Size([100, 8, 64])
     """
     rank = y.dim()
     if rank == 3:
@@ -95,8 +115,26 @@ def conv_block(
 ) -> Tensor:
     """``layout(pool(activation(norm(conv(x)))))`` with PyTorch's own operators.
 
-    The twin of :func:`cnnlstm_fast.functional.conv_block`, which documents the arguments.
-    ``plan`` is accepted and ignored: there is only one way here.
+    Args:
+        x, weight, bias, stride, padding, dilation, groups, norm, activation, pool, layout: as in
+            :func:`cnnlstm_fast.functional.conv_block`.
+        plan: ignored, since there is only one way here.
+
+    Returns:
+        As :func:`cnnlstm_fast.functional.conv_block`.
+
+    Shapes:
+        As :func:`cnnlstm_fast.functional.conv_block`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: what PyTorch's operators raise.
+
+    Example:
+        >>> x, weight = torch.randn(8, 1, 32, 100), torch.randn(64, 1, 3, 3)
+        >>> args = dict(padding=1, pool=nn.MaxPool2d(2), layout="columns")
+        >>> plain = cf.reference.conv_block(x, weight, **args)
+        >>> torch.allclose(cf.functional.conv_block(x, weight, **args), plain, atol=1e-4)
+        True
     """
     del plan
     conv = F.conv1d if weight.dim() == 3 else F.conv2d
@@ -187,8 +225,25 @@ def lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """A stack of LSTM layers, step by step.
 
-    The twin of :func:`cnnlstm_fast.functional.lstm`, which documents the arguments.
-    ``plan`` is accepted and ignored: there is only one way here.
+    Args:
+        x, hx, params: as in :func:`cnnlstm_fast.functional.lstm`.
+        num_layers, bidirectional, batch_first, dropout, training, bias, proj_size, reset, lengths: as there.
+        plan: ignored, since there is only one way here.
+
+    Returns:
+        As :func:`cnnlstm_fast.functional.lstm`.
+
+    Shapes:
+        As :func:`cnnlstm_fast.functional.lstm`.
+
+    Raises:
+        RuntimeError: what PyTorch's operators raise where shapes do not fit.
+
+    Example:
+        >>> layer = nn.LSTM(5, 7)
+        >>> out, (h_n, c_n) = cf.reference.lstm(torch.randn(6, 3, 5), None, list(layer.parameters()))
+        >>> out.shape, h_n.shape, c_n.shape
+        (torch.Size([6, 3, 7]), torch.Size([1, 3, 7]), torch.Size([1, 3, 7]))
     """
     del plan
     options = (num_layers, bidirectional, batch_first, dropout if training else 0.0, reset, lengths)
@@ -215,8 +270,25 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers, step by step.
 
-    The twin of :func:`cnnlstm_fast.functional.gru`, which documents the arguments.
-    ``plan`` is accepted and ignored: there is only one way here.
+    Args:
+        x, hx, params, num_layers, bidirectional, batch_first, dropout, training, bias, reset, lengths: as in
+            :func:`cnnlstm_fast.functional.gru`.
+        plan: ignored, since there is only one way here.
+
+    Returns:
+        As :func:`cnnlstm_fast.functional.gru`.
+
+    Shapes:
+        As :func:`cnnlstm_fast.functional.gru`.
+
+    Raises:
+        RuntimeError: what PyTorch's operators raise where shapes do not fit.
+
+    Example:
+        >>> layer = nn.GRU(5, 7)
+        >>> out, h_n = cf.reference.gru(torch.randn(6, 3, 5), None, list(layer.parameters()))
+        >>> out.shape, h_n.shape
+        (torch.Size([6, 3, 7]), torch.Size([1, 3, 7]))
     """
     del plan
     options = (num_layers, bidirectional, batch_first, dropout if training else 0.0, reset, lengths)
@@ -326,8 +398,20 @@ class CNN_LSTM_Simple(nn.Module):
         lstm_num_layers: stacked LSTM layers.
         num_classes: scores per image.
 
-    Shapes: ``(B, input_channels, H, W)`` -> features ``(B, (H//2)*(W//2), 64)`` ->
-    ``(B, num_classes)``.
+    Shapes:
+        ``(B, input_channels, H, W)`` -> features ``(B, (H//2)*(W//2), 64)`` -> ``(B, num_classes)``.
+
+    Raises:
+        RuntimeError: an image of another shape; from the fast twin that error is a ``ValueError`` too.
+
+    Example:
+        >>> model = cf.CNN_LSTM_Simple(3, lstm_hidden_size=128, lstm_num_layers=2, num_classes=10)
+        >>> x = torch.randn(8, 3, 28, 28)
+        >>> model.features(x).shape, model(x).shape
+        (torch.Size([8, 196, 64]), torch.Size([8, 10]))
+        >>> plain = cf.reference.CNN_LSTM_Simple(3, 128, 2, 10)
+        >>> plain.load_state_dict(model.state_dict())
+        <All keys matched successfully>
     """
 
     lstm_type: type[Any] = nn.LSTM
@@ -360,8 +444,20 @@ class CNN_LSTM_1DConv(nn.Module):
         num_classes: scores per image.
         sequence_length: accepted for the tutorial's sake; the image's size decides the length.
 
-    Shapes: ``(B, input_channels, H, W)`` -> features ``(B, (H//2)*(W//2), 64)`` ->
-    ``(B, num_classes)``.
+    Shapes:
+        ``(B, input_channels, H, W)`` -> features ``(B, (H//2)*(W//2), 64)`` -> ``(B, num_classes)``.
+
+    Raises:
+        RuntimeError: an image of another shape; from the fast twin that error is a ``ValueError`` too.
+
+    Example:
+        >>> model = cf.CNN_LSTM_1DConv(3, lstm_hidden_size=128, lstm_num_layers=2, num_classes=10)
+        >>> x = torch.randn(8, 3, 28, 28)
+        >>> model.features(x).shape, model(x).shape
+        (torch.Size([8, 196, 64]), torch.Size([8, 10]))
+        >>> plain = cf.reference.CNN_LSTM_1DConv(3, 128, 2, 10)
+        >>> plain.load_state_dict(model.state_dict())
+        <All keys matched successfully>
     """
 
     lstm_type: type[Any] = nn.LSTM
@@ -406,11 +502,22 @@ class CNN_LSTM_TimeDistributed(nn.Module):
         sequence_length: accepted for the tutorial's sake; the clip's length decides.
         image_size: (H, W) of a frame, which fixes the LSTM's input size.
 
-    Shapes: ``(B, T, input_channels, H, W)`` -> features ``(B, T, 64*(H//2)*(W//2))`` ->
-    ``(B, num_classes)``.
+    Shapes:
+        ``(B, T, input_channels, H, W)`` -> features ``(B, T, 64*(H//2)*(W//2))`` -> ``(B, num_classes)``.
 
     Raises:
-        ValueError: frames of another size than ``image_size``.
+        ValueError: frames of another size than ``image_size``, or an input that is no batch of clips.
+        TypeError: an input that is no tensor.
+
+    Example:
+        >>> model = cf.CNN_LSTM_TimeDistributed(3, 128, 2, 10, image_size=(28, 28))
+        >>> clip = torch.randn(4, 10, 3, 28, 28)
+        >>> model.features(clip).shape, model(clip).shape
+        (torch.Size([4, 10, 12544]), torch.Size([4, 10]))
+        >>> model(torch.randn(4, 10, 3, 32, 32))
+        Traceback (most recent call last):
+        ...
+        cnnlstm_fast.errors.WrongShape: the LSTM expects 12544 features but the CNN gives 16384 = ...
     """
 
     lstm_type: type[Any] = nn.LSTM

@@ -1,15 +1,28 @@
-"""Every Python block of README and docs runs as it stands; every command and file in them exists."""
+"""Every Python block of README, docs and docstrings runs as it stands; its commands and files exist."""
 
+import dataclasses
+import doctest
+import importlib
+import inspect
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from torch import nn
 from typer.testing import CliRunner
 
+import cnnlstm_fast as cf
 from benchmarks.__main__ import app as benchmarks_app
+from cnnlstm_fast import compile_backend, errors
 from cnnlstm_fast.cli import app
+from cnnlstm_fast.nn.stream import Stream
+
+# Public functions have these modules' names.
+accelerate, explain = (importlib.import_module(f"cnnlstm_fast.{name}") for name in ("accelerate", "explain"))
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,3 +109,133 @@ def test_guarantees_name_tests_that_exist():
         assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def public_objects() -> dict[str, object]:
+    """Every public name behind ``cf.``: functions, classes, and modules that hold settings."""
+    found: dict[str, object] = {}
+    for name in cf.__all__:
+        value = getattr(cf, name)
+        if inspect.ismodule(value):
+            found |= {f"{name}.{inner}": getattr(value, inner) for inner in value.__all__}
+        else:
+            found[name] = value
+    del found["backends.allow_transforms"]  # a value: its module says what it is
+    return found | {
+        "backends": cf.backends,
+        "compile_backend.cnnlstm_fast": compile_backend.cnnlstm_fast,
+        "nn.stream.Stream": Stream,
+    }
+
+
+#: What stands in the reference beside the public names: what they return and raise.
+RECORDS = {
+    "accelerate.Report": accelerate.Report, "accelerate.Site": accelerate.Site,
+    "explain.Report": explain.Report, "explain.Stage": explain.Stage, "errors": errors,
+}  # fmt: skip
+PUBLIC = public_objects()
+#: Those whose docstring has no section "Shapes" because no tensor goes in or out.
+WITHOUT_TENSORS = {
+    "backends", "doctor.Finding", "doctor.Report", "doctor.report", "doctor.compile_kernels", "tune",
+}  # fmt: skip
+
+
+def sections(value: object) -> set[str]:
+    return set(re.findall(r"^ *([A-Z]\w+):$", inspect.getdoc(value) or "", re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_docstring_has_its_parts(name):
+    """Arguments, shapes, what is returned, errors and an example, where there are any."""
+    value = PUBLIC[name]
+    is_record = dataclasses.is_dataclass(value)
+    wanted = set() if is_record else {"Example"}
+    if is_record:
+        wanted |= {"Attributes"}
+    elif callable(value):
+        parameters = [p for p in inspect.signature(value).parameters if p != "self"]
+        wanted |= {"Args"} if parameters else set()
+        if name != "tune" and parameters:
+            wanted |= {"Raises"}
+        if inspect.isfunction(value):
+            wanted |= {"Returns"}
+        if name not in WITHOUT_TENSORS and not {"Args", "Returns"} <= wanted:
+            wanted |= {"Shapes"}
+        if inspect.isfunction(value) and name not in WITHOUT_TENSORS:
+            described = inspect.getdoc(value) or ""
+            assert "Shapes:" in described or re.search(r"``\([A-Z]", described), "a shape of any tensor"
+    assert wanted <= sections(value), f"{name}: {sorted(wanted - sections(value))} missing"
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *RECORDS])
+def test_examples_of_docstrings_run(name):
+    value = (PUBLIC | RECORDS)[name]
+    finder = doctest.DocTestFinder(recurse=not inspect.ismodule(value))
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    runner = doctest.DocTestRunner(optionflags=options, verbose=False)
+    said: list[str] = []
+    for test in finder.find(value, name, globs={"torch": torch, "nn": nn, "cf": cf}):
+        runner.run(test, out=said.append)
+    assert not runner.failures, "".join(said)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.rst"))
+    named = set(
+        re.findall(r"^\.\. auto(?:class|function|module):: cnnlstm_fast\.([\w.]+)$", pages, re.MULTILINE)
+    )
+    whole = {m.removeprefix("cnnlstm_fast.") for m in re.findall(r"automodule:: (\S+)\n   :members:", pages)}
+    missing = {name for name in (PUBLIC | RECORDS) if name not in named and name.split(".")[0] not in whole}
+    assert not missing
+
+
+# ---------------------------------------------------------------- architecture
+
+#: Pages whose file names are those of the repository, in full.
+EXACT = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "contributing.md"]
+#: In backticks on these pages and no file: made by a build, or a user's.
+NO_FILES = re.compile(r"\.venv/|build/|my/|a/bin/")
+A_FILE = re.compile(r"[\w./*-]+(?:\.(?:py|cpp|h|inc|md|txt|json|toml|cff|yml)|/)")
+
+
+@pytest.mark.parametrize("page", EXACT, ids=lambda p: p.name)
+def test_files_have_their_full_names(page):
+    named = [
+        n
+        for n in re.findall(r"`([^`\s]+)`", page.read_text())
+        if A_FILE.fullmatch(n) and not NO_FILES.match(n)
+    ]
+    assert named
+    missing = [name for name in named if not any(ROOT.glob(name))]
+    assert not missing
+
+
+def test_symbols_of_the_architecture_exist():
+    """A name in backticks is a word of the sources, so that a page does not outlive what it describes."""
+    folders = [ROOT / f for f in ("cnnlstm_fast", "csrc", "kernels", "tests", "benchmarks")]
+    files = [p for f in folders for end in ("py", "cpp", "h", "inc") for p in f.rglob(f"*.{end}")]
+    words = set(
+        re.findall(
+            r"\w+", " ".join(p.read_text() for p in [*files, ROOT / "Makefile"] if p != Path(__file__))
+        )
+    )
+    text = BLOCK.sub("", EXACT[0].read_text())
+    named = [n for n in re.findall(r"`([^`\s]+)`", text) if re.fullmatch(r"[A-Za-z_][\w.:]*(\(\))?", n)]
+    symbols = [re.split(r"\.|::", n.removesuffix("()"))[-1] for n in named if not A_FILE.fullmatch(n)]
+    assert len(symbols) > 30
+    assert not sorted({s for s in symbols if s not in words})
+
+
+def test_the_picture_of_the_architecture():
+    """Its files exist, and it was drawn from what docs/figures.py says now; running that draws it."""
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    boxes = [box for _, _, *ways in figures["FLOORS"] for way in ways for box in way if box]
+    named = [file for file, _ in boxes] + [*figures["BELOW_ALL"]]
+    assert not [name for name in named if not (ROOT / name).exists()]
+    assert (
+        f"Source\0{figures['architecture_source']()}".encode()
+        in (ROOT / "docs" / "architecture.png").read_bytes()
+    )

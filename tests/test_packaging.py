@@ -21,6 +21,7 @@ import torch
 from helpers import needs_extension, run_python
 
 import cnnlstm_fast
+from cnnlstm_fast import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cpu"
@@ -354,8 +355,23 @@ def test_a_broken_library_is_not_fatal(tmp_path):
 
 
 @needs_checkout
+def test_the_version_stands_in_one_place():
+    """In the package; the archives and the site read it there, and what cannot read it says the same."""
+    version = cnnlstm_fast.__version__
+    done = run(sys.executable, "setup.py", "-q", "--version", cwd=ROOT)
+    assert done.splitlines()[-1] == version
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [version]
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"cnnlstm_fast {version}" in doctor.report()["versions"].value
+    assert "release = cnnlstm_fast.__version__" in (ROOT / "docs" / "conf.py").read_text()
+    kept = [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "docs" / "conf.py"]
+    assert not [path.name for path in kept if version in path.read_text()]
+
+
+@needs_checkout
 def test_metadata():
-    """One version, supported Pythons, and a floor of torch that setup.py compiles for."""
+    """Supported Pythons, and a floor of torch that setup.py compiles for."""
     project = (ROOT / "pyproject.toml").read_text()
     setup = (ROOT / "setup.py").read_text()
     assert 'requires-python = ">=3.10"' in project and "0x030a0000" in setup

@@ -68,8 +68,10 @@ def conv_block(
         activation: a name in ``torch.nn.functional``, an ``nn`` module, or None.
         pool: an ``nn`` pooling module, or None.
         layout: how the result lies in memory, see :func:`cnnlstm_fast.reference.to_layout`.
-        plan: ``"auto"``, ``"direct"``, ``"chunked"``, ``"winograd"``, ``"fft"`` or ``"reference"``
-            (:data:`cnnlstm_fast.planning.choose.PLANS`).
+        plan: ``"auto"`` takes the plan of least predicted time. ``"direct"`` (our own convolution),
+            ``"chunked"`` (the library's over as many images as stay in cache, one pass behind it),
+            ``"winograd"`` (3x3 kernels, stride 1), ``"fft"`` (large kernels) and ``"reference"`` (PyTorch's
+            operators) are run as asked, or refused with the reason.
 
     Returns:
         The pooled map in the shape of ``layout``, in the dtype that PyTorch would give.
@@ -78,6 +80,12 @@ def conv_block(
         TypeError: an argument or a dtype is of the wrong type.
         ValueError: shapes do not fit, a name is unknown, or ``plan`` cannot run this call.
         RuntimeError: the same error, where PyTorch raises one (:mod:`cnnlstm_fast.errors`).
+
+    Example:
+        >>> x, weight = torch.randn(8, 1, 32, 100), torch.randn(64, 1, 3, 3)
+        >>> y = cf.functional.conv_block(x, weight, padding=1, pool=nn.MaxPool2d(2), layout="columns")
+        >>> y.shape, y.is_contiguous()  # (N, W, C*H): one step per column of the pooled map
+        (torch.Size([8, 50, 1024]), True)
     """
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         raise TypeError(f"x and weight must be tensors, got {type(x).__name__} and {type(weight).__name__}")

@@ -92,7 +92,9 @@ def lstm(
         params: the parameters in ``nn.LSTM``'s order: for each layer, for each direction, ``w_ih``
             ``(4*H, I)``, ``w_hh`` ``(4*H, H_out)``, with ``bias`` ``b_ih`` and ``b_hh`` ``(4*H,)``, with
             ``proj_size`` ``w_hr`` ``(proj_size, H)``. Behind the first layer, I is ``D * H_out``.
+        num_layers, bidirectional, batch_first, bias, proj_size: as in ``nn.LSTM``.
         dropout: probability of zeroing what one layer hands to the next, while ``training``.
+        training: whether that is done.
         reset: bool, ``(T, B)``, or ``(B, T)`` with ``batch_first``, or ``(T,)``: where True the state,
             the initial one included, is zero before that step, and gradients stop there. The reverse
             direction comes from ``t + 1``, so it is reset there. Behind the end of a sequence it says
@@ -101,8 +103,9 @@ def lstm(
             part of the sequence. Results there are zero, the final states are those of the last step
             before, and the reverse direction begins there. On another device than the CPU, and while
             compiling, the values are not checked but taken as the nearest that are allowed.
-        plan: ``"auto"``, ``"fused"``, ``"library"`` (PyTorch's own, without ``reset`` and ``lengths``)
-            or ``"reference"`` (:mod:`cnnlstm_fast.planning.recurrent`).
+        plan: ``"auto"`` chooses. ``"fused"`` (our kernels), ``"library"`` (PyTorch's own layer, without
+            ``reset`` and ``lengths``) and ``"reference"`` (a loop over the steps) are run as asked, or
+            refused with the reason.
 
     Returns:
         ``(out, (h_n, c_n))``: ``out`` is ``(T, B, D * H_out)``, ``(B, T, D * H_out)`` or
@@ -112,6 +115,17 @@ def lstm(
         TypeError: an argument or a dtype is of the wrong type.
         ValueError: shapes do not fit, lengths are out of range, a name is unknown, or ``plan`` cannot
             run this call.
+
+    Example:
+        >>> layer = nn.LSTM(5, 7, num_layers=2)
+        >>> x, lengths = torch.randn(6, 3, 5), [6, 2, 1]
+        >>> out, (h_n, c_n) = cf.functional.lstm(
+        ...     x, None, list(layer.parameters()), num_layers=2, lengths=lengths
+        ... )
+        >>> out.shape, h_n.shape, c_n.shape
+        (torch.Size([6, 3, 7]), torch.Size([2, 3, 7]), torch.Size([2, 3, 7]))
+        >>> bool(out[2:, 1].any())  # behind the end of a sequence
+        False
     """
     check_pair(hx)
     stack = Stack(num_layers, bidirectional, batch_first, dropout, training, bias, proj_size)
@@ -142,14 +156,28 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers over whole sequences.
 
-    As :func:`lstm`, but for the state, which is one tensor ``(num_layers * D, B, H)``, and the weights,
-    which have ``3 * H`` rows.
+    Args:
+        x: ``(T, B, I)``, or ``(B, T, I)`` with ``batch_first``, or one sequence ``(T, I)``. Any strides.
+        hx: initial ``h_0`` of shape ``(num_layers * D, B, H)``, without B for one sequence; zeros if None.
+        params: the parameters in ``nn.GRU``'s order: for each layer, for each direction, ``w_ih``
+            ``(3*H, I)``, ``w_hh`` ``(3*H, H)``, with ``bias`` ``b_ih`` and ``b_hh`` ``(3*H,)``. Behind the
+            first layer, I is ``D * H``.
+        num_layers, bidirectional, batch_first, dropout, training, bias, reset, lengths, plan: as in
+            :func:`cnnlstm_fast.functional.lstm`.
 
     Returns:
-        ``(out, h_n)``.
+        ``(out, h_n)``: ``out`` is ``(T, B, D * H)``, ``(B, T, D * H)`` or ``(T, D * H)``; ``h_n`` has the
+        shape of ``h_0``.
 
     Raises:
-        TypeError, ValueError: as :func:`lstm`.
+        TypeError, ValueError: as :func:`cnnlstm_fast.functional.lstm`.
+
+    Example:
+        >>> layer = nn.GRU(5, 7)
+        >>> reset = torch.rand(6, 3) < 0.2
+        >>> out, h_n = cf.functional.gru(torch.randn(6, 3, 5), None, list(layer.parameters()), reset=reset)
+        >>> out.shape, h_n.shape
+        (torch.Size([6, 3, 7]), torch.Size([1, 3, 7]))
     """
     stack = Stack(num_layers, bidirectional, batch_first, dropout, training, bias)
     out, states = run(GRU, x, None if hx is None else (hx,), params, stack, reset, lengths, plan)

@@ -33,6 +33,9 @@ class _Recurrent(Leaf, nn.RNNBase):
     def like(cls, module: nn.RNNBase):
         """A fast layer that shares the parameters, the mode and the options of a plain ``module``.
 
+        Args:
+            module: an ``nn.LSTM`` or ``nn.GRU``.
+
         Raises:
             TypeError: ``module`` is not exactly the type that this class stands in for.
         """
@@ -53,12 +56,15 @@ class _Recurrent(Leaf, nn.RNNBase):
     def stream(self, batch: int = 1, hx=None) -> Stream:
         """The layer as it is now, to be fed one step at a time with little latency.
 
-        ``y = stream(x)`` takes and returns one step, ``(batch, input_size) -> (batch, H_out)``, and keeps
-        the state; see :class:`cnnlstm_fast.nn.stream.Stream`. Step by step this equals the whole sequence.
+        Fed step by step, a stream gives what the layer gives for the whole sequence.
 
         Args:
             batch: how many sequences go side by side.
             hx: initial state as ``forward`` takes it; zeros if None.
+
+        Returns:
+            A :class:`cnnlstm_fast.nn.stream.Stream`: ``y = stream(x)`` takes one step, returns its output and
+            keeps the state.
 
         Raises:
             ValueError: the layer is bidirectional, or ``hx`` does not fit.
@@ -92,14 +98,29 @@ def _retyped(module: nn.RNNBase, cls: type[nn.RNNBase]) -> nn.RNNBase:
 class LSTM(_Recurrent):
     """An ``nn.LSTM`` with the same parameters, keys and results, but fused; and with resets and lengths.
 
-    The constructor, the attributes, ``input`` (padded, packed or one sequence), ``hx`` and the results
-    are those of :class:`torch.nn.LSTM`.
+    The constructor, the attributes and the results are those of :class:`torch.nn.LSTM`.
 
-    Shapes: as :func:`cnnlstm_fast.functional.lstm`, which documents ``reset`` and ``lengths`` too.
+    Args:
+        args, kwargs: what :class:`torch.nn.LSTM` takes: ``input_size``, ``hidden_size``, ``num_layers``,
+            ``bias``, ``batch_first``, ``dropout``, ``bidirectional``, ``proj_size``, ``device``, ``dtype``.
+
+    Shapes:
+        ``(T, B, input_size)`` -> ``(T, B, D * H_out)``, or ``(B, T, ...)`` with ``batch_first``, or
+        ``(T, ...)`` for one sequence. ``D`` is 2 if bidirectional, else 1; ``H_out`` is ``proj_size`` or,
+        where that is 0, ``hidden_size``. States are ``(num_layers * D, B, H_out)`` and
+        ``(num_layers * D, B, hidden_size)``.
 
     Raises:
         ValueError, TypeError: as :func:`cnnlstm_fast.functional.lstm`. Where ``nn.LSTM`` raises a
             ``RuntimeError`` for a shape, the ``ValueError`` is one as well.
+
+    Example:
+        >>> layer = cf.LSTM(64, 128, batch_first=True)
+        >>> x, done = torch.randn(8, 81, 64), torch.rand(8, 81) < 0.05
+        >>> out, (h_n, c_n) = layer(x, reset=done)  # the state is zero wherever an episode began
+        >>> out.shape, h_n.shape
+        (torch.Size([8, 81, 128]), torch.Size([1, 8, 128]))
+        >>> out, (h_n, c_n) = layer(x, lengths=torch.randint(1, 82, (8,)))  # no packing
     """
 
     twin = nn.LSTM
@@ -119,6 +140,19 @@ class LSTM(_Recurrent):
         reset: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Run the layers over whole sequences.
+
+        Args:
+            input: a tensor, or a ``PackedSequence`` (then without ``reset`` and ``lengths``).
+            hx: the initial state ``(h_0, c_0)`` as ``nn.LSTM`` takes it; zeros if None.
+            reset, lengths: as in :func:`cnnlstm_fast.functional.lstm`; pass them by name.
+
+        Returns:
+            ``(out, (h_n, c_n))`` as ``nn.LSTM``.
+
+        Raises:
+            ValueError, TypeError: as the class says.
+        """
         functional.check_pair(hx)
         out, (h_n, c_n) = self._run(input, hx, reset, lengths)
         return out, (h_n, c_n)
@@ -127,14 +161,28 @@ class LSTM(_Recurrent):
 class GRU(_Recurrent):
     """An ``nn.GRU`` with the same parameters, keys and results, but fused; and with resets and lengths.
 
-    The constructor, the attributes, ``input`` (padded, packed or one sequence), ``hx`` and the results
-    are those of :class:`torch.nn.GRU`.
+    The constructor, the attributes and the results are those of :class:`torch.nn.GRU`.
 
-    Shapes: as :func:`cnnlstm_fast.functional.gru`, which documents ``reset`` and ``lengths`` too.
+    Args:
+        args, kwargs: what :class:`torch.nn.GRU` takes: ``input_size``, ``hidden_size``, ``num_layers``,
+            ``bias``, ``batch_first``, ``dropout``, ``bidirectional``, ``device``, ``dtype``.
+
+    Shapes:
+        ``(T, B, input_size)`` -> ``(T, B, D * H)``, or ``(B, T, ...)`` with ``batch_first``, or
+        ``(T, ...)`` for one sequence. ``D`` is 2 if bidirectional, else 1; ``H`` is ``hidden_size``. The
+        state is ``(num_layers * D, B, H)``.
 
     Raises:
         ValueError, TypeError: as :func:`cnnlstm_fast.functional.gru`. Where ``nn.GRU`` raises a
             ``RuntimeError`` for a shape, the ``ValueError`` is one as well.
+
+    Example:
+        >>> layer = cf.GRU(64, 128, batch_first=True)
+        >>> x, done = torch.randn(8, 81, 64), torch.rand(8, 81) < 0.05
+        >>> out, h_n = layer(x, reset=done)  # the state is zero wherever an episode began
+        >>> out.shape, h_n.shape
+        (torch.Size([8, 81, 128]), torch.Size([1, 8, 128]))
+        >>> out, h_n = layer(x, lengths=torch.randint(1, 82, (8,)))  # no packing
     """
 
     twin = nn.GRU
@@ -152,5 +200,18 @@ class GRU(_Recurrent):
         reset: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run the layers over whole sequences.
+
+        Args:
+            input: a tensor, or a ``PackedSequence`` (then without ``reset`` and ``lengths``).
+            hx: the initial state ``h_0`` as ``nn.GRU`` takes it; zeros if None.
+            reset, lengths: as in :func:`cnnlstm_fast.functional.gru`; pass them by name.
+
+        Returns:
+            ``(out, h_n)`` as ``nn.GRU``.
+
+        Raises:
+            ValueError, TypeError: as the class says.
+        """
         out, (h_n,) = self._run(input, None if hx is None else (hx,), reset, lengths)
         return out, h_n

@@ -17,19 +17,32 @@ __all__ = ["Stream"]
 
 
 class Stream:
-    """What :meth:`cnnlstm_fast.LSTM.stream` returns: the layer at one moment, and a state that goes on.
+    """What ``stream()`` of a recurrent layer returns: the layer's weights as they were then, and a state.
 
-    On the CPU in float32 the weights are packed once, here: later changes of the layer do not show, a
-    new stream does. No gradients, no dropout.
+    On the CPU in float32 the weights are packed once, here. Later changes of the layer show in a new stream
+    only. There are no gradients and no dropout.
 
     Args:
         cell, stack, params: of the layer.
         batch: how many sequences go side by side.
         hx: initial state as the layer takes it, or None for zeros.
 
+    Shapes:
+        One step: ``(batch, input_size) -> (batch, H_out)``; ``H_out`` is ``proj_size`` or, where that is 0,
+        ``hidden_size``.
+
     Raises:
         ValueError: a bidirectional layer, which needs a sequence's end before its beginning, or a state
             of the wrong shape.
+
+    Example:
+        >>> layer = cf.LSTM(64, 128).eval()
+        >>> steps = torch.randn(10, 2, 64)
+        >>> stream = layer.stream(batch=2)
+        >>> outs = torch.stack([stream(x) for x in steps])
+        >>> torch.allclose(outs, layer(steps)[0], atol=1e-5)
+        True
+        >>> stream.start()  # zeros again
     """
 
     def __init__(
@@ -71,7 +84,15 @@ class Stream:
         return functional.layer_weights(params, self._stack)[:5]
 
     def start(self, hx: Sequence[Tensor] | Tensor | None = None) -> None:
-        """Begin anew, with an initial state as the layer takes it, or zeros."""
+        """Begin anew.
+
+        Args:
+            hx: initial state as the layer takes it; zeros if None.
+
+        Raises:
+            ValueError: a state of the wrong shape.
+            TypeError: no state of this kind of layer.
+        """
         layers = self._stack.num_layers
         like = self._params[0]
         if self._cell.states == 2:
@@ -95,7 +116,11 @@ class Stream:
 
     @property
     def state(self) -> tuple[Tensor, Tensor] | Tensor:
-        """The state after the last step, a copy, as the layer gives it: ``(h, c)``, or ``h`` of a GRU."""
+        """A copy of the state after the last step, as the layer returns it.
+
+        ``(h, c)`` of an LSTM, ``h`` of a GRU. ``h`` is ``(num_layers, batch, H_out)``, ``c`` is
+        ``(num_layers, batch, hidden_size)``.
+        """
         if self._packed is None:
             states = [s.clone() for s in self._states]
         else:
@@ -105,11 +130,14 @@ class Stream:
         return (states[0], states[1]) if len(states) == 2 else states[0]
 
     def __call__(self, x: Tensor, *, reset: Tensor | None = None) -> Tensor:
-        """One step: ``(batch, input_size) -> (batch, output size)``.
+        """One step.
 
         Args:
-            x: this step's inputs.
+            x: this step's inputs, ``(batch, input_size)``.
             reset: bool ``(batch,)``: where True the state is zero before this step.
+
+        Returns:
+            The step's output, ``(batch, H_out)``.
 
         Raises:
             TypeError, ValueError: as :func:`cnnlstm_fast.functional.lstm`.

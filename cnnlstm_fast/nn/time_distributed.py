@@ -42,6 +42,11 @@ class TimeDistributed(Leaf, nn.Module):
         ValueError: the input is not of a rank that ``module`` can take step by step, or ``module``
             does not return one result per step.
         TypeError: the input or what ``module`` returns is not a tensor.
+
+    Example:
+        >>> cnn = cf.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        >>> cf.TimeDistributed(cnn)(torch.randn(4, 10, 3, 28, 28)).shape
+        torch.Size([4, 10, 3136])
     """
 
     def __init__(self, module: nn.Module, batch_first: bool = True, flatten: bool = True):

@@ -18,16 +18,16 @@ _SEQUENCES = tuple(name for name in LAYOUTS if not name.startswith("channels_"))
 class ToSequence(nn.Module):
     """``(N, C, H, W)`` as a sequence; inside :class:`cnnlstm_fast.Sequential` the block before writes it.
 
-    ========================  ==========================================  ======================
-    layout                    result                                      a step is
-    ========================  ==========================================  ======================
-    ``columns``               ``(N, W, C*H)``                             an image column (OCR)
-    ``rows``                  ``(N, H, C*W)``                             a spectrogram frame
-    ``locations``             ``(N, H*W, C)``                             a location
-    ``columns_channels_last`` ``(N, W, H*C)``                             a column, channel fastest
-    ``rows_channels_last``    ``(N, H, W*C)``                             a row, channel fastest
-    ``frames``                ``(N / steps, steps, C*H*W)``               a frame of a clip
-    ========================  ==========================================  ======================
+    =========================  =============================  =========================
+    layout                     result                         a step is
+    =========================  =============================  =========================
+    ``columns``                ``(N, W, C*H)``                an image column (OCR)
+    ``rows``                   ``(N, H, C*W)``                a spectrogram frame
+    ``locations``              ``(N, H*W, C)``                a location
+    ``columns_channels_last``  ``(N, W, H*C)``                a column, channel fastest
+    ``rows_channels_last``     ``(N, H, W*C)``                a row, channel fastest
+    ``frames``                 ``(N / steps, steps, C*H*W)``  a frame of a clip
+    =========================  =============================  =========================
 
     With ``_time_major`` appended the first two dimensions change places (a clip's frames then lie
     one time step after the other in N). A map ``(N, C, L)`` counts as one of height 1.
@@ -36,8 +36,17 @@ class ToSequence(nn.Module):
         layout: a name of the table.
         steps: for ``frames`` only, how many frames a clip has.
 
+    Shapes:
+        ``(N, C, H, W)`` or ``(N, C, L)`` -> as in the table.
+
     Raises:
-        ValueError: an unknown layout, ``steps`` missing, or given without need.
+        ValueError: an unknown layout, ``steps`` missing, or given without need; an input that is no map.
+
+    Example:
+        >>> cf.ToSequence("columns")(torch.randn(8, 64, 16, 50)).shape
+        torch.Size([8, 50, 1024])
+        >>> cf.ToSequence("frames", steps=10)(torch.randn(40, 16, 14, 14)).shape
+        torch.Size([4, 10, 3136])
     """
 
     def __init__(self, layout: str = "columns", steps: int | None = None):
