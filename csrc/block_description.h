@@ -3,7 +3,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/block.h"
+#include "cpu/conv_block/block.h"
 #include "tensors.h"
 
 namespace cnnlstm_fast {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/block.h"
+#include "cpu/conv_block/block.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/recurrent.h"
+#include "cpu/recurrent/recurrent.h"
 #include "threads.h"
 
 namespace cnnlstm_fast {

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/recurrent.h"
+#include "cpu/recurrent/recurrent.h"
 #include "recurrent_description.h"
 #include "threads.h"
 
