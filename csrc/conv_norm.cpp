@@ -250,7 +250,7 @@ class NormBackward {
         scale_(channels),
         shift_(channels),
         mean_(channels),
-        constant_(channels),
+        mean_grad_(channels),
         slope_(channels) {
     for (int64_t c = 0; c < channels; ++c) {
       mean_[c] = static_cast<float>(stat_[c]);
@@ -276,11 +276,11 @@ class NormBackward {
       found[c] = inverse * (total[channels_ + c] + (std::isfinite(sum) ? sum * off : 0));
       found[channels_ + c] = sum;
       if (given) continue;  // the statistics don't depend on z
-      const double by_z = -scale_[c] * inverse * found[c] / positions;
-      slope_[c] = static_cast<float>(by_z);
-      constant_[c] = static_cast<float>(-scale_[c] * sum / positions + (std::isfinite(by_z) ? by_z * off : 0));
+      const double from_z = inverse * found[c] / positions;
+      slope_[c] = static_cast<float>(-scale_[c] * from_z);
+      mean_grad_[c] = static_cast<float>(sum / positions + (std::isfinite(from_z) ? from_z * off : 0));
     }
-    norm_.constant = constant_.data();
+    norm_.mean_grad = mean_grad_.data();
     norm_.slope = slope_.data();
     return grads;
   }
@@ -303,7 +303,7 @@ class NormBackward {
 
   const double* stat_;
   const int64_t channels_;
-  const PerChannel scale_, shift_, mean_, constant_, slope_;
+  const PerChannel scale_, shift_, mean_, mean_grad_, slope_;
   NormGrads norm_;
 };
 

@@ -68,10 +68,10 @@ struct Outputs {
 
 // A batch norm in training, per channel, a whole number of code groups of each array.
 // u = z * scale + shift enters the activation, and the gradient of z is
-// scale * (gradient of u) + constant + slope * (z - mean).
+// scale * (gradient of u - mean_grad) + slope * (z - mean): a constant gradient of u leaves exactly nothing.
 struct NormGrads {
   const float *scale, *shift, *mean;
-  const float *constant, *slope;  // null until the sums are known
+  const float *mean_grad, *slope;  // null until the sums are known
 };
 
 // How one patch (the inputs of all taps at one position) is read as whole vectors from memory whose channels are
