@@ -1,5 +1,5 @@
 // cnnlstm_fast::recurrent_layer and its backward on the CPU: checks, allocation, threads. The schema and the
-// meaning of every argument stand in cnnlstm_fast/ops/recurrent.py, the arithmetic in cpu/recurrent/*.inc.
+// meaning of every argument stand in cnnlstm_fast/ops/recurrent.py, the arithmetic in cpu/recurrent.inc.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
