@@ -1084,7 +1084,7 @@ def test_statistics_of_a_norm_whose_result_is_dropped():
 
 @pytest.mark.parametrize("looks", [False, True])
 def test_input_changed_in_place_later(looks):
-    """The block has run before that. What cannot be computed any more is an error, never another answer."""
+    """The block has run before that. A value that the program asks for is the one of before the write."""
 
     def forward(self, x):
         x = x * 1
@@ -1099,10 +1099,7 @@ def test_input_changed_in_place_later(looks):
     with torch.no_grad():
         settle(fast, x)
         fast.flag = model.flag = True
-        if looks:
-            with pytest.raises(RuntimeError, match="changed in place"):
-                fast(x)
-        for _ in range(3):
+        for _ in range(4):
             torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
 
 
