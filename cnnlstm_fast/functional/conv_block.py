@@ -273,7 +273,7 @@ def _look_up(
         return None, None
     try:
         key = (
-            x.shape, x.stride(), x.dtype, x.device, x.requires_grad, weight.shape, weight.dtype,
+            x.shape, x.stride(), x.layout, x.dtype, x.device, x.requires_grad, weight.shape, weight.dtype,
             weight.device, weight.requires_grad,
             bias if bias is None else (bias.shape, bias.dtype, bias.requires_grad),
             torch.is_grad_enabled(), backends.allow_transforms, tuner.enabled, torch.get_num_threads(),
