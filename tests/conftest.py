@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import itertools
 import os
 import random
@@ -111,6 +112,8 @@ def _take_share(config, items):
 #: Of how many cases of every parametrized test coverage is measured.
 MEASURED_CASES = 1
 MEASURED = pytest.StashKey[bool]()
+#: How many modules there were when objects were last frozen.
+FROZEN_MODULES = pytest.StashKey[int]()
 
 
 def _measure_few(items):
@@ -130,6 +133,18 @@ def pytest_collection_finish(session):
     """Imports are measured; from here on only the tests that are marked, not what pytest does in between."""
     if coverage := _coverage(session.config):
         coverage.stop()
+    _freeze(session.config)
+
+
+def _freeze(config):
+    """Let collections of garbage pass over what stays: all tests, and modules when many are new.
+
+    They would take half a second each, and benchmarks ask for one in every round.
+    """
+    if len(sys.modules) > config.stash.get(FROZEN_MODULES, 0) + 100:
+        gc.collect()
+        gc.freeze()
+        config.stash[FROZEN_MODULES] = len(sys.modules)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -142,6 +157,7 @@ def pytest_runtest_protocol(item):
     finally:
         if coverage:
             coverage.stop()
+        _freeze(item.config)
 
 
 @pytest.fixture(autouse=True)
