@@ -91,13 +91,13 @@ FLOORS = (
     ),
     (
         "8 kernels", "#fcbba1",
-        [("csrc/conv_block.cpp", "CPU: checks, memory, threads"), ("kernels/conv_block.py", "CUDA: Triton")],
-        [("csrc/recurrent.cpp", "CPU: checks, memory, threads"), ("kernels/recurrent.py", "CUDA: Triton")],
+        [("csrc/conv_block.cpp", "CPU: checks, threads"), ("kernels/conv_block.py", "CUDA: launches")],
+        [("csrc/recurrent.cpp", "CPU: checks, threads"), ("kernels/recurrent.py", "CUDA: launches")],
     ),
     (
         "arithmetic", "#fcbba1",
-        [("csrc/cpu/kernels.inc", "once per instruction set"), None],
-        [("csrc/cpu/recurrent.inc", "once per instruction set"), None],
+        [("csrc/cpu/conv_block/", "once per instruction set"), ("kernels/conv_block_kernels.py", "kernels")],
+        [("csrc/cpu/recurrent/", "once per instruction set"), ("kernels/recurrent_kernels.py", "kernels")],
     ),
 )  # fmt: skip
 #: What every floor may use.

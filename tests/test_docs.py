@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from helpers import needs_extension
 from torch import nn
 from typer.testing import CliRunner
 
@@ -170,6 +171,7 @@ def test_a_public_docstring_has_its_parts(name):
     assert wanted <= sections(value), f"{name}: {sorted(wanted - sections(value))} missing"
 
 
+@needs_extension
 @pytest.mark.parametrize("name", [*PUBLIC, *RECORDS])
 def test_examples_of_docstrings_run(name):
     value = (PUBLIC | RECORDS)[name]
@@ -195,7 +197,7 @@ def test_the_reference_has_every_public_name():
 # ---------------------------------------------------------------- architecture
 
 #: Pages whose file names are those of the repository, in full.
-EXACT = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "contributing.md"]
+EXACT = [ROOT / "docs" / f"{name}.md" for name in ("architecture", "contributing", "kernels")]
 #: In backticks on these pages and no file: made by a build, or a user's.
 NO_FILES = re.compile(r"\.venv/|build/|my/|a/bin/")
 A_FILE = re.compile(r"[\w./*-]+(?:\.(?:py|cpp|h|inc|md|txt|json|toml|cff|yml)|/)")
@@ -203,14 +205,14 @@ A_FILE = re.compile(r"[\w./*-]+(?:\.(?:py|cpp|h|inc|md|txt|json|toml|cff|yml)|/)
 
 @pytest.mark.parametrize("page", EXACT, ids=lambda p: p.name)
 def test_files_have_their_full_names(page):
-    named = [
-        n
-        for n in re.findall(r"`([^`\s]+)`", page.read_text())
-        if A_FILE.fullmatch(n) and not NO_FILES.match(n)
-    ]
+    """What stands in backticks and looks like a file, and every path below our folders, in commands too."""
+    text = page.read_text()
+    named = {n for n in re.findall(r"`([^`\s]+)`", text) if A_FILE.fullmatch(n) and not NO_FILES.match(n)}
+    named |= set(
+        re.findall(r"(?<![\w/.])(?:tests|benchmarks|cnnlstm_fast|csrc|kernels)/[\w./*-]+\.\w+", text)
+    )
     assert named
-    missing = [name for name in named if not any(ROOT.glob(name))]
-    assert not missing
+    assert not sorted(name for name in named if not any(ROOT.glob(name)))
 
 
 def test_symbols_of_the_architecture_exist():
