@@ -7,7 +7,6 @@ import importlib
 from typing import Any
 
 import pytest
-
 from forked import run_forked
 
 triton = pytest.importorskip("triton", reason="needs Triton")
