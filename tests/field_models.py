@@ -239,7 +239,7 @@ def more_inputs(kind: type[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 def freshen(model: nn.Module) -> nn.Module:
     """Random norms: negative and zero scales among them, and statistics off 0 and 1; in place."""
     for m in model.modules():
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             m.weight.normal_()
             m.weight[torch.randperm(m.num_features)[: max(1, m.num_features // 8)]] = 0
             m.bias.normal_()

@@ -58,7 +58,8 @@ class ResidualRecogniser(nn.Module):
         y = y.permute(0, 3, 1, 2).flatten(2)
         return self.fc(self.rnn(y)[0])
 
-    small: ClassVar = dict(width=4, hidden=5, classes=6)
+    # (Fewer channels crash PyTorch's own channels-last: see csrc/library_limits.h.)
+    small: ClassVar = dict(width=16, hidden=5, classes=6)
     inputs = ((3, 1, 32, 24), (2, 1, 32, 36))
 
 
@@ -102,7 +103,7 @@ class OrderBook(nn.Module):
         y, _ = self.lstm(torch.reshape(y, (-1, y.shape[1], y.shape[2])))
         return torch.softmax(self.fc(y[:, -1, :]), dim=1)
 
-    small: ClassVar = dict(width=4, hidden=5)
+    small: ClassVar = dict(width=8, hidden=5)
     inputs = ((3, 1, 26, 40), (2, 1, 31, 40))
 
 

@@ -1,4 +1,4 @@
-"""``cf.accelerate`` on the models of field_models.py: results, gradients, and the blocks that it finds."""
+"""``cf.accelerate`` on models of the field: results, gradients, and the blocks that it finds."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 from accelerated import results, settle
 from field_models import FIELD, freshen, more_inputs
 from helpers import assert_close_as_torch
+from public_models import PUBLIC
 from torch import nn
 
 import cnnlstm_fast as cf
@@ -81,9 +82,9 @@ def assert_like_eager(fast: nn.Module, model: nn.Module, inputs, grad) -> None:
 
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", FIELD)
+@pytest.mark.parametrize("name", [*FIELD, *PUBLIC])
 def test_field_models(name, mode):
-    kind, options = FIELD[name]
+    kind, options = FIELD[name] if name in FIELD else (PUBLIC[name], {})
     model = freshen(kind(**kind.small, **options)).train(mode == "train")
     for m in model.modules():
         if isinstance(m, (nn.Dropout, nn.Dropout2d)):
