@@ -73,10 +73,13 @@ AVERAGED = next(b for b in blocks.draw_blocks(400, 0) if b.pool is not None and 
 def test_the_plan_that_is_named_is_the_one_that_runs(monkeypatch, block, mode):
     functional = import_module("cnnlstm_fast.functional.conv_block")  # by name, it is the function
     block, ran = dataclasses.replace(block, batch=min(block.batch, 4)), []
-    for name, plan in (("_run", lambda decision, *_: decision.plan), ("_reference", lambda *_: "reference")):
-        run = getattr(functional, name)
+    for where, name, plan in (
+        (functional.CallPlan, "run", lambda call, *_: call.plan),
+        (functional, "_reference", lambda *_: "reference"),
+    ):
+        run = getattr(where, name)
         monkeypatch.setattr(
-            functional, name, lambda *args, run=run, plan=plan: (ran.append(plan(*args)), run(*args))[1]
+            where, name, lambda *args, run=run, plan=plan: (ran.append(plan(*args)), run(*args))[1]
         )
     monkeypatch.setattr(blocks, "ROUNDS", 1)
     monkeypatch.setattr(blocks, "FLOOR", 0.0)
