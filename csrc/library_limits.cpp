@@ -82,9 +82,14 @@ std::tuple<bool, bool, bool> limits_of(torch::stable::Tensor x, torch::stable::T
 
 }  // namespace
 
-// As the struct of that name.
+// The first as the struct of that name.
 STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
+  m.def("library_has_amx() -> bool");
   m.def("library_limits(Tensor x, Tensor weight, int[] conv, int out_width) -> (bool, bool, bool)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CompositeExplicitAutograd, m) {
+  m.impl("library_has_amx", CNNLSTM_FAST_OP(library_has_amx));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {

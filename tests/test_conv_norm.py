@@ -612,3 +612,18 @@ def test_a_pool_of_one_element(plan, training, activation):
     assert_normed(block, tensors, norm, plan=plan)
     grad = torch.randn(block.out_shape()) * helpers.decided(block, tensors)
     assert_block(block, tensors, grad, plan=plan)
+
+
+@plans
+def test_a_constant_gradient_leaves_nothing(plan):
+    """The gradient of what a norm sums to zero is zero to the last bit, as PyTorch's is, not a rounding of it."""
+    block = replace(BLOCK, pool=None, activation=None)
+    if refusal(block, plan, torch.float32):
+        return
+    tensors, norm = normal_tensors(block, torch.float32), random_norm(block, True)
+    grad = torch.randn(block.out_shape()[:2])[:1, :, None, None].expand(block.out_shape())
+    found = run(lambda *a: ours(block, *a, plan=plan), tensors, norm, grad)
+    expected = run(lambda *a: eager(block, *a), tensors, norm, grad)
+    for name in ("x", "weight"):
+        scale = tensors["weight"].norm() if name == "x" else tensors["x"].norm()
+        assert found[name].norm() <= 2 * expected[name].norm() + 1e-9 * grad.norm() * scale, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from helpers import needs_extension, run_python
 
 pytestmark = needs_extension
@@ -65,3 +66,20 @@ def test_amx_gets_no_columns_in_bfloat16():
 
 def test_amx_gets_all_else_as_it_is():
     assert "src:f32" not in _given(OTHERS)
+
+
+def test_amx_multiplies_plain_lstms_in_bfloat16():
+    """oneDNN has units for them that our kernels do not use; what it does not run stays ours."""
+    code = """
+import torch
+import cnnlstm_fast as cf
+x = torch.randn(5, 3, 8)
+layers = cf.LSTM(8, 6), cf.LSTM(8, 6, bidirectional=True), cf.LSTM(8, 6, proj_size=3), cf.GRU(8, 6)
+for dtype in (torch.bfloat16, torch.float32):
+    print(*(cf.explain(layer.to(dtype), x.to(dtype)).stages[-1].plan for layer in layers))
+"""
+    for isa, expected in (("amx", "library library fused fused"), ("", "fused fused fused fused")):
+        if isa or not torch.ops.cnnlstm_fast.library_has_amx():
+            assert run_python(code, CNNLSTM_FAST_LIBRARY_ISA=isa).stdout.splitlines() == [
+                expected, "fused fused fused fused",
+            ]  # fmt: skip

@@ -262,7 +262,12 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
     plain = reset is None and lengths is None
     steps = _sizes(x, stack)[0] if batch_sizes is None else len(batch_sizes)
     chosen, reason = choose_recurrent(
-        plan, x, [*params, *(hx or ())], plain=plain, gru_step=cell is GRU and steps == 1
+        plan,
+        x,
+        [*params, *(hx or ())],
+        plain=plain,
+        gru_step=cell is GRU and steps == 1,
+        by_onednn=cell is LSTM and batch_sizes is None and not stack.proj_size,
     )
     if observer.current is not None:
         observer.current.layer_runs(chosen, reason)

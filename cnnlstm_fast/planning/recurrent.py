@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from cnnlstm_fast import _ext
 from cnnlstm_fast.planning.support import library_differentiates, why_not_fused_recurrent
 
 #: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
 RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
+_HAS_AMX = _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
+
 
 def choose_recurrent(
-    plan: str, x: Tensor, params: Sequence[Tensor], *, plain: bool, gru_step: bool = False
+    plan: str,
+    x: Tensor,
+    params: Sequence[Tensor],
+    *,
+    plain: bool,
+    gru_step: bool = False,
+    by_onednn: bool = False,
 ) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 
     Args:
         plain: neither resets nor lengths are given; PyTorch's own layers take neither.
         gru_step: this is a GRU and a sequence of one step.
+        by_onednn: PyTorch runs such layers by oneDNN: LSTMs without a projection, whose input is not packed.
 
     Raises:
         ValueError: ``plan`` names a plan that cannot run this call; the message says why.
@@ -47,6 +58,8 @@ def choose_recurrent(
         return "library", "cuDNN's kernels serve the plain case"
     if plain and gru_step and x.device.type == "cpu":
         return "library", "one step of a GRU: PyTorch's own operators are as fast"
+    if plain and by_onednn and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _HAS_AMX:
+        return "library", "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
     if plain:
         return "fused", "all steps in one call, gates kept in registers"
     return "fused", "resets and lengths are handled inside the kernels"
