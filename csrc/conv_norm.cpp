@@ -277,7 +277,7 @@ class NormBackward {
       found[channels_ + c] = sum;
       if (given) continue;  // the statistics don't depend on z
       const double from_z = inverse * found[c] / positions;
-      slope_[c] = static_cast<float>(-scale_[c] * from_z);
+      slope_[c] = static_cast<float>(from_z);
       mean_grad_[c] = static_cast<float>(sum / positions + (std::isfinite(from_z) ? from_z * off : 0));
     }
     norm_.mean_grad = mean_grad_.data();

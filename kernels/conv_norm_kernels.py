@@ -336,7 +336,6 @@ def grad_map_kernel(
         offset = n * g_n + oh * g_h + ow * g_w
         g = load_float32(grad_ptr + offset[:, None] + (c * g_c)[None, :], m_ok[:, None] & c_ok[None, :])
     scale = load_float64(stats_ptr + 2 * COUT + c, c_ok, 0.0)
-    # The gradient's mean is subtracted first, so that a constant gradient leaves exactly nothing.
     mean_grad = load_float64(sums_ptr + COUT + c, c_ok, 0.0) / M
     from_z = load_float64(sums_ptr + c, c_ok, 0.0) / M
     from_z = from_z / tl.sqrt(load_float64(stats_ptr + COUT + c, c_ok, 1.0) + EPS)
@@ -344,12 +343,11 @@ def grad_map_kernel(
     mean = exact_mean.to(tl.float32)
     off = from_z * (mean.to(tl.float64) - exact_mean)
     mean_grad += tl.where(tl.abs(from_z) < float("inf"), off, 0.0)
-    slope = -scale * from_z
     shift = load_float32(stats_ptr + 3 * COUT + c, c_ok)
     scale = scale.to(tl.float32)
     du = _grad_of_argument(g, z * scale[None, :] + shift[None, :], ACTIVATION, ACT_A, ACT_B)
-    dz = (du - mean_grad.to(tl.float32)[None, :]) * scale[None, :]
-    dz += (z - mean[None, :]) * slope.to(tl.float32)[None, :]
+    dz = du - mean_grad.to(tl.float32)[None, :] - (z - mean[None, :]) * from_z.to(tl.float32)[None, :]
+    dz *= scale[None, :]
     offset = n * d_n + oh * d_h + ow * d_w
     tl.store(
         dconv_ptr + offset[:, None] + (c * d_c)[None, :],

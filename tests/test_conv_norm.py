@@ -616,7 +616,7 @@ def test_a_pool_of_one_element(plan, training, activation):
 
 @plans
 def test_a_constant_gradient_leaves_nothing(plan):
-    """The gradient of what a norm sums to zero is zero to the last bit, as PyTorch's is, not a rounding of it."""
+    """What a norm cancels leaves no more than a rounding, as PyTorch's does."""
     block = replace(BLOCK, pool=None, activation=None)
     if refusal(block, plan, torch.float32):
         return

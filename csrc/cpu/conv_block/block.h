@@ -68,7 +68,7 @@ struct Outputs {
 
 // A batch norm in training, per channel, a whole number of code groups of each array.
 // u = z * scale + shift enters the activation, and the gradient of z is
-// scale * (gradient of u - mean_grad) + slope * (z - mean): a constant gradient of u leaves exactly nothing.
+// scale * (gradient of u - mean_grad - slope * (z - mean)).
 struct NormGrads {
   const float *scale, *shift, *mean;
   const float *mean_grad, *slope;  // null until the sums are known
