@@ -32,11 +32,14 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
 #: slopes 0 and 1 only, so that the backward needs only argmax codes.
 ACTIVATIONS: dict[str | None, int] = {
     None: 0, "relu": 1, "hardtanh": 2, "leaky_relu": 3, "elu": 4, "tanh": 5, "sigmoid": 6, "silu": 7,
-    "gelu": 8, "gelu_tanh": 9,
+    "gelu": 8, "gelu_tanh": 9, "softplus": 10,
 }  # fmt: skip
 CURVED = ACTIVATIONS["leaky_relu"]
 #: How many numbers an activation has; the others have none.
-ACTIVATION_NUMBERS = {ACTIVATIONS["hardtanh"]: 2, ACTIVATIONS["leaky_relu"]: 1, ACTIVATIONS["elu"]: 1}
+ACTIVATION_NUMBERS = {
+    ACTIVATIONS["hardtanh"]: 2, ACTIVATIONS["leaky_relu"]: 1, ACTIVATIONS["elu"]: 1,
+    ACTIVATIONS["softplus"]: 2,
+}  # fmt: skip
 
 #: Argmax codes: windows of up to this many elements take half a byte, larger ones one byte.
 NIBBLE_WINDOW = 14
@@ -78,7 +81,7 @@ class BlockSpec:
     activation: str | None = "relu"
     pool: Pool | None = None
     layout: str = "channels_first"
-    #: Hardtanh: least and most; LeakyReLU: slope; ELU: alpha
+    #: Hardtanh: least and most; LeakyReLU: slope; ELU: alpha; Softplus: beta and threshold
     activation_args: tuple[float, ...] = ()
     #: zeros after the last row and column beside ``padding``: ``padding="same"`` with an even kernel
     padding_after: tuple[int, int] = (0, 0)

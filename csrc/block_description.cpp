@@ -91,7 +91,9 @@ void set_convolution(Block& b, const Tensor& x, const Tensor& weight, const Ints
 
 void set_activation(Block& b, int64_t activation, const Floats& act) {
   STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "conv_block: unknown activation ", activation);
-  const size_t numbers = activation == kHardtanh ? 2 : activation == kLeakyReLU || activation == kELU ? 1 : 0;
+  const bool two = activation == kHardtanh || activation == kSoftplus;
+  const bool one = activation == kLeakyReLU || activation == kELU;
+  const size_t numbers = two ? 2 : one ? 1 : 0;
   STD_TORCH_CHECK(act.size() == numbers, "conv_block: activation ", activation, " has ", numbers, " numbers, got ",
                   act.size());
   b.activation = static_cast<int32_t>(activation);

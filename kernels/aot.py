@@ -109,6 +109,16 @@ CASES = (
     ),
     Case("64-bit offsets", (60000, 3, 128, 128), 64, (3, 3), pool=_POOL2, dtypes=("bfloat16",)),
     Case("SiLU", (64, 32, 1, 128), 64, (1, 3), activation=7, dtypes=("bfloat16",), plans=(DIRECT, CHUNKED)),
+    Case(
+        "Softplus",
+        (64, 32, 1, 128),
+        64,
+        (1, 3),
+        activation=10,
+        act=(0.7, 20.0),
+        dtypes=("bfloat16",),
+        plans=(DIRECT, CHUNKED),
+    ),
     Case("bare", (32, 3, 32, 32), 64, (3, 3), activation=0, bias=False, dtypes=("bfloat16",)),
     Case(
         "video norm",

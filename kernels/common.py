@@ -62,6 +62,14 @@ def tanh(x):
 
 
 @triton.jit
+def log1p(x):
+    """ln(1 + x) for x >= 0: what 1 + x loses in rounding is added."""
+    total = 1.0 + x
+    y = tl.log(total) + (x - (total - 1.0)) / total
+    return tl.where(total < float("inf"), y, total)
+
+
+@triton.jit
 def activate(y, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """(activation of ``y``, slope there) as PyTorch defines them; ACTIVATION is a number of spec.ACTIVATIONS.
 
@@ -98,6 +106,11 @@ def activate(y, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
         t = tanh(0.79788456 * (y + 0.044715 * y * y * y))
         slope = 0.5 * (1.0 + t) + 0.5 * y * (1.0 - t * t) * 0.79788456 * (1.0 + 0.134145 * y * y)
         y = 0.5 * y * (1.0 + t)
+    elif ACTIVATION == 10:  # Softplus
+        scaled = y * A
+        exp_y = tl.exp(scaled)
+        slope = tl.where(scaled > B, 1.0, exp_y / (exp_y + 1.0))
+        y = tl.where(scaled > B, y, log1p(exp_y) / A)
     return y, slope
 
 

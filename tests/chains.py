@@ -103,6 +103,14 @@ CHAINS = {
     "curved_activation_after_pool": (
         lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.SiLU()], (2, 3, 9, 9), [2, 1],
     ),
+    "softplus": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Softplus(0.5, 30), nn.MaxPool2d(2)],
+        (2, 3, 9, 9),
+        [4],
+    ),
+    "softplus_after_pool": (  # at its threshold it falls
+        lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Softplus()], (2, 3, 9, 9), [2, 1],
+    ),
     "activation_after_average": (
         lambda: [nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.ReLU()], (2, 3, 9, 9), [2, 1],
     ),
@@ -116,7 +124,7 @@ CHAINS = {
         lambda: [nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU()], (2, 3, 9, 9), [2],
     ),
     "subclass": (lambda: [Tagged(3, 8, 3), nn.ReLU()], (2, 3, 9, 9), [1, 1]),
-    "other_activation": (lambda: [nn.Conv2d(3, 8, 3), nn.Softplus()], (2, 3, 9, 9), [1, 1]),
+    "other_activation": (lambda: [nn.Conv2d(3, 8, 3), nn.Mish()], (2, 3, 9, 9), [1, 1]),
     "other_flatten": (lambda: [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2)], (2, 3, 9, 9), [2, 1]),
     "no_block": (lambda: [nn.Flatten(), nn.Linear(27, 3)], (2, 3, 3, 3), [1, 1]),
     "nothing": (lambda: [], (2, 3), []),

@@ -81,6 +81,7 @@ ACTIVATIONS = {
     "silu": Activation(nn.SiLU()),
     "gelu": Activation(nn.GELU()),
     "gelu_tanh": Activation(nn.GELU(approximate="tanh")),
+    "softplus": Activation(nn.Softplus(8, 14)),  # straight above 1.75, an eps away from the curve
 }
 CURVED = tuple(ACTIVATIONS)[4:]
 

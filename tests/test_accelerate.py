@@ -445,6 +445,20 @@ def test_other_methods_changing_lengths_and_mode_flips(blocks):
             torch.testing.assert_close(fast.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
 
 
+def test_softplus_as_a_module_and_as_a_function(blocks):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.curve = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Softplus(2, 30)
+
+        def forward(self, x):
+            return F.softplus(self.second(self.curve(self.first(x))), beta=0.5)
+
+    model = on_grid(Net())
+    assert_same(cf.accelerate(model), copy.deepcopy(model), grid(2, 3, 12, 12))
+    assert blocks[-2:] == [(None, "Softplus", None)] * 2
+
+
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("tracks", [True, False])

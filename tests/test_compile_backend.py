@@ -165,6 +165,7 @@ def read_before_in_place(x):
         (lambda x: F.relu(F.conv2d(input=x, weight=W)), 1),
         (lambda x: F.silu(F.max_pool2d(F.conv2d(x, W), 2)), 1),
         (lambda x: F.gelu(F.conv2d(x, W, padding="same"), approximate="tanh"), 1),
+        (lambda x: F.softplus(F.conv2d(x, W, B), 2.0, threshold=30), 1),
         (lambda x: F.adaptive_avg_pool2d(F.elu(F.conv2d(x, W, B, (2, 1), (1, 0)), 0.3), (2, None)), 1),
         (lambda x: F.relu(F.conv2d(x[0], W)), 0),
         (lambda x: F.conv2d(x, W) + 1, 0),

@@ -39,6 +39,7 @@ from helpers import (
     torch_block,
     torch_ways,
 )
+from torch import nn
 
 from cnnlstm_fast import reference
 from cnnlstm_fast.functional import conv_block
@@ -152,7 +153,7 @@ def test_activations_in_every_layout(plan, layout, activation):
 
 
 @plans
-@pytest.mark.parametrize("name", ["leaky_relu", "elu", "hardtanh", "relu6", "gelu", "mish"])
+@pytest.mark.parametrize("name", ["leaky_relu", "elu", "hardtanh", "relu6", "gelu", "softplus", "mish"])
 def test_activations_by_name_have_the_functions_defaults(plan, name):
     x, w = torch.randn(2, 3, 6, 6), 3 * torch.randn(4, 3, 3, 3)
     if name == "mish":
@@ -188,6 +189,41 @@ def test_activations_over_their_whole_range(plan, activation):
         if name == "x" and activation in ("hardtanh", "relu6", "elu"):
             same |= x.flatten().isnan()  # PyTorch's vectors and its scalars differ
         assert same.all(), (name, x.flatten()[~same][:5], mine[~same][:5], their[~same][:5])
+
+
+@plans
+@floats
+@pytest.mark.parametrize(
+    ("beta", "threshold"),
+    [(1, 20), (2.0, 1.0), (0.3, 2.5), (-0.5, 3.0), (3.0, -2.0), (1.0, 100.0), (2.0, math.inf), (0.0, 1.0)],
+)
+def test_softplus_of_any_numbers(plan, dtype, beta, threshold):
+    """Each value alone: beside the threshold, where the result may jump, far from it, and specials.
+
+    A high threshold shows where e^(beta z) is infinite: there PyTorch's slope is NaN.
+    """
+    module, by = nn.Softplus(beta, threshold), beta or 1
+    eps = torch.finfo(dtype).eps
+    turn = threshold / by if math.isfinite(threshold) else 0.0
+    ranges = {
+        "beside the threshold": turn * (1 + eps * torch.arange(-9, 10)),
+        "small": torch.linspace(-3, 3, 2001),
+        "low": torch.linspace(-80, -4, 501) / by,
+        "high": torch.linspace(4, 120, 501) / by,
+        "special": torch.tensor([0.0, -0.0, 1e38, -1e38, math.nan, math.inf, -math.inf]),
+    }
+    for where, values in ranges.items():
+        tensors = {"x": values.to(dtype).view(1, 1, 1, -1), "weight": torch.ones(1, 1, 1, 1, dtype=dtype)}
+        grad = torch.ones_like(tensors["x"])
+        ours = evaluate(lambda x, weight: conv_block(x, weight, activation=module, plan=plan), tensors, grad)
+        theirs = evaluate(lambda x, weight: module(F.conv2d(x, weight)), tensors, grad)
+        doubles = {k: t.double() for k, t in tensors.items()}
+        true = evaluate(lambda x, weight: module(F.conv2d(x, weight)), doubles, grad.double())
+        for name in ("out", "x"):
+            mine, their = ours[name], theirs[name]
+            assert_close_as_torch(mine, their, true[name], f"{name} {where}")
+            # That is a rule of norms; sides of the threshold and tiny values need every element's own.
+            torch.testing.assert_close(mine, their, rtol=8 * eps, atol=1e-37, equal_nan=True)
 
 
 @plans

@@ -90,7 +90,7 @@ def test_random_blocks(block, plan, training, first):
 @some_blocks
 @plans
 @modes
-@pytest.mark.parametrize("activation", [None, "hardtanh", "leaky", "elu", "tanh", "silu", "gelu"])
+@pytest.mark.parametrize("activation", [None, "hardtanh", "leaky", "elu", "tanh", "silu", "gelu", "softplus"])
 def test_activations(block, plan, training, activation):
     block = replace(block, activation=activation)
     tensors = normal_tensors(block, torch.float32)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     ACTIVATIONS,
     CURVED,
@@ -35,6 +36,7 @@ from helpers import (
 from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_launch, with_open_sizes
 from torch import Tensor
 from triton_blocks import (
+    ACTIVATION_ARGS,
     ORDERS,
     PLANS,
     SPECIAL_BLOCKS,
@@ -176,6 +178,28 @@ def test_activations_over_their_whole_range(kernels, activation, plan):
     size = x.double().abs().clamp(min=1) if activation.startswith("gelu") else exact["out"].abs()
     assert ((out.cpu() - exact["out"]).abs() <= 1e-6 * size + 1e-36).all()
     assert ((dx.cpu() - exact["x"]).abs() <= 2e-6).all()
+
+
+@plans
+@pytest.mark.parametrize(
+    ("beta", "threshold"), [(1.0, 20.0), (2.0, 1.0), (0.3, 2.5), (-0.5, 3.0), (3.0, -2.0), (1.0, 100.0)]
+)
+def test_softplus_of_any_numbers(kernels, beta, threshold, plan):
+    """Values and slopes beside the threshold, where the result may jump, far from it, and of specials."""
+    beside = threshold / beta * (1 + torch.finfo(torch.float32).eps * torch.arange(-9, 10))
+    special = torch.tensor([0.0, -0.0, 1e38, -1e38, math.nan, math.inf, -math.inf])
+    x = torch.cat([beside, torch.linspace(-80, 120, 401), torch.linspace(-3, 3, 200), special])
+    x = x.view(1, 1, 1, -1)
+    there = _on(kernels.device, {"x": x, "weight": torch.ones(1, 1, 1, 1)})
+    conv = _op_args(Block(1, 1, x.shape[2:], 1, (1, 1)))[0]
+    number = ACTIVATION_ARGS["softplus"][0]
+    with _without_cudnn():
+        out, _, slopes = kernels.module.forward(
+            *there.values(), None, conv, number, [beta, threshold], [], [0, 1, 2, 3], PLANS[plan], True
+        )
+    theirs = evaluate(lambda x: F.softplus(x, beta, threshold), {"x": x}, torch.ones(x.shape))
+    for mine, their in ((out, theirs["out"]), (slopes, theirs["x"])):
+        torch.testing.assert_close(mine.cpu(), their, rtol=2e-5, atol=1e-37, equal_nan=True)
 
 
 @plans

@@ -247,7 +247,7 @@ def test_padding(padding):
     torch.testing.assert_close(conv_block(x, weight, padding=padding, plan=PLAN), theirs)
 
 
-@pytest.mark.parametrize("activation", [None, "hardtanh", "leaky", "elu", "tanh", "silu", "gelu"])
+@pytest.mark.parametrize("activation", [None, "hardtanh", "leaky", "elu", "tanh", "silu", "gelu", "softplus"])
 def test_activations(activation):
     block = replace(BLOCK, activation=activation)
     tensors = normal_tensors(block, torch.float32)

@@ -32,6 +32,7 @@ ACTIVATION_ARGS = {
     "silu": (7, []),
     "gelu": (8, []),
     "gelu_tanh": (9, []),
+    "softplus": (10, [8.0, 14.0]),
 }
 
 

@@ -125,6 +125,7 @@ for _kind, _rank, _defaults, _make, _functions in (
     ),
     ("activation", None, {}, nn.SiLU, (F.silu, _nn.silu, _nn.silu_)),
     ("activation", None, {"approximate": "none"}, nn.GELU, (_nn.gelu, _nn.gelu_)),
+    ("activation", None, {"beta": 1.0, "threshold": 20.0}, nn.Softplus, (F.softplus,)),
     ("max_pool", 4, _MAX, nn.MaxPool2d, (F.max_pool2d, torch.max_pool2d)),
     ("max_pool", 3, _MAX, nn.MaxPool1d, (F.max_pool1d, torch.max_pool1d)),
     ("max_pool", 4, {**_SIZE, **_INDICES}, nn.AdaptiveMaxPool2d, (F.adaptive_max_pool2d,)),

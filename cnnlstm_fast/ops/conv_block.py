@@ -5,7 +5,7 @@ Schema terms (all sizes of a 2-d block; a 1-d block is a block of height 1):
 - ``conv``: stride h, w, padding h, w, dilation h, w, groups; then, where there is any, zeros after the last
   row and column beside the padding.
 - ``activation``, ``act``: a value of :data:`cnnlstm_fast.spec.ACTIVATIONS` and its numbers (Hardtanh: least,
-  most; LeakyReLU: slope; ELU: alpha).
+  most; LeakyReLU: slope; ELU: alpha; Softplus: beta, threshold).
 - ``pool``: empty, or kernel h, w, stride h, w, padding h, w, dilation h, w, ceil_mode.
 - ``order``: the permutation of (N, C, H, W) in which the result lies contiguously in memory.
 - ``plan``: a value of :data:`PLANS`.

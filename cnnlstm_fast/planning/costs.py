@@ -42,9 +42,9 @@ MOST_TAPS_BY_PATCHES = 64
 MOST_TAPS_COMPUTED_AGAIN = 384
 
 #: Activations that cost more than a comparison for each element.
-_CURVED = ("elu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
+_CURVED = ("elu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus")
 #: Activations that are not monotone, so that they cannot be computed behind the pool.
-_UNORDERED = ("silu", "gelu", "gelu_tanh")
+_UNORDERED = ("silu", "gelu", "gelu_tanh", "softplus")
 
 Counts = dict[str, float]
 

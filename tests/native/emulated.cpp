@@ -56,6 +56,8 @@ double activate(int activation, const float* act, double z) {
       return z * 0.5 * (1 + std::erf(z * root));
     case kGELUTanh:
       return z * 0.5 * (1 + std::tanh(tanh_of));
+    case kSoftplus:
+      return act[0] * z > act[1] ? z : std::log1p(std::exp(act[0] * z)) / act[0];
     default:
       return z;
   }

@@ -19,6 +19,7 @@ enum Activation : int32_t {
   kSiLU = 7,
   kGELU = 8,
   kGELUTanh = 9,
+  kSoftplus = 10,
   kActivations
 };
 
@@ -36,7 +37,7 @@ struct Block {
   int64_t pool_kh, pool_kw, pool_sh, pool_sw, pool_ph, pool_pw, pool_dh, pool_dw;  // 1 1 1 1 0 0 1 1 without pool
   int64_t out_h, out_w;                                                            // pooled map
   int32_t activation, dtype;
-  float act[2];           // Hardtanh: least, most; LeakyReLU: slope; ELU: alpha
+  float act[2];           // Hardtanh: least, most; LeakyReLU: slope; ELU: alpha; Softplus: beta, threshold
   int64_t x_stride[4];    // of (n, c, h, w)
   int64_t out_stride[4];  // of (n, c, h, w): the layout
   int64_t code_bytes;     // per group of 16 channels: 8 or 16
