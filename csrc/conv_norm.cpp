@@ -236,7 +236,7 @@ struct NormResult {
   const Tensor& grad;
   const Ints grad_stride;  // by (N, C, H, W)
   const Tensor& codes;
-  const Tensor& values;  // z of every winner, or of the whole map where there is no pool
+  const Tensor& values;  // z at every argmax, or the whole map where there is no pool
   const Ints values_stride;
   const Tensor& map;  // without elements where it is computed again
 };
