@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import needs_extension, plans
 from torch import nn
 
+import cnnlstm_fast as cf
 from cnnlstm_fast.functional import conv_block
 
 pytestmark = needs_extension
@@ -40,6 +41,26 @@ def gradients(run, tensors, norm, needs, changed):
     except RuntimeError as error:
         return str(error)
     return [t.grad for t in (*leaves.values(), *(() if norm is None else norm.parameters()))]
+
+
+@plans
+@pytest.mark.parametrize("normed", [None, "eval", "train"])
+def test_gradients_enabled_in_inference_mode(normed, plan):
+    """Autograd records nothing there, so nothing is saved: inference tensors could not be."""
+    norm = None if normed is None else nn.BatchNorm2d(6).train(normed == "train")
+    weight, bias = nn.Parameter(torch.randn(6, 3, 3, 3)), nn.Parameter(torch.randn(6))
+    model = cf.accelerate(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2)))
+    lstm = cf.LSTM(4, 3)
+    with torch.inference_mode(), torch.enable_grad():
+        x = torch.randn(2, 3, 8, 6) * 1
+        got = conv_block(x, weight, bias, norm=copy.deepcopy(norm), activation="silu", plan=plan)
+        y = F.conv2d(x, weight, bias)
+        expected = F.silu(y if norm is None else norm(y))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert got.requires_grad == expected.requires_grad
+        for _ in range(3):
+            assert not model(x).requires_grad
+        assert not lstm(torch.randn(5, 2, 4))[0].requires_grad
 
 
 @plans

@@ -385,7 +385,7 @@ WRONG_BLOCKS = {
         "0 channels does not fit",
     ),
     "groups that divide nothing": (dict(conv=_with(CONV, 6, 7)), "with groups=7"),
-    "an unknown activation": (dict(activation=10), "unknown activation 10"),
+    "an unknown activation": (dict(activation=99), "unknown activation 99"),
     "a negative activation": (dict(activation=-1), "unknown activation -1"),
     "a ReLU with a number": (dict(act=[1.0]), "activation 1 has 0 numbers, got 1"),
     "half a Hardtanh": (dict(activation=2, act=[1.0]), "activation 2 has 2 numbers, got 1"),

@@ -34,6 +34,7 @@ from cnnlstm_fast.planning.support import (
     norm_tensors,
     of_batch,
     own_hooks,
+    records_gradients,
     why_not_by_patches,
 )
 from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, BlockSpec, view_as_layout
@@ -276,7 +277,7 @@ def _look_up(
             x.shape, x.stride(), x.layout, x.dtype, x.device, x.requires_grad, weight.shape, weight.dtype,
             weight.device, weight.requires_grad,
             bias if bias is None else (bias.shape, bias.dtype, bias.requires_grad),
-            torch.is_grad_enabled(), backends.allow_transforms, tuner.enabled, torch.get_num_threads(),
+            records_gradients(), backends.allow_transforms, tuner.enabled, torch.get_num_threads(),
             x.is_cuda and library_uses_tf32(),
             stride, padding, dilation, groups, layout,
             norm if norm is None else _norm_key(norm),
@@ -344,7 +345,7 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
     """The op's raw result, in memory order, of a block without a norm (``norm`` is None)."""
     args = (spec.conv_args, ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order)
-    if torch.is_grad_enabled() and (
+    if records_gradients() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return op.ConvBlockFunction.apply(x, weight, bias, *args, plan, backward_plan)
@@ -354,7 +355,7 @@ def _fused(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor
 def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int) -> Tensor:
     """As :func:`_fused`, with a norm; a norm in training mode updates its running statistics."""
     gamma, beta, mean, var = tensors = norm_tensors(norm)
-    trained = torch.is_grad_enabled() and needs_gradient(weight, bias, gamma, beta)
+    trained = records_gradients() and needs_gradient(weight, bias, gamma, beta)
     by_batch = of_batch(norm)
     if folds(norm):
         folded = conv_norm.fold(weight, bias, tensors, norm.eps, trained)
@@ -371,7 +372,7 @@ def _fused_with_norm(spec, x, weight, bias, norm, plan: int, backward_plan: int)
         statistics = (None, None) if by_batch else (mean, var)
         args = (x, weight, bias, gamma, beta, *statistics, norm.eps, spec.conv_args,
                 ACTIVATIONS[spec.activation], spec.act_args, spec.pool_args, spec.order, plan)  # fmt: skip
-        if trained or (torch.is_grad_enabled() and x.requires_grad):
+        if trained or (records_gradients() and x.requires_grad):
             raw, stats = conv_norm.ConvNormFunction.apply(*args, keeps_map(weight.shape))
         else:
             raw, *_, stats = conv_norm.forward_op(*args, False, False)

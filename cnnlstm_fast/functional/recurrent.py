@@ -16,6 +16,7 @@ from cnnlstm_fast.errors import WrongDevice, WrongDtype, WrongShape, WrongStates
 from cnnlstm_fast.ops import recurrent as op
 from cnnlstm_fast.planning import observer
 from cnnlstm_fast.planning.recurrent import RECURRENT_PLANS, choose_recurrent
+from cnnlstm_fast.planning.support import records_gradients
 
 __all__ = ["gru", "lstm"]
 
@@ -330,7 +331,7 @@ def _fused(cell: Cell, x: Tensor, hx, params, stack: Stack, reset, lengths):
         reset = None if reset is None else reset.transpose(0, 1)
     final = []
     directions, count = stack.directions, stack.per_direction
-    recording = torch.is_grad_enabled()
+    recording = records_gradients()
     rows = -1
     if x.dim() == 2:
         rows = x.shape[0]

@@ -23,6 +23,11 @@ class Context(NamedTuple):
     inference: bool
     autocast: torch.dtype | None
 
+    @property
+    def records(self) -> bool:
+        """Whether autograd records what runs: in inference mode it does not, whatever ``grad`` is."""
+        return self.grad and not self.inference
+
     @contextlib.contextmanager
     def entered(self, device: str) -> Iterator[None]:
         """Enter the same modes, with ``__torch_function__`` and hooks on saved tensors disabled."""

@@ -19,7 +19,7 @@ from cnnlstm_fast.fusion.plan import MEMORY, FusionPlan
 from cnnlstm_fast.fusion.speculate import Speculation
 from cnnlstm_fast.fusion.tensors import alias, no_function
 from cnnlstm_fast.planning import observer
-from cnnlstm_fast.planning.support import global_hooks
+from cnnlstm_fast.planning.support import global_hooks, records_gradients
 
 #: How often the program may do something else than was observed before a convolution is no longer fused.
 MOST_MISPREDICTIONS = 3
@@ -80,7 +80,7 @@ class ConvSite:
         function, padding = _OWN[kind][3], module.padding
         if module.padding_mode != "zeros":
             x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
-        elif padding == "same" and torch.is_grad_enabled() and weight.requires_grad:
+        elif padding == "same" and records_gradients() and weight.requires_grad:
             x, padding = _padded_after(x, module)
         conv = Conv(weight, bias, module.stride, padding, module.dilation, module.groups)
         return self._convolve(running, module, function, x, conv)
@@ -217,5 +217,5 @@ def _call_key(module: nn.Module, x: Tensor) -> tuple:
     """What decides whether a call of one site runs as PyTorch's."""
     return (
         x.shape, x.stride(), x.dtype, x.is_cpu, module.training,
-        torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(),
+        records_gradients(), torch._C._is_any_autocast_enabled(),
     )  # fmt: skip

@@ -91,7 +91,7 @@ class Speculation:
         if not self.plan.steps:
             return cast(Tensor, self._release_result(None))
         operands = self._operands()
-        if self.context.grad and any([t is not None and t.requires_grad for t in operands]):
+        if self.context.records and any([t is not None and t.requires_grad for t in operands]):
             self.graph = SpeculatedGraph(self, operands)
             with self.metadata_only():
                 self.unreleased = list(OperandsToPlaceholders.apply(self.graph, *operands))

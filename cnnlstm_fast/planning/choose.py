@@ -24,6 +24,7 @@ from cnnlstm_fast.planning.support import (
     folds,
     needs_gradient,
     of_batch,
+    records_gradients,
     why_not_call,
     why_not_direct,
     why_not_fft,
@@ -153,7 +154,7 @@ def choose(
     if why_not:
         return Choice("reference", "reference", why_not)
     needs_x = x.requires_grad
-    training = torch.is_grad_enabled() and (
+    training = records_gradients() and (
         needs_x
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)

@@ -40,12 +40,17 @@ def of_batch(norm) -> bool:
     return norm.training or (mean is None and var is None)
 
 
+def records_gradients() -> bool:
+    """Whether autograd records what runs: in inference mode it does not, whatever the mode of gradients."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def folds(norm) -> bool:
     """Whether a norm is folded into the convolution.
 
     It is not where its weight needs a gradient, which would be a difference of two large sums.
     """
-    return not of_batch(norm) and not (torch.is_grad_enabled() and needs_gradient(norm.weight))
+    return not of_batch(norm) and not (records_gradients() and needs_gradient(norm.weight))
 
 
 def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
