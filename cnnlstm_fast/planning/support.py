@@ -41,8 +41,13 @@ def of_batch(norm) -> bool:
 
 
 def records_gradients() -> bool:
-    """Whether autograd records what runs: in inference mode it does not, whatever the mode of gradients."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    """Whether autograd records what runs: in inference mode it does not, whatever the mode of gradients.
+
+    The compiler cannot trace the question for inference mode.
+    """
+    return torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    )
 
 
 def folds(norm) -> bool:
