@@ -467,3 +467,17 @@ def test_an_isolated_build_takes_the_environments_torch(has_torch, tmp_path):
     env |= {"PYTHONPATH": str(isolated), "CNNLSTM_FAST_REQUIRE_EXTENSION": "1"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode == 0) == has_torch
+
+
+@needs_checkout
+def test_no_file_of_code_is_long():
+    """Above 700 lines a file holds more than one thing."""
+    folders = ("cnnlstm_fast", "csrc", "kernels", "tests", "benchmarks", "examples")
+    files = [
+        f
+        for folder in folders
+        for f in (ROOT / folder).rglob("*")
+        if f.suffix in (".py", ".cpp", ".h", ".inc")
+    ]
+    assert len(files) > 200
+    assert not [f"{f}: {n}" for f in files if (n := len(f.read_text().splitlines())) > 700]
