@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -96,3 +98,17 @@ def test_what_changes_before_the_backward(needs, activation, normed, pool, plan)
         torch.testing.assert_close(
             found, expected, rtol=1e-4, atol=1e-4, msg=lambda m, c=changed: f"{c}: {m}"
         )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_hooks_on_saved_tensors_free_the_input(activation):
+    """Where hooks keep something else, as checkpoints do, a block holds its input by no other way."""
+    conv = nn.Conv2d(3, 6, 3)
+    x = torch.randn(2, 3, 8, 6, requires_grad=True) * 1
+    alive = weakref.ref(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        y = conv_block(x, conv.weight, conv.bias, activation=ACTIVATIONS[activation], plan="direct")
+    del x
+    gc.collect()
+    assert alive() is None
+    y.sum().backward()

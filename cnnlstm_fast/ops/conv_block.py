@@ -19,7 +19,7 @@ The CPU kernels live in ``csrc/``, the CUDA kernels in ``kernels/``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -174,6 +174,19 @@ class Refused:
         return self.tensor
 
 
+def saved_and_unsaved(x: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[tuple, tuple]:
+    """What first derivatives read of a convolution's operands, and what only second ones do.
+
+    Only the first are saved: the program may write to the others, and hooks on saved tensors free the first.
+
+    Args:
+        needs: whether the input and the weight need a gradient.
+    """
+    need_x, need_weight = needs
+    saved = x if need_weight else None, weight if need_x else None
+    return saved, (None if need_weight else Refused(x), None if need_x else Refused(weight))
+
+
 class ConvBlockFunction(torch.autograd.Function):
     """Autograd around the op; entered only when a gradient is needed."""
 
@@ -188,14 +201,12 @@ class ConvBlockFunction(torch.autograd.Function):
         ctx.backward_plan = backward_plan
         ctx.shapes = x.shape, weight.shape
         ctx.set_materialize_grads(False)
-        # A tensor that no gradient reads is not saved, so the program may write to it.
-        need_x, need_weight, _ = ctx.needs_input_grad[:3]
-        saved = x if need_weight else None, weight if need_x else None, codes
+        saved, unsaved = saved_and_unsaved(x, weight, ctx.needs_input_grad[:2])
         if activation >= CURVED:
-            ctx.bias, ctx.unsaved = Unchecked(bias), (Refused(x), Refused(weight))
-            ctx.save_for_backward(*saved, slopes)
+            ctx.bias, ctx.unsaved = Unchecked(bias), unsaved
+            ctx.save_for_backward(*saved, codes, slopes)
         else:
-            ctx.save_for_backward(*saved)
+            ctx.save_for_backward(*saved, codes)
         return raw
 
     @staticmethod
@@ -208,7 +219,7 @@ class ConvBlockFunction(torch.autograd.Function):
         again = torch.is_grad_enabled()  # create_graph=True: a backward that can be differentiated
         if again and curved:
             x, weight = (
-                unsaved.value() if t is None else t
+                t if unsaved is None else unsaved.value()
                 for t, unsaved in zip((x, weight), ctx.unsaved, strict=True)
             )
         if x is None:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnlstm_fast.ops.conv_block import Refused, Unchecked, new_like_input
+from cnnlstm_fast.ops.conv_block import Unchecked, new_like_input, saved_and_unsaved
 from cnnlstm_fast.ops.cuda import register_cuda
 from cnnlstm_fast.reference import conv_block_by_args
 from cnnlstm_fast.spec import codes_shape, map_size, pool_size, raw_shape
@@ -175,21 +175,10 @@ class ConvNormFunction(torch.autograd.Function):
         ctx.args = eps, conv, activation, act, pool, order, plan
         ctx.mark_non_differentiable(stats)
         ctx.bias, ctx.beta = Unchecked(bias), Unchecked(beta)
-        # A tensor that no gradient reads is not saved, so the program may write to it.
-        ctx.unsaved = None if need_weight else Refused(x), None if need_x else Refused(weight)
+        saved, ctx.unsaved = saved_and_unsaved(x, weight, (need_x, need_weight))
         recomputes = mean is None and kept_map.numel() == 0
         ctx.weight = Unchecked(weight if recomputes and not need_x else None).held
-        ctx.save_for_backward(
-            x if need_weight else None,
-            weight if need_x else None,
-            gamma,
-            mean,
-            var,
-            codes,
-            kept,
-            kept_map,
-            stats,
-        )
+        ctx.save_for_backward(*saved, gamma, mean, var, codes, kept, kept_map, stats)
         return raw, stats
 
     @staticmethod
