@@ -62,6 +62,14 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_slope(x, tanh_x):
+    """1 - tanh(x)^2; near one 4e / (1 + e)^2 with e = exp(-2|x|), where the first one loses its digits."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = 2.0 / (1.0 + e)
+    return tl.where(e < 0.33333333, e * far * far, 1.0 - tanh_x * tanh_x)
+
+
+@triton.jit
 def log1p(x):
     """ln(1 + x) for x >= 0: what 1 + x loses in rounding is added."""
     total = 1.0 + x

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cnnlstm_fast.kernels.common import load_float32, maximum, sigmoid, tanh
+from cnnlstm_fast.kernels.common import load_float32, maximum, sigmoid, tanh, tanh_slope
 
 # ---------------------------------------------------------------- loads and stores
 
@@ -364,7 +364,7 @@ def _gate_grads(s0, s1, s2, s3, c, before_h, before_c, dh, dc, active, GATES: tl
     """
     if GATES == 4:
         tanh_c = tanh(c)
-        through = dc + dh * s3 * (1.0 - tanh_c * tanh_c)
+        through = dc + dh * s3 * tanh_slope(c, tanh_c)
         d0 = through * s2 * s0 * (1.0 - s0)
         d1 = through * before_c * s1 * (1.0 - s1)
         d2 = through * s0 * (1.0 - s2 * s2)

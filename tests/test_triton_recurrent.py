@@ -383,6 +383,19 @@ def test_small_values_keep_their_relative_accuracy(kernels, weights):
     assert (found["out"] - true).norm() < 1e-6 * true.norm()
 
 
+def test_a_cell_of_any_size_passes_its_gradient(kernels, weights):
+    """From h = o tanh(c) to c, each element: 1 - tanh^2 has no digit left from |c| = 9 on."""
+    layer = Layer("LSTM", batch=16, steps=1, width=3, hidden=20)
+    tensors = {name: torch.zeros_like(t) for name, t in layer.tensors(torch.float32).items()}
+    i, f, _, o = tensors["b_ih"].view(4, 20)
+    i.fill_(-1000), f.fill_(1000), o.normal_()  # the cell stays as it is
+    tensors["c0"] = torch.rand(1, 16, 20) * 70 - 35
+    out, *states = (torch.rand(1, 16, 20) + 0.5 for _ in range(3))
+    found = kernels(layer, tensors, (out, states[0], torch.zeros(1, 16, 20)))["dc0"]
+    true = (out + states[0]).double() * o.double().sigmoid() / tensors["c0"].double().cosh() ** 2
+    assert ((found - true).abs() <= 1e-5 * true).all()
+
+
 @modes
 def test_empty_batch(kernels, weights, mode):
     layer = replace(PLAIN, mode=mode, batch=0)
