@@ -369,6 +369,24 @@ def test_autocast_gives_the_dtypes_of_torch(kind, more, state, dtype):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
+@needs_extension
+@pytest.mark.parametrize("kind, inputs", [("LSTM", 5), ("GRU", 300)])
+def test_autocast_rounds_nothing_that_our_kernels_read(kind, inputs):
+    """They compute in float32 whatever is stored: only results become bfloat16."""
+    layer = getattr(cf, kind)(inputs, 7, 2, bidirectional=True)
+    x = torch.randn(6, 3, inputs)
+    wide = layer(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = layer(x)[0]
+        given_low = layer(x.bfloat16())[0]
+    assert torch.equal(low.bfloat16(), wide.bfloat16())
+    assert torch.equal(given_low.bfloat16(), layer(x.bfloat16().float())[0].bfloat16())
+    found, true = (
+        torch.autograd.grad(out.float().square().sum(), layer.weight_hh_l0)[0] for out in (low, wide)
+    )
+    assert (found - true).norm() < 0.02 * true.norm()
+
+
 @random_cases(4, batch=3, state=True)
 def test_torch_func(case):
     """vmap, grad and jvp, which run the reference."""

@@ -258,9 +258,12 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
     low = _autocast_dtype(x)
     _check_kinds(cell, *given, of_dtypes=low is None)
     if low is not None:
-        x, params = x.to(low), [p.to(low) for p in params]
-        hx = None if hx is None else [s.to(low) for s in hx]
+        # Our CPU kernels compute in float32, so what is float32 is not rounded first.
+        own = torch.float32 if low == torch.bfloat16 and x.device.type == "cpu" else low
+        x, params = x.to(own), [p.to(own) for p in params]
+        hx = None if hx is None else [s.to(own) for s in hx]
     plain = reset is None and lengths is None
+    by_onednn = cell is LSTM and batch_sizes is None and not stack.proj_size
     steps = _sizes(x, stack)[0] if batch_sizes is None else len(batch_sizes)
     chosen, reason = choose_recurrent(
         plan,
@@ -268,7 +271,7 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
         [*params, *(hx or ())],
         plain=plain,
         gru_step=cell is GRU and steps == 1,
-        by_onednn=cell is LSTM and batch_sizes is None and not stack.proj_size,
+        onednn_dtype=(low or x.dtype) if by_onednn else None,
     )
     if observer.current is not None:
         observer.current.layer_runs(chosen, reason)
@@ -278,6 +281,7 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
         lengths = lengths if batch_sizes is None else _packed_lengths(batch_sizes)
         out, states = _fused(cell, x, hx, params, stack, reset, lengths)
     else:
+        x = x if low is None else x.to(low)
         if batch_sizes is not None:
             x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
         out, states = _reference(cell, x, *given[1:], stack, reset, lengths)

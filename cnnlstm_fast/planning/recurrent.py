@@ -23,14 +23,15 @@ def choose_recurrent(
     *,
     plain: bool,
     gru_step: bool = False,
-    by_onednn: bool = False,
+    onednn_dtype: torch.dtype | None = None,
 ) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 
     Args:
         plain: neither resets nor lengths are given; PyTorch's own layers take neither.
         gru_step: this is a GRU and a sequence of one step.
-        by_onednn: PyTorch runs such layers by oneDNN: LSTMs without a projection, whose input is not packed.
+        onednn_dtype: the dtype in which PyTorch has oneDNN compute this layer; None if it does not, as where
+            the input is packed, for projections, and for a GRU.
 
     Raises:
         ValueError: ``plan`` names a plan that cannot run this call; the message says why.
@@ -58,7 +59,7 @@ def choose_recurrent(
         return "library", "cuDNN's kernels serve the plain case"
     if plain and gru_step and x.device.type == "cpu":
         return "library", "one step of a GRU: PyTorch's own operators are as fast"
-    if plain and by_onednn and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _HAS_AMX:
+    if plain and onednn_dtype == torch.bfloat16 and x.device.type == "cpu" and _HAS_AMX:
         return "library", "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
     if plain:
         return "fused", "all steps in one call, gates kept in registers"
