@@ -1,0 +1,29 @@
+"""The ops of convolutions whose weights are packed once, for inference. CPU and float32 only.
+
+``layout(max_pool(activation(conv(x) + bias + added)))`` on weights that stand still. Schema terms are those of
+:mod:`cnnlstm_fast.ops.conv_block`, with these of its own:
+
+- ``frozen_conv_pack`` lays out weight and bias for the instruction set in use, ``conv``, ``pool`` and the orders
+  as they will be given to every ``frozen_conv``. What is in ``packed`` is nobody's business but the kernels'.
+- ``size``: the weight's, (C_out, C / groups, kh, kw).
+- ``added``: of the size of the convolution's map, or None.
+- ``in_order``, ``out_order``: the axes of (N, C, H, W) from the outermost in memory to the innermost. ``x`` may
+  have any strides; it is fastest where it lies as ``in_order`` says. The result's dimensions are in ``out_order``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
+_lib.define(
+    "frozen_conv_pack(Tensor weight, Tensor? bias, int[] conv, int[] pool, int[] in_order, int[] out_order) "
+    "-> Tensor"
+)
+_lib.define(
+    "frozen_conv(Tensor x, Tensor packed, Tensor? added, int[] size, int[] conv, int activation, float[] act, "
+    "int[] pool, int[] in_order, int[] out_order) -> Tensor"
+)
+
+pack_op = torch.ops.cnnlstm_fast.frozen_conv_pack.default
+op = torch.ops.cnnlstm_fast.frozen_conv.default
