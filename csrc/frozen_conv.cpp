@@ -235,9 +235,8 @@ void FrozenConv::Plan::divide() {
   item_floats = round_up(frozen_kernels().item_scratch(widest, call, images, rows, panels), 1024);
 }
 
-// Pooled columns [col0, col1) as an image of their own.
+// Pooled columns [col0, col1) as an image of their own, without the columns that no tap reads.
 Block FrozenConv::Plan::part(int64_t col0, int64_t col1, FrozenItem& item) const {
-  if (col0 == 0 && col1 >= b.out_w) return b;
   Block p = b;
   p.out_w = std::min(col1, b.out_w) - col0;
   const int64_t start = col0 * b.pool_sw - b.pool_pw, map0 = std::max<int64_t>(0, start);
