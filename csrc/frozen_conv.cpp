@@ -11,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "limits.h"
 #include "threads.h"
+#include "winograd_conv.h"
 
 namespace cnnlstm_fast {
 namespace {
@@ -134,12 +135,20 @@ bool packs_planes(const FrozenConvDescription& d) {
   return d.in_order[3] == 3 && d.conv[6] == 1 && d.channels > 1 && d.channels <= kFewPlanes;
 }
 
-// Packed weights: bias, then taps.
+// Whether weights are packed for Winograd's method too, if their taps suit it.
+bool may_winograd(const FrozenConvDescription& d, const Block& b) {
+  constexpr int64_t kFew = 8;
+  return b.kh == 3 && b.kw == 3 && b.sh * b.sw * b.dh * b.dw * b.groups == 1 && b.c >= kFew && b.co >= kFew &&
+         d.in_order[3] == 1;
+}
+
+// Where the parts of packed weights lie, in floats. The first float is 1 where Winograd's method serves.
 struct Packed {
-  int64_t bias = 0, taps, end;
-  explicit Packed(const Block& b) {
-    taps = round_up(packed_channels(b), kMaxVector);
-    end = taps + round_up(packed_channels(b) * b.taps, kMaxVector);
+  int64_t bias = kMaxVector, taps, winograd, end;
+  Packed(const FrozenConvDescription& d, const Block& b) {
+    taps = bias + round_up(packed_channels(b), kMaxVector);
+    winograd = taps + round_up(packed_channels(b) * b.taps, kMaxVector);
+    end = winograd + (may_winograd(d, b) ? kWinogradPositions * b.c * round_up(b.co, kCodeGroup) : 0);
   }
 };
 
@@ -161,8 +170,18 @@ struct FrozenConv::Plan {
   int64_t image_parts, bands, column_parts, panel_parts;
   int64_t runs, shared_floats, item_floats, workers;
 
+  bool by_winograd;
+  Winograd winograd;
+  WinogradItems winograd_items;
+  const float* winograd_weight;
+  int64_t winograd_workers, winograd_floats;
+
   int64_t items() const { return image_parts * bands * column_parts * panel_parts; }
-  int64_t floats() const { return shared_floats + workers * item_floats; }
+  // Also by Winograd's method the direct one may have to follow.
+  int64_t floats() const {
+    return std::max(shared_floats + workers * item_floats, winograd_workers * winograd_floats);
+  }
+  bool promises_winograd() const;
   void set_call();
   void divide();
   int64_t floats_of(int64_t some_rows, int64_t some_columns) const;
@@ -293,12 +312,12 @@ FrozenConv::FrozenConv(const FrozenConvDescription& description, const float* pa
     : description_(description), block_(block_of(description)), packed_(packed) {}
 
 int64_t FrozenConv::packed_floats(const FrozenConvDescription& description) {
-  return Packed(block_of(description)).end;
+  return Packed(description, block_of(description)).end;
 }
 
 void FrozenConv::pack_into(const FrozenConvDescription& description, const float* weight, const float* bias, float* to) {
   const Block b = block_of(description);
-  const Packed places(b);
+  const Packed places(description, b);
   const FrozenTable& k = frozen_kernels();
   std::memset(to, 0, places.end * sizeof(float));
   const int64_t of_group = b.co / b.groups, padded = packed_channels(b) / (is_depthwise(b) ? 1 : b.groups);
@@ -311,6 +330,16 @@ void FrozenConv::pack_into(const FrozenConvDescription& description, const float
   }
   for_each_item(panels_of(b),
                 [&](int64_t panel) { k.pack(b, weight, packs_planes(description), panel, to + places.taps); });
+  if (!may_winograd(description, b) || !winograd_suits(weight, b.co, b.c)) return;
+  to[0] = 1.f;
+  const WinogradTable& w = winograd_kernels();
+  for_each_item(ceil_div(b.co, w.width), [&](int64_t panel) {
+    w.transform_weight(weight, b.co, b.c, b.taps, 9, false, panel, to + places.winograd);
+  });
+}
+
+bool FrozenConv::has_winograd() const {
+  return packed_[0] != 0.f;
 }
 
 std::vector<int64_t> FrozenConv::out_size(int64_t h, int64_t w) const {
@@ -346,34 +375,79 @@ FrozenConv::Plan FrozenConv::plan_of(const FrozenConvCall& call) const {
   }
   p.depth = p.product ? kProductDepth : kDepth;
   p.call.planes = packs_planes(description_);
-  p.call.weight = packed_ + Packed(b).taps;
-  p.call.bias = packed_ + Packed(b).bias;
+  const Packed places(description_, b);
+  p.call.weight = packed_ + places.taps;
+  p.call.bias = packed_ + places.bias;
+  p.winograd_weight = packed_ + places.winograd;
   p.set_call();
-  if (b.n > 0) p.divide();
+  if (b.n == 0) return p;
+  p.divide();
+  const bool serves = has_winograd() && b.x_stride[1] == 1 && call.method != FrozenMethod::kDirect;
+  if (!serves) return p;
+  p.winograd = {b.n, b.c, b.h, b.w, b.co, b.oh, b.ow, b.ph, b.pw, {b.x_stride[0], b.x_stride[2], b.x_stride[3]},
+                ceil_div(b.oh, 2), ceil_div(b.ow, 2)};
+  p.by_winograd = call.method == FrozenMethod::kWinograd || p.promises_winograd();
+  if (!p.by_winograd) return p;
+  p.winograd_items = cnnlstm_fast::winograd_items(p.winograd, b);
+  p.winograd_workers = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, p.winograd_items.count);
+  p.winograd_floats = round_up(p.winograd_items.scratch_floats, 1024);
   return p;
+}
+
+// Estimates in cycles that a processor with a vector's multiply-add a cycle takes.
+bool FrozenConv::Plan::promises_winograd() const {
+  constexpr double kTransforms = 60, kProduct = 1.1, kLine = 1.5;  // of a vector at all positions; a line of weights
+  const double lanes = frozen_kernels().lanes, tiles = static_cast<double>(b.n * winograd.tiles_h * winograd.tiles_w);
+  const double c = static_cast<double>(b.c), co = static_cast<double>(round_up(b.co, kCodeGroup));
+  const double direct = static_cast<double>(b.n * b.oh * b.ow) * 9 * c * co / lanes + kLine * 9 * c * co / 16;
+  const double products = 16 * tiles * c * co / lanes * kProduct + kLine * 16 * c * co / 16;
+  return products + kTransforms * tiles * (c + co) / lanes < direct;
 }
 
 int64_t FrozenConv::scratch_bytes(const FrozenConvCall& call) const {
   return plan_of(call).floats() * static_cast<int64_t>(sizeof(float));
 }
 
-void FrozenConv::run(const FrozenConvCall& given, void* scratch, int64_t scratch_bytes) const {
-  Plan plan = plan_of(given);
+void FrozenConv::run(const FrozenConvCall& call, void* scratch, int64_t scratch_bytes) const {
+  Plan plan = plan_of(call);
   if (plan.b.n == 0) return;
-  STD_TORCH_CHECK(!description_.adds || given.added, "frozen_conv: the tensor to add is missing");
-  const int64_t room = scratch_bytes / static_cast<int64_t>(sizeof(float)) - plan.shared_floats;
-  const int64_t workers = std::min(plan.workers, room / std::max<int64_t>(1, plan.item_floats));
-  STD_TORCH_CHECK(workers >= 1, "frozen_conv: scratch of ", scratch_bytes, " bytes is too small: ask scratch_bytes");
-  FrozenRun* runs = static_cast<FrozenRun*>(scratch);
+  STD_TORCH_CHECK(!description_.adds || call.added, "frozen_conv: the tensor to add is missing");
+  const int64_t room = scratch_bytes / static_cast<int64_t>(sizeof(float));
+  STD_TORCH_CHECK(room >= std::max(plan.shared_floats + plan.item_floats, plan.winograd_floats),
+                  "frozen_conv: scratch of ", scratch_bytes, " bytes is too small: ask scratch_bytes");
+  float* memory = static_cast<float*>(scratch);
+  if (!plan.by_winograd || !run_winograd(plan, call, memory, room)) run_direct(plan, call, memory, room);
+}
+
+namespace {
+
+// Runs items on `workers` threads, each with a part of `memory`.
+template <class F>
+void share_items(int64_t items, int64_t workers, float* memory, int64_t floats, const F& run) {
+  if (workers == 1) {
+    const FlushDenormals flush;
+    for (int64_t i = 0; i < items; ++i) run(i, memory);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  in_parallel(0, workers, 1, [&](int64_t worker, int64_t) {
+    for (int64_t i = next++; i < items; i = next++) run(i, memory + worker * floats);
+  });
+}
+
+}  // namespace
+
+void FrozenConv::run_direct(Plan& plan, const FrozenConvCall& given, float* scratch, int64_t floats) const {
+  FrozenRun* runs = reinterpret_cast<FrozenRun*>(scratch);
   int64_t* chunk_ends = reinterpret_cast<int64_t*>(runs + plan.runs);
   plan.put_runs(runs, chunk_ends);
   plan.call.runs = runs;
   plan.call.chunk_ends = chunk_ends;
-  float* memory = static_cast<float*>(scratch) + plan.shared_floats;
+  const int64_t workers = std::min(plan.workers, (floats - plan.shared_floats) / plan.item_floats);
   const FrozenTable& k = frozen_kernels();
   const auto run_item = plan.depthwise ? k.depthwise : k.run;
-  const int64_t all_panels = panels_of(plan.b), items = plan.items();
-  auto run_one = [&](int64_t item, float* own) {
+  const int64_t all_panels = panels_of(plan.b);
+  share_items(plan.items(), workers, scratch + plan.shared_floats, plan.item_floats, [&](int64_t item, float* own) {
     const int64_t panel = item % plan.panel_parts, column = item / plan.panel_parts % plan.column_parts;
     const int64_t band = item / plan.panel_parts / plan.column_parts % plan.bands;
     const int64_t image = item / plan.panel_parts / plan.column_parts / plan.bands * plan.images;
@@ -383,16 +457,21 @@ void FrozenConv::run(const FrozenConvCall& given, void* scratch, int64_t scratch
     what.panel0 = panel * plan.panels, what.panel1 = std::min(all_panels, (panel + 1) * plan.panels);
     const Block part = plan.part(column * plan.columns, (column + 1) * plan.columns, what);
     run_item(part, plan.call, what, own);
-  };
-  if (workers == 1) {
-    const FlushDenormals flush;
-    for (int64_t i = 0; i < items; ++i) run_one(i, memory);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  in_parallel(0, workers, 1, [&](int64_t worker, int64_t) {
-    for (int64_t i = next++; i < items; i = next++) run_one(i, memory + worker * plan.item_floats);
   });
+}
+
+bool FrozenConv::run_winograd(const Plan& plan, const FrozenConvCall& given, float* scratch, int64_t floats) const {
+  const WinogradTable& k = winograd_kernels();
+  const Outputs out = {given.out, nullptr, nullptr, description_.adds ? given.added : nullptr, plan.added_stride};
+  std::atomic<bool> finite{true};
+  const int64_t workers = std::min(plan.winograd_workers, floats / plan.winograd_floats);
+  share_items(plan.winograd_items.count, workers, scratch, plan.winograd_floats, [&](int64_t item, float* own) {
+    const WinogradItem what = plan.winograd_items.at(plan.winograd, plan.b, item);
+    if (what.channel0 >= plan.b.co || !finite) return;
+    if (!k.forward(plan.winograd, plan.b, given.x, plan.winograd_weight, plan.call.bias, out, what, own))
+      finite = false;
+  });
+  return finite;
 }
 
 }  // namespace cnnlstm_fast

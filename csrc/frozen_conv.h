@@ -30,6 +30,10 @@ struct Strides {
   int64_t of[4];
 };
 
+// How a call computes: kAuto takes what arithmetic promises to be fastest. A method that does not serve is replaced by
+// the direct one: Winograd's, but for 3x3 taps of stride 1 on inputs whose channels lie side by side.
+enum class FrozenMethod : int32_t { kAuto = 0, kDirect = 1, kWinograd = 2 };
+
 // What one call of a FrozenConv reads and writes. Memory is dense in the order of the description, unless strides are
 // given: a part of the channels of a wider tensor, for example.
 struct FrozenConvCall {
@@ -38,6 +42,7 @@ struct FrozenConvCall {
   float* out = nullptr;
   const float* added = nullptr;
   std::optional<Strides> x_strides, out_strides, added_strides;
+  FrozenMethod method = FrozenMethod::kAuto;
 };
 
 class FrozenConv {
@@ -64,11 +69,17 @@ class FrozenConv {
   // as it has room for. Allocates nothing. Any number of threads may call it at a time, each with its own scratch.
   void run(const FrozenConvCall& call, void* scratch, int64_t scratch_bytes) const;
 
+  // Whether Winograd's method serves: where it does, weights are kept for it as well.
+  bool has_winograd() const;
+
   int64_t packed_bytes() const { return packed_floats(description_) * static_cast<int64_t>(sizeof(float)); }
 
  private:
   struct Plan;
   Plan plan_of(const FrozenConvCall& call) const;
+  void run_direct(Plan& plan, const FrozenConvCall& call, float* scratch, int64_t floats) const;
+  // False where NaN or infinity are not where they belong, and the direct method has to compute.
+  bool run_winograd(const Plan& plan, const FrozenConvCall& call, float* scratch, int64_t floats) const;
 
   const FrozenConvDescription description_;
   const Block block_;  // without sizes

@@ -40,7 +40,8 @@ Strides strides_of(const Tensor& t) {
 }
 
 Tensor frozen_conv(Tensor x, Tensor packed, std::optional<Tensor> added, Ints size, Ints conv, int64_t activation,
-                   Floats act, Ints pool, Ints in_order, Ints out_order) {
+                   Floats act, Ints pool, Ints in_order, Ints out_order, int64_t method) {
+  STD_TORCH_CHECK(method >= 0 && method <= 2, "frozen_conv: method must be 0, 1 or 2");
   STD_TORCH_CHECK(x.dim() == 4, "frozen_conv: expected a 4-d input, got ", x.dim(), "-d");
   const FrozenConvDescription d = describe(size, conv, activation, act, added.has_value(), pool, in_order, out_order);
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
@@ -58,6 +59,7 @@ Tensor frozen_conv(Tensor x, Tensor packed, std::optional<Tensor> added, Ints si
   if (n == 0) return out;
   FrozenConvCall call{n, h, w, floats(x), mutable_floats(out)};
   call.x_strides = strides_of(x);
+  call.method = static_cast<FrozenMethod>(method);
   if (added) {
     FrozenConvDescription map = d;
     map.pool = {};

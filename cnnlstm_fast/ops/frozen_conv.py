@@ -9,6 +9,7 @@
 - ``added``: of the size of the convolution's map, or None.
 - ``in_order``, ``out_order``: the axes of (N, C, H, W) from the outermost in memory to the innermost. ``x`` may
   have any strides; it is fastest where it lies as ``in_order`` says. The result's dimensions are in ``out_order``.
+- ``method``: 0 what promises to be fastest, 1 direct, 2 Winograd's, where it serves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _lib.define(
 )
 _lib.define(
     "frozen_conv(Tensor x, Tensor packed, Tensor? added, int[] size, int[] conv, int activation, float[] act, "
-    "int[] pool, int[] in_order, int[] out_order) -> Tensor"
+    "int[] pool, int[] in_order, int[] out_order, int method=0) -> Tensor"
 )
 
 pack_op = torch.ops.cnnlstm_fast.frozen_conv_pack.default
