@@ -276,17 +276,17 @@ Block FrozenConv::Plan::part(int64_t col0, int64_t col1, FrozenItem& item) const
 // The runs of all taps, cut where a chunk ends.
 void FrozenConv::Plan::put_runs(FrozenRun* to, int64_t* chunk_ends) const {
   const FrozenRun* const begin = to;
-  int64_t done = 0, chunk = 0;
+  int64_t done = 0, chunk = 0, i = 0;
   auto put = [&](int64_t offset, int64_t length) {
     while (length > 0) {
       const int64_t end = (chunk + 1) * b.taps / call.chunks, now = std::min(length, end - done);
-      *to++ = {offset, now};
+      *to++ = {offset, now, i};
       offset += now, done += now, length -= now;
       if (done == end) chunk_ends[chunk++] = to - begin;
     }
   };
   const int64_t cg = b.c / b.groups;
-  for (int64_t i = 0; i < b.kh; ++i) {
+  for (; i < b.kh; ++i) {
     const int64_t row = i * b.dh * call.row_step;
     if (call.planes) {
       for (int64_t c = 0; c < b.c; ++c)

@@ -7,10 +7,10 @@
 
 namespace cnnlstm_fast {
 
-// Neighbouring weights [length][width] of a panel meet inputs that lie side by side, `offset` floats behind the inputs
-// of a position.
+// Neighbouring weights [length][width] of a panel, of row `kernel_row` of the kernel, meet inputs that lie side by side,
+// `offset` floats behind a position's first.
 struct FrozenRun {
-  int64_t offset, length;
+  int64_t offset, length, kernel_row;
 };
 
 // One call. Weights lie as [group][panel][tap][width]; `width` is FrozenTable::panel, less in the last panel of a group.
