@@ -365,6 +365,8 @@ FrozenConv::Plan FrozenConv::plan_of(const FrozenConvCall& call) const {
     put(call.added_strides, description_.out_order, b.co, b.oh, b.ow, p.added_stride);
   else
     p.added_stride[1] = 1;
+  if (b.c == 1) b.x_stride[1] = 1;  // of a single channel any stride will do
+  if (b.co == 1) b.out_stride[1] = p.added_stride[1] = 1;
   p.depthwise = is_depthwise(b);
   p.product = b.kh * b.kw * b.sh * b.sw * b.groups == 1 && b.padded_h == b.h && b.padded_w == b.w && !b.pooled &&
               is_matrix(b.x_stride, b.n, b.h, b.w) && is_matrix(b.out_stride, b.n, b.h, b.w) &&
