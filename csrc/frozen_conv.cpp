@@ -39,20 +39,24 @@ void check_description(const FrozenConvDescription& d) {
       if (values[i] < (may_be_zero(i) ? 0 : 1) || values[i] > std::numeric_limits<int32_t>::max()) return false;
     return true;
   };
-  STD_TORCH_CHECK((d.conv.size() == 7 || d.conv.size() == 9) &&
-                      in_range(d.conv, [](size_t i) { return i == 2 || i == 3 || i > 6; }),
-                  "frozen_conv: conv must be [stride, padding, dilation (h, w each), groups, more padding after (h, w)]");
-  STD_TORCH_CHECK((d.pool.empty() || d.pool.size() == 9) &&
-                      in_range(d.pool, [](size_t i) { return i == 4 || i == 5 || i == 8; }),
-                  "frozen_conv: pool must be empty or have 9 values");
+  STD_TORCH_CHECK(
+      (d.conv.size() == 7 || d.conv.size() == 9) &&
+          in_range(d.conv, [](size_t i) { return i == 2 || i == 3 || i > 6; }),
+      "frozen_conv: conv must be [stride, padding, dilation (h, w each), groups, more padding after (h, w)]");
+  STD_TORCH_CHECK(
+      (d.pool.empty() || d.pool.size() == 9) && in_range(d.pool, [](size_t i) { return i == 4 || i == 5 || i == 8; }),
+      "frozen_conv: pool must be empty or have 9 values");
   STD_TORCH_CHECK(in_range({d.channels, d.out_channels, d.kernel_h, d.kernel_w}, [](size_t) { return false; }) &&
                       d.channels % d.conv[6] == 0 && d.out_channels % d.conv[6] == 0,
-                  "frozen_conv: no convolution of ", d.channels, " to ", d.out_channels, " channels with groups=",
-                  d.conv[6]);
+                  "frozen_conv: no convolution of ", d.channels, " to ", d.out_channels,
+                  " channels with groups=", d.conv[6]);
   elements("a weight", {d.out_channels, d.channels / d.conv[6], d.kernel_h, d.kernel_w});
   const bool two = d.activation == kHardtanh || d.activation == kSoftplus;
   const bool one = d.activation == kLeakyReLU || d.activation == kELU;
-  STD_TORCH_CHECK(d.activation >= 0 && d.activation < kActivations && d.act.size() == (two ? 2u : one ? 1u : 0u),
+  STD_TORCH_CHECK(d.activation >= 0 && d.activation < kActivations &&
+                      d.act.size() == (two   ? 2u
+                                       : one ? 1u
+                                             : 0u),
                   "frozen_conv: no such activation");
   for (const Ints* order : {&d.in_order, &d.out_order}) {
     Ints sorted = *order;
@@ -165,8 +169,8 @@ struct FrozenConv::Plan {
   FrozenCall call;
   int64_t added_stride[4];
   bool depthwise, product;
-  int64_t depth;                           // of a chunk of the sum
-  int64_t images, rows, columns, panels;   // of an item
+  int64_t depth;                          // of a chunk of the sum
+  int64_t images, rows, columns, panels;  // of an item
   int64_t image_parts, bands, column_parts, panel_parts;
   int64_t runs, shared_floats, item_floats, workers;
 
@@ -178,9 +182,7 @@ struct FrozenConv::Plan {
 
   int64_t items() const { return image_parts * bands * column_parts * panel_parts; }
   // Also by Winograd's method the direct one may have to follow.
-  int64_t floats() const {
-    return std::max(shared_floats + workers * item_floats, winograd_workers * winograd_floats);
-  }
+  int64_t floats() const { return std::max(shared_floats + workers * item_floats, winograd_workers * winograd_floats); }
   bool promises_winograd() const;
   void set_call();
   void divide();
@@ -315,7 +317,8 @@ int64_t FrozenConv::packed_floats(const FrozenConvDescription& description) {
   return Packed(description, block_of(description)).end;
 }
 
-void FrozenConv::pack_into(const FrozenConvDescription& description, const float* weight, const float* bias, float* to) {
+void FrozenConv::pack_into(const FrozenConvDescription& description, const float* weight, const float* bias,
+                           float* to) {
   const Block b = block_of(description);
   const Packed places(description, b);
   const FrozenTable& k = frozen_kernels();
@@ -386,8 +389,18 @@ FrozenConv::Plan FrozenConv::plan_of(const FrozenConvCall& call) const {
   p.divide();
   const bool serves = has_winograd() && b.x_stride[1] == 1 && call.method != FrozenMethod::kDirect;
   if (!serves) return p;
-  p.winograd = {b.n, b.c, b.h, b.w, b.co, b.oh, b.ow, b.ph, b.pw, {b.x_stride[0], b.x_stride[2], b.x_stride[3]},
-                ceil_div(b.oh, 2), ceil_div(b.ow, 2)};
+  p.winograd = {b.n,
+                b.c,
+                b.h,
+                b.w,
+                b.co,
+                b.oh,
+                b.ow,
+                b.ph,
+                b.pw,
+                {b.x_stride[0], b.x_stride[2], b.x_stride[3]},
+                ceil_div(b.oh, 2),
+                ceil_div(b.ow, 2)};
   p.by_winograd = call.method == FrozenMethod::kWinograd || p.promises_winograd();
   if (!p.by_winograd) return p;
   p.winograd_items = cnnlstm_fast::winograd_items(p.winograd, b);

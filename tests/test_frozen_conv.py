@@ -50,8 +50,8 @@ def run(
     """The block on packed weights, its result (N, C, H, W) again."""
     block, tensors = as_2d(block, tensors)
     spec, why = make_spec(
-        tuple(tensors["weight"].shape), False, block.stride, block.padding, block.dilation, block.groups, None,
-        our_activation(block), block.pool_module(), "channels_first",
+        tuple(tensors["weight"].shape), False, block.stride, block.padding, block.dilation, block.groups,
+        None, our_activation(block), block.pool_module(), "channels_first",
     )  # fmt: skip
     assert spec is not None, why
     weight, bias = tensors["weight"], tensors.get("bias")
@@ -227,7 +227,13 @@ def test_taps_that_are_nearly_zero_go_direct(how):
     block = Block(2, 32, (20, 23), 48, (3, 3), padding=(1, 1), bias=False)
     tensors = normal_tensors(block, torch.float32)
     weight = tensors["weight"]
-    (weight[:, :, 2, 2] if how == "a corner" else weight[:, 5, 0] if how == "an input's" else weight[7, :, :, 2]).zero_()
+    (
+        weight[:, :, 2, 2]
+        if how == "a corner"
+        else weight[:, 5, 0]
+        if how == "an input's"
+        else weight[7, :, :, 2]
+    ).zero_()
     tensors["x"][:, 5, 7, ::5] = 1e6
     assert torch.equal(run(block, tensors, method=WINOGRADS), run(block, tensors, method=DIRECT))
 
@@ -237,14 +243,25 @@ def test_taps_that_are_nearly_zero_go_direct(how):
     [
         Block(1, 256, (4, 26), 512, (3, 3), padding=(1, 1), pool=PoolCase((2, 2), (2, 1), (0, 1), (1, 1))),
         Block(9, 64, (31, 33), 66, (3, 3), padding=(1, 1), pool=POOL_2X2),
-        Block(1, 17, (1, 9000), 40, (1, 7), padding=(0, 3), pool=PoolCase((1, 3), (1, 2), (0, 1), (1, 1), True)),
+        Block(
+            1, 17, (1, 9000), 40, (1, 7), padding=(0, 3), pool=PoolCase((1, 3), (1, 2), (0, 1), (1, 1), True)
+        ),
         Block(2, 3, (120, 171), 32, (5, 5), stride=(2, 2)),
         Block(1, 512, (9, 31), 70, (1, 1), stride=(2, 2)),
         Block(1, 1024, (5, 30), 70, (1, 1), stride=(1, 1)),
         Block(3, 40, (60, 50), 40, (3, 3), padding=(1, 1), groups=40, pool=POOL_2X2),
         Block(1, 32, (30, 200), 32, (21, 11), stride=(2, 1), padding=(10, 5)),
     ],
-    ids=["many channels", "several items", "a long signal", "video", "strided", "a page", "depthwise", "many taps"],
+    ids=[
+        "many channels",
+        "several items",
+        "a long signal",
+        "video",
+        "strided",
+        "a page",
+        "depthwise",
+        "many taps",
+    ],
 )
 @threads
 @pytest.mark.parametrize("in_order", [FIRST, LAST], ids=["first", "last"])

@@ -7,13 +7,14 @@
 
 namespace cnnlstm_fast {
 
-// Neighbouring weights [length][width] of a panel, of row `kernel_row` of the kernel, meet inputs that lie side by side,
-// `offset` floats behind a position's first.
+// Neighbouring weights [length][width] of a panel, of row `kernel_row` of the kernel, meet inputs that lie side by
+// side, `offset` floats behind a position's first.
 struct FrozenRun {
   int64_t offset, length, kernel_row;
 };
 
-// One call. Weights lie as [group][panel][tap][width]; `width` is FrozenTable::panel, less in the last panel of a group.
+// One call. Weights lie as [group][panel][tap][width]; `width` is FrozenTable::panel, less in the last panel of a
+// group.
 struct FrozenCall {
   const float *weight, *bias;  // bias: [group][channels of a group, rounded up to whole vectors]
   const FrozenRun* runs;       // in the order of the taps
@@ -21,8 +22,8 @@ struct FrozenCall {
   int64_t chunks;
   // The rows that tiles read: steps in floats between neighbouring input rows, columns and channels.
   int64_t row_step, col_step, channel_step;
-  bool copied;  // into scratch, with the padding's zeros around them; otherwise x is read where it lies
-  bool planes;  // taps are ordered (kh, c, kw) and inputs of one channel lie side by side; otherwise (kh, kw, c)
+  bool copied;    // into scratch, with the padding's zeros around them; otherwise x is read where it lies
+  bool planes;    // taps are ordered (kh, c, kw) and inputs of one channel lie side by side; otherwise (kh, kw, c)
   bool by_chunk;  // copied chunk by chunk: a product of matrices, whose chunks are ranges of channels
   bool direct;    // sums go from registers to the result: no pool, a clamping activation, channels side by side
   int64_t line;   // columns for which a copied row has room
@@ -33,8 +34,8 @@ struct FrozenCall {
 struct FrozenItem {
   const float* x;
   float* out;
-  const float* added;              // of the convolution's map, or null
-  const int64_t* added_stride;     // of (n, c, h, w)
+  const float* added;           // of the convolution's map, or null
+  const int64_t* added_stride;  // of (n, c, h, w)
   int64_t image, images, row0, row1, panel0, panel1;
 };
 
