@@ -283,6 +283,22 @@ def test_padding_after():
     assert_close_as_torch(y, F.conv2d(x, weight, padding="same"), F.conv2d(z, weight.double()))
 
 
+@random_blocks(10)
+@pytest.mark.parametrize("out_order", [FIRST, LAST], ids=["first", "last"])
+def test_the_fake_kernel_knows_the_shape(block, out_order):
+    block, tensors = as_2d(block, normal_tensors(block, torch.float32))
+    spec, _ = make_spec(
+        tuple(tensors["weight"].shape), False, block.stride, block.padding, block.dilation, block.groups,
+        None, our_activation(block), block.pool_module(), "channels_first",
+    )  # fmt: skip
+    packed = frozen.pack_op(tensors["weight"], None, spec.conv_args, spec.pool_args, LAST, out_order)
+    given = (
+        tensors["x"], packed, None, list(tensors["weight"].shape), spec.conv_args, 0, [], spec.pool_args,
+        LAST, out_order,
+    )  # fmt: skip
+    torch.library.opcheck(frozen.op, given, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_no_image():
     block = Block(0, 5, (9, 9), 6, (3, 3), pool=POOL_2X2)
     assert run(block, normal_tensors(block, torch.float32)).shape == (0, 6, 3, 3)

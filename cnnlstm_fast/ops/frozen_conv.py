@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from cnnlstm_fast.spec import map_size, pool_size, raw_shape
+
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
 _lib.define(
     "frozen_conv_pack(Tensor weight, Tensor? bias, int[] conv, int[] pool, int[] in_order, int[] out_order) "
@@ -31,3 +33,9 @@ _lib.define(
 
 pack_op = torch.ops.cnnlstm_fast.frozen_conv_pack.default
 op = torch.ops.cnnlstm_fast.frozen_conv.default
+
+
+@torch.library.register_fake("cnnlstm_fast::frozen_conv", lib=_lib)
+def _(x, packed, added, size, conv, activation, act, pool, in_order, out_order, method=0):
+    out_size = pool_size(map_size(x.shape[2:], size[2:], conv), pool)
+    return x.new_empty(raw_shape(out_order, x.shape[0], size[0], out_size))
