@@ -13,9 +13,6 @@ namespace cnnlstm_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-namespace {
-
-// Positions of a window of `kernel` elements along one axis; 0 where none fits.
 int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil) {
   if (!ceil && kernel - 1 > (size + 2 * padding - 1) / dilation) return 0;  // their product may overflow
   const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
@@ -25,8 +22,7 @@ int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding
   return length;
 }
 
-// Whether every window along one axis meets at least one element. Those that begin inside do, so only the
-// first ones and the last are looked at.
+// Windows that begin inside meet an element, so only the first ones and the last are looked at.
 bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   for (int64_t i = 0; i < windows && i * stride < padding; ++i) {
     const int64_t start = i * stride - padding, skipped = ceil_div(-start, dilation);
@@ -34,6 +30,8 @@ bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride,
   }
   return (windows - 1) * stride - padding < size;
 }
+
+namespace {
 
 void check_tensors(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "conv_block: expected a 4-d input and weight, got ", x.dim(),

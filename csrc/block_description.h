@@ -22,6 +22,12 @@ BlockDescription describe_block(const torch::stable::Tensor& x, const torch::sta
 BlockDescription describe_convolution(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
                                       const Ints& conv);
 
+// Positions of a window of `kernel` elements along one axis; 0 where none fits.
+int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil);
+
+// Whether every window along one axis meets at least one element.
+bool windows_meet(int64_t size, int64_t windows, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation);
+
 // Shapes of what a block gives: of its result in memory order, its argmax codes, and the convolution's map.
 Ints result_shape(const BlockDescription& description);
 Ints codes_shape(const Block& b);

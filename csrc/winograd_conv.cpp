@@ -68,12 +68,45 @@ void for_each_part(int64_t count, int64_t most, const F& run) {
 }  // namespace
 
 bool winograd_suits(const Tensor& weight) {
+  const Tensor flat = torch::stable::contiguous(weight);
+  return winograd_suits(static_cast<const float*>(flat.data_ptr()), weight.size(0), weight.size(1));
+}
+
+bool winograd_suits(const float* weight, int64_t co, int64_t c) {
   constexpr int64_t kSample = 16;
   const WinogradTable& k = winograd_kernels();
-  const Tensor flat = torch::stable::contiguous(weight);
-  const float* data = static_cast<const float*>(flat.data_ptr());
-  const int64_t co = weight.size(0), c = weight.size(1);
-  return k.has_all_taps(data, co, c, kSample) || k.has_all_taps(data, co, c, std::max(co, c));
+  return k.has_all_taps(weight, co, c, kSample) || k.has_all_taps(weight, co, c, std::max(co, c));
+}
+
+WinogradItems winograd_items(const Winograd& g, const Block& b) {
+  const WinogradTable& k = winograd_kernels();
+  const int64_t of_image = g.tiles_h * g.tiles_w, tiles = g.n * of_image;
+  const int64_t per_tile = kWinogradPositions * (group_up(g.c) + k.width);
+  const int64_t least = kWinogradPositions * group_up(g.co) * g.c > kLargeWeightFloats ? 2 * kLeastTiles : kLeastTiles;
+  const int64_t most = std::max(least, std::min(kItemFloats / per_tile, ceil_div(tiles, wanted_items())));
+  int64_t images = 1, rows = b.out_h;
+  if (of_image <= most) {
+    images = ceil_div(g.n, ceil_div(g.n, std::max<int64_t>(1, (most + of_image / 2) / of_image)));
+  } else {
+    rows = ceil_div(b.out_h, ceil_div(of_image, most));
+    // Tiles are two rows of the map; those that windows share are computed twice.
+    rows = std::min(b.out_h, std::max(rows + rows % 2, b.pool_kh > b.pool_sh ? kOverlappingRows : 1));
+  }
+  const int64_t bands = ceil_div(b.out_h, rows), items = ceil_div(g.n, images) * bands;
+  const int64_t panels = ceil_div(g.co, k.width);
+  const int64_t parts = std::min(panels, ceil_div(wanted_items(), items));
+  const int64_t part_channels = ceil_div(panels, parts) * k.width;
+  return {images, rows, bands, parts, part_channels, items * parts, k.forward_scratch(g, b, images, rows)};
+}
+
+WinogradItem WinogradItems::at(const Winograd& g, const Block& b, int64_t i) const {
+  const int64_t part = i % parts, band = i / parts % bands, image = i / parts / bands * images;
+  return {image,
+          std::min(images, g.n - image),
+          band * rows,
+          std::min(b.out_h, (band + 1) * rows),
+          part * part_channels,
+          std::min(g.co, (part + 1) * part_channels)};
 }
 
 WinogradConvolution::WinogradConvolution(const Tensor& weight, bool transposed)
@@ -99,35 +132,14 @@ bool WinogradConvolution::run(const Block& b, const Tensor& x, const std::option
     const Tensor flat = torch::stable::contiguous(*bias);
     std::copy_n(static_cast<const float*>(flat.data_ptr()), co_, added.data());
   }
-  const int64_t of_image = g.tiles_h * g.tiles_w, tiles = g.n * of_image;
-  const int64_t per_tile = kWinogradPositions * (group_up(c_) + k.width);
-  const int64_t least = transformed_.numel() > kLargeWeightFloats ? 2 * kLeastTiles : kLeastTiles;
-  const int64_t most = std::max(least, std::min(kItemFloats / per_tile, ceil_div(tiles, wanted_items())));
-  int64_t images = 1, rows = b.out_h;
-  if (of_image <= most) {
-    images = ceil_div(g.n, ceil_div(g.n, std::max<int64_t>(1, (most + of_image / 2) / of_image)));
-  } else {
-    rows = ceil_div(b.out_h, ceil_div(of_image, most));
-    // Tiles are two rows of the map; those that windows share are computed twice.
-    rows = std::min(b.out_h, std::max(rows + rows % 2, b.pool_kh > b.pool_sh ? kOverlappingRows : 1));
-  }
-  const int64_t bands = ceil_div(b.out_h, rows), items = ceil_div(g.n, images) * bands;
-  const int64_t panels = ceil_div(co_, k.width);
-  const int64_t parts = std::min(panels, ceil_div(wanted_items(), items));
-  const int64_t part_channels = ceil_div(panels, parts) * k.width;
-  const int64_t scratch = k.forward_scratch(g, b, images, rows);
+  const WinogradItems items = winograd_items(g, b);
   const float* from = static_cast<const float*>(input.data_ptr());
   const float* weight = static_cast<const float*>(transformed_.data_ptr());
   std::atomic<bool> finite{true};
-  for_each_item(items * parts, [&](int64_t item) {
-    const int64_t part = item % parts, band = item / parts % bands, image = item / parts / bands * images;
-    const WinogradItem what = {image,
-                               std::min(images, g.n - image),
-                               band * rows,
-                               std::min(b.out_h, (band + 1) * rows),
-                               part * part_channels,
-                               std::min(co_, (part + 1) * part_channels)};
-    if (what.channel0 < co_ && !k.forward(g, b, from, weight, added.data(), out, what, thread_scratch(scratch)))
+  for_each_item(items.count, [&](int64_t item) {
+    const WinogradItem what = items.at(g, b, item);
+    if (what.channel0 < co_ &&
+        !k.forward(g, b, from, weight, added.data(), out, what, thread_scratch(items.scratch_floats)))
       finite = false;
   });
   return finite;

@@ -13,6 +13,15 @@ namespace cnnlstm_fast {
 // a tap is nearly zero for a whole channel, that element may not contribute to the channel at all, and its rounding
 // then is large beside the channel's values.
 bool winograd_suits(const torch::stable::Tensor& weight);
+bool winograd_suits(const float* weight, int64_t co, int64_t c);
+
+// How a call is divided among threads.
+struct WinogradItems {
+  int64_t images, rows, bands, parts, part_channels, count, scratch_floats;
+  // Item i; `channel0` may lie behind the last channel, and then there is nothing to do.
+  WinogradItem at(const Winograd& g, const Block& block, int64_t i) const;
+};
+WinogradItems winograd_items(const Winograd& g, const Block& block);
 
 // A float32 convolution with stride 1 by one weight, for input after input.
 class WinogradConvolution {

@@ -18,5 +18,8 @@ inline const WinogradTable& winograd_kernels() {
 inline const TransformTable& transform_kernels() {
   return chosen_kernels().transform;
 }
+inline const FrozenTable& frozen_kernels() {
+  return chosen_kernels().frozen;
+}
 
 }  // namespace cnnlstm_fast

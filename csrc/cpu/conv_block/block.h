@@ -65,6 +65,10 @@ struct Outputs {
   void* data;
   uint8_t* codes;
   void* kept;
+  // Of frozen convolutions by Winograd's method: floats of the map's size that are added before the activation, and
+  // their strides by (n, c, h, w).
+  const float* added = nullptr;
+  const int64_t* added_stride = nullptr;
 };
 
 // A batch norm in training, per channel, a whole number of code groups of each array.
