@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | blocks | calibrate | regret | gpu | soak | plot | show | publish``."""
+"""``python -m benchmarks run | latency | blocks | calibrate | regret | gpu | soak | plot``, and the like."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import blocks as block_races
 from benchmarks import calibrate as calibration
 from benchmarks import dispatch, gpu, gpu_works, growth, memory, roofline, trace
+from benchmarks import latency as latencies
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
 from benchmarks.race import WrongResult, race
 from benchmarks.results import Device, Report, read
 from benchmarks.soak import soak as run_soak
-from benchmarks.tables import show
+from benchmarks.tables import latency_table, show
 from cnnlstm_fast.planning import rates
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnlstm_fast against its peers.")
@@ -174,6 +175,41 @@ def _growth(report: Report, quick: bool, seed: int | None, progress: Progress) -
         except WrongResult as error:
             report.failures.append(str(error))
         progress.advance(task)
+
+
+@app.command()
+def latency(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model, by the beginning of its name; repeatable. All without it."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch; repeatable. 1, 4 and 16.")] = None,
+    calls: Annotated[int, typer.Option(min=10, help="Counted calls of each engine.")] = 1000,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Calls a second of 1, 4 and 16 Python threads instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Latency of frozen models, p50 and p99, against ONNX Runtime, OpenVINO and inductor with freezing.
+
+    Exits with 1 where our result was wrong.
+    """
+    chosen = [n for n in latencies.MODELS if not model or any(n.startswith(prefix) for prefix in model)]
+    if not chosen:
+        raise typer.BadParameter(f"no model begins with {model}; there are: {', '.join(latencies.MODELS)}")
+    found: list[latencies.Latency | latencies.Throughput] = []
+    with _progress() as progress:
+        wanted = [(n, b) for n in chosen for b in ([1] if serve else batch or latencies.BATCHES)]
+        try:
+            for name, size in progress.track(wanted, description="latency"):
+                found += latencies.serve(name) if serve else latencies.measure(name, size, calls)
+        except WrongResult as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=1))
+    else:
+        console.print(latency_table(found))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from statistics import median
 
 from rich import box
@@ -13,6 +14,7 @@ from rich.table import Table
 from benchmarks.blocks import FLOOR, BlockResult
 from benchmarks.dispatch import BUDGET_US
 from benchmarks.growth import STRAIGHT_MS, Point, Stretch, by_series, kept_line, time_stretches
+from benchmarks.latency import Latency, Throughput
 from benchmarks.race import OURS, Result, Spread
 from benchmarks.results import Report
 
@@ -44,6 +46,40 @@ def show(report: Report, console: Console) -> None:
             console.print(table)
     for failure in report.failures:
         console.print(f"[bold red]wrong:[/] {failure}")
+
+
+def latency_table(found: Sequence[Latency | Throughput]) -> Table:
+    """Latencies with the ratio of each engine's p50 over ours, or calls a second of several threads."""
+    if any(isinstance(one, Throughput) for one in found):
+        table = Table(
+            "model",
+            "threads",
+            "engine",
+            "calls/s",
+            title="Calls of batch 1 by several threads",
+            box=box.SIMPLE,
+        )
+        for one in found:
+            if isinstance(one, Throughput):
+                table.add_row(one.model, str(one.threads), one.engine, f"{one.calls_per_second:,.0f}")
+        return table
+    table = Table(
+        "model", "batch", "engine", "p50, ms", "p99, ms", "over ours", title="Latency", box=box.SIMPLE
+    )
+    ours = {
+        (one.model, one.batch): one.p50 for one in found if isinstance(one, Latency) and one.engine == OURS
+    }
+    for one in found:
+        assert isinstance(one, Latency)
+        if one.why_not is not None:
+            table.add_row(one.model, str(one.batch), one.engine, "", "", escape(one.why_not))
+            continue
+        ratio = one.p50 / ours.get((one.model, one.batch), float("nan"))
+        cells = (f"{one.p50:.3f}", f"{one.p99:.3f}", f"{ratio:.2f}")
+        table.add_row(
+            one.model, str(one.batch), one.engine, *cells, style="bold" if one.engine == OURS else None
+        )
+    return table
 
 
 def peak(report: Report) -> float | None:

@@ -59,7 +59,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     not_ours = set(map(id, held_modules(model)))
     for module in held_modules(fast):
         if id(module) not in not_ours:
-            _become_fast(module)
+            become_fast(module)
     not_ours |= {id(m) for container in fast.modules() for m in _chain_of(container)}
     changed = {id(m) for m in fast.modules() if isinstance(type(m), _EqualsTwin)}
     for module in fast.modules():
@@ -117,7 +117,7 @@ class GRU(recurrent.GRU, nn.GRU, metaclass=_EqualsTwin):  # type: ignore[misc]  
 _FAST: dict[type, type] = {nn.LSTM: LSTM, nn.GRU: GRU}
 
 
-def _become_fast(module: nn.Module) -> None:
+def become_fast(module: nn.Module) -> None:
     """Give a copied module its fast class, and remove hooks of an earlier acceleration."""
     if "forward" not in module.__dict__:
         module.__class__ = _FAST.get(type(module), type(module))

@@ -136,6 +136,11 @@ def explain(model: nn.Module, *inputs: Any) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"got a {type(model).__name__}, expected an nn.Module and its inputs")
     model = getattr(model, "_orig_mod", model)  # of torch.compile
+    from cnnlstm_fast.freeze.module import Frozen
+    from cnnlstm_fast.freeze.report import explain_frozen  # which imports this file
+
+    if isinstance(model, Frozen):
+        return explain_frozen(model, inputs)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     with torch.random.fork_rng():
         try:
@@ -153,7 +158,9 @@ def _watch(model: nn.Module, inputs: tuple) -> Report:
     for x in inputs:
         tensor = _first_tensor(x)
         if tensor is not None:
-            recorder.add(Stage("input", "", tuple(tensor.shape), _layout(tensor), "", bytes=_nbytes(tensor)))
+            recorder.add(
+                Stage("input", "", tuple(tensor.shape), layout_of(tensor), "", bytes=_nbytes(tensor))
+            )
             recorder.last = tensor
     with recorder.watching():
         begin = _now()
@@ -298,7 +305,7 @@ class Recorder:
     def _note(self, call: _Call, module: nn.Module | None, y: Tensor, ms: float) -> None:
         self.way_to(call.name, call.x)
         memory = 0 if _shares_memory(y, call.x) else _nbytes(y)
-        layout = call.layout or _layout(y)
+        layout = call.layout or layout_of(y)
         reason = call.reason or self._reasons.get(id(module), "")
         if not reason and isinstance(module, (nn.Conv1d, nn.Conv2d)):
             reason = "in none of our containers: cf.accelerate makes it fast where it stands"
@@ -319,7 +326,7 @@ class Recorder:
             plan, memory = "view", 0
         else:
             plan, memory = "copy", _nbytes(x)
-        self.add(Stage(f"-> {name}", "", tuple(x.shape), _layout(x), plan, bytes=memory))
+        self.add(Stage(f"-> {name}", "", tuple(x.shape), layout_of(x), plan, bytes=memory))
 
     def fail(self, error: Exception) -> str | None:
         """Add the row of the stage that failed; returns how to mend it, where that is known."""
@@ -327,7 +334,7 @@ class Recorder:
         mend = _hint(call, error, self._last_map)
         self.way_to(call.name, call.x)
         shape = () if call.x is None else tuple(call.x.shape)
-        layout = "" if call.x is None else _layout(call.x)
+        layout = "" if call.x is None else layout_of(call.x)
         self.add(Stage(call.name, call.op, shape, layout, "failed", "see below"))
         return mend
 
@@ -385,7 +392,7 @@ def _first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _layout(x: Tensor) -> str:
+def layout_of(x: Tensor) -> str:
     if x.layout is not torch.strided:
         return str(x.layout)[6:]
     if x.is_contiguous():

@@ -13,6 +13,7 @@
 #include "limits.h"
 #include "memory.h"
 #include "op.h"
+#include "packed_recurrent.h"
 #include "recurrent_description.h"
 #include "recurrent_packing.h"
 #include "recurrent_steps.h"
@@ -107,8 +108,15 @@ void pack_weights(const RecurrentCall& call, int64_t d, Prepared& p) {
   if (w.b_ih) pack_bias(as_contiguous_floats(*w.b_ih), as_contiguous_floats(*w.b_hh), call.mode, bias);
 }
 
+void use_packed(const PackedDirection& w, Prepared& p) {
+  RecurrentLayer& l = p.layer;
+  l.packed_x = floats(w.x), l.packed_h = floats(w.h), l.bias = floats(w.bias);
+  if (l.projected) l.packed_r = floats(*w.r);
+}
+
 void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor& h_n, const Tensor& c_n) {
   const RecurrentTable& k = recurrent_kernels();
+  const int64_t threads = torch::stable::get_num_threads();
   RecurrentLayer& l = p.layer;
   const int64_t parity = l.batch * l.padded_width;
   l.h = p.zeros(2 * parity);
@@ -135,11 +143,15 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
       rows.clear();
       for (int64_t t = t0; t < t1; ++t)
         for (int64_t q = 0; q < call.active(t); ++q) rows.push_back(l.x + position(l, t, q, l.x_step, l.x_sequence));
-      const int64_t count = static_cast<int64_t>(rows.size()), items = shares(count, kRowsOfItem, 32 * kRowsOfItem);
+      const int64_t count = static_cast<int64_t>(rows.size()), parts = shares(count, kRowsOfItem, 32 * kRowsOfItem);
+      // Rows that are too few for all threads: these share the units as well.
+      const UnitBlocks blocks(l.padded_hidden, parts < threads ? k.lanes : l.padded_hidden, 4);
       l.projected_x = projected, l.projected_rows = count, l.projected_first = call.starts[t0];
-      for_each_item(items, [&](int64_t i) {
-        const int64_t first = i * count / items, some = (i + 1) * count / items - first;
-        k.project_inputs(l, rows.data(), count, first, some, projected, thread_scratch(k.project_scratch(l, some)));
+      for_each_item(parts * blocks.count, [&](int64_t i) {
+        const int64_t part = i / blocks.count, block = i % blocks.count;
+        const int64_t first = part * count / parts, some = (part + 1) * count / parts - first;
+        k.project_inputs(l, rows.data(), count, first, some, blocks.begin(block), blocks.end(block), projected,
+                         thread_scratch(k.project_scratch(l, some)));
       });
     }
     std::vector<Stretch> stretches = cut_by_activity(call, t0, t1);
@@ -176,6 +188,36 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
   }
 }
 
+struct LayerResults {
+  Tensor out, h_n, c_n;  // float32
+};
+
+// The results, written but for those of no sequences. `saved` may have no elements; with `packed`, a direction each, no
+// weight of the call is read.
+LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved,
+                       const std::vector<PackedDirection>* packed) {
+  const int64_t directions = static_cast<int64_t>(call.directions.size());
+  const ScalarType wide = ScalarType::Float;
+  const Ints cells = call.mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0};
+  const LayerResults results{new_output(x, call.sequence(directions * call.width), wide),
+                             torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide),
+                             torch::stable::new_empty(x, cells, wide)};
+  call.weights_packed = packed != nullptr;
+  number_sequences(call);
+  if (call.batch == 0) return results;
+  const Tensor from = as_float_rows(x);
+  for (int64_t d = 0; d < directions; ++d) {
+    Prepared p;
+    describe_layer(call, d, from, results.out, saved, p);
+    if (packed)
+      use_packed((*packed)[d], p);
+    else
+      pack_weights(call, d, p);
+    run_forward(call, d, p, results.h_n, results.c_n);
+  }
+  return results;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, Maybe c0, Tensor w_ih, Tensor w_hh,
                                                            Maybe b_ih, Maybe b_hh, Maybe w_hr, Maybe w_ih_r,
                                                            Maybe w_hh_r, Maybe b_ih_r, Maybe b_hh_r, Maybe w_hr_r,
@@ -185,25 +227,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor x, Maybe h0, M
       describe_recurrent(x, h0, c0, directions_of(w_ih, w_hh, b_ih, b_hh, w_hr, w_ih_r, w_hh_r, b_ih_r, b_hh_r, w_hr_r),
                          reset, lengths, mode, batch_first);
   const int64_t directions = static_cast<int64_t>(call.directions.size());
-  const ScalarType wide = ScalarType::Float;
-  const Tensor out = new_output(x, call.sequence(directions * call.width), wide);
-  const Tensor h_n = torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide);
-  const Tensor c_n =
-      torch::stable::new_empty(x, mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0}, wide);
   STD_TORCH_CHECK(rows == -1 ? !keep || !call.packed : rows == call.rows, "recurrent_layer: expected ", call.rows,
                   " rows, the steps of all sequences together, got ", rows);
-  const Tensor saved = new_output(x, keep ? call.saved(directions, keep_out, rows != -1) : Ints{0}, wide);
-  number_sequences(call);
-  if (call.batch > 0) {
-    const Tensor from = as_float_rows(x);
-    for (int64_t d = 0; d < directions; ++d) {
-      Prepared p;
-      describe_layer(call, d, from, out, saved, p);
-      pack_weights(call, d, p);
-      run_forward(call, d, p, h_n, c_n);
-    }
-  }
-  return {as_dtype(out, call.dtype), as_dtype(h_n, call.dtype), as_dtype(c_n, call.dtype), saved};
+  const Tensor saved = new_output(x, keep ? call.saved(directions, keep_out, rows != -1) : Ints{0}, ScalarType::Float);
+  const LayerResults found = run_layer(call, x, saved, nullptr);
+  return {as_dtype(found.out, call.dtype), as_dtype(found.h_n, call.dtype), as_dtype(found.c_n, call.dtype), saved};
 }
 
 // ---- Backward
@@ -549,6 +577,38 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
 }
 
 }  // namespace
+
+PackedRecurrent::PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode)
+    : mode_(mode), directions_(std::move(directions)) {
+  for (DirectionWeights& w : directions_) {
+    for (const Tensor* weight : {&w.w_ih, &w.w_hh})
+      STD_TORCH_CHECK(weight->dim() == 2 && weight->scalar_type() == ScalarType::Float && weight->is_contiguous(),
+                      "a packed recurrent layer: expected contiguous float32 weights of 2 dimensions");
+    const int64_t hidden = w.w_hh.size(0) / gates_of(mode);
+    auto memory = [&](int64_t size) { return torch::stable::new_zeros(w.w_ih, Ints{size}); };
+    PackedDirection packed{memory(gate_floats(mode, hidden, w.w_ih.size(1))),
+                           memory(gate_floats(mode, hidden, w.w_hh.size(1))),
+                           memory(bias_floats(hidden)),
+                           {}};
+    pack_gate_weight(w.w_ih, mode, true, mutable_floats(packed.x));
+    pack_gate_weight(w.w_hh, mode, false, mutable_floats(packed.h));
+    if (w.b_ih) pack_bias(*w.b_ih, *w.b_hh, mode, mutable_floats(packed.bias));
+    if (w.w_hr) {
+      packed.r = memory(projection_floats(hidden, w.w_hr->size(0)));
+      pack_projection(*w.w_hr, mutable_floats(*packed.r));
+    }
+    packed_.push_back(std::move(packed));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> PackedRecurrent::run(const Tensor& x, const Maybe& h0, const Maybe& c0,
+                                                        const Maybe& reset, const Maybe& lengths,
+                                                        bool batch_first) const {
+  RecurrentCall call = describe_recurrent(x, h0, c0, directions_, reset, lengths, mode_, batch_first);
+  STD_TORCH_CHECK(call.dtype == ScalarType::Float, "a packed recurrent layer: expected a float32 input");
+  const LayerResults found = run_layer(call, x, no_elements(x), &packed_);
+  return {found.out, found.h_n, found.c_n};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("recurrent_layer", CNNLSTM_FAST_OP(recurrent_layer));

@@ -23,7 +23,8 @@ constexpr const char* kOp = "recurrent_layer";
 // Measured limits. More inputs than these, or these if sequences are few, are projected for many steps at
 // once instead of with the state. The bits are the same.
 const int64_t kMostFusedInputs = limit("FUSED_INPUTS", 1024, 0), kFewSequences = 4,
-              kMostFusedInputsOfFew = limit("FUSED_INPUTS_OF_FEW", 128, 0);
+              kMostFusedInputsOfFew = limit("FUSED_INPUTS_OF_FEW", 128, 0),
+              kMostFusedFloats = limit("FUSED_FLOATS", int64_t{1} << 14, 0);
 
 void set_sizes(RecurrentCall& call, const Tensor& x, const Tensor& w_hh, const Maybe& reset, const Maybe& lengths) {
   STD_TORCH_CHECK(call.mode == kLSTM || call.mode == kGRU, "recurrent_layer: unknown mode ", call.mode);
@@ -102,7 +103,10 @@ void set_lengths(RecurrentCall& call, const Maybe& lengths) {
 }  // namespace
 
 bool RecurrentCall::fused_inputs() const {
-  return inputs <= (rows < kFewSequences * longest() ? kMostFusedInputsOfFew : kMostFusedInputs);
+  if (weights_packed && longest() == 1) return true;  // every weight is read once in either way
+  if (rows >= kFewSequences * longest()) return inputs <= kMostFusedInputs;
+  // Packed weights cost nothing to read ahead: those stay with the state that a first-level cache holds.
+  return weights_packed ? inputs * gates * padded_hidden() <= kMostFusedFloats : inputs <= kMostFusedInputsOfFew;
 }
 
 std::vector<DirectionWeights> directions_of(const Tensor& w_ih, const Tensor& w_hh, const Maybe& b_ih,

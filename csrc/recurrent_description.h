@@ -22,6 +22,7 @@ struct RecurrentCall {
   int64_t mode, steps, batch, inputs, hidden, width, gates;
   int64_t rows;  // steps of all sequences together
   bool batch_first, packed;
+  bool weights_packed;  // before the call: see packed_recurrent.h
   torch::headeronly::ScalarType dtype;
   std::vector<DirectionWeights> directions;
   std::optional<torch::stable::Tensor> reset, lengths, h0, c0;

@@ -39,6 +39,21 @@ def test_run_writes_what_it_measured(monkeypatch, tmp_path):
     assert json.loads(printed)["races"][0]["seed"] == 7
 
 
+def test_latency_of_frozen_models(monkeypatch):
+    monkeypatch.setattr(command_line.latencies.measure, "__defaults__", (10, ("cnnlstm_fast", "eager")))
+    monkeypatch.setattr(command_line.latencies.serve, "__defaults__", (("cnnlstm_fast",), (1, 2), 0.1))
+    arguments = ["latency", "--model", "Simple", "--json"]
+    done = CliRunner().invoke(command_line.app, [*arguments, "--batch", "2", "--calls", "10"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [one["engine"] for one in found] == ["cnnlstm_fast", "eager"]
+    assert all(0 < one["p50"] <= one["p99"] and one["batch"] == 2 for one in found)
+    done = CliRunner().invoke(command_line.app, [*arguments, "--serve"])
+    found = json.loads(done.stdout)
+    assert [(one["threads"], one["calls_per_second"] > 0) for one in found] == [(1, True), (2, True)]
+    assert CliRunner().invoke(command_line.app, ["latency", "--model", "nobody's"]).exit_code == 2
+
+
 def test_a_run_cut_short_leaves_what_it_has(monkeypatch, tmp_path):
     cases = [dataclasses.replace(small(), name=name) for name in ("first", "second")]
     monkeypatch.setattr(command_line, "CASES", {case.name: case for case in cases})

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forked import run_forked
+from helpers import needs_extension
 from typer.testing import CliRunner
 
 import cnnlstm_fast.demo
@@ -128,6 +129,26 @@ def test_a_file_in_a_package_may_import_relatively(tmp_path, monkeypatch):
     found = call("explain", f"{path}:make", "--input", "3x4", "--json")
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["stages"][-1]["shape"] == [3, 5]
+
+
+@needs_extension
+def test_freeze(plain_file, tmp_path):
+    path = tmp_path / "new folder" / "net.cf"
+    args = ("freeze", f"{plain_file}:Net", "--input", "1x1x8x60", "-o", str(path), "--rounds", "2")
+    found = call(*args, "--json")
+    assert found.exit_code == 0, found.output
+    report = json.loads(found.stdout)
+    assert report["bytes"] == path.stat().st_size and set(report["ms"]) == {"accelerated", "frozen"}
+    assert cnnlstm_fast.load_frozen(path)(torch.randn(3, 1, 8, 40)).isfinite().all()
+    text = call(*args)
+    assert "times as fast" in text.output and "written: " in text.output
+    noise = tmp_path / "noise.py"
+    noise.write_text(
+        "import torch\nclass Noise(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return x + torch.rand_like(x)\n"
+    )
+    failed = call("freeze", f"{noise}:Noise", "--input", "2x3", "-o", str(tmp_path / "noise.cf"))
+    assert failed.exit_code == 1 and "is not written" in failed.output and "random" in failed.output
 
 
 @pytest.mark.parametrize("training", [False, True])

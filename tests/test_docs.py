@@ -20,6 +20,8 @@ import cnnlstm_fast as cf
 from benchmarks.__main__ import app as benchmarks_app
 from cnnlstm_fast import compile_backend, errors
 from cnnlstm_fast.cli import app
+from cnnlstm_fast.freeze.module import Frozen
+from cnnlstm_fast.freeze.stream import FrozenStream
 from cnnlstm_fast.nn.stream import Stream
 
 # Public functions have these modules' names.
@@ -129,6 +131,8 @@ def public_objects() -> dict[str, object]:
         "backends": cf.backends,
         "compile_backend.cnnlstm_fast": compile_backend.cnnlstm_fast,
         "nn.stream.Stream": Stream,
+        "freeze.module.Frozen": Frozen,
+        "freeze.stream.FrozenStream": FrozenStream,
     }
 
 
@@ -141,6 +145,7 @@ PUBLIC = public_objects()
 #: Those whose docstring has no section "Shapes" because no tensor goes in or out.
 WITHOUT_TENSORS = {
     "backends", "doctor.Finding", "doctor.Report", "doctor.report", "doctor.compile_kernels", "tune",
+    "load_frozen",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from cnnlstm_fast.functional.arguments import (
 )
 from cnnlstm_fast.ops import conv_block as op
 from cnnlstm_fast.ops import conv_norm
-from cnnlstm_fast.planning import observer, tuner
+from cnnlstm_fast.planning import capturing, observer, tuner
 from cnnlstm_fast.planning.choose import PLANS, Choice, choose, library_uses_tf32
 from cnnlstm_fast.planning.support import (
     folds,
@@ -99,7 +99,10 @@ def conv_block(
     block = stride, padding, dilation, groups, norm, activation, pool, layout
     key = None
     watched = observer.current
-    if plan == "auto" and watched is None and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling and plan == "auto" and capturing.active():
+        return _reference(x, weight, bias, *block)
+    if plan == "auto" and watched is None and not compiling:
         key, known = _look_up(x, weight, bias, *block)
         if known is not None:
             if known.plan == "reference":  # PyTorch's operators are right whatever the modes and hooks

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast import _ext
+from cnnlstm_fast.planning import capturing
 from cnnlstm_fast.planning.support import library_differentiates, why_not_fused_recurrent
 
 #: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
@@ -55,6 +56,8 @@ def choose_recurrent(
         return "fused", "asked for"
     if why_not:
         return ("library" if plain and library_differentiates() else "reference"), why_not
+    if capturing.active():
+        return "fused", "a frozen model packs its weights once"
     if x.device.type == "cuda" and plain:
         return "library", "cuDNN's kernels serve the plain case"
     if plain and gru_step and x.device.type == "cpu":

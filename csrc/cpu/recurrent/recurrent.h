@@ -38,7 +38,7 @@ struct RecurrentLayer {
   int64_t saved_step, saved_sequence, kept;
   bool keep_out;  // the last of them is the output
 
-  const float* packed_x;  // pack_gates of w_ih; null: inputs are projected ahead
+  const float* packed_x;  // pack_gates of w_ih; null: inputs are projected ahead, from w_ih as it is
   const float* packed_h;  // pack_gates of w_hh
   const float* packed_r;  // pack_columns of w_hr, transposed
   const float* bias;      // [unit / lanes][4][lanes]
@@ -99,9 +99,10 @@ struct RecurrentTable {
   void (*pack_columns)(const float* matrix, int64_t stride, int64_t blocks, int64_t block, const int32_t* order,
                        int64_t n, float* packed, int64_t begin, int64_t end);
 
-  // Bias and products of the inputs x[first, first + count) of `rows`, into [unit / lanes][row][4][lanes].
+  // Bias and products of the inputs x[first, first + count) of `rows` for units [begin, end) / lanes, into
+  // [unit / lanes][row][4][lanes]. The weights are those of packed_x, where it is given, else of w_ih.
   void (*project_inputs)(const RecurrentLayer&, const float* const* x, int64_t rows, int64_t first, int64_t count,
-                         float* to, float* scratch);
+                         int64_t begin, int64_t end, float* to, float* scratch);
   int64_t (*project_scratch)(const RecurrentLayer&, int64_t count);  // floats
   // Unit blocks [begin, end) / lanes of step `t` for sequences [b0, b0 + n), n <= kMaxRows.
   void (*forward_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n, int64_t begin, int64_t end,

@@ -1,0 +1,172 @@
+"""Programs of one frozen model: one for each structure of the arguments, and what was decided by sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from cnnlstm_fast.freeze.capture import capture, size_text
+from cnnlstm_fast.freeze.lower import lower
+from cnnlstm_fast.freeze.nodes import names_in
+from cnnlstm_fast.freeze.plans import choose_plans
+from cnnlstm_fast.freeze.program import Program
+from cnnlstm_fast.freeze.sizes import Sizes, compiled
+
+#: Errors of a result that are rounding: relative to its largest value.
+_ROUNDING = 1e-3
+
+
+class Version:
+    """A program, and the calls that it is for.
+
+    Args:
+        program, tensors: of :func:`cnnlstm_fast.freeze.lower.lower`; blocks have plans.
+        state: the model's parameters and buffers, by key.
+        sizes: of the inputs.
+        signature: structure and dtypes of the arguments (:func:`signature_of`).
+        results: for each leaf of the results ``None`` (the program's next output), or a pair: "size" and an
+            expression of sizes, or "value" and what it is.
+        out_spec: how the results lie.
+    """
+
+    def __init__(
+        self, program: dict, tensors: dict[str, Tensor], state: dict[str, Tensor], sizes: Sizes,
+        signature: Any, results: list, out_spec: pytree.TreeSpec,
+    ):  # fmt: skip
+        self.data, self.tensors = program, tensors
+        self.sizes, self.signature, self.results, self.out_spec = sizes, signature, results, out_spec
+        self.checker = sizes.checker()
+        self.single = results == [None] and out_spec.is_leaf()
+        self._of_sizes = [
+            compiled(r[1], sizes.names()) if r is not None and r[0] == "size" else None for r in results
+        ]
+        #: Names of the state that only recurrent layers read, which keep copies of their own.
+        self._packed = _packed_names(program)
+        #: What export took for granted and calls broke whose results were right all the same.
+        self.broken: set[str] = set()
+        self.refresh(state)
+
+    def refresh(self, state: dict[str, Tensor]) -> None:
+        """Take the values that the state has now: copies, so that they stay until the next refresh."""
+        values = {
+            name: state[key].detach() if name in self._packed else state[key].detach().clone()
+            for name, key in self.data["state"].items()
+        }
+        self.program = Program(self.data, {**values, **self.tensors})
+
+    def copied(self, state: dict[str, Tensor]) -> Version:
+        """The same program over another state."""
+        made = Version(
+            self.data, self.tensors, state, self.sizes, self.signature, self.results, self.out_spec
+        )
+        made.broken |= self.broken
+        return made
+
+    def results_of(self, tensors: list[Tensor]) -> Any:
+        """The model's results for the tensors among its arguments."""
+        outputs = self.program.run(tensors)
+        if self.single:
+            return outputs[0]
+        values = (self.checker.values([t.shape for t in tensors]) if any(self._of_sizes) else None) or {}
+        left = iter(outputs)
+        leaves = [
+            next(left) if result is None else result[1] if of is None else of(values)
+            for result, of in zip(self.results, self._of_sizes, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+def _packed_names(program: dict) -> set[str]:
+    layers = [node for node in program["nodes"] if node["op"] == "recurrent"]
+    others = [node for node in program["nodes"] if node["op"] != "recurrent"]
+    inputs = [{key: node[key] for key in ("x", "h0", "c0", "reset", "lengths")} for node in layers]
+    read = set(names_in([others, inputs, program["prelude"], program["outputs"]]))
+    return {name for node in layers for name in node["weights"] if name is not None} - read
+
+
+def make_version(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    signature: Any,
+    tensors: list[Tensor],
+    args: tuple,
+    kwargs: dict,
+) -> Version:
+    """The program of a call, captured and planned.
+
+    Raises:
+        NotCaptured, NotLowered: there is none, and why.
+    """
+    captured = capture(model, args, kwargs)
+    results: list = []
+    for value in captured.results:
+        if not isinstance(value, fx.Node):
+            results.append(("value", value))
+        elif isinstance(value.meta.get("val"), Tensor):
+            results.append(None)
+        else:
+            results.append(("size", size_text(value.meta["val"])))
+    program, others = lower(captured)
+    values = {name: state[key] for name, key in program["state"].items()}
+    choose_plans(program, {**values, **others}, tensors)
+    return Version(program, others, state, captured.sizes, signature, results, captured.out_spec)
+
+
+def resized(
+    sizes: Sizes, name: str, size: int | None, args: tuple, kwargs: dict
+) -> tuple[tuple, dict] | None:
+    """Arguments like these whose size ``name`` is another: ``size``, or one more if that is None."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    values = sizes.checker().values([leaves[i].shape for i in at])
+    if values is None or values[name] == size:
+        return None
+    values[name] = values[name] + 1 if size is None else size
+    for i, expected in zip(at, sizes.shapes, strict=True):
+        for dim, one in enumerate(expected):
+            new = one if isinstance(one, int) else compiled(one, sizes.names())(values)
+            if new != leaves[i].shape[dim]:
+                leaves[i] = leaves[i].index_select(dim, torch.arange(new) % leaves[i].shape[dim])
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def signature_of(leaves: list, spec: Any) -> tuple:
+    """What a version is captured for, beside sizes: structure, dtypes and what is no tensor."""
+    parts = [
+        (leaf.dtype, leaf.dim(), leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        for leaf in leaves
+    ]
+    return (spec, *parts)
+
+
+def same_results(found: Any, expected: Any) -> bool:
+    """Whether two results agree but for rounding: structure, shapes, dtypes, strides, and values."""
+    a, of_a = pytree.tree_flatten(found)
+    b, of_b = pytree.tree_flatten(expected)
+    return of_a == of_b and all(map(_same, a, b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(b, Tensor):
+        return type(a) is type(b) and a == b
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype or not _same_order(a, b):
+        return False
+    if not b.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.detach().double(), b.detach().double()
+    finite = b.isfinite()
+    if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a[b.isinf()], b[b.isinf()]):
+        return False
+    scale = b[finite].abs().max().item() if finite.any() else 0.0
+    return bool(((a - b)[finite].abs() <= _ROUNDING * scale).all())
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether strides are the same where a size of 1 does not make them free."""
+    return (
+        all(s == t or n == 1 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True))
+        or a.numel() == 0
+    )

@@ -1,0 +1,48 @@
+"""The ops of frozen programs: what a model computes, node by node over slots, run by one call. CPU only.
+
+- ``program_new`` makes a program and returns its number; ``program_free`` ends it, after the calls that run.
+- ``program_run`` runs it on as many tensors as it has inputs, and returns its results.
+
+The code of a program is a list of whole numbers; floats and names are given by their place in two lists
+beside it. It reads ``version, tensor slots, int slots, inputs, nodes, node..., outputs, slot...``. The first
+slots of tensors hold the constants, the next ones the inputs. A node is its kind (its place in :data:`KINDS`)
+and:
+
+- ``call``: name, overload, arguments, results. An argument is its kind (:data:`ARGUMENTS`), whether the
+  schema calls it optional, and its value. A result is whether it is a list, how many tensors a list has, and
+  their slots.
+- ``arithmetic``: an operation (:data:`ARITHMETIC`), two numbers (``size``: a tensor and a dimension), the int
+  slot.
+- ``view``: a kind (:data:`VIEWS`), the tensor, its numbers, the slot.
+- ``block``: input, weight, bias, whether it is of signals (N, C, L), ``conv``, ``activation``, ``act``,
+  ``pool`` and ``order`` as in :mod:`cnnlstm_fast.ops.conv_block`, pairs of (positions of a map, plan), the
+  slot. The plan is that of the nearest number of positions.
+- ``recurrent``: ``x, h0, c0, reset, lengths``, mode, a number that nodes of the same weights share,
+  directions, the weights of each, ``batch_first``, slots of ``out``, ``h_n``, ``c_n``: as in
+  :mod:`cnnlstm_fast.ops.recurrent`.
+- ``sum``: a, b and t of ``a + t * b``, the slot.
+
+A number is ``0, value`` or ``1, int slot``. Lists begin with their length. -1 is no tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+VERSION = 1
+KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum")
+ARGUMENTS = (
+    "null", "tensor", "int", "float", "bool", "ints", "tensors", "string", "floats", "bools", "dtype",
+    "layout", "device", "memory_format", "maybe_tensors",
+)  # fmt: skip
+ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod", "max", "min", "size")
+VIEWS = ("reshape", "permute", "select", "slice", "squeeze", "unsqueeze", "expand", "contiguous")
+
+_lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
+_lib.define("program_new(int[] code, float[] floats, str[] names, Tensor[] constants) -> int")
+_lib.define("program_free(int program) -> ()")
+_lib.define("program_run(int program, Tensor[] inputs) -> Tensor[]")
+
+new_op = torch.ops.cnnlstm_fast.program_new.default
+free_op = torch.ops.cnnlstm_fast.program_free.default
+run_op = torch.ops.cnnlstm_fast.program_run.default

@@ -1,0 +1,37 @@
+// A recurrent layer whose weights are packed once, for frozen models: elsewhere weights may change between calls.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "recurrent_description.h"
+
+namespace cnnlstm_fast {
+
+// The weights of one direction as the kernels read them (recurrent_packing.h).
+struct PackedDirection {
+  torch::stable::Tensor x, h, bias;
+  std::optional<torch::stable::Tensor> r;
+};
+
+class PackedRecurrent {
+ public:
+  // One direction or two, contiguous float32.
+  PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode);
+
+  // (out, h_n, c_n) as the op recurrent_layer gives them, of the same bits.
+  std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> run(
+      const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h0,
+      const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& reset,
+      const std::optional<torch::stable::Tensor>& lengths, bool batch_first) const;
+
+ private:
+  const int64_t mode_;
+  std::vector<DirectionWeights> directions_;
+  std::vector<PackedDirection> packed_;
+};
+
+}  // namespace cnnlstm_fast
