@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cnnlstm_fast.functional.conv_block import CallPlan
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Found, Norm
 from cnnlstm_fast.fusion.layout import eager_layout
 from cnnlstm_fast.fusion.match import SLOTS
+from cnnlstm_fast.fusion.ways import Clock, ConvCall, Kind, Place, Way, as_handed, as_pytorch
 from cnnlstm_fast.limits import limit
-from cnnlstm_fast.planning.choose import gains_enough
+from cnnlstm_fast.planning import choose, tuner
 
 #: How many shapes of inputs a convolution remembers.
 MEMORY = 256
@@ -71,23 +73,31 @@ class FusionPlan:
     A value of the chain has the number of steps before it: value 0 is the convolution's.
 
     Attributes:
+        call: the convolution's, as it was observed.
         steps: behind the convolution.
-        dtypes: of all values but the last one.
+        dtypes: of all values.
         hands_on: only another convolution reads the last value.
+        reader: that convolution's site, and the key of its plan there.
         norm: the norm's arguments in the last call, or None without a norm.
         own_values: numbers of the values that are tensors of their own, without the last one; a step in place
             returns the tensor of the value before it.
-        by_shape: by an input's shape and strides, and whether it was handed on.
+        by_shape: by an input's shape and strides, whether it was handed on, and whether ways are timed.
+        outlooks: by an input's kind and the same two, microseconds of this site and its readers.
         lingers: the program keeps values between the steps in variables that it does not read.
     """
 
-    def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool):
-        self.steps, self.dtypes, self.hands_on = steps, dtypes, hands_on
+    def __init__(
+        self, call: ConvCall, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool,
+        reader: tuple[weakref.ref, tuple] | None,
+    ):  # fmt: skip
+        self.call, self.steps, self.dtypes, self.hands_on = call, steps, dtypes, hands_on
+        self.reader = reader
         parts = {SLOTS.get(step.kind): step.found.value for step in steps}
         self.activation, self.pool = parts.get("activation"), parts.get("pool")
         self.norm: Norm | None = parts.get("norm")
         self.own_values = [0, *(i + 1 for i, step in enumerate(steps[:-1]) if not step.same_object)]
         self.by_shape: dict[tuple, ShapePlan] = {}
+        self.outlooks: dict[tuple, float] = {}
         self.lingers = False
 
     def calls(self) -> list[tuple]:
@@ -96,77 +106,158 @@ class FusionPlan:
             (step.function, *(() if step.kind == "norm" else (step.args, step.kwargs))) for step in self.steps
         ]
 
-    def for_shape(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
-        """How the block runs for ``x``; PyTorch's own ``x`` is contiguous where ours was ``handed`` on."""
-        key = x.shape, x.stride(), handed
+    def for_shape(
+        self, x: Tensor, conv: Conv, source: FusionPlan | None, clock: Clock | None = None
+    ) -> ShapePlan:
+        """How the block runs for ``x``.
+
+        Args:
+            x, conv: input of the convolution and its other arguments.
+            source: the plan that handed ``x`` on, where PyTorch's own is contiguous.
+            clock: times the ways to run the block; they are predicted without one.
+        """
+        key = x.shape, x.stride(), source is not None, clock is not None
         found = self.by_shape.get(key)
         if found is None or found.conv != (conv.weight.shape, conv.weight.stride(), conv[2:]):
             if len(self.by_shape) > MEMORY:
                 self.by_shape.clear()
-            found = self.by_shape[key] = self._plan_shape(function, x, conv, handed)
+            found = self.by_shape[key] = self._plan_shape(x, conv, source, clock)
         return found
 
-    def _plan_shape(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
-        module = None if self.norm is None else self.norm.module(conv.weight.shape[0], x.dim())
-        given = x.new_empty(()).expand(x.shape) if handed else x  # not channels-last
-        pooled = self.pool is not None
-        layout = eager_layout(given, conv.weight, pooled, module, self.activation)
-        hands_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
-        shapes, plan = [], "reference"
-        parts = conv, module, self.activation, self.pool
+    def _plan_shape(self, x: Tensor, conv: Conv, source: FusionPlan | None, clock: Clock | None) -> ShapePlan:
+        plan, shapes, layout, hands_on = "reference", [], "channels_first", False
+        handed = source is not None
+        first = as_pytorch(x, clock is not None) if handed else x
+        place = Place(self.call.function, conv, first, x if handed else None)
         try:
-            call = run.plan_block(x, *parts, layout)
-            if hands_on:
-                handing = run.plan_block(x, *parts, "channels_last")
-                hands_on = handing.plan != "reference" and is_faster(handing, call)
-                call, layout = (handing, "channels_last") if hands_on else (call, layout)
-            shapes = self._value_shapes(function, x, conv, handed)
-            why = self._why_unfused(call, conv.weight, handed)
-            if why is None and handed and call.plan == "reference" and _is_faulty(x, conv, shapes[0][0]):
-                why = "the library's convolutions of such channels-last maps have faults"
-            if why is None and handed:
-                other = run.plan_block(x.contiguous(), *parts, layout)
-                if not is_faster(call, other):
-                    why = f"faster on its input as PyTorch lays it out: {other.reason}"
-            if why is None:
-                plan, why = call.plan, call.reason
-            else:
-                shapes = []
+            way, why = self._best(place, handed, clock)
+            if source is not None and source.reader_plan() is not self:  # it did not reckon with this site
+                other, _ = self._best(place, False, clock)
+                if other.total_us < way.total_us:
+                    way, why = other, f"faster on its input as PyTorch lays it out: {why}"
+            if way.call is not None and way.handed == handed:
+                plan, layout, hands_on = way.call.plan, way.layout, way.hands_on
+                shapes = self.value_shapes(place)[:-1]
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
-            why = str(error)
+            why, shapes = str(error), []
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
         return ShapePlan(plan, why, key, shapes, layout, hands_on)
 
-    def _why_unfused(self, call: CallPlan, weight: Tensor, handed: bool) -> str | None:
+    def _best(
+        self, place: Place, handed: bool, clock: Clock | None, before: tuple[FusionPlan, ...] = ()
+    ) -> tuple[Way, str]:
+        """The best way to run the site for an input that is ``handed`` on or not, and the reason in words."""
+        ways = self._ways(place)
+        seconds = None if clock is None else clock(self, place, ways)
+        if seconds is not None:
+            ways = [way._replace(us=1e6 * s) for way, s in zip(ways, seconds, strict=True)]
+        ways = self._with_readers(place, ways, clock, before)
+        plain, blocks = ways[0], [way for way in ways[1:] if way.handed == handed]
+        if not blocks:
+            return plain, "the library's convolutions of such channels-last maps have faults"
+        block = min(blocks, key=lambda way: way.total_us)
+        why = self._why_unfused(plain, block, seconds is not None, handed)
+        return (block, block.reason(plain, seconds is not None)) if why is None else (plain, why)
+
+    def _ways(self, place: Place) -> list[Way]:
+        """The ways to run the site, PyTorch's operators first, with their predicted costs."""
+        conv, x = place.conv, place.x
+        module = None if self.norm is None else self.norm.module(conv.weight.shape[0], x.dim())
+        layout = eager_layout(x, conv.weight, self.pool is not None, module, self.activation)
+        layouts = [layout]
+        if self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu and self.reader_plan():
+            layouts.append("channels_last")
+        found: list[Way] = []
+        for given in (x, place.given):
+            if given is None:
+                continue
+            for number, written in enumerate(layouts):
+                hands_on, handed = number > 0, given is not x
+                call = run.plan_block(given, conv, module, self.activation, self.pool, written)
+                if not found:
+                    found.append(Way(False, layout, False, None, call.choice.us + call.choice.saves_us))
+                us = call.choice.us
+                if call.plan == "reference":
+                    if hands_on or (handed and _is_faulty(given, conv, self.value_shapes(place)[0][0])):
+                        continue
+                    us /= 1 - choose.GAIN_PERCENT / 100 if handed else 1  # it too must promise to gain
+                found.append(Way(handed, written, hands_on, call, us + OVERHEAD_US))
+        return found
+
+    def _with_readers(
+        self, place: Place, ways: list[Way], clock: Clock | None, before: tuple[FusionPlan, ...]
+    ) -> list[Way]:
+        """``ways`` with what the sites take that read their result, where that depends on the way."""
+        reader = self.reader_plan()
+        if reader is None or reader in (*before, self) or not any([way.hands_on for way in ways]):
+            return ways
+        operands = (place.x, *place.conv[:2], *(() if self.norm is None else self.norm[2:4]))
+        shape, _ = self.value_shapes(place)[-1]
+        needs = any([t is not None and t.requires_grad for t in operands])
+        result = Kind(shape, None, self.dtypes[-1], needs)
+        behind = [reader.outlook(result, last, clock, (*before, self)) for last in (False, True)]
+        return [way._replace(behind_us=behind[way.hands_on]) for way in ways]
+
+    def outlook(self, x: Kind, handed: bool, clock: Clock | None, before: tuple[FusionPlan, ...]) -> float:
+        """Microseconds that this site and its readers take.
+
+        Args:
+            x: the input as PyTorch lays it out.
+            handed: it is handed on channels-last instead.
+            clock: times the ways to run a site; they are predicted without one.
+            before: the plans of the sites in front of this one.
+        """
+        key = x, handed, clock is not None
+        if key not in self.outlooks:
+            if len(self.outlooks) > MEMORY:
+                self.outlooks.clear()
+            filled = clock is not None
+            function, weight, bias, rest = self.call
+            first = x.tensor(filled)
+            conv = Conv(weight.tensor(filled), None if bias is None else bias.tensor(filled), *rest)
+            way, _ = self._best(Place(function, conv, first, as_handed(first, filled)), handed, clock, before)
+            self.outlooks[key] = way.total_us if way.handed == handed else math.inf
+        return self.outlooks[key]
+
+    def reader_plan(self) -> FusionPlan | None:
+        """The plan of the site that reads the last value, where that is another convolution alone."""
+        site, key = self.reader or (None, None)
+        found = None if site is None else site()
+        known = None if found is None else found.known.get(key)
+        if known is None or type(known) is FusionPlan:
+            return known
+        return None if known.plan is None else known.common_plan()
+
+    def _why_unfused(self, plain: Way, block: Way, timed: bool, handed: bool) -> str | None:
         """Why PyTorch's operators run the block, or None where it runs as one call."""
-        if call.plan == "reference":
-            return None if handed else call.reason  # for PyTorch too, channels-last is the faster one
-        if weight.is_cpu and call.choice.saves_us < OVERHEAD_US:
-            return f"calling it as a block costs more than it saves: {call.reason}"
+        assert block.call is not None
+        if handed:  # for PyTorch too, channels-last may be the faster one
+            return None
+        if block.call.plan == "reference":
+            return block.call.reason
+        if timed:
+            return None if block.total_us <= tuner.TIE * plain.total_us else block.reason(plain, timed)
+        saved = plain.total_us - block.total_us + OVERHEAD_US
+        needed = max(OVERHEAD_US, choose.GAIN_PERCENT / 100 * plain.us)
+        if plain.us and max(saved, 0.0) < needed:  # on CUDA microseconds are not predicted
+            return f"calling it as a block costs more than it saves: {block.call.reason}"
         return None
 
-    def _value_shapes(self, function, x: Tensor, conv: Conv, handed: bool) -> list[tuple]:
-        """Shape and strides that PyTorch's operators give all values but the last one."""
+    def value_shapes(self, place: Place) -> list[tuple]:
+        """Shape and strides that PyTorch's operators give all values."""
+        x, conv = place.x, place.conv
         with torch.no_grad():
-            strides = torch.empty(x.shape, device="meta").stride() if handed else x.stride()
-            y = function(
-                torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta"),
+            y = place.function(
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"),
                 torch.empty_like(conv.weight, dtype=x.dtype, device="meta"),
                 None, *conv[2:],
             )  # fmt: skip
             found = [(y.shape, y.stride())]
-            for step in self.steps[:-1]:
+            for step in self.steps:
                 if step.kind in ("pool", "max_pool"):
                     y = step.run(y)
                 found.append((y.shape, y.stride()))
         return found
-
-
-def is_faster(ours: CallPlan, other: CallPlan) -> bool:
-    """Whether ``ours`` is predicted to be faster; by a margin, where one is PyTorch's operators."""
-    if "reference" in (ours.plan, other.plan):
-        return gains_enough(ours.choice.us, other.choice.us)
-    return ours.choice.us <= other.choice.us
 
 
 def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:

@@ -152,6 +152,11 @@ def may_time() -> bool:
     )
 
 
+def knows(call: tuple) -> bool:
+    """Whether this process has found the seconds of a call."""
+    return call in _known
+
+
 def shortlist(predicted: dict[str, float]) -> list[str]:
     """The plans that are worth timing, PyTorch's operators first."""
     least = min(predicted.values())
