@@ -208,16 +208,22 @@ def blocks(
 
 Blocks = Annotated[int, typer.Option("--blocks", min=1, help="Random blocks, each in both modes.")]
 RaceSeed = Annotated[int, typer.Option(help="Of the blocks and their inputs; random without it.")]
+OneThread = Annotated[
+    bool, typer.Option("--one-thread", help="Time one thread's own work: for machines that others use too.")
+]
 
 
 def _race_plans(
-    count: int, seed: int, dtypes: list[str], keep: Path | None, unlisted: float = 0.5, tune: bool = False
-) -> list[calibration.Race]:
+    count: int, seed: int, dtypes: list[str], keep: Path | None, one_thread: bool, unlisted: float = 0.5,
+    tune: bool = False,
+) -> list[calibration.Race]:  # fmt: skip
     kinds = [getattr(torch, dtype) for dtype in dtypes]
     with _progress() as progress:
         task = progress.add_task("blocks", total=2 * count * len(kinds))
         tell = partial(progress.update, task)
-        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted, tune)
+        races = calibration.run(
+            count, seed, kinds, lambda done: tell(completed=done), unlisted, tune, one_thread
+        )
     if keep is not None:
         calibration.write_races(keep, races)
     return races
@@ -237,13 +243,14 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="File of rates; without it the package's own for this processor.")
     ] = None,
+    one_thread: OneThread = False,
 ) -> None:
     """Race every plan of random blocks and fit the rates by which plans are chosen on this processor."""
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
-        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep)
+        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep, one_thread)
     given = {} if prior is None else rates.read(prior).plans
     here = Device.here()
     path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
@@ -263,6 +270,7 @@ def regret(
     tune: Annotated[bool, typer.Option("--tune", help="Judge what cnnlstm_fast.tune chooses.")] = False,
     most: Annotated[float, typer.Option(help="Exit with 1 where the mean is more.")] = 1.05,
     output: Annotated[Path | None, typer.Option(help="Result file, as JSON.")] = None,
+    one_thread: OneThread = False,
 ) -> None:
     """Race every plan of fresh random blocks: what choosing by prediction costs over knowing."""
     if races:
@@ -271,7 +279,7 @@ def regret(
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
         with tempfile.TemporaryDirectory() as cache:
             os.environ["CNNLSTM_FAST_CACHE"] = cache  # so that nothing is known yet
-            raced = _race_plans(count, seed, ["float32"], keep, unlisted, tune)
+            raced = _race_plans(count, seed, ["float32"], keep, one_thread, unlisted, tune)
     given = rates.here() if of is None else rates.read(of)
     report = Report.begin("regret")
     for mode in ("inference", "training"):

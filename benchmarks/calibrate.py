@@ -34,6 +34,8 @@ from cnnlstm_fast.spec import BlockSpec, Pool
 
 #: Milliseconds that a block takes by PyTorch, about: between these.
 _LEAST_MS, _MOST_MS = 0.1, 6.0
+#: Gives the seconds since some moment.
+Clock = Callable[[], float]
 #: Elements of a map at most.
 _MOST_ELEMENTS = 4e7
 #: Rounds, and seconds of a plan's turn in one.
@@ -54,6 +56,7 @@ class Race:
         dtype: name of the dtype.
         forward, backward: median milliseconds by plan; those that cannot run it are missing.
         tuned: what ``cnnlstm_fast.tune`` chose, where it was asked.
+        threads: how many ran; None stands for those of the process that asks.
     """
 
     block: Block
@@ -64,13 +67,14 @@ class Race:
     forward: dict[str, float]
     backward: dict[str, float]
     tuned: str | None = None
+    threads: int | None = None
 
     def total(self, plan: str) -> float:
         """Milliseconds of both ways."""
         return self.forward[plan] + self.backward[plan]
 
     def problem(self) -> ConvProblem:
-        """What the planner is asked, at the threads of this process."""
+        """What the planner is asked."""
         block, training = self.block, self.mode == "training"
         pool, layout = None, block.layout
         if block.pool is not None and block.pool[0] == "Max":
@@ -90,7 +94,8 @@ class Race:
         shape = torch.Size((block.batch, block.channels, *_two(block.size, 1)))
         weight = torch.Size((block.out_channels, block.channels // block.groups, *_two(block.kernel, 1)))
         sizes = Sizes(spec, shape, weight, getattr(torch, self.dtype), "cpu", norm)
-        return conv_problem(sizes, training, self.needs_x, self.channels_last, torch.get_num_threads())
+        threads = self.threads or torch.get_num_threads()
+        return conv_problem(sizes, training, self.needs_x, self.channels_last, threads)
 
 
 def _two(sizes: tuple[int, ...], fill: int) -> tuple[int, int]:
@@ -198,6 +203,7 @@ def race(
     seed: int,
     dtype: torch.dtype = torch.float32,
     tune: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> Race:
     """Run every plan of a block in turn.
 
@@ -208,6 +214,7 @@ def race(
         seed: of weights and inputs.
         dtype: of both.
         tune: also let ``cnnlstm_fast.tune`` choose, anew.
+        clock: seconds, of the wall or of this process's own work.
     """
     training = mode == "training"
     generator = torch.Generator().manual_seed(seed)
@@ -236,7 +243,7 @@ def race(
     for turn in range(_ROUNDS):
         first = turn % len(plans)
         for plan in plans[first:] + plans[:first]:
-            times = list(_turn(sides[plan], x, grad, needs_x))[1:]
+            times = list(_turn(sides[plan], x, grad, needs_x, clock))[1:]
             forward[plan].append(median(f for f, _ in times))
             backward[plan].append(median(b for _, b in times))
 
@@ -249,31 +256,33 @@ def race(
             side = Side(block, cf.functional.conv_block, weights, training)
             tuned, *_ = plan_of(side.call, x.detach().requires_grad_(needs_x), side.weights)
     kinds = channels_last, needs_x, str(dtype)[6:]
-    return Race(block, mode, *kinds, ms(forward), ms(backward), tuned)
+    return Race(block, mode, *kinds, ms(forward), ms(backward), tuned, torch.get_num_threads())
 
 
-def _turn(side: Side, x: Tensor, grad: Tensor | None, needs_x: bool) -> Iterator[tuple[float, float]]:
+def _turn(
+    side: Side, x: Tensor, grad: Tensor | None, needs_x: bool, clock: Clock
+) -> Iterator[tuple[float, float]]:
     """Seconds forward and backward of two calls and more."""
-    end = time.perf_counter() + _TURN_S
+    end = clock() + _TURN_S
     count = 0
-    while count < 2 or time.perf_counter() < end:
+    while count < 2 or clock() < end:
         count += 1
         if grad is None:
             with torch.inference_mode():
-                start = time.perf_counter()
+                start = clock()
                 y = side.call(x, **side.weights)
                 del y
-                yield time.perf_counter() - start, 0.0
+                yield clock() - start, 0.0
             continue
         for weight in side.weights.values():
             weight.grad = None
         given = x.detach().requires_grad_(needs_x)
-        start = time.perf_counter()
+        start = clock()
         y = side.call(given, **side.weights)
-        between = time.perf_counter()
+        between = clock()
         y.backward(grad)
         del y
-        yield between - start, time.perf_counter() - between
+        yield between - start, clock() - between
 
 
 #: Weight of the prior: a term that few races have stays near it.
@@ -330,17 +339,31 @@ def _complete(plans: dict[str, dict[str, dict[str, float]]], dtype: str) -> None
                         way[term] = max(alike, default=0.0) if products else 0.0
 
 
+#: What a plan does in a call.
+Count = Callable[[ConvProblem], dict[str, float]]
+
+
+def threads_of(races: list[Race]) -> int:
+    """How many threads ran; races of several numbers give rates for the largest."""
+    return max(race.problem().threads for race in races)
+
+
 def fit_plans(races: list[Race], prior: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """Rates by plan and way; ``prior`` likewise, or empty."""
     problems = [race.problem() for race in races]
+    threads = threads_of(races)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for plan, (forward, backward) in costs.COUNTS.items():
         ran = [(race, p) for race, p in zip(races, problems, strict=True) if plan in race.forward]
         if not ran:
             continue
+
+        def counted(count: Count, p: ConvProblem) -> dict[str, float]:
+            return costs.shared(count(p), threads / p.threads)
+
         rows = {
-            "forward": [(forward(p), 1e6 * race.forward[plan]) for race, p in ran],
-            "backward": [(backward(p), 1e6 * race.backward[plan]) for race, p in ran if p.training],
+            "forward": [(counted(forward, p), 1e6 * race.forward[plan]) for race, p in ran],
+            "backward": [(counted(backward, p), 1e6 * race.backward[plan]) for race, p in ran if p.training],
         }
         found[plan] = {way: fit(row, prior.get(plan, {}).get(way, {})) for way, row in rows.items()}
     _complete(found, races[0].dtype)
@@ -362,7 +385,7 @@ def content(races: list[Race], device: str, prior: Mapping[str, Any]) -> dict[st
     return {
         "schema": rates.SCHEMA,
         "device": device,
-        "threads": torch.get_num_threads(),
+        "threads": threads_of(races),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "races": len(races),
@@ -448,14 +471,24 @@ def run(
     tell: Callable[[int], None],
     unlisted: float = 0.5,
     tune: bool = False,
+    one_thread: bool = False,
 ) -> list[Race]:
-    """Race every plan of ``count`` random blocks in both modes and each dtype; ``tell`` how many are done."""
+    """Race every plan of ``count`` random blocks in both modes and each dtype; ``tell`` how many are done.
+
+    By ``one_thread``, times are those of its own work: what other processes do disturbs them least.
+    """
     races: list[Race] = []
+    clock = time.process_time if one_thread else time.perf_counter
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if one_thread else threads)
     for dtype in dtypes:
         for at, (block, channels_last) in enumerate(draw(count, seed, unlisted)):
             for mode in ("inference", "training"):
-                races.append(race(block, mode, channels_last, seed=seed + at, dtype=dtype, tune=tune))
+                races.append(
+                    race(block, mode, channels_last, seed=seed + at, dtype=dtype, tune=tune, clock=clock)
+                )
                 tell(len(races))
+    torch.set_num_threads(threads)
     return races
 
 

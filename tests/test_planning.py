@@ -21,7 +21,7 @@ import cnnlstm_fast as cf
 from benchmarks import calibrate
 from cnnlstm_fast import planning
 from cnnlstm_fast.functional import conv_block
-from cnnlstm_fast.functional.conv_block import _known_calls, plan_call
+from cnnlstm_fast.functional.conv_block import plan_call
 from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.choose import PLANS, least
 
@@ -135,7 +135,7 @@ def test_races_are_read_again(tmp_path):
 
 
 @needs_extension
-def test_a_race_has_every_plan(cache):
+def test_a_race_has_every_plan(tuning):
     block = calibrate.Block("", 2, 12, (9, 11), 16, (3, 3), (1, 1), (1, 1), norm=True)
     for mode in ("inference", "training"):
         race = calibrate.race(block, mode, True, seed=3, tune=True)
@@ -214,16 +214,6 @@ def test_a_compiled_program_serves_any_batch():
 # ---------------------------------------------------------------- the tuner
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CNNLSTM_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuner, "_known", {})
-    monkeypatch.setattr(tuner, "enabled", False)
-    _known_calls.clear()
-    choose._likely.cache_clear()
-    return tmp_path / "cache"
-
-
 BLOCK = dict(padding=1, pool=nn.MaxPool2d(2))
 
 
@@ -255,7 +245,7 @@ def planned(x, weight, bias) -> choose.Choice:
 
 @needs_extension
 @pytest.mark.parametrize("fastest", ["direct", "chunked", "reference"])
-def test_the_fastest_runs_and_is_kept(cache, monkeypatch, fastest):
+def test_the_fastest_runs_and_is_kept(tuning, monkeypatch, fastest):
     asked = slow(monkeypatch, {"reference": 3e-3, "direct": 3e-3, "chunked": 3e-3} | {fastest: 1e-3})
     x, weight, bias = tensors()
     before = planned(x, weight, bias)
@@ -269,12 +259,12 @@ def test_the_fastest_runs_and_is_kept(cache, monkeypatch, fastest):
         with torch.no_grad():
             planned(x, weight, bias)
         planned(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
-        assert len(asked) == 3 == len(list(cache.iterdir()))
+        assert len(asked) == 3 == len(list(tuning.iterdir()))
     assert planned(x, weight, bias) == before
 
 
 @needs_extension
-def test_a_tie_is_pytorchs(cache, monkeypatch):
+def test_a_tie_is_pytorchs(tuning, monkeypatch):
     slow(monkeypatch, {"reference": 1e-3, "direct": 0.98e-3, "chunked": 2e-3})
     with cf.tune():
         assert planned(*tensors()).forward == "reference"
@@ -285,7 +275,7 @@ def test_a_tie_is_pytorchs(cache, monkeypatch):
 
 @needs_extension
 @pytest.mark.parametrize("training", [False, True])
-def test_timing_leaves_no_trace(cache, monkeypatch, training):
+def test_timing_leaves_no_trace(tuning, monkeypatch, training):
     slow(monkeypatch, {"reference": 3e-3, "direct": 1e-3, "chunked": 3e-3})
     x, weight, bias = tensors()
     x.requires_grad_()
@@ -303,7 +293,7 @@ def test_timing_leaves_no_trace(cache, monkeypatch, training):
 
 
 @needs_extension
-def test_nothing_is_timed_while_others_watch(cache, monkeypatch):
+def test_nothing_is_timed_while_others_watch(tuning, monkeypatch):
     asked = slow(monkeypatch, {"reference": 3e-3, "direct": 1e-3, "chunked": 3e-3})
     x, weight, bias = tensors(requires_grad=False)
 
@@ -323,7 +313,7 @@ def test_nothing_is_timed_while_others_watch(cache, monkeypatch):
 
 
 @needs_extension
-def test_two_processes_take_the_same_plan(cache):
+def test_two_processes_take_the_same_plan(tuning):
     """The first one times, whatever it finds; the second one reads it."""
     code = """
 import torch, cnnlstm_fast as cf
@@ -335,11 +325,11 @@ x, weight = torch.randn(4, 8, 20, 20), torch.randn(16, 8, 3, 3)
 y = cf.functional.conv_block(x, weight, padding=1)
 print(tuner.enabled, float(y.double().sum()).hex())
 """
-    env = {"CNNLSTM_FAST_TUNE": "1", "CNNLSTM_FAST_CACHE": str(cache)}
+    env = {"CNNLSTM_FAST_TUNE": "1", "CNNLSTM_FAST_CACHE": str(tuning)}
     first, second = (run_forked(code.replace("{reads}", reads), **env) for reads in ("False", "True"))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout == second.stdout and first.stdout.startswith("True")
-    (path,) = cache.iterdir()
+    (path,) = tuning.iterdir()
     kept = json.loads(path.read_text())
     assert kept["schema"] == tuner.SCHEMA and kept["choices"][0] == "reference"
 

@@ -54,7 +54,7 @@ class ShapePlan(NamedTuple):
     Attributes:
         plan, why: the kernel plan that runs it, and the reason.
         conv: the weight's shape and strides, and the convolution's arguments that are not tensors.
-        shapes: shape and strides of the values between the steps; empty where PyTorch's operators run them.
+        shapes: shape and strides of all values; empty where PyTorch's operators run the block.
         layout: of the block's result.
         hands_on: the result lies channels-last where PyTorch's is contiguous.
     """
@@ -137,7 +137,7 @@ class FusionPlan:
                     way, why = other, f"faster on its input as PyTorch lays it out: {why}"
             if way.call is not None and way.handed == handed:
                 plan, layout, hands_on = way.call.plan, way.layout, way.hands_on
-                shapes = self.value_shapes(place)[:-1]
+                shapes = self.value_shapes(place)
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
             why, shapes = str(error), []
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
@@ -180,7 +180,7 @@ class FusionPlan:
                 if call.plan == "reference":
                     if hands_on or (handed and _is_faulty(given, conv, self.value_shapes(place)[0][0])):
                         continue
-                    us /= 1 - choose.GAIN_PERCENT / 100 if handed else 1  # it too must promise to gain
+                    us *= 1 + max(choose.GAIN_PERCENT, 0) / 100  # channels-last too must promise to gain
                 found.append(Way(handed, written, hands_on, call, us + OVERHEAD_US))
         return found
 

@@ -81,7 +81,7 @@ def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
     else:
         copied = copy.copy(plan)
         copied.norm = norm
-        shapes = plan.value_shapes(place)[:-1]
+        shapes = plan.value_shapes(place)
         shape_plan = ShapePlan(way.call.plan, "", (), shapes, way.layout, hands_on=False)
         session = Session()
         session.writes = WriteWatch()
