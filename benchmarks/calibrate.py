@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
 from math import exp, log, prod
 from pathlib import Path
 from statistics import median
@@ -26,6 +25,7 @@ from torch import Tensor
 
 import cnnlstm_fast as cf
 from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block, plan_of
+from cnnlstm_fast.functional.conv_block import CallPlan, plan_call
 from cnnlstm_fast.planning import costs, rates
 from cnnlstm_fast.planning.choose import PLANS, least
 from cnnlstm_fast.planning.problem import ConvProblem, Sizes, conv_problem
@@ -228,7 +228,7 @@ def race(
     for plan in PLANS:
         if plan == "fft" and max(block.kernel) < _LEAST_FFT_KERNEL:
             continue
-        side = Side(block, partial(cf.functional.conv_block, plan=plan), weights, training)
+        side = Side(block, _by_plan(plan), weights, training)
         try:
             with torch.inference_mode(not training):
                 y = side.call(x.detach().requires_grad_(needs_x), **side.weights)
@@ -257,6 +257,24 @@ def race(
             tuned, *_ = plan_of(side.call, x.detach().requires_grad_(needs_x), side.weights)
     kinds = channels_last, needs_x, str(dtype)[6:]
     return Race(block, mode, *kinds, ms(forward), ms(backward), tuned, torch.get_num_threads())
+
+
+def _by_plan(plan: str) -> Callable[..., Tensor]:
+    """``conv_block`` by one plan, which is looked up once: a later call costs what a known one does."""
+    known: list[CallPlan] = []
+
+    def run(x, weight, bias=None, *, stride, padding, groups, norm, activation, pool, layout):
+        if plan == "reference":
+            return cf.reference.conv_block(
+                x, weight, bias, stride=stride, padding=padding, groups=groups, norm=norm,
+                activation=activation, pool=pool, layout=layout,
+            )  # fmt: skip
+        if not known:
+            args = stride, padding, 1, groups, norm, activation, pool, layout
+            known.append(plan_call(x, weight, bias, *args, plan))
+        return known[0].run(x, weight, bias, norm, pool)
+
+    return run
 
 
 def _turn(
@@ -293,7 +311,10 @@ _NOTHING = 1e-9
 _SURPRISE = 0.2
 
 
-def fit(rows: Iterable[tuple[Mapping[str, float], float]], prior: Mapping[str, float]) -> dict[str, float]:
+def fit(
+    rows: Iterable[tuple[Mapping[str, float], float]],
+    prior: Mapping[str, float],
+) -> dict[str, float]:
     """Rates such that counts times rates are near measured nanoseconds.
 
     Args:
@@ -343,15 +364,19 @@ def _complete(plans: dict[str, dict[str, dict[str, float]]], dtype: str) -> None
 Count = Callable[[ConvProblem], dict[str, float]]
 
 
-def threads_of(races: list[Race]) -> int:
-    """How many threads ran; races of several numbers give rates for the largest."""
-    return max(race.problem().threads for race in races)
+def fit_plans(
+    races: list[Race],
+    prior: Mapping[str, Any],
+    threads: int,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Rates by plan and way.
 
-
-def fit_plans(races: list[Race], prior: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Rates by plan and way; ``prior`` likewise, or empty."""
+    Args:
+        races: of one dtype.
+        prior: rates likewise, or empty.
+        threads: for which the rates are.
+    """
     problems = [race.problem() for race in races]
-    threads = threads_of(races)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for plan, (forward, backward) in costs.COUNTS.items():
         ran = [(race, p) for race, p in zip(races, problems, strict=True) if plan in race.forward]
@@ -376,8 +401,9 @@ def fit_plans(races: list[Race], prior: Mapping[str, Any]) -> dict[str, dict[str
 def content(races: list[Race], device: str, prior: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of rates holds; ``prior`` is another one's ``plans``, where the races leave a term open."""
     raced = sorted({race.dtype for race in races})
+    threads = max(race.problem().threads for race in races)
     plans = {
-        dtype: fit_plans([race for race in races if race.dtype == dtype], prior.get(dtype, {}))
+        dtype: fit_plans([race for race in races if race.dtype == dtype], prior.get(dtype, {}), threads)
         if dtype in raced
         else prior[dtype]
         for dtype in sorted({*raced, *prior})
@@ -385,7 +411,7 @@ def content(races: list[Race], device: str, prior: Mapping[str, Any]) -> dict[st
     return {
         "schema": rates.SCHEMA,
         "device": device,
-        "threads": threads_of(races),
+        "threads": threads,
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "races": len(races),

@@ -171,7 +171,7 @@ def test_where_it_stands_pytorch_may_be_faster(tuning, monkeypatch, training):
         assert {site.plan for site in sites} == {"PyTorch"}
         assert all(site.reason.startswith("timed w") for site in sites)
         assert sum("where it stands" in site.reason and "100 us by PyTorch" in site.reason for site in sites) == 2
-        assert sum("PyTorch" in names for names in asked) == 3
+        assert sum("PyTorch" in names for names in asked) >= 3
         asked.clear()
         for other in (fast, cf.accelerate(model)):
             for _ in range(3):

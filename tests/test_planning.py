@@ -115,7 +115,7 @@ def test_rates_are_found_again():
                 ]
                 forward[plan], backward[plan] = ways[0], ways[1] if problem.training else 0.0
             races.append(replace(race, forward=forward, backward=backward))
-    found = true._replace(plans={"float32": calibrate.fit_plans(races, {})})
+    found = true._replace(plans={"float32": calibrate.fit_plans(races, {}, true.threads)})
     errors = []
     for problem in problems(100):
         expected = costs.predict(problem, true, costs.COUNTS)

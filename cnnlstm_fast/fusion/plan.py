@@ -17,12 +17,16 @@ from cnnlstm_fast.fusion.match import SLOTS
 from cnnlstm_fast.fusion.ways import Clock, ConvCall, Kind, Place, Way, as_handed, as_pytorch
 from cnnlstm_fast.limits import limit
 from cnnlstm_fast.planning import choose, tuner
+from cnnlstm_fast.planning.support import records_gradients
 
 #: How many shapes of inputs a convolution remembers.
 MEMORY = 256
 
-#: About how many microseconds a speculation costs. A block that saves less runs as PyTorch's operators.
-OVERHEAD_US = limit("BLOCK_US", 40, 0)
+#: Microseconds that speculating a block counts for; a block that saves less runs as PyTorch's operators.
+#: It takes half of that. As much is what predictions overstate the savings of small blocks by.
+OVERHEAD_US = limit("BLOCK_US", 100, 0)
+#: How many times that much a norm costs in addition, whose tensors are watched, and a graph of gradients.
+_MORE = 1.5
 
 
 class Step:
@@ -150,7 +154,7 @@ class FusionPlan:
         ways = self._ways(place)
         seconds = None if clock is None else clock(self, place, ways)
         if seconds is not None:
-            ways = [way._replace(us=1e6 * s) for way, s in zip(ways, seconds, strict=True)]
+            ways = [way._replace(us=1e6 * s, overhead_us=0.0) for way, s in zip(ways, seconds, strict=True)]
         ways = self._with_readers(place, ways, clock, before)
         plain, blocks = ways[0], [way for way in ways[1:] if way.handed == handed]
         if not blocks:
@@ -176,12 +180,13 @@ class FusionPlan:
                 call = run.plan_block(given, conv, module, self.activation, self.pool, written)
                 if not found:
                     found.append(Way(False, layout, False, None, call.choice.us + call.choice.saves_us))
+                    overhead = self._overhead_us(place)
                 us = call.choice.us
                 if call.plan == "reference":
                     if hands_on or (handed and _is_faulty(given, conv, self.value_shapes(place)[0][0])):
                         continue
                     us *= 1 + max(choose.GAIN_PERCENT, 0) / 100  # channels-last too must promise to gain
-                found.append(Way(handed, written, hands_on, call, us + OVERHEAD_US))
+                found.append(Way(handed, written, hands_on, call, us, overhead))
         return found
 
     def _with_readers(
@@ -191,10 +196,8 @@ class FusionPlan:
         reader = self.reader_plan()
         if reader is None or reader in (*before, self) or not any([way.hands_on for way in ways]):
             return ways
-        operands = (place.x, *place.conv[:2], *(() if self.norm is None else self.norm[2:4]))
         shape, _ = self.value_shapes(place)[-1]
-        needs = any([t is not None and t.requires_grad for t in operands])
-        result = Kind(shape, None, self.dtypes[-1], needs)
+        result = Kind(shape, None, self.dtypes[-1], self._needs_graph(place))
         behind = [reader.outlook(result, last, clock, (*before, self)) for last in (False, True)]
         return [way._replace(behind_us=behind[way.hands_on]) for way in ways]
 
@@ -219,6 +222,15 @@ class FusionPlan:
             self.outlooks[key] = way.total_us if way.handed == handed else math.inf
         return self.outlooks[key]
 
+    def _needs_graph(self, place: Place) -> bool:
+        """Whether the result needs a gradient, where any is recorded."""
+        operands = (place.x, *place.conv[:2], *(() if self.norm is None else self.norm[2:4]))
+        return records_gradients() and any([t is not None and t.requires_grad for t in operands])
+
+    def _overhead_us(self, place: Place) -> float:
+        """Microseconds that speculating the block costs."""
+        return OVERHEAD_US * (1 + _MORE * ((self.norm is not None) + self._needs_graph(place)))
+
     def reader_plan(self) -> FusionPlan | None:
         """The plan of the site that reads the last value, where that is another convolution alone."""
         site, key = self.reader or (None, None)
@@ -237,8 +249,8 @@ class FusionPlan:
             return block.call.reason
         if timed:
             return None if block.total_us <= tuner.TIE * plain.total_us else block.reason(plain, timed)
-        saved = plain.total_us - block.total_us + OVERHEAD_US
-        needed = max(OVERHEAD_US, choose.GAIN_PERCENT / 100 * plain.us)
+        saved = plain.total_us - block.total_us + block.overhead_us
+        needed = max(block.overhead_us, choose.GAIN_PERCENT / 100 * plain.us)
         if plain.us and max(saved, 0.0) < needed:  # on CUDA microseconds are not predicted
             return f"calling it as a block costs more than it saves: {block.call.reason}"
         return None

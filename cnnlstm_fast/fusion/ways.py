@@ -11,6 +11,7 @@ from torch import Tensor
 from cnnlstm_fast.functional.conv_block import CallPlan
 from cnnlstm_fast.fusion.calls import Conv
 from cnnlstm_fast.planning.choose import in_words
+from cnnlstm_fast.planning.support import records_gradients
 
 
 class Kind(NamedTuple):
@@ -33,8 +34,7 @@ class Kind(NamedTuple):
             x = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="cpu")
         if filled:
             x.normal_(generator=torch.Generator("cpu").manual_seed(0))
-        records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        return x.requires_grad_(self.requires_grad and records)
+        return x.requires_grad_(self.requires_grad and records_gradients())
 
 
 class ConvCall(NamedTuple):
@@ -71,6 +71,7 @@ class Way(NamedTuple):
         hands_on: the result is handed on channels-last, where PyTorch's is contiguous.
         call: the block's plan; None where PyTorch's operators run.
         us: microseconds of this site, predicted or timed.
+        overhead_us: those of speculating it, where that is not part of ``us``.
         behind_us: microseconds of the sites that read its result.
     """
 
@@ -79,11 +80,12 @@ class Way(NamedTuple):
     hands_on: bool
     call: CallPlan | None
     us: float
+    overhead_us: float = 0.0
     behind_us: float = 0.0
 
     @property
     def total_us(self) -> float:
-        return self.us + self.behind_us
+        return self.us + self.overhead_us + self.behind_us
 
     @property
     def name(self) -> str:

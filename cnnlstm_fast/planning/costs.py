@@ -390,12 +390,12 @@ COUNTS: Mapping[str, tuple[Callable[[ConvProblem], Counts], Callable[[ConvProble
 
 
 #: Terms that take as long however many threads there are.
-_SERIAL = ("calls", "folds", "library calls", "patch calls", "steps")
+SERIAL = ("calls", "folds", "library calls", "patch calls", "steps", "input steps")
 
 
 def shared(counts: Counts, share: float) -> Counts:
     """Counts of one of the threads, which do ``share`` of what can be divided."""
-    return {term: count if term in _SERIAL else share * count for term, count in counts.items()}
+    return {term: count if term in SERIAL else share * count for term, count in counts.items()}
 
 
 def nanoseconds(counts: Counts, rates: Mapping[str, float]) -> float:
