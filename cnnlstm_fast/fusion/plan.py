@@ -243,10 +243,10 @@ class FusionPlan:
     def _why_unfused(self, plain: Way, block: Way, timed: bool, handed: bool) -> str | None:
         """Why PyTorch's operators run the block, or None where it runs as one call."""
         assert block.call is not None
-        if handed:  # for PyTorch too, channels-last may be the faster one
-            return None
         if block.call.plan == "reference":
-            return block.call.reason
+            return None if handed else block.call.reason  # for PyTorch too, channels-last may be faster
+        if block.handed:
+            return None
         if timed:
             return None if block.total_us <= tuner.TIE * plain.total_us else block.reason(plain, timed)
         saved = plain.total_us - block.total_us + block.overhead_us
