@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import asdict, replace
 from functools import partial
@@ -238,7 +239,8 @@ def calibrate(
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Where the races go, as lines of JSON.")] = None,
     prior: Annotated[
-        str | None, typer.Option(help="Rates to begin at, and to keep where no race says more.")
+        str | None,
+        typer.Option(help="Rates to begin at, and to keep where no race says more."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File of rates; without it the package's own for this processor.")
@@ -246,16 +248,19 @@ def calibrate(
     one_thread: OneThread = False,
 ) -> None:
     """Race every plan of random blocks and fit the rates by which plans are chosen on this processor."""
+    tilings: list[list[calibration.Cut]] = []
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
         raced = _race_plans(count, seed, ["float32", "bfloat16"], keep, one_thread)
-    given = {} if prior is None else rates.read(prior).plans
+        clock = time.process_time if one_thread else time.perf_counter
+        tilings = calibration.race_tilings(count // 10, seed, clock)
     here = Device.here()
     path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
     device = f"{here.cpu}, {here.cores} cores, {here.our_isa}"
-    calibration.write(path, calibration.content(raced, device, given))
+    given = None if prior is None else rates.read(prior)
+    calibration.write(path, calibration.content(raced, tilings, device, given))
     console.print(f"{len(raced)} races; written: {path}")
 
 

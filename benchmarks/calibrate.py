@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from math import exp, log, prod
 from pathlib import Path
 from statistics import median
@@ -26,11 +27,12 @@ from torch import Tensor
 import cnnlstm_fast as cf
 from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block, plan_of
 from cnnlstm_fast.functional.conv_block import CallPlan, plan_call
+from cnnlstm_fast.ops import conv_fft
 from cnnlstm_fast.planning import costs, rates
 from cnnlstm_fast.planning.choose import PLANS, least
 from cnnlstm_fast.planning.problem import ConvProblem, Sizes, conv_problem
 from cnnlstm_fast.planning.rates import Rates
-from cnnlstm_fast.spec import BlockSpec, Pool
+from cnnlstm_fast.spec import BlockSpec, Pool, map_size
 
 #: Milliseconds that a block takes by PyTorch, about: between these.
 _LEAST_MS, _MOST_MS = 0.1, 6.0
@@ -398,15 +400,98 @@ def fit_plans(
     }
 
 
-def content(races: list[Race], device: str, prior: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of rates holds; ``prior`` is another one's ``plans``, where the races leave a term open."""
+#: How far (of a logarithm) the rates of tilings are disturbed; how many disturbed ones cut each convolution;
+#: how many are compared, and of how many of the best the middle is taken.
+_DISTURBED, _CUT_BY, _COMPARED, _BEST = 1.0, 8, 400, 20
+
+#: One way to cut a convolution: what it does (:func:`cnnlstm_fast.ops.conv_fft.counts`), and its seconds.
+Cut = tuple[dict[str, float], float]
+
+
+def race_tilings(count: int, seed: int, clock: Clock = time.perf_counter) -> list[list[Cut]]:
+    """Random convolutions with large kernels by ``conv_fft``, each cut in several ways."""
+    rng, usual = random.Random(seed), conv_fft.rates
+    found = []
+    for _ in range(count):
+        if rng.random() < 0.4:
+            kernel, size = (1, rng.choice((15, 25, 31, 51, 64, 101))), (1, rng.randrange(200, 2500))
+            stride = (1, rng.choice((1, 1, 2)))
+        else:
+            kernel = rng.choice(((11, 11), (15, 15), (7, 21), (9, 31), (21, 11), (41, 11)))
+            size = rng.randrange(40, 120), rng.randrange(60, 200)
+            stride = rng.choice(((1, 1), (2, 1), (2, 2)))
+        batch, channels, c_out = rng.choice((1, 2, 4)), rng.choice((1, 16, 32, 64)), rng.choice((16, 32, 64))
+        conv = (*stride, kernel[0] // 2, kernel[1] // 2, 1, 1, 1)
+        x, weight = torch.randn(batch, channels, *size), torch.randn(c_out, channels, *kernel)
+        out = torch.empty(batch, *map_size(size, kernel, conv), c_out)
+        call = partial(conv_fft.forward_op, x, weight, None, conv, out)
+        cuts: dict[conv_fft.Tiling, Cut] = {}
+        try:
+            for given in disturbed(usual(), rng, _CUT_BY):
+                conv_fft.rates = partial(dict, given)
+                conv_fft.tiling_of.cache_clear()
+                cut = conv_fft.tiling(size, kernel, batch, channels, c_out, conv)
+                if cut not in cuts:
+                    cuts[cut] = conv_fft.counts(cut, batch, channels, c_out), min(_seconds(call, clock))
+        finally:
+            conv_fft.rates = usual
+            conv_fft.tiling_of.cache_clear()
+        found.append([*cuts.values()])
+    return found
+
+
+def disturbed(given: Mapping[str, float], rng: random.Random, count: int) -> Iterator[dict[str, float]]:
+    """``given``, and then others around it, ``count`` in all."""
+    yield dict(given)
+    for _ in range(count - 1):
+        yield {term: ns * exp(rng.gauss(0, _DISTURBED)) for term, ns in given.items()}
+
+
+def fit_tilings(races: list[list[Cut]], given: Mapping[str, float], seed: int = 0) -> dict[str, float]:
+    """Rates around ``given`` by which the cheapest cut takes least time over the fastest one's."""
+
+    def loss(tried: Mapping[str, float]) -> float:
+        chosen = [min(cuts, key=lambda cut: costs.nanoseconds(cut[0], tried)) for cuts in races]
+        pairs = zip(chosen, races, strict=True)
+        return sum(log(cut[1] / min(seconds for _, seconds in cuts)) for cut, cuts in pairs)
+
+    best = sorted(disturbed(given, random.Random(seed), _COMPARED), key=loss)[:_BEST]
+    first = next(iter(given))  # a cut depends on their ratios alone
+    return {
+        term: float(f"{given[first] * exp(sum(log(r[term] / r[first]) for r in best) / len(best)):.3g}")
+        for term in given
+    }
+
+
+def _seconds(call: Callable[[], object], clock: Clock) -> Iterator[float]:
+    for _ in range(_ROUNDS + 1):
+        start = clock()
+        call()
+        yield clock() - start
+
+
+def content(
+    races: list[Race],
+    tilings: list[list[Cut]],
+    device: str,
+    prior: Rates | None,
+) -> dict[str, Any]:
+    """What a file of rates holds.
+
+    Args:
+        races: of blocks.
+        tilings: of :func:`race_tilings`; their rates are those in use where there are none.
+        device: in words.
+        prior: other rates, where the races leave a term open.
+    """
     raced = sorted({race.dtype for race in races})
     threads = max(race.problem().threads for race in races)
+    given = {} if prior is None else prior.plans
     plans = {
-        dtype: fit_plans([race for race in races if race.dtype == dtype], prior.get(dtype, {}), threads)
+        dtype: fit_plans([race for race in races if race.dtype == dtype], given.get(dtype, {}), threads)
         if dtype in raced
-        else prior[dtype]
-        for dtype in sorted({*raced, *prior})
+        else given[dtype]
+        for dtype in sorted({*raced, *given})
     }
     return {
         "schema": rates.SCHEMA,
@@ -415,6 +500,7 @@ def content(races: list[Race], device: str, prior: Mapping[str, Any]) -> dict[st
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "races": len(races),
+        "tilings": fit_tilings(tilings, rates.here().tilings) if tilings else rates.here().tilings,
         "plans": plans,
     }
 

@@ -22,6 +22,7 @@ from benchmarks import calibrate
 from cnnlstm_fast import planning
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.functional.conv_block import plan_call
+from cnnlstm_fast.ops import conv_fft
 from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.choose import PLANS, least
 
@@ -123,6 +124,39 @@ def test_rates_are_found_again():
         errors += [abs(math.log(nearly[plan] / ns)) for plan, ns in expected.items()]
     errors.sort()
     assert errors[len(errors) // 2] < 0.05 and errors[9 * len(errors) // 10] < 0.25
+
+
+@needs_extension
+def test_tilings_are_cut_by_the_rates_under_which_they_are_fastest():
+    """Where only products take time, or only copies, other cuts are the fastest."""
+    given = rates.read(RATES[0]).tilings
+    before = conv_fft.rates
+    races = calibrate.race_tilings(8, seed=3, clock=iter(range(10**6)).__next__)
+    assert conv_fft.rates is before and sum(map(len, races)) > 16
+
+    for term in given:
+        timed = [[(counts, counts[term]) for counts, _ in cuts] for cuts in races]
+        found = calibrate.fit_tilings(timed, given)
+        chosen = [min(cuts, key=lambda cut: costs.nanoseconds(cut[0], found)) for cuts in timed]
+        usual = [min(cuts, key=lambda cut: costs.nanoseconds(cut[0], given)) for cuts in timed]
+        least = [min(seconds for _, seconds in cuts) for cuts in timed]
+        over, usually = (
+            sum(cut[1] / seconds for cut, seconds in zip(cuts, least, strict=True))
+            for cuts in (chosen, usual)
+        )
+        assert over <= usually
+    assert all(set(rates.read(name).tilings) == set(races[0][0][0]) for name in RATES)
+
+
+def test_calls_do_not_divide_among_threads():
+    counts = {"calls": 3.0, "products dense": 8.0, "library calls": 2.0}
+    assert costs.shared(counts, 0.25) == {"calls": 3.0, "products dense": 2.0, "library calls": 2.0}
+    given = rates.read(RATES[0])
+    for problem in problems(30):
+        one, many = (
+            costs.predict(problem._replace(threads=threads), given, costs.COUNTS) for threads in (1, 64)
+        )
+        assert all(many[plan] <= one[plan] for plan in one)
 
 
 def test_races_are_read_again(tmp_path):
