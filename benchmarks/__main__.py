@@ -214,17 +214,24 @@ OneThread = Annotated[
 ]
 
 
+def _clock(one_thread: bool) -> calibration.Clock:
+    """The wall's, or by ``one_thread`` that of this process's work, which from now on one thread does."""
+    if not one_thread:
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
+
+
 def _race_plans(
-    count: int, seed: int, dtypes: list[str], keep: Path | None, one_thread: bool, unlisted: float = 0.5,
+    count: int, seed: int, dtypes: list[str], keep: Path | None, clock: calibration.Clock,
+    unlisted: float = 0.5,
     tune: bool = False,
 ) -> list[calibration.Race]:  # fmt: skip
     kinds = [getattr(torch, dtype) for dtype in dtypes]
     with _progress() as progress:
         task = progress.add_task("blocks", total=2 * count * len(kinds))
         tell = partial(progress.update, task)
-        races = calibration.run(
-            count, seed, kinds, lambda done: tell(completed=done), unlisted, tune, one_thread
-        )
+        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted, tune, clock)
     if keep is not None:
         calibration.write_races(keep, races)
     return races
@@ -249,12 +256,12 @@ def calibrate(
 ) -> None:
     """Race every plan of random blocks and fit the rates by which plans are chosen on this processor."""
     tilings: list[list[calibration.Cut]] = []
+    clock = _clock(one_thread)
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
-        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep, one_thread)
-        clock = time.process_time if one_thread else time.perf_counter
+        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep, clock)
         tilings = calibration.race_tilings(count // 10, seed, clock)
     here = Device.here()
     path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
@@ -278,13 +285,14 @@ def regret(
     one_thread: OneThread = False,
 ) -> None:
     """Race every plan of fresh random blocks: what choosing by prediction costs over knowing."""
+    clock = _clock(one_thread)
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
         with tempfile.TemporaryDirectory() as cache:
             os.environ["CNNLSTM_FAST_CACHE"] = cache  # so that nothing is known yet
-            raced = _race_plans(count, seed, ["float32"], keep, one_thread, unlisted, tune)
+            raced = _race_plans(count, seed, ["float32"], keep, clock, unlisted, tune)
     given = rates.here() if of is None else rates.read(of)
     report = Report.begin("regret")
     for mode in ("inference", "training"):

@@ -583,16 +583,10 @@ def run(
     tell: Callable[[int], None],
     unlisted: float = 0.5,
     tune: bool = False,
-    one_thread: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> list[Race]:
-    """Race every plan of ``count`` random blocks in both modes and each dtype; ``tell`` how many are done.
-
-    By ``one_thread``, times are those of its own work: what other processes do disturbs them least.
-    """
+    """Race every plan of ``count`` random blocks in both modes and each dtype; ``tell`` how many are done."""
     races: list[Race] = []
-    clock = time.process_time if one_thread else time.perf_counter
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if one_thread else threads)
     for dtype in dtypes:
         for at, (block, channels_last) in enumerate(draw(count, seed, unlisted)):
             for mode in ("inference", "training"):
@@ -600,7 +594,6 @@ def run(
                     race(block, mode, channels_last, seed=seed + at, dtype=dtype, tune=tune, clock=clock)
                 )
                 tell(len(races))
-    torch.set_num_threads(threads)
     return races
 
 
