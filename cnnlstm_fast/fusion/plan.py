@@ -61,6 +61,7 @@ class ShapePlan(NamedTuple):
         shapes: shape and strides of all values; empty where PyTorch's operators run the block.
         layout: of the block's result.
         hands_on: the result lies channels-last where PyTorch's is contiguous.
+        converts: the block gets a channels-last copy of its contiguous input.
     """
 
     plan: str
@@ -69,6 +70,7 @@ class ShapePlan(NamedTuple):
     shapes: list[tuple]
     layout: str
     hands_on: bool
+    converts: bool
 
 
 class FusionPlan:
@@ -129,10 +131,10 @@ class FusionPlan:
         return found
 
     def _plan_shape(self, x: Tensor, conv: Conv, source: FusionPlan | None, clock: Clock | None) -> ShapePlan:
-        plan, shapes, layout, hands_on = "reference", [], "channels_first", False
+        plan, shapes, layout, hands_on, converts = "reference", [], "channels_first", False, False
         handed = source is not None
         first = as_pytorch(x, clock is not None) if handed else x
-        place = Place(self.call.function, conv, first, x if handed else None)
+        place = Place(self.call.function, conv, first, x if handed else None, clock is not None)
         try:
             way, why = self._best(place, handed, clock)
             if source is not None and source.reader_plan() is not self:  # it did not reckon with this site
@@ -140,12 +142,12 @@ class FusionPlan:
                 if other.total_us < way.total_us:
                     way, why = other, f"faster on its input as PyTorch lays it out: {why}"
             if way.call is not None and way.handed == handed:
-                plan, layout, hands_on = way.call.plan, way.layout, way.hands_on
+                plan, layout, hands_on, converts = way.call.plan, way.layout, way.hands_on, way.converts
                 shapes = self.value_shapes(place)
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
             why, shapes = str(error), []
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
-        return ShapePlan(plan, why, key, shapes, layout, hands_on)
+        return ShapePlan(plan, why, key, shapes, layout, hands_on, converts)
 
     def _best(
         self, place: Place, handed: bool, clock: Clock | None, before: tuple[FusionPlan, ...] = ()
@@ -172,21 +174,19 @@ class FusionPlan:
         if self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu and self.reader_plan():
             layouts.append("channels_last")
         found: list[Way] = []
-        for given in (x, place.given):
-            if given is None:
-                continue
+        for given, handed, converts in place.inputs():
             for number, written in enumerate(layouts):
-                hands_on, handed = number > 0, given is not x
+                hands_on, last = number > 0, handed or converts
                 call = run.plan_block(given, conv, module, self.activation, self.pool, written)
-                if not found:
-                    found.append(Way(False, layout, False, None, call.choice.us + call.choice.saves_us))
-                    overhead = self._overhead_us(place)
                 us = call.choice.us
+                if not found:
+                    found.append(Way(layout, None, us + call.choice.saves_us))
+                    overhead = self._overhead_us(place)
                 if call.plan == "reference":
-                    if hands_on or (handed and _is_faulty(given, conv, self.value_shapes(place)[0][0])):
+                    if hands_on > last or (last and _is_faulty(given, conv, self.value_shapes(place)[0][0])):
                         continue
                     us *= 1 + max(choose.GAIN_PERCENT, 0) / 100  # channels-last too must promise to gain
-                found.append(Way(handed, written, hands_on, call, us, overhead))
+                found.append(Way(written, call, us, overhead, handed, converts, hands_on))
         return found
 
     def _with_readers(
@@ -218,7 +218,8 @@ class FusionPlan:
             function, weight, bias, rest = self.call
             first = x.tensor(filled)
             conv = Conv(weight.tensor(filled), None if bias is None else bias.tensor(filled), *rest)
-            way, _ = self._best(Place(function, conv, first, as_handed(first, filled)), handed, clock, before)
+            place = Place(function, conv, first, as_handed(first, filled), filled)
+            way, _ = self._best(place, handed, clock, before)
             self.outlooks[key] = way.total_us if way.handed == handed else math.inf
         return self.outlooks[key]
 
@@ -244,7 +245,8 @@ class FusionPlan:
         """Why PyTorch's operators run the block, or None where it runs as one call."""
         assert block.call is not None
         if block.call.plan == "reference":
-            return None if handed else block.call.reason  # for PyTorch too, channels-last may be faster
+            if not (handed or block.converts):  # for PyTorch too, channels-last may be faster
+                return block.call.reason
         if block.handed:
             return None
         if timed:

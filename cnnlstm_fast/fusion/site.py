@@ -168,9 +168,9 @@ class ConvSite:
             self.note_unfused(shape_plan.why)
             return function(x, *conv)
         try:
-            speculation = Speculation(
-                self, running, known, shape_plan, context, function, x, conv, given is not None
-            )
+            converts, last = shape_plan.converts, given is not None or shape_plan.converts
+            read = x.contiguous(memory_format=torch.channels_last) if converts else x
+            speculation = Speculation(self, running, known, shape_plan, context, function, read, conv, last)
         except Exception as error:  # PyTorch's operators raise their own error, if they do
             self.disable(f"its block raises {type(error).__name__}: {error}")
             return function(x if given is None else given.contiguous(), *conv)

@@ -70,6 +70,8 @@ def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
     """Run a site once, as a program would: the convolution, then its steps, then the backward."""
     x = place.given if way.handed else place.x
     x, weight, bias = (_leaf(t) for t in (x, *place.conv[:2]))
+    if way.converts:
+        x = x.contiguous(memory_format=torch.channels_last)
     conv = place.conv._replace(weight=weight, bias=bias)
     norm = None if plan.norm is None else plan.norm._replace(
         running_mean=_copy(plan.norm.running_mean), running_var=_copy(plan.norm.running_var),
@@ -82,11 +84,19 @@ def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
         copied = copy.copy(plan)
         copied.norm = norm
         shapes = plan.value_shapes(place)
-        shape_plan = ShapePlan(way.call.plan, "", (), shapes, way.layout, hands_on=False)
+        shape_plan = ShapePlan(way.call.plan, "", (), shapes, way.layout, hands_on=False, converts=False)
         session = Session()
         session.writes = WriteWatch()
         y = Speculation(
-            _Nobody(), session, copied, shape_plan, context, place.function, x, conv, way.handed
+            _Nobody(),
+            session,
+            copied,
+            shape_plan,
+            context,
+            place.function,
+            x,
+            conv,
+            handed=way.handed or way.converts,
         ).start()
     for step in plan.steps:
         y = step.run(y) if step.kind != "norm" else step.function(y, *cast(Norm, norm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,33 +54,48 @@ class Place(NamedTuple):
         conv: its arguments behind the input.
         x: the input as PyTorch lays it out. Its values are not read unless the ways are timed.
         given: the same, handed on channels-last; None where that is not asked.
+        timed: the ways are timed. Only then the site may convert its input: no prediction knows what that is
+            worth.
     """
 
     function: Callable[..., Tensor]
     conv: Conv
     x: Tensor
     given: Tensor | None
+    timed: bool
+
+    def inputs(self) -> Iterator[tuple[Tensor, bool, bool]]:
+        """What a block may get, and whether it is handed on, or converted by the site."""
+        yield self.x, False, False
+        if self.given is not None:
+            yield self.given, True, False
+        if self.timed and self.x.dim() == 4 and self.x.is_contiguous():
+            last = as_handed(self.x, True)
+            if not last.is_contiguous():
+                yield last, False, True
 
 
 class Way(NamedTuple):
     """One way to run a site.
 
     Attributes:
-        handed: the input is handed on channels-last, where PyTorch's is contiguous.
         layout: of the result.
-        hands_on: the result is handed on channels-last, where PyTorch's is contiguous.
         call: the block's plan; None where PyTorch's operators run.
         us: microseconds of this site, predicted or timed.
         overhead_us: those of speculating it, where that is not part of ``us``.
+        handed: the input is handed on channels-last, where PyTorch's is contiguous.
+        converts: the block gets a channels-last copy of its contiguous input.
+        hands_on: the result is handed on channels-last, where PyTorch's is contiguous.
         behind_us: microseconds of the sites that read its result.
     """
 
-    handed: bool
     layout: str
-    hands_on: bool
     call: CallPlan | None
     us: float
     overhead_us: float = 0.0
+    handed: bool = False
+    converts: bool = False
+    hands_on: bool = False
     behind_us: float = 0.0
 
     @property
@@ -92,7 +107,8 @@ class Way(NamedTuple):
         """For the tuner's files."""
         if self.call is None:
             return "PyTorch"
-        return f"{self.call.plan}{', handed' if self.handed else ''}, {self.layout}"
+        given = "handed" if self.handed else "converted" if self.converts else "as it lies"
+        return f"{self.call.plan}, {given}, {self.layout}"
 
     def reason(self, plain: Way, timed: bool) -> str:
         """What decided, in words."""
