@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -130,7 +129,7 @@ def _write(path: Path, entry: dict) -> None:
 # ---- Plans of blocks on the CPU
 
 #: A plan is timed if it is predicted to take at most this many times the best one's time; and how many are.
-_LIKELY, _MOST_TIMED = 1.8, 3
+_LIKELY, _MOST_TIMED = 1.8, 4
 #: Rounds in which they are timed in turn, after one warm-up call each.
 _ROUNDS = 5
 #: A fused plan must take less than this share of PyTorch's time; the noise of the timing is about as large.
@@ -187,6 +186,7 @@ def seconds_of(
 
 
 def _in_turn(plans: Sequence[str], run: Callable[[str], Any]) -> list[float]:
+    """The least seconds of each: what disturbs a run can only add to them."""
     for plan in plans:
         run(plan)
     times: dict[str, list[float]] = {plan: [] for plan in plans}
@@ -195,7 +195,7 @@ def _in_turn(plans: Sequence[str], run: Callable[[str], Any]) -> list[float]:
             start = time.perf_counter()
             run(plan)
             times[plan].append(time.perf_counter() - start)
-    return [median(found) for found in times.values()]
+    return [*map(min, times.values())]
 
 
 @lru_cache(maxsize=1)
