@@ -24,6 +24,7 @@ from benchmarks import blocks as block_races
 from benchmarks import calibrate as calibration
 from benchmarks import dispatch, gpu, gpu_works, growth, memory, roofline, trace
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
+from benchmarks.models import MODELS, race_model
 from benchmarks.race import WrongResult, race
 from benchmarks.results import Device, Report, read
 from benchmarks.soak import soak as run_soak
@@ -281,6 +282,9 @@ def regret(
     unlisted: Annotated[float, typer.Option(help="Share of blocks that are like no model's.")] = 0.0,
     tune: Annotated[bool, typer.Option("--tune", help="Judge what cnnlstm_fast.tune chooses.")] = False,
     most: Annotated[float, typer.Option(help="Exit with 1 where the mean is more.")] = 1.05,
+    models: Annotated[
+        bool, typer.Option("--models", help="Race models too: accelerated, eager, channels-last eager.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Result file, as JSON.")] = None,
     one_thread: OneThread = False,
 ) -> None:
@@ -306,6 +310,16 @@ def regret(
             )
             for line in found.lines:
                 console.print(f"  {line}", highlight=False)
+    for name, mode in [(n, m) for n in MODELS if models for m in ("inference", "training")]:
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["CNNLSTM_FAST_CACHE"] = cache
+            ran = race_model(name, mode, seed=max(seed, 0), tune=tune, clock=clock)
+        report.models.append(ran)
+        ratio = ran.ratio
+        console.print(
+            f"{name}, {mode}: {ratio.p50:.2f} ({ratio.p20:.2f} to {ratio.p80:.2f}) times as fast as the "
+            f"better of eager ({ran.eager_ms:.1f} ms) and channels-last ({ran.channels_last_ms:.1f} ms)"
+        )
     if output is not None:
         report.write(output)
     if any(found.mean > most for found in report.regrets):

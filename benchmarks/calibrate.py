@@ -324,6 +324,8 @@ def fit(
         prior: rates to begin at, also for terms that no row has.
     """
     rows = list(rows)
+    if not rows:
+        return dict(prior)
     terms = sorted({term for counts, _ in rows for term in counts} | set(prior))
     counted = np.array([[counts.get(term, 0.0) for term in terms] for counts, _ in rows])
     measured = np.array([ns for _, ns in rows])

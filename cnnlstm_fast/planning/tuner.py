@@ -1,9 +1,9 @@
 """Timing of a few choices at the first call of its kind, with the results kept in memory and on disk.
 
-Timed are plans of blocks on the CPU, where :class:`tune` asks for it, and tiles of Triton kernels always. A
-JSON file holds one call, its choices and their seconds. A file that does not validate is timed again and
-replaced. Files are replaced atomically, so processes may share their folder: CNNLSTM_FAST_CACHE, or
-``cnnlstm_fast`` in the user's cache folder.
+Timed are plans of blocks on the CPU and ways to run the sites of an accelerated model, where :class:`tune`
+asks for it, and tiles of Triton kernels always. A JSON file holds one call, its choices and their seconds. A
+file that does not validate is timed again and replaced. Files are replaced atomically, so processes may share
+their folder: CNNLSTM_FAST_CACHE, or ``cnnlstm_fast`` in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class tune:
         cnnlstm_fast.tune(True)
         with cnnlstm_fast.tune():
             model(x)
+
+    In a model of :func:`cnnlstm_fast.accelerate` each convolution is timed where it stands, as a block and by
+    PyTorch's operators, with the memory layouts that it gives its neighbours.
 
     What was found is kept in files under the user's cache folder (``CNNLSTM_FAST_CACHE`` names another), by
     shape, dtype, processor, threads and version, so that another process has the same plans and the same
