@@ -334,11 +334,20 @@ def test_a_way_that_cannot_be_timed_is_predicted(tuning, monkeypatch):
     monkeypatch.setattr(tuner, "_in_turn", fails)
     monkeypatch.setattr(tuner, "shortlist", lambda predicted: ["reference"])
     model, x = chain(2), torch.randn(8, 3, 24, 22)
+    given, run_block = [], run.run_block
+
+    def noted(x, *args, **kwargs):
+        given.append(lies_channels_last(x))
+        return run_block(x, *args, **kwargs)
+
+    monkeypatch.setattr(run, "run_block", noted)
     fast = cf.accelerate(model)
     with cf.tune(), torch.no_grad():
         for _ in range(3):
+            given.clear()
             torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
     assert not any("timed" in site.reason for site in fast.report().sites)
+    assert len(given) == 2 and not given[0]  # converting is not predicted
 
 
 def test_two_processes_have_the_same_bits(tuning):

@@ -155,7 +155,9 @@ class FusionPlan:
         """The best way to run the site for an input that is ``handed`` on or not, and the reason in words."""
         ways = self._ways(place)
         seconds = None if clock is None else clock(self, place, ways)
-        if seconds is not None:
+        if seconds is None:
+            ways = [way for way in ways if not way.converts]
+        else:
             ways = [way._replace(us=1e6 * s, overhead_us=0.0) for way, s in zip(ways, seconds, strict=True)]
         ways = self._with_readers(place, ways, clock, before)
         plain, blocks = ways[0], [way for way in ways[1:] if way.handed == handed]
@@ -183,7 +185,7 @@ class FusionPlan:
                     found.append(Way(layout, None, us + call.choice.saves_us))
                     overhead = self._overhead_us(place)
                 if call.plan == "reference":
-                    if hands_on > last or (last and _is_faulty(given, conv, self.value_shapes(place)[0][0])):
+                    if _is_faulty(given, conv, self.value_shapes(place)[0][0]) if last else hands_on:
                         continue
                     us *= 1 + max(choose.GAIN_PERCENT, 0) / 100  # channels-last too must promise to gain
                 found.append(Way(written, call, us, overhead, handed, converts, hands_on))
