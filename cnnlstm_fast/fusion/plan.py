@@ -246,16 +246,16 @@ class FusionPlan:
     def _why_unfused(self, plain: Way, block: Way, timed: bool, handed: bool) -> str | None:
         """Why PyTorch's operators run the block, or None where it runs as one call."""
         assert block.call is not None
-        if block.call.plan == "reference":
-            if not (handed or block.converts):  # for PyTorch too, channels-last may be faster
+        saved = max(plain.total_us - block.total_us + block.overhead_us, 0.0)
+        if not (handed or block.converts):  # channels-last PyTorch's operators may be worth it too
+            least = choose.GAIN_PERCENT / 100 * plain.us
+            if block.call.plan == "reference" or (saved < least and not timed):
                 return block.call.reason
         if block.handed:
             return None
         if timed:
             return None if block.total_us <= tuner.TIE * plain.total_us else block.reason(plain, timed)
-        saved = plain.total_us - block.total_us + block.overhead_us
-        needed = max(block.overhead_us, choose.GAIN_PERCENT / 100 * plain.us)
-        if plain.us and max(saved, 0.0) < needed:  # on CUDA microseconds are not predicted
+        if plain.us and saved < block.overhead_us:  # on CUDA microseconds are not predicted
             return f"calling it as a block costs more than it saves: {block.call.reason}"
         return None
 
