@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,6 +25,7 @@ from benchmarks import calibrate as calibration
 from benchmarks import dispatch, gpu, gpu_works, growth, memory, roofline, trace
 from benchmarks import latency as latencies
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
+from benchmarks.models import MODELS, race_model
 from benchmarks.race import WrongResult, race
 from benchmarks.results import Device, Report, read
 from benchmarks.soak import soak as run_soak
@@ -244,16 +246,29 @@ def blocks(
 
 Blocks = Annotated[int, typer.Option("--blocks", min=1, help="Random blocks, each in both modes.")]
 RaceSeed = Annotated[int, typer.Option(help="Of the blocks and their inputs; random without it.")]
+OneThread = Annotated[
+    bool, typer.Option("--one-thread", help="Time one thread's own work: for machines that others use too.")
+]
+
+
+def _clock(one_thread: bool) -> calibration.Clock:
+    """The wall's, or by ``one_thread`` that of this process's work, which from now on one thread does."""
+    if not one_thread:
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
 
 
 def _race_plans(
-    count: int, seed: int, dtypes: list[str], keep: Path | None, unlisted: float = 0.5, tune: bool = False
-) -> list[calibration.Race]:
+    count: int, seed: int, dtypes: list[str], keep: Path | None, clock: calibration.Clock,
+    unlisted: float = 0.5,
+    tune: bool = False,
+) -> list[calibration.Race]:  # fmt: skip
     kinds = [getattr(torch, dtype) for dtype in dtypes]
     with _progress() as progress:
         task = progress.add_task("blocks", total=2 * count * len(kinds))
         tell = partial(progress.update, task)
-        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted, tune)
+        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted, tune, clock)
     if keep is not None:
         calibration.write_races(keep, races)
     return races
@@ -268,23 +283,28 @@ def calibrate(
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Where the races go, as lines of JSON.")] = None,
     prior: Annotated[
-        str | None, typer.Option(help="Rates to begin at, and to keep where no race says more.")
+        str | None,
+        typer.Option(help="Rates to begin at, and to keep where no race says more."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File of rates; without it the package's own for this processor.")
     ] = None,
+    one_thread: OneThread = False,
 ) -> None:
     """Race every plan of random blocks and fit the rates by which plans are chosen on this processor."""
+    tilings: list[list[calibration.Cut]] = []
+    clock = _clock(one_thread)
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
-        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep)
-    given = {} if prior is None else rates.read(prior).plans
+        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep, clock)
+        tilings = calibration.race_tilings(count // 10, seed, clock)
     here = Device.here()
     path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
     device = f"{here.cpu}, {here.cores} cores, {here.our_isa}"
-    calibration.write(path, calibration.content(raced, device, given))
+    given = None if prior is None else rates.read(prior)
+    calibration.write(path, calibration.content(raced, tilings, device, given))
     console.print(f"{len(raced)} races; written: {path}")
 
 
@@ -298,16 +318,21 @@ def regret(
     unlisted: Annotated[float, typer.Option(help="Share of blocks that are like no model's.")] = 0.0,
     tune: Annotated[bool, typer.Option("--tune", help="Judge what cnnlstm_fast.tune chooses.")] = False,
     most: Annotated[float, typer.Option(help="Exit with 1 where the mean is more.")] = 1.05,
+    models: Annotated[
+        bool, typer.Option("--models", help="Race models too: accelerated, eager, channels-last eager.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Result file, as JSON.")] = None,
+    one_thread: OneThread = False,
 ) -> None:
     """Race every plan of fresh random blocks: what choosing by prediction costs over knowing."""
+    clock = _clock(one_thread)
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
         with tempfile.TemporaryDirectory() as cache:
             os.environ["CNNLSTM_FAST_CACHE"] = cache  # so that nothing is known yet
-            raced = _race_plans(count, seed, ["float32"], keep, unlisted, tune)
+            raced = _race_plans(count, seed, ["float32"], keep, clock, unlisted, tune)
     given = rates.here() if of is None else rates.read(of)
     report = Report.begin("regret")
     for mode in ("inference", "training"):
@@ -321,6 +346,16 @@ def regret(
             )
             for line in found.lines:
                 console.print(f"  {line}", highlight=False)
+    for name, mode in [(n, m) for n in MODELS if models for m in ("inference", "training")]:
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["CNNLSTM_FAST_CACHE"] = cache
+            ran = race_model(name, mode, seed=max(seed, 0), tune=tune, clock=clock)
+        report.models.append(ran)
+        ratio = ran.ratio
+        console.print(
+            f"{name}, {mode}: {ratio.p50:.2f} ({ratio.p20:.2f} to {ratio.p80:.2f}) times as fast as the "
+            f"better of eager ({ran.eager_ms:.1f} ms) and channels-last ({ran.channels_last_ms:.1f} ms)"
+        )
     if output is not None:
         report.write(output)
     if any(found.mean > most for found in report.regrets):

@@ -16,7 +16,6 @@ from datetime import date
 from functools import partial
 from math import exp, log, prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,18 @@ from torch import Tensor
 
 import cnnlstm_fast as cf
 from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block, plan_of
+from cnnlstm_fast.functional.conv_block import CallPlan, plan_call
+from cnnlstm_fast.ops import conv_fft
 from cnnlstm_fast.planning import costs, rates
 from cnnlstm_fast.planning.choose import PLANS, least
 from cnnlstm_fast.planning.problem import ConvProblem, Sizes, conv_problem
 from cnnlstm_fast.planning.rates import Rates
-from cnnlstm_fast.spec import BlockSpec, Pool
+from cnnlstm_fast.spec import BlockSpec, Pool, map_size
 
 #: Milliseconds that a block takes by PyTorch, about: between these.
 _LEAST_MS, _MOST_MS = 0.1, 6.0
+#: Gives the seconds since some moment.
+Clock = Callable[[], float]
 #: Elements of a map at most.
 _MOST_ELEMENTS = 4e7
 #: Rounds, and seconds of a plan's turn in one.
@@ -52,8 +55,10 @@ class Race:
         channels_last: whether the input lay channels-last.
         needs_x: whether the gradient of the input was asked for.
         dtype: name of the dtype.
-        forward, backward: median milliseconds by plan; those that cannot run it are missing.
+        forward, backward: milliseconds by plan, the least of all calls, to which others' work can only add.
+            Plans that cannot run it are missing.
         tuned: what ``cnnlstm_fast.tune`` chose, where it was asked.
+        threads: how many ran; None stands for those of the process that asks.
     """
 
     block: Block
@@ -64,13 +69,14 @@ class Race:
     forward: dict[str, float]
     backward: dict[str, float]
     tuned: str | None = None
+    threads: int | None = None
 
     def total(self, plan: str) -> float:
         """Milliseconds of both ways."""
         return self.forward[plan] + self.backward[plan]
 
     def problem(self) -> ConvProblem:
-        """What the planner is asked, at the threads of this process."""
+        """What the planner is asked."""
         block, training = self.block, self.mode == "training"
         pool, layout = None, block.layout
         if block.pool is not None and block.pool[0] == "Max":
@@ -90,7 +96,8 @@ class Race:
         shape = torch.Size((block.batch, block.channels, *_two(block.size, 1)))
         weight = torch.Size((block.out_channels, block.channels // block.groups, *_two(block.kernel, 1)))
         sizes = Sizes(spec, shape, weight, getattr(torch, self.dtype), "cpu", norm)
-        return conv_problem(sizes, training, self.needs_x, self.channels_last, torch.get_num_threads())
+        threads = self.threads or torch.get_num_threads()
+        return conv_problem(sizes, training, self.needs_x, self.channels_last, threads)
 
 
 def _two(sizes: tuple[int, ...], fill: int) -> tuple[int, int]:
@@ -198,6 +205,7 @@ def race(
     seed: int,
     dtype: torch.dtype = torch.float32,
     tune: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> Race:
     """Run every plan of a block in turn.
 
@@ -208,6 +216,7 @@ def race(
         seed: of weights and inputs.
         dtype: of both.
         tune: also let ``cnnlstm_fast.tune`` choose, anew.
+        clock: seconds, of the wall or of this process's own work.
     """
     training = mode == "training"
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +230,7 @@ def race(
     for plan in PLANS:
         if plan == "fft" and max(block.kernel) < _LEAST_FFT_KERNEL:
             continue
-        side = Side(block, partial(cf.functional.conv_block, plan=plan), weights, training)
+        side = Side(block, _by_plan(plan), weights, training)
         try:
             with torch.inference_mode(not training):
                 y = side.call(x.detach().requires_grad_(needs_x), **side.weights)
@@ -236,12 +245,12 @@ def race(
     for turn in range(_ROUNDS):
         first = turn % len(plans)
         for plan in plans[first:] + plans[:first]:
-            times = list(_turn(sides[plan], x, grad, needs_x))[1:]
-            forward[plan].append(median(f for f, _ in times))
-            backward[plan].append(median(b for _, b in times))
+            times = list(_turn(sides[plan], x, grad, needs_x, clock))[1:]
+            forward[plan] += [f for f, _ in times]
+            backward[plan] += [b for _, b in times]
 
     def ms(times: dict[str, list[float]]) -> dict[str, float]:
-        return {plan: round(1e3 * median(found), 5) for plan, found in times.items()}
+        return {plan: round(1e3 * min(found), 5) for plan, found in times.items()}
 
     tuned = None
     if tune:
@@ -249,31 +258,51 @@ def race(
             side = Side(block, cf.functional.conv_block, weights, training)
             tuned, *_ = plan_of(side.call, x.detach().requires_grad_(needs_x), side.weights)
     kinds = channels_last, needs_x, str(dtype)[6:]
-    return Race(block, mode, *kinds, ms(forward), ms(backward), tuned)
+    return Race(block, mode, *kinds, ms(forward), ms(backward), tuned, torch.get_num_threads())
 
 
-def _turn(side: Side, x: Tensor, grad: Tensor | None, needs_x: bool) -> Iterator[tuple[float, float]]:
+def _by_plan(plan: str) -> Callable[..., Tensor]:
+    """``conv_block`` by one plan, which is looked up once: a later call costs what a known one does."""
+    known: list[CallPlan] = []
+
+    def run(x, weight, bias=None, *, stride, padding, groups, norm, activation, pool, layout):
+        if plan == "reference":
+            return cf.reference.conv_block(
+                x, weight, bias, stride=stride, padding=padding, groups=groups, norm=norm,
+                activation=activation, pool=pool, layout=layout,
+            )  # fmt: skip
+        if not known:
+            args = stride, padding, 1, groups, norm, activation, pool, layout
+            known.append(plan_call(x, weight, bias, *args, plan))
+        return known[0].run(x, weight, bias, norm, pool)
+
+    return run
+
+
+def _turn(
+    side: Side, x: Tensor, grad: Tensor | None, needs_x: bool, clock: Clock
+) -> Iterator[tuple[float, float]]:
     """Seconds forward and backward of two calls and more."""
-    end = time.perf_counter() + _TURN_S
+    end = clock() + _TURN_S
     count = 0
-    while count < 2 or time.perf_counter() < end:
+    while count < 2 or clock() < end:
         count += 1
         if grad is None:
             with torch.inference_mode():
-                start = time.perf_counter()
+                start = clock()
                 y = side.call(x, **side.weights)
                 del y
-                yield time.perf_counter() - start, 0.0
+                yield clock() - start, 0.0
             continue
         for weight in side.weights.values():
             weight.grad = None
         given = x.detach().requires_grad_(needs_x)
-        start = time.perf_counter()
+        start = clock()
         y = side.call(given, **side.weights)
-        between = time.perf_counter()
+        between = clock()
         y.backward(grad)
         del y
-        yield between - start, time.perf_counter() - between
+        yield between - start, clock() - between
 
 
 #: Weight of the prior: a term that few races have stays near it.
@@ -284,7 +313,10 @@ _NOTHING = 1e-9
 _SURPRISE = 0.2
 
 
-def fit(rows: Iterable[tuple[Mapping[str, float], float]], prior: Mapping[str, float]) -> dict[str, float]:
+def fit(
+    rows: Iterable[tuple[Mapping[str, float], float]],
+    prior: Mapping[str, float],
+) -> dict[str, float]:
     """Rates such that counts times rates are near measured nanoseconds.
 
     Args:
@@ -292,6 +324,8 @@ def fit(rows: Iterable[tuple[Mapping[str, float], float]], prior: Mapping[str, f
         prior: rates to begin at, also for terms that no row has.
     """
     rows = list(rows)
+    if not rows:
+        return dict(prior)
     terms = sorted({term for counts, _ in rows for term in counts} | set(prior))
     counted = np.array([[counts.get(term, 0.0) for term in terms] for counts, _ in rows])
     measured = np.array([ns for _, ns in rows])
@@ -330,17 +364,35 @@ def _complete(plans: dict[str, dict[str, dict[str, float]]], dtype: str) -> None
                         way[term] = max(alike, default=0.0) if products else 0.0
 
 
-def fit_plans(races: list[Race], prior: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Rates by plan and way; ``prior`` likewise, or empty."""
+#: What a plan does in a call.
+Count = Callable[[ConvProblem], dict[str, float]]
+
+
+def fit_plans(
+    races: list[Race],
+    prior: Mapping[str, Any],
+    threads: int,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Rates by plan and way.
+
+    Args:
+        races: of one dtype.
+        prior: rates likewise, or empty.
+        threads: for which the rates are.
+    """
     problems = [race.problem() for race in races]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for plan, (forward, backward) in costs.COUNTS.items():
         ran = [(race, p) for race, p in zip(races, problems, strict=True) if plan in race.forward]
         if not ran:
             continue
+
+        def counted(count: Count, p: ConvProblem) -> dict[str, float]:
+            return costs.shared(count(p), threads / p.threads)
+
         rows = {
-            "forward": [(forward(p), 1e6 * race.forward[plan]) for race, p in ran],
-            "backward": [(backward(p), 1e6 * race.backward[plan]) for race, p in ran if p.training],
+            "forward": [(counted(forward, p), 1e6 * race.forward[plan]) for race, p in ran],
+            "backward": [(counted(backward, p), 1e6 * race.backward[plan]) for race, p in ran if p.training],
         }
         found[plan] = {way: fit(row, prior.get(plan, {}).get(way, {})) for way, row in rows.items()}
     _complete(found, races[0].dtype)
@@ -350,22 +402,107 @@ def fit_plans(races: list[Race], prior: Mapping[str, Any]) -> dict[str, dict[str
     }
 
 
-def content(races: list[Race], device: str, prior: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of rates holds; ``prior`` is another one's ``plans``, where the races leave a term open."""
+#: How far (of a logarithm) the rates of tilings are disturbed; how many disturbed ones cut each convolution;
+#: how many are compared, and of how many of the best the middle is taken.
+_DISTURBED, _CUT_BY, _COMPARED, _BEST = 1.0, 8, 400, 20
+
+#: One way to cut a convolution: what it does (:func:`cnnlstm_fast.ops.conv_fft.counts`), and its seconds.
+Cut = tuple[dict[str, float], float]
+
+
+def race_tilings(count: int, seed: int, clock: Clock = time.perf_counter) -> list[list[Cut]]:
+    """Random convolutions with large kernels by ``conv_fft``, each cut in several ways."""
+    rng, usual = random.Random(seed), conv_fft.rates
+    found = []
+    for _ in range(count):
+        if rng.random() < 0.4:
+            kernel, size = (1, rng.choice((15, 25, 31, 51, 64, 101))), (1, rng.randrange(200, 2500))
+            stride = (1, rng.choice((1, 1, 2)))
+        else:
+            kernel = rng.choice(((11, 11), (15, 15), (7, 21), (9, 31), (21, 11), (41, 11)))
+            size = rng.randrange(40, 120), rng.randrange(60, 200)
+            stride = rng.choice(((1, 1), (2, 1), (2, 2)))
+        batch, channels, c_out = rng.choice((1, 2, 4)), rng.choice((1, 16, 32, 64)), rng.choice((16, 32, 64))
+        conv = (*stride, kernel[0] // 2, kernel[1] // 2, 1, 1, 1)
+        x, weight = torch.randn(batch, channels, *size), torch.randn(c_out, channels, *kernel)
+        out = torch.empty(batch, *map_size(size, kernel, conv), c_out)
+        call = partial(conv_fft.forward_op, x, weight, None, conv, out)
+        cuts: dict[conv_fft.Tiling, Cut] = {}
+        try:
+            for given in disturbed(usual(), rng, _CUT_BY):
+                conv_fft.rates = partial(dict, given)
+                conv_fft.tiling_of.cache_clear()
+                cut = conv_fft.tiling(size, kernel, batch, channels, c_out, conv)
+                if cut not in cuts:
+                    cuts[cut] = conv_fft.counts(cut, batch, channels, c_out), min(_seconds(call, clock))
+        finally:
+            conv_fft.rates = usual
+            conv_fft.tiling_of.cache_clear()
+        found.append([*cuts.values()])
+    return found
+
+
+def disturbed(given: Mapping[str, float], rng: random.Random, count: int) -> Iterator[dict[str, float]]:
+    """``given``, and then others around it, ``count`` in all."""
+    yield dict(given)
+    for _ in range(count - 1):
+        yield {term: ns * exp(rng.gauss(0, _DISTURBED)) for term, ns in given.items()}
+
+
+def fit_tilings(races: list[list[Cut]], given: Mapping[str, float], seed: int = 0) -> dict[str, float]:
+    """Rates around ``given`` by which the cheapest cut takes least time over the fastest one's."""
+
+    def loss(tried: Mapping[str, float]) -> float:
+        chosen = [min(cuts, key=lambda cut: costs.nanoseconds(cut[0], tried)) for cuts in races]
+        pairs = zip(chosen, races, strict=True)
+        return sum(log(cut[1] / min(seconds for _, seconds in cuts)) for cut, cuts in pairs)
+
+    best = sorted(disturbed(given, random.Random(seed), _COMPARED), key=loss)[:_BEST]
+    first = next(iter(given))  # a cut depends on their ratios alone
+    return {
+        term: float(f"{given[first] * exp(sum(log(r[term] / r[first]) for r in best) / len(best)):.3g}")
+        for term in given
+    }
+
+
+def _seconds(call: Callable[[], object], clock: Clock) -> Iterator[float]:
+    for _ in range(_ROUNDS + 1):
+        start = clock()
+        call()
+        yield clock() - start
+
+
+def content(
+    races: list[Race],
+    tilings: list[list[Cut]],
+    device: str,
+    prior: Rates | None,
+) -> dict[str, Any]:
+    """What a file of rates holds.
+
+    Args:
+        races: of blocks.
+        tilings: of :func:`race_tilings`; their rates are those in use where there are none.
+        device: in words.
+        prior: other rates, where the races leave a term open.
+    """
     raced = sorted({race.dtype for race in races})
+    threads = max(race.problem().threads for race in races)
+    given = {} if prior is None else prior.plans
     plans = {
-        dtype: fit_plans([race for race in races if race.dtype == dtype], prior.get(dtype, {}))
+        dtype: fit_plans([race for race in races if race.dtype == dtype], given.get(dtype, {}), threads)
         if dtype in raced
-        else prior[dtype]
-        for dtype in sorted({*raced, *prior})
+        else given[dtype]
+        for dtype in sorted({*raced, *given})
     }
     return {
         "schema": rates.SCHEMA,
         "device": device,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "races": len(races),
+        "tilings": fit_tilings(tilings, rates.here().tilings) if tilings else rates.here().tilings,
         "plans": plans,
     }
 
@@ -448,13 +585,16 @@ def run(
     tell: Callable[[int], None],
     unlisted: float = 0.5,
     tune: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> list[Race]:
     """Race every plan of ``count`` random blocks in both modes and each dtype; ``tell`` how many are done."""
     races: list[Race] = []
     for dtype in dtypes:
         for at, (block, channels_last) in enumerate(draw(count, seed, unlisted)):
             for mode in ("inference", "training"):
-                races.append(race(block, mode, channels_last, seed=seed + at, dtype=dtype, tune=tune))
+                races.append(
+                    race(block, mode, channels_last, seed=seed + at, dtype=dtype, tune=tune, clock=clock)
+                )
                 tell(len(races))
     return races
 

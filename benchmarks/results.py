@@ -23,6 +23,7 @@ from benchmarks.calibrate import Regret
 from benchmarks.dispatch import Dispatch, Step
 from benchmarks.growth import Point
 from benchmarks.memory import Memory
+from benchmarks.models import ModelRace
 from benchmarks.race import Result
 from benchmarks.roofline import Roofline
 from benchmarks.trace import Trace
@@ -123,6 +124,7 @@ class Report(ResultFile):
     blocks: list[BlockResult] = field(default_factory=list)
     growth: list[Point] = field(default_factory=list)
     regrets: list[Regret] = field(default_factory=list)
+    models: list[ModelRace] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 

@@ -261,3 +261,17 @@ def _gain(monkeypatch, percent: int):
     yield
     choose.cheapest.cache_clear()
     _known_calls.clear()
+
+
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """The folder of the tuner's files, still empty; nothing has been timed in this process."""
+    from cnnlstm_fast.functional.conv_block import _known_calls
+    from cnnlstm_fast.planning import choose, tuner
+
+    monkeypatch.setenv("CNNLSTM_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuner, "_known", {})
+    monkeypatch.setattr(tuner, "enabled", False)
+    _known_calls.clear()
+    choose._likely.cache_clear()
+    return tmp_path / "cache"

@@ -8,10 +8,11 @@ import json
 import pytest
 from racing import quick, small
 from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command_line
-from benchmarks import blocks, growth, memory, plot, race, results, roofline, trace
+from benchmarks import blocks, growth, memory, models, plot, race, results, roofline, trace
 from benchmarks.dispatch import Dispatch, Step
 from benchmarks.race import OURS, Spread
 
@@ -138,3 +139,21 @@ def test_a_file_without_younger_fields_is_read(tmp_path):
 def test_committed_results_are_read(path):
     found = results.read(path)
     assert (found.races or found.blocks or found.memory or found.dispatch) and not found.failures
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_model_races_against_both_ways_of_eager(monkeypatch, mode, tuning):
+    made = []
+
+    def make():
+        made.append(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3)))
+        return made[-1]
+
+    monkeypatch.setitem(models.MODELS, "small", (make, (2, 3, 9, 8)))
+    ticks = iter(range(10**6))
+    found = models.race_model("small", mode, seed=1, rounds=3, tune=True, clock=lambda: 1e-3 * next(ticks))
+    assert (found.ratio.p20, found.ratio.p80) == pytest.approx((1.0, 1.0))
+    assert found.tuned and len(made) == 1
+    assert found.eager_ms == found.channels_last_ms == found.fast_ms == pytest.approx(1.0)
+    assert any("Conv2d+ReLU" in line for line in found.lines)
+    assert all(weight.is_contiguous() for weight in made[0].parameters())

@@ -21,7 +21,8 @@ import cnnlstm_fast as cf
 from benchmarks import calibrate
 from cnnlstm_fast import planning
 from cnnlstm_fast.functional import conv_block
-from cnnlstm_fast.functional.conv_block import _known_calls, plan_call
+from cnnlstm_fast.functional.conv_block import plan_call
+from cnnlstm_fast.ops import conv_fft
 from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.choose import PLANS, least
 
@@ -115,7 +116,7 @@ def test_rates_are_found_again():
                 ]
                 forward[plan], backward[plan] = ways[0], ways[1] if problem.training else 0.0
             races.append(replace(race, forward=forward, backward=backward))
-    found = true._replace(plans={"float32": calibrate.fit_plans(races, {})})
+    found = true._replace(plans={"float32": calibrate.fit_plans(races, {}, true.threads)})
     errors = []
     for problem in problems(100):
         expected = costs.predict(problem, true, costs.COUNTS)
@@ -123,6 +124,39 @@ def test_rates_are_found_again():
         errors += [abs(math.log(nearly[plan] / ns)) for plan, ns in expected.items()]
     errors.sort()
     assert errors[len(errors) // 2] < 0.05 and errors[9 * len(errors) // 10] < 0.25
+
+
+@needs_extension
+def test_tilings_are_cut_by_the_rates_under_which_they_are_fastest():
+    """Where only products take time, or only copies, other cuts are the fastest."""
+    given = rates.read(RATES[0]).tilings
+    before = conv_fft.rates
+    races = calibrate.race_tilings(8, seed=3, clock=iter(range(10**6)).__next__)
+    assert conv_fft.rates is before and sum(map(len, races)) > 16
+
+    for term in given:
+        timed = [[(counts, counts[term]) for counts, _ in cuts] for cuts in races]
+        found = calibrate.fit_tilings(timed, given)
+        chosen = [min(cuts, key=lambda cut: costs.nanoseconds(cut[0], found)) for cuts in timed]
+        usual = [min(cuts, key=lambda cut: costs.nanoseconds(cut[0], given)) for cuts in timed]
+        least = [min(seconds for _, seconds in cuts) for cuts in timed]
+        over, usually = (
+            sum(cut[1] / seconds for cut, seconds in zip(cuts, least, strict=True))
+            for cuts in (chosen, usual)
+        )
+        assert over <= usually
+    assert all(set(rates.read(name).tilings) == set(races[0][0][0]) for name in RATES)
+
+
+def test_calls_do_not_divide_among_threads():
+    counts = {"calls": 3.0, "products dense": 8.0, "library calls": 2.0}
+    assert costs.shared(counts, 0.25) == {"calls": 3.0, "products dense": 2.0, "library calls": 2.0}
+    given = rates.read(RATES[0])
+    for problem in problems(30):
+        one, many = (
+            costs.predict(problem._replace(threads=threads), given, costs.COUNTS) for threads in (1, 64)
+        )
+        assert all(many[plan] <= one[plan] for plan in one)
 
 
 def test_races_are_read_again(tmp_path):
@@ -135,7 +169,7 @@ def test_races_are_read_again(tmp_path):
 
 
 @needs_extension
-def test_a_race_has_every_plan(cache):
+def test_a_race_has_every_plan(tuning):
     block = calibrate.Block("", 2, 12, (9, 11), 16, (3, 3), (1, 1), (1, 1), norm=True)
     for mode in ("inference", "training"):
         race = calibrate.race(block, mode, True, seed=3, tune=True)
@@ -214,16 +248,6 @@ def test_a_compiled_program_serves_any_batch():
 # ---------------------------------------------------------------- the tuner
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CNNLSTM_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuner, "_known", {})
-    monkeypatch.setattr(tuner, "enabled", False)
-    _known_calls.clear()
-    choose._likely.cache_clear()
-    return tmp_path / "cache"
-
-
 BLOCK = dict(padding=1, pool=nn.MaxPool2d(2))
 
 
@@ -255,7 +279,7 @@ def planned(x, weight, bias) -> choose.Choice:
 
 @needs_extension
 @pytest.mark.parametrize("fastest", ["direct", "chunked", "reference"])
-def test_the_fastest_runs_and_is_kept(cache, monkeypatch, fastest):
+def test_the_fastest_runs_and_is_kept(tuning, monkeypatch, fastest):
     asked = slow(monkeypatch, {"reference": 3e-3, "direct": 3e-3, "chunked": 3e-3} | {fastest: 1e-3})
     x, weight, bias = tensors()
     before = planned(x, weight, bias)
@@ -269,12 +293,12 @@ def test_the_fastest_runs_and_is_kept(cache, monkeypatch, fastest):
         with torch.no_grad():
             planned(x, weight, bias)
         planned(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
-        assert len(asked) == 3 == len(list(cache.iterdir()))
+        assert len(asked) == 3 == len(list(tuning.iterdir()))
     assert planned(x, weight, bias) == before
 
 
 @needs_extension
-def test_a_tie_is_pytorchs(cache, monkeypatch):
+def test_a_tie_is_pytorchs(tuning, monkeypatch):
     slow(monkeypatch, {"reference": 1e-3, "direct": 0.98e-3, "chunked": 2e-3})
     with cf.tune():
         assert planned(*tensors()).forward == "reference"
@@ -285,7 +309,7 @@ def test_a_tie_is_pytorchs(cache, monkeypatch):
 
 @needs_extension
 @pytest.mark.parametrize("training", [False, True])
-def test_timing_leaves_no_trace(cache, monkeypatch, training):
+def test_timing_leaves_no_trace(tuning, monkeypatch, training):
     slow(monkeypatch, {"reference": 3e-3, "direct": 1e-3, "chunked": 3e-3})
     x, weight, bias = tensors()
     x.requires_grad_()
@@ -303,7 +327,7 @@ def test_timing_leaves_no_trace(cache, monkeypatch, training):
 
 
 @needs_extension
-def test_nothing_is_timed_while_others_watch(cache, monkeypatch):
+def test_nothing_is_timed_while_others_watch(tuning, monkeypatch):
     asked = slow(monkeypatch, {"reference": 3e-3, "direct": 1e-3, "chunked": 3e-3})
     x, weight, bias = tensors(requires_grad=False)
 
@@ -323,7 +347,7 @@ def test_nothing_is_timed_while_others_watch(cache, monkeypatch):
 
 
 @needs_extension
-def test_two_processes_take_the_same_plan(cache):
+def test_two_processes_take_the_same_plan(tuning):
     """The first one times, whatever it finds; the second one reads it."""
     code = """
 import torch, cnnlstm_fast as cf
@@ -335,17 +359,17 @@ x, weight = torch.randn(4, 8, 20, 20), torch.randn(16, 8, 3, 3)
 y = cf.functional.conv_block(x, weight, padding=1)
 print(tuner.enabled, float(y.double().sum()).hex())
 """
-    env = {"CNNLSTM_FAST_TUNE": "1", "CNNLSTM_FAST_CACHE": str(cache)}
+    env = {"CNNLSTM_FAST_TUNE": "1", "CNNLSTM_FAST_CACHE": str(tuning)}
     first, second = (run_forked(code.replace("{reads}", reads), **env) for reads in ("False", "True"))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout == second.stdout and first.stdout.startswith("True")
-    (path,) = cache.iterdir()
+    (path,) = tuning.iterdir()
     kept = json.loads(path.read_text())
     assert kept["schema"] == tuner.SCHEMA and kept["choices"][0] == "reference"
 
 
 def test_the_shortlist():
-    predicted = {"reference": 5.0, "direct": 1.0, "chunked": 1.5, "winograd": 1.7, "fft": 1.75}
+    predicted = {"reference": 5.0, "direct": 1.0, "chunked": 1.5, "winograd": 1.7, "fft": 1.9}
     assert tuner.shortlist(predicted) == ["reference", "direct", "chunked", "winograd"]
     assert tuner.shortlist({"reference": 1.0, "direct": 2.0}) == ["reference"]
     assert set(PLANS) == set(costs.COUNTS)

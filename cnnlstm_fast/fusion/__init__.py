@@ -12,8 +12,12 @@ its ``_conv_forward``. The site gets the tensors that PyTorch's own method would
    program does anything else with a placeholder, the placeholder becomes PyTorch's value, as the same
    Python object, and the site observes again. Before the program writes to an operand, the placeholders
    that are computed from it get their values (:mod:`~cnnlstm_fast.fusion.writes`).
-3. *Hand on* (:mod:`~cnnlstm_fast.fusion.handoff`). A result that only another convolution reads lies
+3. *Hand on* (:mod:`~cnnlstm_fast.fusion.handoff`). A result that only another convolution reads may lie
    channels-last. It gets PyTorch's layout when anything else reads it.
+
+Costs decide which way a site runs (:mod:`~cnnlstm_fast.fusion.plan`): as PyTorch's operators or as a block,
+whose input and result lie as PyTorch's or channels-last. The sites that read the result count too. Costs are
+predicted, or timed where :class:`cnnlstm_fast.tune` asks for it (:mod:`~cnnlstm_fast.fusion.timing`).
 
 All this happens only in a *session*, which is the outermost ``forward`` of the model. When the session ends,
 every special tensor that the program still holds becomes a plain one
@@ -21,6 +25,7 @@ every special tensor that the program still holds becomes a plain one
 
 The files, lowest first: ``match`` (what a block is), ``calls`` (function calls as parts of a block),
 ``layout`` (where PyTorch would put a result), ``run`` (one call of the block function), ``context`` (modes
-and operands of a call), ``tensors`` (what the Tensor subclasses share), ``writes`` (watching for writes to
-operands), ``plan`` (what is known of one chain), ``observe``, ``handoff``, ``speculate``, ``site``.
+and operands of a call), ``tensors`` (what the Tensor subclasses share), ``ways`` (the ways to run a site),
+``plan`` (what is known of one chain), ``writes`` (watching for writes to operands), ``observe``, ``handoff``,
+``speculate``, ``timing`` (of the ways), ``site``.
 """

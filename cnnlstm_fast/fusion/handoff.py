@@ -35,6 +35,7 @@ class ChannelsLastHandoff(Tensor):
         plan = self._plan
         plan.hands_on = False
         plan.by_shape.clear()
+        plan.outlooks.clear()
         self.close()
 
     def close(self) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from cnnlstm_fast.fusion.calls import Conv, read_call
+from cnnlstm_fast.fusion.calls import CONVS, Conv, read_call
 from cnnlstm_fast.fusion.context import context_of, fingerprint
 from cnnlstm_fast.fusion.layout import reads_channels_last
 from cnnlstm_fast.fusion.match import follow
 from cnnlstm_fast.fusion.plan import FusionPlan, Step
 from cnnlstm_fast.fusion.session import Session
 from cnnlstm_fast.fusion.tensors import METADATA, alias, no_function
+from cnnlstm_fast.fusion.ways import ConvCall, Kind
 
 
 @final
@@ -31,6 +32,8 @@ class Observation:
             value of another.
         limit: number of the value at which the chain ends, because something else reads it too.
         hands_on: that reader is a convolution.
+        reader: the number of the value that a site of the model has read, that site, and its plan's key.
+        call: the convolution's.
         plan: the result of the observation, once the session has ended.
         repeats: observations of further calls of the same convolution in that session.
     """
@@ -38,11 +41,14 @@ class Observation:
     #: How many calls of a session are observed.
     MOST = 16
 
-    def __init__(self, session: Session, x: Tensor, conv: Conv, rank: int):
-        self.rank, self.state = rank, "conv"
+    def __init__(self, session: Session, function: Callable, x: Tensor, conv: Conv):
+        self.rank, self.state = CONVS[function], "conv"
+        bias = None if conv.bias is None else Kind.of(conv.bias)
+        self.call = ConvCall(function, Kind.of(conv.weight), bias, conv[2:])
         self.steps: list[Step] = []
         self.limit: int | None = None
         self.hands_on = False
+        self.reader: tuple[int, weakref.ref, tuple] | None = None
         self.values: list[Callable[[], Any]] = []
         self.dtypes: list[torch.dtype] = []
         self.context = context_of(x)
@@ -90,9 +96,10 @@ class Observation:
             if type(value) is ObservedTensor:
                 value.close()
         end = len(self.steps) if self.limit is None else self.limit
+        reader = self.reader[1:] if self.reader is not None and self.reader[0] == end else None
         while end and self.steps[end - 1].kind == "identity":
             end -= 1
-        self.plan = FusionPlan(self.steps[:end], self.dtypes[:end], self.hands_on)
+        self.plan = FusionPlan(self.call, self.steps[:end], self.dtypes[: end + 1], self.hands_on, reader)
         self.operands = None
 
     def common_plan(self) -> FusionPlan | None:
@@ -136,6 +143,12 @@ class ObservedTensor(Tensor):
                 observation.dtypes.append(first.dtype)
                 return result
             return observation.observe(result)
+
+    def note_site(self, site: object, key: tuple) -> None:
+        """Note that a site of the model reads this value next; ``key`` is that of its plan."""
+        observation = self._observation
+        if observation.reader is None or self._at < observation.reader[0]:
+            observation.reader = self._at, weakref.ref(site), key
 
     def close(self, hands_on: bool = False) -> None:
         """Become a plain tensor: the chain ends here."""

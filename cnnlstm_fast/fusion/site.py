@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from cnnlstm_fast.fusion import session
-from cnnlstm_fast.fusion.calls import CONVS, Conv
+from cnnlstm_fast.fusion.calls import Conv
 from cnnlstm_fast.fusion.context import context_of, has_saved_tensor_hooks
 from cnnlstm_fast.fusion.handoff import ChannelsLastHandoff
 from cnnlstm_fast.fusion.observe import Observation, ObservedTensor
-from cnnlstm_fast.fusion.plan import MEMORY, FusionPlan
+from cnnlstm_fast.fusion.plan import MEMORY, FusionPlan, ShapePlan
 from cnnlstm_fast.fusion.speculate import Speculation
 from cnnlstm_fast.fusion.tensors import alias, no_function
-from cnnlstm_fast.planning import observer
+from cnnlstm_fast.fusion.timing import seconds_of_ways
+from cnnlstm_fast.planning import observer, tuner
 from cnnlstm_fast.planning.support import global_hooks, records_gradients
 
 #: How often the program may do something else than was observed before a convolution is no longer fused.
@@ -135,9 +136,11 @@ class ConvSite:
         known = self.known.get(key)
         if known is None or (type(known) is Observation and known.plan is None):
             self.note_unfused("is being observed: the first call in this mode")
+            if type(x) is ObservedTensor:
+                x.note_site(self, key)
             y = function(x, *conv)
             if type(y) is Tensor and (known is None or len(known.repeats) < Observation.MOST):
-                observation = Observation(running, x, conv, CONVS[function])
+                observation = Observation(running, function, x, conv)
                 observation.observe(y)
                 if known is None:
                     self.known[key] = observation
@@ -155,7 +158,7 @@ class ConvSite:
         if given is not None:
             with no_function():  # with its place in the autograd graph, where it has one
                 x = alias(given) if context.grad and given.requires_grad else given._map
-        shape_plan = known.for_shape(function, x, conv, given is not None)
+        shape_plan = self._shape_plan(running, known, x, conv, given)
         if not shape_plan.shapes:
             if given is not None:
                 given.cancel()
@@ -165,13 +168,28 @@ class ConvSite:
             self.note_unfused(shape_plan.why)
             return function(x, *conv)
         try:
-            speculation = Speculation(
-                self, running, known, shape_plan, context, function, x, conv, given is not None
-            )
+            converts, last = shape_plan.converts, given is not None or shape_plan.converts
+            read = x.contiguous(memory_format=torch.channels_last) if converts else x
+            speculation = Speculation(self, running, known, shape_plan, context, function, read, conv, last)
         except Exception as error:  # PyTorch's operators raise their own error, if they do
             self.disable(f"its block raises {type(error).__name__}: {error}")
             return function(x if given is None else given.contiguous(), *conv)
         return speculation.start()
+
+    def _shape_plan(
+        self, running: session.Session, known: FusionPlan, x: Tensor, conv: Conv,
+        given: ChannelsLastHandoff | None,
+    ) -> ShapePlan:  # fmt: skip
+        """How the block runs for ``x``, which is what was ``given``, if that was handed on."""
+        source = None if given is None else given._plan
+        if not (tuner.enabled and x.is_cpu):
+            return known.for_shape(x, conv, source)
+        watching = running.writes.pause()  # nothing is timed while a mode is active
+        try:
+            return known.for_shape(x, conv, source, seconds_of_ways)
+        finally:
+            if watching:
+                running.writes.resume()
 
     def disable(self, why: str) -> None:
         """Run all calls as PyTorch's from now on."""
@@ -217,5 +235,5 @@ def _call_key(module: nn.Module, x: Tensor) -> tuple:
     """What decides whether a call of one site runs as PyTorch's."""
     return (
         x.shape, x.stride(), x.dtype, x.is_cpu, module.training,
-        records_gradients(), torch._C._is_any_autocast_enabled(),
+        records_gradients(), torch._C._is_any_autocast_enabled(), tuner.enabled,
     )  # fmt: skip

@@ -25,7 +25,7 @@ dilation are 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ _lib.define("new_spectra(Tensor like, int[] size) -> Tensor")
 
 transform_op = torch.ops.cnnlstm_fast.transform_windows.default
 products_op = torch.ops.cnnlstm_fast.add_products.default
+forward_op = torch.ops.cnnlstm_fast.conv_fft.default
 #: An unwritten tensor, in recycled memory if it is large, as the spectra of weights are in every call.
 new_op = torch.ops.cnnlstm_fast.new_spectra.default
 
@@ -89,34 +90,38 @@ class Tiling(NamedTuple):
         return self.out[0] + self.other_taps - 1
 
 
-#: Multiply-adds per nanosecond of a core: the library's convolutions, and our transforms.
-_CONVOLUTION_RATE, _MATRIX_RATE = 100.0, 80.0
-#: Nanoseconds to copy an element of a window.
-_MOVE = 1.0
 #: Least outputs of a window, and most positions of one unless the kernel needs more.
 _LEAST_HOP, _MOST_POSITIONS = 8, 256
+#: Gives nanoseconds of one of each of :func:`counts`. The planner sets it, which knows the processor.
+rates: Callable[[], Mapping[str, float]] = dict
 
 
-def cost(t: Tiling, n: int, channels: int, c_out: int) -> float:
-    """About how many nanoseconds a forward takes on one core."""
+def counts(t: Tiling, n: int, channels: int, c_out: int) -> dict[str, float]:
+    """What a forward of ``n`` images does, cut like ``t``.
+
+    Returns:
+        ``products``: multiply-adds of spectra; ``mixed``: those of transforms; ``moved``: elements copied.
+    """
     channels *= t.stride[0] * t.stride[1]
     windows = n * (t.tiles + t.parts - 1) * t.height * channels
     results = n * t.tiles * t.out[0] * c_out
     weights = t.parts * t.other_taps * channels * c_out
-    mixed = (windows * t.length + results * t.hop + weights * t.taps) * t.rows
-    moved = windows * (t.length + t.hop) + 2 * results * t.hop + (windows + results + 2 * weights) * t.rows
-    products = n * t.tiles * t.out[0] * weights * t.rows
-    return products / _CONVOLUTION_RATE + mixed / _MATRIX_RATE + _MOVE * moved / 4
+    return {
+        "products": n * t.tiles * t.out[0] * weights * t.rows,
+        "mixed": (windows * t.length + results * t.hop + weights * t.taps) * t.rows,
+        "moved": windows * (t.length + t.hop) + 2 * results * t.hop
+        + (windows + results + 2 * weights) * t.rows,
+    }  # fmt: skip
 
 
 def tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
-    """The cheapest way to cut a convolution of ``n`` images of ``size`` (H, W)."""
-    return _tiling(tuple(size), tuple(kernel), n, channels, c_out, tuple(conv))
+    """The cheapest way to cut a convolution of ``n`` images of ``size`` (H, W), by :data:`rates`."""
+    return tiling_of(tuple(size), tuple(kernel), n, channels, c_out, tuple(conv))
 
 
 @lru_cache(maxsize=1024)
-def _tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
-    found = []
+def tiling_of(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
+    found, ns = [], rates()
     for transforms_height in (False, True):
         transpose: Callable[..., Any] = (lambda pair: pair[::-1]) if transforms_height else tuple
         pairs = conv[0:2], conv[2:4], map_size(size, kernel, conv)
@@ -129,7 +134,8 @@ def _tiling(size, kernel, n: int, channels: int, c_out: int, conv) -> Tiling:
             for hop in even_hops if parts == 1 else {taps}:
                 if hop == least or (hop > least and hop + taps <= _MOST_POSITIONS):
                     t = Tiling(transforms_height, stride, padding, out, other_taps, parts, taps, hop)
-                    found.append((cost(t, n, channels, c_out), t))
+                    cost = sum([ns[term] * count for term, count in counts(t, n, channels, c_out).items()])
+                    found.append((cost, t))
     return min(found)[1]
 
 

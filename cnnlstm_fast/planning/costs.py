@@ -389,6 +389,15 @@ COUNTS: Mapping[str, tuple[Callable[[ConvProblem], Counts], Callable[[ConvProble
 }
 
 
+#: Terms that take as long however many threads there are.
+SERIAL = ("calls", "folds", "library calls", "patch calls", "steps", "input steps")
+
+
+def shared(counts: Counts, share: float) -> Counts:
+    """Counts of one of the threads, which do ``share`` of what can be divided."""
+    return {term: count if term in SERIAL else share * count for term, count in counts.items()}
+
+
 def nanoseconds(counts: Counts, rates: Mapping[str, float]) -> float:
     """The sum of ``counts`` times ``rates``; a term without a rate costs nothing."""
     return sum([count * rates.get(name, 0.0) for name, count in counts.items()])
@@ -401,7 +410,7 @@ def predict(problem: ConvProblem, rates: Rates, plans: Iterable[str]) -> dict[st
     for plan in plans:
         forward, backward = rates.of(problem.dtype, plan)
         counts = COUNTS[plan]
-        found[plan] = share * nanoseconds(counts[0](problem), forward)
+        found[plan] = nanoseconds(shared(counts[0](problem), share), forward)
         if problem.training:
-            found[plan] += share * nanoseconds(counts[1](problem), backward)
+            found[plan] += nanoseconds(shared(counts[1](problem), share), backward)
     return found

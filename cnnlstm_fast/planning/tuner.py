@@ -1,9 +1,9 @@
 """Timing of a few choices at the first call of its kind, with the results kept in memory and on disk.
 
-Timed are plans of blocks on the CPU, where :class:`tune` asks for it, and tiles of Triton kernels always. A
-JSON file holds one call, its choices and their seconds. A file that does not validate is timed again and
-replaced. Files are replaced atomically, so processes may share their folder: CNNLSTM_FAST_CACHE, or
-``cnnlstm_fast`` in the user's cache folder.
+Timed are plans of blocks on the CPU and ways to run the sites of an accelerated model, where :class:`tune`
+asks for it, and tiles of Triton kernels always. A JSON file holds one call, its choices and their seconds. A
+file that does not validate is timed again and replaced. Files are replaced atomically, so processes may share
+their folder: CNNLSTM_FAST_CACHE, or ``cnnlstm_fast`` in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +42,9 @@ class tune:
         cnnlstm_fast.tune(True)
         with cnnlstm_fast.tune():
             model(x)
+
+    In a model of :func:`cnnlstm_fast.accelerate` each convolution is timed where it stands, as a block and by
+    PyTorch's operators, with the memory layouts that it gives its neighbours.
 
     What was found is kept in files under the user's cache folder (``CNNLSTM_FAST_CACHE`` names another), by
     shape, dtype, processor, threads and version, so that another process has the same plans and the same
@@ -130,7 +132,7 @@ def _write(path: Path, entry: dict) -> None:
 # ---- Plans of blocks on the CPU
 
 #: A plan is timed if it is predicted to take at most this many times the best one's time; and how many are.
-_LIKELY, _MOST_TIMED = 1.8, 3
+_LIKELY, _MOST_TIMED = 1.8, 4
 #: Rounds in which they are timed in turn, after one warm-up call each.
 _ROUNDS = 5
 #: A fused plan must take less than this share of PyTorch's time; the noise of the timing is about as large.
@@ -150,6 +152,11 @@ def may_time() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
+
+
+def knows(call: tuple) -> bool:
+    """Whether this process has found the seconds of a call."""
+    return call in _known
 
 
 def shortlist(predicted: dict[str, float]) -> list[str]:
@@ -182,6 +189,7 @@ def seconds_of(
 
 
 def _in_turn(plans: Sequence[str], run: Callable[[str], Any]) -> list[float]:
+    """The least seconds of each: what disturbs a run can only add to them."""
     for plan in plans:
         run(plan)
     times: dict[str, list[float]] = {plan: [] for plan in plans}
@@ -190,7 +198,7 @@ def _in_turn(plans: Sequence[str], run: Callable[[str], Any]) -> list[float]:
             start = time.perf_counter()
             run(plan)
             times[plan].append(time.perf_counter() - start)
-    return [median(found) for found in times.values()]
+    return [*map(min, times.values())]
 
 
 @lru_cache(maxsize=1)

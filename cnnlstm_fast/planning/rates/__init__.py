@@ -12,7 +12,7 @@ import torch
 
 from cnnlstm_fast import _ext
 
-SCHEMA = 1
+SCHEMA = 2
 #: By instruction set, the file for processors of a make that has no file of its own.
 _NEAREST = {"avx512": "avx512-amd", "avx2": "avx2-amd", "baseline": "baseline"}
 _MAKES = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
@@ -26,12 +26,14 @@ class Rates(NamedTuple):
         device: the processor that was measured.
         threads: how many it ran with.
         plans: by dtype, plan and way (``"forward"`` or ``"backward"``).
+        tilings: of the terms of :func:`cnnlstm_fast.ops.conv_fft.counts`, by which ``fft`` cuts its work.
     """
 
     name: str
     device: str
     threads: int
     plans: dict[str, dict[str, dict[str, dict[str, float]]]]
+    tilings: dict[str, float]
 
     def of(self, dtype: torch.dtype, plan: str) -> tuple[dict[str, float], dict[str, float]]:
         """The rates of a plan's forward and backward."""
@@ -48,7 +50,7 @@ def read(name: str) -> Rates:
     content: dict[str, Any] = json.loads((files(__name__) / f"{name}.json").read_text())
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{name}.json has schema {content.get('schema')}, expected {SCHEMA}")
-    return Rates(name, content["device"], content["threads"], content["plans"])
+    return Rates(name, content["device"], content["threads"], content["plans"], content["tilings"])
 
 
 def name_here() -> str:

@@ -1,0 +1,114 @@
+"""Timing the ways to run a site, where it stands: what speculating a block costs counts too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cnnlstm_fast import backends
+from cnnlstm_fast.fusion.calls import Norm
+from cnnlstm_fast.fusion.context import Context, context_of
+from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan, Step
+from cnnlstm_fast.fusion.session import Session
+from cnnlstm_fast.fusion.speculate import Speculation
+from cnnlstm_fast.fusion.ways import Kind, Place, Way
+from cnnlstm_fast.fusion.writes import WriteWatch
+from cnnlstm_fast.planning import observer, tuner
+
+
+def seconds_of_ways(plan: FusionPlan, place: Place, ways: Sequence[Way]) -> list[float] | None:
+    """Seconds of each of ``ways``, forward and backward, timed in turn or kept from an earlier time.
+
+    All tensors that a run changes are copies. None where nothing may be timed now, or a way raises an error.
+    """
+    context = context_of(place.x)
+    names = [way.name for way in ways]
+    conv = place.conv
+    kinds = [Kind.of(t) for t in (place.x, *conv[:2]) if t is not None]
+    steps = tuple(map(_described, plan.steps))
+    settings = backends.allow_transforms, torch.get_num_threads()
+    call = (place.function.__name__, *kinds, *conv[2:], steps, context, *settings, *names)
+
+    def key() -> dict:
+        return {"site": [str(part) for part in call]}
+
+    def run(name: str) -> None:
+        _run(plan, place, ways[names.index(name)], context)
+
+    if not tuner.may_time() and not tuner.knows(call):
+        return None
+    watched, observer.current = observer.current, None
+    try:
+        return list(tuner.seconds_of(call, key, names, run).values())
+    except Exception:  # whatever a run raises; the call itself raises it where it is PyTorch's own
+        return None
+    finally:
+        observer.current = watched
+
+
+def _described(step: Step) -> str:
+    """A step's function and arguments; of a norm, what decides its time."""
+    value = step.found.value
+    if isinstance(value, Norm):
+        return f"norm {value.training} {value.running_mean is not None} {value.weight is not None}"
+    return f"{step.kind} {value} {step.found.inplace}"
+
+
+class _Nobody:
+    """Stands for the site of a call that is only timed."""
+
+    def mispredicted(self, plan: FusionPlan) -> None: ...
+
+    def disable(self, why: str) -> None: ...
+
+
+def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
+    """Run a site once, as a program would: the convolution, then its steps, then the backward."""
+    x = place.given if way.handed else place.x
+    x, weight, bias = (_leaf(t) for t in (x, *place.conv[:2]))
+    if way.converts:
+        x = x.contiguous(memory_format=torch.channels_last)
+    conv = place.conv._replace(weight=weight, bias=bias)
+    norm = None if plan.norm is None else plan.norm._replace(
+        running_mean=_copy(plan.norm.running_mean), running_var=_copy(plan.norm.running_var),
+        weight=_leaf(plan.norm.weight), bias=_leaf(plan.norm.bias),
+    )  # fmt: skip
+    if way.call is None:
+        y = place.function(x, *conv)
+        session = None
+    else:
+        copied = copy.copy(plan)
+        copied.norm = norm
+        shapes = plan.value_shapes(place)
+        shape_plan = ShapePlan(way.call.plan, "", (), shapes, way.layout, hands_on=False, converts=False)
+        session = Session()
+        session.writes = WriteWatch()
+        y = Speculation(
+            _Nobody(),
+            session,
+            copied,
+            shape_plan,
+            context,
+            place.function,
+            x,
+            conv,
+            handed=way.handed or way.converts,
+        ).start()
+    for step in plan.steps:
+        y = step.run(y) if step.kind != "norm" else step.function(y, *cast(Norm, norm))
+    if session is not None:
+        session.close()
+    if y.requires_grad:
+        y.backward(torch.ones_like(y))
+
+
+def _leaf(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().requires_grad_(x.requires_grad)
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().clone()
