@@ -18,5 +18,8 @@ inline const WinogradTable& winograd_kernels() {
 inline const TransformTable& transform_kernels() {
   return chosen_kernels().transform;
 }
+inline const EpilogueTable& epilogue_kernels() {
+  return chosen_kernels().epilogue;
+}
 
 }  // namespace cnnlstm_fast

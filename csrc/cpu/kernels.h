@@ -2,6 +2,7 @@
 #pragma once
 #include "conv_block/block.h"
 #include "conv_fft/transform.h"
+#include "epilogue/epilogue.h"
 #include "recurrent/recurrent.h"
 #include "winograd_conv/winograd.h"
 
@@ -12,6 +13,7 @@ struct Kernels {
   RecurrentTable recurrent;
   WinogradTable winograd;
   TransformTable transform;
+  EpilogueTable epilogue;
 };
 
 // One per file kernels_*.cpp; null where the compiler's target has no such instruction set.
