@@ -41,6 +41,14 @@ ACTIVATION_NUMBERS = {
     ACTIVATIONS["softplus"]: 2,
 }  # fmt: skip
 
+#: Stages of an epilogue (:mod:`cnnlstm_fast.ops.epilogue`), as the op takes them: an activation is its number
+#: in ``ACTIVATIONS`` more than ``FIRST_ACTIVATION``. Each has two numbers.
+NORM_STAGE, ADD_STAGE, FIRST_ACTIVATION = 0, 1, 2
+#: Activations of two slopes: behind an added tensor a backward reads a bit for each element.
+TWO_SLOPES = frozenset(ACTIVATIONS[name] for name in ("relu", "hardtanh", "leaky_relu"))
+#: The most loops over elements that an epilogue's program may take.
+EPILOGUE_STEPS = 4
+
 #: Argmax codes: windows of up to this many elements take half a byte, larger ones one byte.
 NIBBLE_WINDOW = 14
 BYTE_WINDOW = 254
@@ -268,6 +276,40 @@ def codes_shape(window: int, n: int, c: int, size) -> list[int]:
     """
     bytes_per_group = CODE_GROUP // 2 if window <= NIBBLE_WINDOW else CODE_GROUP
     return [n, *size, -(-c // CODE_GROUP), bytes_per_group]
+
+
+def epilogue_steps(stages: Sequence[int]) -> int:
+    """How many loops over elements the stages of an epilogue take: in one, a norm, a sum, an activation."""
+    steps, last = 0, 2
+    for stage in stages:
+        kind = min(stage, FIRST_ACTIVATION)
+        steps += kind <= last
+        last = kind
+    return steps
+
+
+def keeps_bits(stages: Sequence[int]) -> bool:
+    """Whether a backward of an epilogue reads a bit per element: where an activation ends a sum."""
+    return len(stages) > 1 and stages[-2] == ADD_STAGE and stages[-1] >= FIRST_ACTIVATION
+
+
+def bits_shape(n: int, c: int, positions: int, inside: bool, tile: int, plane: int) -> list[int]:
+    """Shape of an epilogue's bits: tiles as csrc/epilogue.cpp has them, and bytes of each.
+
+    Args:
+        inside: channels lie innermost.
+        tile, plane: the limits EPILOGUE_TILE and EPILOGUE_PLANE.
+    """
+    if inside or positions == 1:
+        per = max(1, tile // c)
+        tiles, elements = -(-n * positions // per), per * c
+    elif positions >= plane:
+        elements = -(-positions // -(-positions // tile))
+        tiles = n * c * -(-positions // elements)
+    else:
+        per = min(max(tile // max(1, positions), 1), c)
+        tiles, elements = n * -(-c // per), per * positions
+    return [tiles if n * c * positions else 0, -(-elements // 16) * 2]
 
 
 def view_as_layout(raw, layout: str, rank: int):

@@ -103,6 +103,7 @@ Map describe_map(const Tensor& z) {
   STD_TORCH_CHECK(z.scalar_type() == ScalarType::Float || z.scalar_type() == ScalarType::BFloat16,
                   "epilogue: expected a map in float32 or bfloat16");
   elements("a map", z);
+  STD_TORCH_CHECK(z.size(1) > 0, "epilogue: there are no channels");
   const bool contiguous = z.is_contiguous();
   STD_TORCH_CHECK(contiguous || is_channels_last(z), "epilogue: expected a map that is contiguous or channels-last");
   Map map{z.size(0), z.size(1), 1, !contiguous};
@@ -203,7 +204,7 @@ class Tiling {
   }
 
   // Tiles that one thread takes at a time. Where sums are put together from those of items, sizes alone decide.
-  int64_t tiles_per_item() const { return std::max<int64_t>(1, kElementsPerItem / most_elements()); }
+  int64_t tiles_per_item() const { return std::max<int64_t>(1, kElementsPerItem / std::max<int64_t>(1, most_elements())); }
   int64_t tiles_per_sum() const {
     if (!rows_) return 1;
     const int64_t positions = std::clamp<int64_t>(map_.n * map_.s / 16, 1, kPositionsPerSum);

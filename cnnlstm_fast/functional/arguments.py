@@ -140,7 +140,7 @@ _ACTIVATION_NAMES: dict[str | None, tuple[str | None, tuple[float, ...]]] = {
 }  # fmt: skip
 
 
-def _fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
+def fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
     """Name and numbers of an activation, as :class:`BlockSpec` has them; or why it is not fused."""
     if not isinstance(activation, nn.Module):
         found = _ACTIVATION_NAMES.get(activation)
@@ -195,7 +195,7 @@ def make_spec(
             return None, "the norm has hooks or a forward of its own"
         if unbatched:  # PyTorch's norm raises for (C, H, W), and takes (C, L) for C samples
             return None, "a batch norm takes a batch"
-    fused_activation = _fused_activation(activation)
+    fused_activation = fused_activation(activation)
     if isinstance(fused_activation, str):
         return None, fused_activation
     if pool is not None:
