@@ -293,23 +293,13 @@ def keeps_bits(stages: Sequence[int]) -> bool:
     return len(stages) > 1 and stages[-2] == ADD_STAGE and stages[-1] >= FIRST_ACTIVATION
 
 
-def bits_shape(n: int, c: int, positions: int, inside: bool, tile: int, plane: int) -> list[int]:
-    """Shape of an epilogue's bits: tiles as csrc/epilogue.cpp has them, and bytes of each.
+def bits_shape(n: int, c: int, positions: int, inside: bool) -> list[int]:
+    """Shape of an epilogue's bits: rows of the map in memory, and bytes of each, a whole number of 16 bits.
 
-    Args:
-        inside: channels lie innermost.
-        tile, plane: the limits EPILOGUE_TILE and EPILOGUE_PLANE.
+    A row is a plane, or all channels of a position where channels lie innermost (``inside``).
     """
-    if inside or positions == 1:
-        per = max(1, tile // c)
-        tiles, elements = -(-n * positions // per), per * c
-    elif positions >= plane:
-        elements = -(-positions // -(-positions // tile))
-        tiles = n * c * -(-positions // elements)
-    else:
-        per = min(max(tile // max(1, positions), 1), c)
-        tiles, elements = n * -(-c // per), per * positions
-    return [tiles if n * c * positions else 0, -(-elements // 16) * 2]
+    rows, width = (n * positions, c) if inside or positions == 1 else (n * c, positions)
+    return [rows, -(-width // 16) * 2]
 
 
 def view_as_layout(raw, layout: str, rank: int):

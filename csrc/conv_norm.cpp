@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     if (!storage.stored) continue;
     if (!storage.in_parts) storage.map = contiguous_strict(found);
     copy_and_add(moments, static_cast<const char*>(found.data_ptr()),
-                         static_cast<char*>(storage.map.data_ptr()) + n0 * image_bytes, count * b.oh * b.ow, b.co, b.dtype);
+                 static_cast<char*>(storage.map.data_ptr()) + n0 * image_bytes, count * b.oh * b.ow, b.co, b.dtype);
   }
   if (!given) {
     for (int64_t c = 0; c < b.co; ++c) norm.set(c, moments.mean(c), moments.var(c));

@@ -24,10 +24,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements of a tile, all of whose steps run while it is in the first-level cache; positions from which a plane is
-// cut into tiles of its own; and elements that one thread takes at a time.
-const int64_t kTileFloats = limit("EPILOGUE_TILE", 1024, 8);
-const int64_t kPlanePositions = limit("EPILOGUE_PLANE", 128, 2);
+// Elements of a tile, all of whose steps run while it is in cache; its least positions where channels lie inside; and
+// elements that one thread takes at a time.
+const int64_t kTileFloats = limit("EPILOGUE_TILE", 2048, 16);
+constexpr int64_t kLeastPositions = 8;
 const int64_t kElementsPerItem = limit("EPILOGUE_ITEM", 64 * 1024, 1);
 
 // ---- The program
@@ -131,108 +131,74 @@ void check_like(const char* name, const Tensor& t, const Tensor& z) {
 
 // ---- Tiles
 
-// How a map is cut: rows of positions whose channels lie inside; pieces of one plane; or several small planes.
+// The map is a matrix in memory: rows are positions [N * S, C] where channels lie inside, and planes [N * C, S]
+// otherwise. A tile is some whole rows, or a piece of a long plane.
 class Tiling {
  public:
-  explicit Tiling(const Map& map) : map_(map), rows_(map.inside || map.s == 1) {
-    if (rows_) {
-      per_ = std::max<int64_t>(1, kTileFloats / map.c);
-      tiles_ = ceil_div(map.n * map.s, per_);
-    } else if (map.s >= kPlanePositions) {
-      const int64_t pieces = ceil_div(map.s, kTileFloats);
-      per_ = ceil_div(map.s, pieces);
-      in_image_ = ceil_div(map.s, per_);
+  explicit Tiling(const Map& map) : map_(map), inside_(map.inside || map.s == 1) {
+    width_ = inside_ ? map.c : map.s;
+    if (inside_) {
+      rows_ = std::max(kLeastPositions, kTileFloats / map.c);
+      tiles_ = ceil_div(map.n * map.s, rows_);
+    } else if (map.s > kTileFloats) {
+      piece_ = ceil_div(ceil_div(map.s, ceil_div(map.s, kTileFloats)), kMaxVector) * kMaxVector;
+      in_image_ = ceil_div(map.s, piece_);
       tiles_ = map.n * map.c * in_image_;
-      one_channel_ = true;
     } else {
-      per_ = std::clamp<int64_t>(kTileFloats / std::max<int64_t>(1, map.s), 1, map.c);
-      in_image_ = ceil_div(map.c, per_);
+      rows_ = std::clamp<int64_t>(kTileFloats / std::max<int64_t>(1, map.s), 1, map.c);
+      in_image_ = ceil_div(map.c, rows_);
       tiles_ = map.n * in_image_;
     }
-    if (map.n * map.c * map.s == 0) tiles_ = 0;
+    if (map.n * map.s == 0) tiles_ = 0;
   }
 
   int64_t tiles() const { return tiles_; }
-  bool rows() const { return rows_; }
-  // The most elements, channels, and bytes of bits of a tile.
-  int64_t most_elements() const { return rows_ ? per_ * map_.c : one_channel_ ? per_ : per_ * map_.s; }
-  int64_t most_channels() const { return rows_ ? map_.c : one_channel_ ? 1 : per_; }
-  int64_t bytes_of_bits() const { return ceil_div(most_elements(), kMaxVector) * kMaxVector / 8; }
+  Ints bits_shape() const { return {inside_ ? map_.n * map_.s : map_.n * map_.c, bits_step()}; }
+  int64_t most_elements() const { return piece_ ? piece_ : rows_ * width_; }
+  int64_t most_channels() const { return inside_ ? map_.c : rows_; }
 
-  // Tile `i`: its shape, its first element and its first channel.
+  // A tile, its first element, its first byte of bits, its first channel, and how many it has.
   struct Place {
     EpilogueTile tile;
-    int64_t first, channel;
+    int64_t first, bits, channel, channels;
+    int64_t positions() const { return tile.by_column ? tile.rows : tile.width; }
   };
   Place at(int64_t i, const NormGrads& norm) const {
-    Place place{};
-    EpilogueTile& t = place.tile;
-    if (rows_) {
-      t.positions = std::min(per_, map_.n * map_.s - i * per_);
-      t.channels = map_.c;
-      place.first = i * per_ * map_.c;
-    } else if (one_channel_) {
-      const int64_t plane = i / in_image_, piece = i % in_image_;
-      t.positions = std::min(per_, map_.s - piece * per_);
-      t.channels = 1;
-      place.first = plane * map_.s + piece * per_;
-      place.channel = plane % map_.c;
-    } else {
-      const int64_t image = i / in_image_;
-      place.channel = i % in_image_ * per_;
-      t.positions = map_.s;
-      t.channels = std::min(per_, map_.c - place.channel);
-      place.first = (image * map_.c + place.channel) * map_.s;
+    int64_t row = i * rows_, rows = std::min(rows_, map_.n * map_.s - row), column = 0, width = width_, channel = 0;
+    if (piece_) {
+      row = i / in_image_, rows = 1, column = i % in_image_ * piece_, width = std::min(piece_, width_ - column);
+      channel = row % map_.c;
+    } else if (!inside_) {
+      channel = i % in_image_ * rows_;
+      row = i / in_image_ * map_.c + channel;
+      rows = std::min(rows_, map_.c - channel);
     }
-    t.channels_inside = rows_;
-    t.per_element = !one_channel_;
-    const int64_t at = rows_ ? 0 : one_channel_ ? place.channel : place.channel * map_.s;
-    auto moved = [&](const float* p) { return p ? p + at : nullptr; };
-    t.norm = {moved(norm.scale), moved(norm.shift), moved(norm.mean), moved(norm.mean_grad), moved(norm.slope)};
-    return place;
+    auto moved = [&](const float* p) { return p ? p + channel : nullptr; };
+    const EpilogueTile tile{
+        rows,
+        width,
+        inside_,
+        bits_step(),
+        {moved(norm.scale), moved(norm.shift), moved(norm.mean), moved(norm.mean_grad), moved(norm.slope)}};
+    return {tile, row * width_ + column, row * bits_step() + column / 8, channel, inside_ ? map_.c : rows};
   }
 
-  // A parameter per channel as tiles read it: for each element, or as it is.
-  std::vector<float> spread(const float* per_channel) const {
-    if (one_channel_) return {per_channel, per_channel + map_.c};
-    std::vector<float> found(rows_ ? per_ * map_.c : map_.c * map_.s);
-    for (size_t i = 0; i < found.size(); ++i) {
-      const int64_t at = static_cast<int64_t>(i);
-      found[i] = per_channel[rows_ ? at % map_.c : at / map_.s];
-    }
-    return found;
+  // Tiles that one thread takes at a time, and those whose sums are added to one another as they are found: sizes
+  // alone decide.
+  int64_t tiles_per_item() const {
+    return std::max<int64_t>(1, kElementsPerItem / std::max<int64_t>(1, most_elements()));
   }
-
-  // Tiles that one thread takes at a time. Where sums are put together from those of items, sizes alone decide.
-  int64_t tiles_per_item() const { return std::max<int64_t>(1, kElementsPerItem / std::max<int64_t>(1, most_elements())); }
   int64_t tiles_per_sum() const {
-    if (!rows_) return 1;
-    const int64_t positions = std::clamp<int64_t>(map_.n * map_.s / 16, 1, kPositionsPerSum);
-    return ceil_div(positions, per_);
+    if (!inside_) return 1;
+    return ceil_div(std::clamp<int64_t>(map_.n * map_.s / 16, 1, kPositionsPerSum), rows_);
   }
 
  private:
+  int64_t bits_step() const { return ceil_div(width_, kMaxVector) * (kMaxVector / 8); }
+
   const Map map_;
-  const bool rows_;  // tiles are rows of all channels
-  bool one_channel_ = false;
-  int64_t per_ = 1, in_image_ = 1, tiles_ = 0;
-};
-
-// A norm's parameters as tiles read them.
-class TileNorm {
- public:
-  TileNorm(const Tiling& tiling, const NormGrads& norm) {
-    const float* given[] = {norm.scale, norm.shift, norm.mean, norm.mean_grad, norm.slope};
-    for (int i = 0; i < 5; ++i)
-      if (given[i]) values_[i] = tiling.spread(given[i]);
-    auto of = [&](int i) { return given[i] ? values_[i].data() : nullptr; };
-    norm_ = {of(0), of(1), of(2), of(3), of(4)};
-  }
-  const NormGrads& norm() const { return norm_; }
-
- private:
-  std::vector<float> values_[5];
-  NormGrads norm_;
+  const bool inside_;
+  int64_t width_, rows_ = 1, piece_ = 0, in_image_ = 1, tiles_ = 0;
 };
 
 template <class Visit>
@@ -241,12 +207,12 @@ void for_each_tile(const Tiling& tiling, const NormGrads& norm, const Visit& vis
   for_each_item(ceil_div(tiling.tiles(), per_item), [&](int64_t item) {
     float* own = thread_scratch(scratch);
     for (int64_t i = item * per_item; i < std::min(tiling.tiles(), (item + 1) * per_item); ++i)
-      visit(i, tiling.at(i, norm), own);
+      visit(tiling.at(i, norm), own);
   });
 }
 
 // Visits sums: runs of tiles whose sums per channel lie in memory of their own, [2, channels], in one order of all.
-// visit(i, place, whether the sum begins, sums, scratch) for each tile, then end(channel, channels, positions, sums).
+// visit(sum, place, whether it begins, sums, scratch) for each tile, then end(sum, channel, channels, positions, sums).
 template <class Visit, class End>
 void for_each_sum(const Tiling& tiling, const NormGrads& norm, const Visit& visit, const End& end) {
   const int64_t per_sum = tiling.tiles_per_sum(), sums = ceil_div(tiling.tiles(), per_sum);
@@ -257,14 +223,14 @@ void for_each_sum(const Tiling& tiling, const NormGrads& norm, const Visit& visi
     float* own = thread_scratch(scratch);
     for (int64_t at = item * together; at < std::min(sums, (item + 1) * together); ++at)
       for (int64_t i = at * per_sum; i < std::min(tiling.tiles(), (at + 1) * per_sum); ++i)
-        visit(i, at, tiling.at(i, norm), i == at * per_sum, found.data() + at * size, own);
+        visit(at, tiling.at(i, norm), i == at * per_sum, found.data() + at * size, own);
   });
   for (int64_t at = 0; at < sums; ++at) {
     int64_t positions = 0;
     for (int64_t i = at * per_sum; i < std::min(tiling.tiles(), (at + 1) * per_sum); ++i)
-      positions += tiling.at(i, norm).tile.positions;
+      positions += tiling.at(i, norm).positions();
     const Tiling::Place place = tiling.at(at * per_sum, norm);
-    end(at, place.channel, place.tile.channels, positions, found.data() + at * size);
+    end(at, place.channel, place.channels, positions, found.data() + at * size);
   }
 }
 
@@ -288,7 +254,7 @@ Moments measure(const EpilogueProgram& e, const Tiling& tiling, const Tensor& z,
   std::vector<double> pivots(ceil_div(tiling.tiles(), tiling.tiles_per_sum()) * size);
   for_each_sum(
       tiling, {},
-      [&](int64_t, int64_t at, const Tiling::Place& place, bool begin, double* sums, float* scratch) {
+      [&](int64_t at, const Tiling::Place& place, bool begin, double* sums, float* scratch) {
         epilogue_kernels().measure(e, place.tile, element(z, place.first), begin, pivots.data() + at * size, sums,
                                    scratch);
       },
@@ -302,10 +268,22 @@ Moments measure(const EpilogueProgram& e, const Tiling& tiling, const Tensor& z,
   return moments;
 }
 
+Tensor epilogue_moments(Tensor z, Ints stages, Floats numbers) {
+  const Map map = describe_map(z);
+  const EpilogueProgram e = read_program(stages, numbers, dtype_of(z));
+  STD_TORCH_CHECK(e.norm_at >= 0, "epilogue_moments: expected a program with a norm");
+  STD_TORCH_CHECK(map.n * map.s > 1, "epilogue_moments: expected more than 1 value per channel");
+  const Moments moments = measure(e, Tiling(map), z, map.c);
+  const Tensor found = torch::stable::new_empty(z, Ints{2, map.c}, ScalarType::Double);
+  double* to = static_cast<double*>(found.data_ptr());
+  for (int64_t c = 0; c < map.c; ++c) to[c] = moments.mean(c), to[map.c + c] = moments.var(c);
+  return found;
+}
+
 std::tuple<Tensor, Tensor, Tensor> epilogue(Tensor z, std::optional<Tensor> gamma, std::optional<Tensor> beta,
                                             std::optional<Tensor> given_mean, std::optional<Tensor> given_var,
-                                            std::optional<Tensor> added, Ints stages, Floats numbers, double eps,
-                                            bool keep) {
+                                            std::optional<Tensor> moments, std::optional<Tensor> added, Ints stages,
+                                            Floats numbers, double eps, bool keep) {
   const Map map = describe_map(z);
   const EpilogueProgram e = read_program(stages, numbers, dtype_of(z));
   const bool given = given_mean.has_value(), normed = e.norm_at >= 0;
@@ -315,12 +293,12 @@ std::tuple<Tensor, Tensor, Tensor> epilogue(Tensor z, std::optional<Tensor> gamm
   STD_TORCH_CHECK(!keep || !keeps_bits(e) || two_valued(e.step[e.steps - 1].activation),
                   "epilogue: a backward needs an activation of two slopes behind an added tensor");
   STD_TORCH_CHECK(!normed || given || map.n * map.s > 1, "epilogue: expected more than 1 value per channel");
+  check_argument("epilogue", "moments", moments, {2, map.c}, ScalarType::Double, Memory::kContiguous);
 
   const Tiling tiling(map);
   const Tensor out = new_map(z, map);
   const bool bits = keep && keeps_bits(e);
-  const Tensor passed =
-      new_output(z, bits ? Ints{tiling.tiles(), tiling.bytes_of_bits()} : Ints{0}, ScalarType::Byte);
+  const Tensor passed = new_output(z, bits ? tiling.bits_shape() : Ints{0}, ScalarType::Byte);
   std::optional<NormForward> norm;
   NormGrads read{};
   if (normed) {
@@ -329,18 +307,18 @@ std::tuple<Tensor, Tensor, Tensor> epilogue(Tensor z, std::optional<Tensor> gamm
       const Parameter mean(given_mean, map.c, 0), var(given_var, map.c, 1);
       for (int64_t c = 0; c < map.c; ++c) norm->set(c, mean[c], var[c]);
     } else {
-      const Moments moments = measure(e, tiling, z, map.c);
-      for (int64_t c = 0; c < map.c; ++c) norm->set(c, moments.mean(c), moments.var(c));
+      const Tensor found = moments ? *moments : epilogue_moments(z, stages, numbers);
+      const double* of = static_cast<const double*>(found.data_ptr());
+      for (int64_t c = 0; c < map.c; ++c) norm->set(c, of[c], of[map.c + c]);
     }
     read.scale = norm->scale.data(), read.shift = norm->shift.data();
   }
-  const TileNorm spread(tiling, read);
-  for_each_tile(tiling, spread.norm(), [&](int64_t i, const Tiling::Place& place, float* scratch) {
+  for_each_tile(tiling, read, [&](const Tiling::Place& place, float* scratch) {
     const int64_t first = place.first;
     epilogue_kernels().forward(
         e, place.tile,
         {element(z, first), added ? element(*added, first) : nullptr, mutable_element(out, first),
-         bits ? static_cast<uint8_t*>(passed.data_ptr()) + i * tiling.bytes_of_bits() : nullptr},
+         bits ? static_cast<uint8_t*>(passed.data_ptr()) + place.bits : nullptr},
         scratch);
   });
   return {out, passed, norm ? norm->stats : torch::stable::new_empty(z, Ints{0}, ScalarType::Double)};
@@ -357,18 +335,16 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_backward(Tensor grad, std::optional<
   if (z) check_like("the map", *z, grad);
   const bool reads_z = e.steps > 1 || (normed && !given) || (!bits && e.step[0].activation != kNone);
   STD_TORCH_CHECK(z || !reads_z, op, ": expected the map");
-  check_argument(op, "passed", passed, bits ? Ints{tiling.tiles(), tiling.bytes_of_bits()} : Ints{0}, ScalarType::Byte,
-                 Memory::kContiguous);
+  check_argument(op, "passed", passed, bits ? tiling.bits_shape() : Ints{0}, ScalarType::Byte, Memory::kContiguous);
   check_argument(op, "stats", stats, normed ? Ints{4, map.c} : Ints{0}, ScalarType::Double, Memory::kContiguous);
   const Tensor grad_z = need_z ? new_map(grad, map) : no_elements(grad);
   const Tensor grad_added = need_added ? new_map(grad, map) : no_elements(grad);
-  auto maps = [&](int64_t i, int64_t first, bool of_added) {
-    return EpilogueGrads{
-        element(grad, first),
-        z ? element(*z, first) : nullptr,
-        bits ? static_cast<const uint8_t*>(passed.data_ptr()) + i * tiling.bytes_of_bits() : nullptr,
-        need_added && of_added ? mutable_element(grad_added, first) : nullptr,
-        need_z ? mutable_element(grad_z, first) : nullptr};
+  auto maps = [&](const Tiling::Place& place, bool of_added) {
+    const int64_t first = place.first;
+    return EpilogueGrads{element(grad, first), z ? element(*z, first) : nullptr,
+                         bits ? static_cast<const uint8_t*>(passed.data_ptr()) + place.bits : nullptr,
+                         need_added && of_added ? mutable_element(grad_added, first) : nullptr,
+                         need_z ? mutable_element(grad_z, first) : nullptr};
   };
 
   Tensor sums = torch::stable::new_empty(grad, Ints{0}, ScalarType::Double);
@@ -379,11 +355,10 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_backward(Tensor grad, std::optional<
     norm.emplace(stats, map.c);
     if (summed) {
       std::vector<double> total(2 * map.c);
-      const TileNorm spread(tiling, norm->norm());
       for_each_sum(
-          tiling, spread.norm(),
-          [&](int64_t i, int64_t, const Tiling::Place& place, bool, double* found, float* scratch) {
-            epilogue_kernels().sums(e, place.tile, maps(i, place.first, true), found, scratch);
+          tiling, norm->norm(),
+          [&](int64_t, const Tiling::Place& place, bool, double* found, float* scratch) {
+            epilogue_kernels().sums(e, place.tile, maps(place, true), found, scratch);
           },
           [&](int64_t, int64_t channel, int64_t count, int64_t, const double* found) {
             for (int64_t c = 0; c < count; ++c) {
@@ -397,9 +372,8 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_backward(Tensor grad, std::optional<
     if (given) read.mean_grad = read.slope = nullptr;
   }
   if (need_z || (need_added && !summed)) {
-    const TileNorm spread(tiling, read);
-    for_each_tile(tiling, spread.norm(), [&](int64_t i, const Tiling::Place& place, float* scratch) {
-      epilogue_kernels().backward(e, place.tile, maps(i, place.first, !summed), scratch);
+    for_each_tile(tiling, read, [&](const Tiling::Place& place, float* scratch) {
+      epilogue_kernels().backward(e, place.tile, maps(place, !summed), scratch);
     });
   }
   return {grad_z, grad_added, sums};
@@ -409,6 +383,7 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_backward(Tensor grad, std::optional<
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {
   m.impl("epilogue", CNNLSTM_FAST_OP(epilogue));
+  m.impl("epilogue_moments", CNNLSTM_FAST_OP(epilogue_moments));
   m.impl("epilogue_backward", CNNLSTM_FAST_OP(epilogue_backward));
 }
 

@@ -213,11 +213,11 @@ def test_fake_kernel():
     z = torch.randn(3, 5, 9, 11)
     gamma, beta = torch.randn(5), torch.randn(5)
     for map in (z, z.contiguous(memory_format=torch.channels_last), z[:, :, 0, 0].contiguous()):
-        args = map, gamma, beta, None, None, torch.zeros_like(map), [0, 1, 3], [0.0] * 2 + [1.0] + [0.0] * 3, 1e-5, True
+        args = map, gamma, beta, None, None, None, torch.zeros_like(map), [0, 1, 3], [0.0] * 2 + [1.0] + [0.0] * 3, 1e-5, True
         torch.library.opcheck(op.forward_op, args, test_utils=("test_schema", "test_faketensor"))
         out, passed, stats = op.forward_op(*args)
         torch.library.opcheck(
-            op.backward_op, (torch.ones_like(out), map, passed, stats, *args[6:9], False, True, True),
+            op.backward_op, (torch.ones_like(out), map, passed, stats, *args[7:10], False, True, True),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -234,5 +234,5 @@ def test_programs_that_are_refused(stages, keep, why):
     z = torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match="epilogue"):
         op.forward_op(
-            z, None, None, None, None, z if 1 in stages else None, stages, [0.0] * 2 * len(stages), 1e-5, keep
+            z, None, None, None, None, None, z if 1 in stages else None, stages, [0.0] * 2 * len(stages), 1e-5, keep
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from cnnlstm_fast.functional.arguments import fused_activation
@@ -86,12 +87,22 @@ def why_not_epilogue(z: Tensor, program: Program | str, trained: bool) -> str | 
     return why
 
 
-def run_program(z: Tensor, program: Program, added: Tensor | None = None) -> Tensor:
+def moments_of(z: Tensor, program: Program) -> Tensor:
+    """Mean and biased variance over the batch of what the program's norm reads, float64 (2, C)."""
+    with torch.no_grad():
+        return op.moments_op(op.as_map(z.detach()), program.stages, program.numbers)
+
+
+def run_program(
+    z: Tensor, program: Program, added: Tensor | None = None, moments: Tensor | None = None
+) -> Tensor:
     """The program behind ``z``; a norm in training mode updates its running statistics.
 
     Args:
         z: of any strides; the result is contiguous, or channels-last where ``z`` is.
         added: of the shape and dtype of ``z``.
+        moments: the statistics of the batch, where :func:`moments_of` has found them. The caller has updated
+            the running statistics then.
     """
     norm = program.norm
     z = op.as_map(z)
@@ -104,11 +115,11 @@ def run_program(z: Tensor, program: Program, added: Tensor | None = None) -> Ten
         eps, by_batch = norm.eps, of_batch(norm)  # type: ignore[assignment]
         if by_batch:
             mean = var = None
-    args = z, gamma, beta, mean, var, added, program.stages, program.numbers, eps
+    args = z, gamma, beta, mean, var, moments, added, program.stages, program.numbers, eps
     if records_gradients() and needs_gradient(z, gamma, beta, added):
         out, stats = op.EpilogueFunction.apply(*args)
     else:
         out, _, stats = op.forward_op(*args, False)
-    if by_batch:
+    if by_batch and moments is None:
         conv_norm.update_running(norm, None, stats[0], stats[1], z.numel() // z.shape[1])
     return out

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnlstm_fast.functional.conv_block import CallPlan
+from cnnlstm_fast.functional.epilogue import NORMS, Sum, program_of, why_not_epilogue
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Found, Norm
 from cnnlstm_fast.fusion.layout import eager_layout
-from cnnlstm_fast.fusion.match import SLOTS
+from cnnlstm_fast.fusion.match import SLOTS, is_program
 from cnnlstm_fast.limits import limit
+from cnnlstm_fast.planning import costs
 from cnnlstm_fast.planning.choose import gains_enough
+from cnnlstm_fast.planning.support import folds, records_gradients
 
 #: How many shapes of inputs a convolution remembers.
 MEMORY = 256
@@ -30,19 +33,32 @@ class Step:
 
     def __init__(self, function, args, kwargs, found: Found):
         self.function, self.found, self.kind = function, found, found.part.kind
-        self.args, self.kwargs = args[1:], kwargs
+        self.args, self.kwargs = () if self.kind == "sum" else args[1:], kwargs
 
     @property
     def same_object(self) -> bool:
         """Whether the call returns the tensor object that it was given."""
         return self.found.inplace or self.kind == "identity"
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Call the function on ``x``; ``other`` is the other operand of a sum."""
+        if self.kind == "sum":
+            both = (x, other) if self.found.value.first else (other, x)
+            return self.function(*both, **self.kwargs)
         return self.function(x, *self.args, **self.kwargs)
+
+    @property
+    def constants(self) -> tuple:
+        """What two calls of the same step have in common. A norm's arguments may differ from call to call."""
+        if self.kind == "norm":
+            return (self.function,)
+        return self.function, self.args, self.kwargs, self.kind == "sum" and self.found.value
 
     def __str__(self) -> str:
         if self.kind == "norm":
             return "BatchNorm"
+        if self.kind == "sum":
+            return "sum"
         return type(self.found.value).__name__ if self.found.value is not None else "Identity"
 
 
@@ -55,6 +71,7 @@ class ShapePlan(NamedTuple):
         shapes: shape and strides of the values between the steps; empty where PyTorch's operators run them.
         layout: of the block's result.
         hands_on: the result lies channels-last where PyTorch's is contiguous.
+        head: how many of the steps run in one call with the convolution, the others behind it; all in a block.
     """
 
     plan: str
@@ -63,6 +80,7 @@ class ShapePlan(NamedTuple):
     shapes: list[tuple]
     layout: str
     hands_on: bool
+    head: int
 
 
 class FusionPlan:
@@ -76,25 +94,46 @@ class FusionPlan:
         hands_on: only another convolution reads the last value.
         norm: the norm's arguments in the last call, or None without a norm.
         own_values: numbers of the values that are tensors of their own, without the last one; a step in place
-            returns the tensor of the value before it.
+            returns the tensor of the value before it. That of a sum in place needs another place in the graph.
         by_shape: by an input's shape and strides, and whether it was handed on.
         lingers: the program keeps values between the steps in variables that it does not read.
+        is_program: the steps are in an order that only an epilogue takes.
+        sum_at: which step is a sum, or None.
+        shorter: where this is a program, the plan of its first steps that are a block, for inputs where the
+            program does not pay.
     """
 
     def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool):
         self.steps, self.dtypes, self.hands_on = steps, dtypes, hands_on
+        kinds = [step.kind for step in steps]
+        self.is_program = is_program(kinds)
+        self.sum_at = kinds.index("sum") if "sum" in kinds else None
         parts = {SLOTS.get(step.kind): step.found.value for step in steps}
         self.activation, self.pool = parts.get("activation"), parts.get("pool")
         self.norm: Norm | None = parts.get("norm")
-        self.own_values = [0, *(i + 1 for i, step in enumerate(steps[:-1]) if not step.same_object)]
+        self.own_values = [
+            0, *(i + 1 for i, step in enumerate(steps[:-1]) if not step.same_object or step.kind == "sum")
+        ]  # fmt: skip
         self.by_shape: dict[tuple, ShapePlan] = {}
         self.lingers = False
+        self.shorter: FusionPlan | None = None
+        if self.is_program:
+            end = next(n for n in range(len(kinds), -1, -1) if not is_program(kinds[:n]))
+            self.shorter = FusionPlan(steps[:end], dtypes[:end], False)
 
     def calls(self) -> list[tuple]:
-        """Functions of the steps, and their arguments. A norm's arguments may differ from call to call."""
-        return [
-            (step.function, *(() if step.kind == "norm" else (step.args, step.kwargs))) for step in self.steps
-        ]
+        """Functions of the steps, and their arguments."""
+        return [step.constants for step in self.steps]
+
+    def stages(self, begin: int, end: int | None = None) -> list[nn.Module | Sum | Norm]:
+        """Steps as stages of an epilogue, norms as calls."""
+        found: list[nn.Module | Sum | Norm] = []
+        for step in self.steps[begin:end]:
+            if step.kind == "sum":
+                found.append(Sum(None, step.found.value.alpha if step.found.value.first else 1.0))
+            elif step.kind != "identity":
+                found.append(step.found.value)
+        return found
 
     def for_shape(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
         """How the block runs for ``x``; PyTorch's own ``x`` is contiguous where ours was ``handed`` on."""
@@ -107,6 +146,8 @@ class FusionPlan:
         return found
 
     def _plan_shape(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
+        if self.is_program:
+            return self._plan_program(function, x, conv, handed)
         module = None if self.norm is None else self.norm.module(conv.weight.shape[0], x.dim())
         given = x.new_empty(()).expand(x.shape) if handed else x  # not channels-last
         pooled = self.pool is not None
@@ -135,7 +176,81 @@ class FusionPlan:
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
             why = str(error)
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
-        return ShapePlan(plan, why, key, shapes, layout, hands_on)
+        return ShapePlan(plan, why, key, shapes, layout, hands_on, len(self.steps))
+
+    def _plan_program(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
+        """As :meth:`_plan_shape`, where an epilogue runs the last steps behind the convolution."""
+        given = x.new_empty(()).expand(x.shape) if handed else x
+        layout = eager_layout(given, conv.weight, False, None, None)
+        head = self._head(conv, x.dim())
+        channels, rank = conv.weight.shape[0], x.dim()
+        parts = [stage.module(channels, rank) if isinstance(stage, Norm) else stage for stage in self.stages(0, head)]
+        norm = next((part for part in parts if isinstance(part, NORMS)), None)
+        activation = next((part for part in parts if not isinstance(part, NORMS)), None)
+        hands_on, plan, shapes = False, "reference", []
+        try:
+            call = run.plan_block(x, conv, norm, activation, None, layout)
+            if self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu:
+                handing = run.plan_block(x, conv, norm, activation, None, "channels_last")
+                hands_on = handed or (handing.plan != "reference" and is_faster(handing, call))
+                call, layout = (handing, "channels_last") if hands_on else (call, layout)
+            shapes = self._value_shapes(function, x, conv, handed)
+            why = self._why_no_program(x, conv, shapes, head, call)
+            if why is None and handed and call.plan == "reference" and _is_faulty(x, conv, shapes[0][0]):
+                why = "the library's convolutions of such channels-last maps have faults"
+            if why is None:
+                plan = f"{call.plan} + epilogue"
+                why = f"norm, sum and activation in one pass behind the convolution; {call.reason}"
+            else:
+                shapes = []
+        except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
+            why, shapes = str(error), []
+        key = conv.weight.shape, conv.weight.stride(), conv[2:]
+        return ShapePlan(plan, why, key, shapes, layout, hands_on, head)
+
+    def _head(self, conv: Conv, rank: int) -> int:
+        """How many steps run in one call with the convolution.
+
+        In inference a norm that is folded into the weights, and an activation. What a backward would read of
+        them is more than an epilogue keeps.
+        """
+        head = 0
+        for kind in ("norm", "activation"):
+            if head == len(self.steps):
+                break
+            step = self.steps[head]
+            if SLOTS.get(step.kind) == kind:
+                if kind == "norm" and not folds(step.found.value.module(conv.weight.shape[0], rank)):
+                    break
+                if kind == "activation" and records_gradients() and head == 0:
+                    break
+                head += 1
+        return head
+
+    def _why_no_program(self, x: Tensor, conv: Conv, shapes: list[tuple], head: int, call: CallPlan) -> str | None:
+        """Why the steps don't run as a program, as a sentence; None if they do."""
+        shape, _ = shapes[0]
+        if not x.is_cpu:
+            return "sums and late norms run in one pass on the CPU"
+        if len(shape) != x.dim() or conv.weight.shape[0] == 1 or shape[2:].numel() < 2 or shape.numel() == 0:
+            return "a map of one channel or one position"
+        if len({*self.dtypes}) > 1 or self.dtypes[0] not in (torch.float32, torch.bfloat16):
+            return "values between the steps differ in dtype"
+        trained = records_gradients()
+        z = x.new_empty(()).to(self.dtypes[0]).expand(shape)
+        stages = [s.module(shape[1], x.dim()) if isinstance(s, Norm) else s for s in self.stages(head)]
+        why = why_not_epilogue(z, program_of(stages), trained)
+        if why is not None:
+            return why
+        of_batch = self.norm is not None and self.norm.training
+        saved = costs.epilogue_saves(
+            shape.numel(), self.dtypes[0].itemsize, [step.kind for step in self.steps[head:]], of_batch,
+            trained and conv.weight.requires_grad, torch.get_num_threads(),
+        )  # fmt: skip
+        saved += call.choice.saves_us if call.plan != "reference" else 0
+        if saved < OVERHEAD_US:
+            return f"one pass behind the convolution would save {saved:.0f} us, less than it costs"
+        return None
 
     def _why_unfused(self, call: CallPlan, weight: Tensor, handed: bool) -> str | None:
         """Why PyTorch's operators run the block, or None where it runs as one call."""

@@ -156,6 +156,9 @@ class ConvSite:
             with no_function():  # with its place in the autograd graph, where it has one
                 x = alias(given) if context.grad and given.requires_grad else given._map
         shape_plan = known.for_shape(function, x, conv, given is not None)
+        if not shape_plan.shapes and known.shorter is not None:
+            known = known.shorter
+            shape_plan = known.for_shape(function, x, conv, given is not None)
         if not shape_plan.shapes:
             if given is not None:
                 given.cancel()
@@ -185,7 +188,9 @@ class ConvSite:
             self.disable("what follows it changes from call to call")
         else:
             self.left_to_pytorch.clear()
-            self.known = {key: known for key, known in self.known.items() if known is not plan}
+            self.known = {
+                key: known for key, known in self.known.items() if plan not in (known, _shorter(known))
+            }
 
     def _leave_to_pytorch(self, module: nn.Module, x: Tensor) -> None:
         if len(self.left_to_pytorch) >= MEMORY:
@@ -197,6 +202,10 @@ class ConvSite:
         self.why_unfused = why
         if observer.current is not None:
             observer.current.as_is(cast(nn.Module, self.module()), why)
+
+
+def _shorter(known: Observation | FusionPlan) -> FusionPlan | None:
+    return known.shorter if type(known) is FusionPlan else None
 
 
 def _padded_after(x: Tensor, module: nn.Module) -> tuple[Tensor, Any]:

@@ -5,7 +5,8 @@
 Schema terms:
 
 - ``stages``: the program, in order. :data:`~cnnlstm_fast.spec.NORM_STAGE` is a batch norm over ``gamma``,
-  ``beta``, and ``mean`` and ``var``; without these two, over the statistics of the batch.
+  ``beta``, and ``mean`` and ``var``; without these two, over the statistics of the batch, which ``moments``
+  (:data:`moments_op`) may have found before.
   :data:`~cnnlstm_fast.spec.ADD_STAGE` adds the tensor ``added``, which lies in memory as ``z`` does. An
   activation is its number more than :data:`~cnnlstm_fast.spec.FIRST_ACTIVATION`.
 - ``numbers``: two for each stage: what ``added`` is multiplied by, or the activation's numbers.
@@ -20,13 +21,13 @@ words. The backward keeps ``z`` and the bits, and computes what lies between aga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnnlstm_fast.limits import kernel_limit
 from cnnlstm_fast.ops.conv_block import Unchecked
 from cnnlstm_fast.reference import epilogue_by_args
 from cnnlstm_fast.spec import (
@@ -42,15 +43,18 @@ from cnnlstm_fast.spec import (
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
 _lib.define(
-    "epilogue(Tensor z, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, Tensor? added, int[] stages, "
-    "float[] numbers, float eps, bool keep) -> (Tensor, Tensor, Tensor)"
+    "epilogue(Tensor z, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, Tensor? moments, "
+    "Tensor? added, int[] stages, float[] numbers, float eps, bool keep) -> (Tensor, Tensor, Tensor)"
 )
+_lib.define("epilogue_moments(Tensor z, int[] stages, float[] numbers) -> Tensor")
 _lib.define(
     "epilogue_backward(Tensor grad, Tensor? z, Tensor passed, Tensor stats, int[] stages, float[] numbers, "
     "float eps, bool given, bool need_z, bool need_added) -> (Tensor, Tensor, Tensor)"
 )
 
 forward_op = torch.ops.cnnlstm_fast.epilogue.default
+#: Mean and biased variance of the norm's argument over the batch, float64 (2, C).
+moments_op = torch.ops.cnnlstm_fast.epilogue_moments.default
 backward_op = torch.ops.cnnlstm_fast.epilogue_backward.default
 
 
@@ -104,19 +108,22 @@ def as_map(t: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 @torch.library.register_fake("cnnlstm_fast::epilogue", lib=_lib)
-def _(z, gamma, beta, mean, var, added, stages, numbers, eps, keep):
+def _(z, gamma, beta, mean, var, moments, added, stages, numbers, eps, keep):
     shape = [0]
     if keep and keeps_bits(stages):
         if z.device.type == "cpu":
-            positions = z.numel() // max(1, z.shape[0] * z.shape[1])
-            sizes = z.shape[0], z.shape[1], positions, lies_inside(z)
-            shape = bits_shape(*sizes, kernel_limit("EPILOGUE_TILE"), kernel_limit("EPILOGUE_PLANE"))
+            shape = bits_shape(z.shape[0], z.shape[1], math.prod(z.shape[2:]), lies_inside(z))
         else:
             shape = [z.numel()]
     stats = [4, z.shape[1]] if NORM_STAGE in stages else [0]
     return (
         torch.empty_like(z), z.new_empty(shape, dtype=torch.uint8), z.new_empty(stats, dtype=torch.float64),
     )  # fmt: skip
+
+
+@torch.library.register_fake("cnnlstm_fast::epilogue_moments", lib=_lib)
+def _(z, stages, numbers):
+    return z.new_empty([2, z.shape[1]], dtype=torch.float64)
 
 
 @torch.library.register_fake("cnnlstm_fast::epilogue_backward", lib=_lib)
@@ -133,9 +140,11 @@ class EpilogueFunction(torch.autograd.Function):
     """Autograd around the op; gives the result and the statistics."""
 
     @staticmethod
-    def forward(ctx, z, gamma, beta, mean, var, added, stages, numbers, eps):
+    def forward(ctx, z, gamma, beta, mean, var, moments, added, stages, numbers, eps):
         needs = ctx.needs_input_grad
-        out, passed, stats = forward_op(z, gamma, beta, mean, var, added, stages, numbers, eps, True)
+        out, passed, stats = forward_op(
+            z, gamma, beta, mean, var, moments, added, stages, numbers, eps, True
+        )
         ctx.args = stages, numbers, eps
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -151,15 +160,15 @@ class EpilogueFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         z, mean, var, passed, stats = ctx.saved_tensors
         stages, numbers, eps = ctx.args
-        needs = ctx.needs_input_grad[:6]
+        needs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
             return *_differentiable(ctx, grad, z, mean, var, passed, needs), None, None, None
         grad = _as_strides(grad, ctx.like)
         dz, dadded, sums = backward_op(
-            grad, z, passed, stats, stages, numbers, eps, mean is not None, needs[0], needs[5]
+            grad, z, passed, stats, stages, numbers, eps, mean is not None, needs[0], needs[6]
         )
         gamma, beta = ctx.gamma.held, ctx.beta.held
         return (
@@ -168,7 +177,8 @@ class EpilogueFunction(torch.autograd.Function):
             sums[1].to(beta.dtype) if needs[2] else None,
             None,
             None,
-            dadded if needs[5] else None,
+            None,
+            dadded if needs[6] else None,
             None,
             None,
             None,
@@ -183,34 +193,21 @@ def _as_strides(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 def bits_as_mask(passed: Tensor, like: Tensor) -> Tensor:
     """The bits of a program's backward as a bool map, in the shape and the strides of ``like``."""
-    n, c = like.shape[:2]
-    positions = like.numel() // max(1, n * c)
-    if like.device.type != "cpu":
-        flat = passed.bool()
-    else:
-        bits = (passed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten(1)
-        tile, plane = kernel_limit("EPILOGUE_TILE"), kernel_limit("EPILOGUE_PLANE")
-        inside = lies_inside(like)
-        if inside or positions == 1:
-            counts = _counts(n * positions, max(1, tile // c), c)
-        elif positions >= plane:
-            counts = _counts(positions, -(-positions // -(-positions // tile)), 1) * (n * c)
-        else:
-            counts = _counts(c, min(max(tile // positions, 1), c), positions) * n
-        flat = torch.cat([row[:count] for row, count in zip(bits, counts, strict=True)])
+    flat = passed
+    if like.device.type == "cpu":
+        inside, positions = lies_inside(like), math.prod(like.shape[2:])
+        width = like.shape[1] if inside or positions == 1 else positions
+        bits = passed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+        flat = bits.flatten(1)[:, :width].flatten()
     mask = torch.empty_like(like, dtype=torch.bool)
     mask.as_strided((mask.numel(),), (1,)).copy_(flat)
     return mask
 
 
-def _counts(total: int, per: int, times: int) -> list[int]:
-    return [min(per, total - at) * times for at in range(0, total, per)]
-
-
 def _differentiable(ctx, grad, z, mean, var, passed, needs) -> tuple[Any, ...]:
     """Gradients through plain PyTorch."""
     stages, numbers, eps = ctx.args
-    found: list[Tensor | None] = [None] * 6
+    found: list[Tensor | None] = [None] * 7
     before, of_numbers = list(stages), list(numbers)
     if keeps_bits(stages):
         like = torch.empty_strided(grad.shape, ctx.like, dtype=grad.dtype, device=grad.device)
@@ -220,8 +217,8 @@ def _differentiable(ctx, grad, z, mean, var, passed, needs) -> tuple[Any, ...]:
         )
         before, of_numbers = before[:-1], of_numbers[:-2]
     if before and before[-1] == ADD_STAGE:
-        if needs[5]:
-            found[5] = grad * of_numbers[-2]
+        if needs[6]:
+            found[6] = grad * of_numbers[-2]
         before, of_numbers = before[:-1], of_numbers[:-2]
     if not any(needs[:3]):
         return tuple(found)

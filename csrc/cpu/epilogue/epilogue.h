@@ -23,13 +23,14 @@ struct EpilogueProgram {
   int32_t dtype;    // of z, the added tensor, results and gradients
 };
 
-// Consecutive elements of the map: `positions` positions of `channels` channels, either of which lies inside.
+// A piece of the map as a matrix of consecutive elements: rows are positions and columns channels, or the other way
+// round. Parameters have a float for each channel.
 struct EpilogueTile {
-  int64_t positions, channels;
-  bool channels_inside;
-  bool per_element;  // parameters have a float for each element of the tile, otherwise one for all
+  int64_t rows, width;
+  bool by_column;     // channels are columns
+  int64_t bits_step;  // bytes of bits of a row
   NormGrads norm;
-  int64_t count() const { return positions * channels; }
+  int64_t count() const { return rows * width; }
 };
 
 // What a forward reads and writes, and what a backward does; null where there is no such thing.
@@ -50,8 +51,8 @@ struct EpilogueGrads {
 struct EpilogueTable {
   // Floats of scratch for a tile of `count` elements.
   int64_t (*scratch)(int64_t count);
-  // The sums of u - pivot and of their squares, per channel, where u is the norm's argument; added to `sums`
-  // [2, channels]. `begin`: the tile's first position gives the pivots, and the sums begin with zero.
+  // The sums of u - pivot and of their squares, per channel of the tile, where u is the norm's argument; added to
+  // `sums` [2, channels]. `begin`: the tile's first position gives the pivots, and the sums begin with zero.
   void (*measure)(const EpilogueProgram&, const EpilogueTile&, const void* z, bool begin, double* pivots, double* sums,
                   float* scratch);
   void (*forward)(const EpilogueProgram&, const EpilogueTile&, const EpilogueMaps&, float* scratch);
