@@ -139,7 +139,7 @@ class ObservedTensor(Tensor):
             if not step.same_object:  # what autograd saves is not held by the program
                 args = tuple([alias(first) if value is first else value for value in args])
             if step.kind == "sum":  # an operand that was handed on, in PyTorch's layout
-                args = tuple([value if hasattr(value, "waits_for_sums") else _in_layout(value) for value in args])
+                args = tuple(map(_in_layout, args))
             result = function(*args, **kwargs)
             observation.steps.append(step)
             if result is first:  # a step in place, or an identity
