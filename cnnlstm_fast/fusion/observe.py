@@ -132,7 +132,8 @@ class ObservedTensor(Tensor):
             first, step = _extended(function, args, kwargs)
             for value in tree_iter((args, kwargs)):
                 if type(value) is ObservedTensor and (step is None or value is not first):
-                    value.close(reads_channels_last(function, args, kwargs))
+                    # The other operand of a sum may lie as the sum does.
+                    value.close(step is not None or reads_channels_last(function, args, kwargs))
             if first is None or step is None:
                 return function(*args, **kwargs)
             observation = first._observation

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cnnlstm_fast.functional.conv_block import CallPlan
-from cnnlstm_fast.functional.epilogue import NORMS, Sum, program_of, why_not_epilogue
+from cnnlstm_fast.functional.epilogue import Sum, program_of, why_not_epilogue
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Found, Norm
 from cnnlstm_fast.fusion.layout import eager_layout
@@ -24,6 +24,11 @@ MEMORY = 256
 
 #: About how many microseconds a speculation costs. A block that saves less runs as PyTorch's operators.
 OVERHEAD_US = limit("BLOCK_US", 40, 0)
+
+
+#: How many times its predicted time a convolution may lose on a map that was handed on. Where it refuses the map,
+#: all other readers lose theirs, and predictions err by about as much.
+_MOST_LOSS = 1.25
 
 
 class Step:
@@ -97,16 +102,16 @@ class FusionPlan:
             returns the tensor of the value before it. That of a sum in place needs another place in the graph.
         by_shape: by an input's shape and strides, and whether it was handed on.
         lingers: the program keeps values between the steps in variables that it does not read.
-        is_program: the steps are in an order that only an epilogue takes.
+        is_program: the convolution and an epilogue run the steps, and not one block. Their order may want that.
         sum_at: which step is a sum, or None.
-        shorter: where this is a program, the plan of its first steps that are a block, for inputs where the
-            program does not pay.
+        others: plans for inputs where this one does not pay: of a program its first steps as a block, of a
+            block the steps before its pool as a program.
     """
 
-    def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool):
+    def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool, as_program: bool = False):
         self.steps, self.dtypes, self.hands_on = steps, dtypes, hands_on
         kinds = [step.kind for step in steps]
-        self.is_program = is_program(kinds)
+        self.is_program = as_program or is_program(kinds)
         self.sum_at = kinds.index("sum") if "sum" in kinds else None
         parts = {SLOTS.get(step.kind): step.found.value for step in steps}
         self.activation, self.pool = parts.get("activation"), parts.get("pool")
@@ -116,10 +121,19 @@ class FusionPlan:
         ]  # fmt: skip
         self.by_shape: dict[tuple, ShapePlan] = {}
         self.lingers = False
-        self.shorter: FusionPlan | None = None
+        self.others: list[FusionPlan] = []
+        if as_program:
+            return
         if self.is_program:
             end = next(n for n in range(len(kinds), -1, -1) if not is_program(kinds[:n]))
-            self.shorter = FusionPlan(steps[:end], dtypes[:end], False)
+            first = FusionPlan(steps[:end], dtypes[:end], False)
+            self.others = [first, *first.others]
+        else:
+            end = next((n for n, kind in enumerate(kinds) if SLOTS.get(kind) == "pool"), len(kinds))
+            while end and kinds[end - 1] == "identity":
+                end -= 1
+            if end:
+                self.others = [FusionPlan(steps[:end], dtypes[:end], hands_on and end == len(kinds), True)]
 
     def calls(self) -> list[tuple]:
         """Functions of the steps, and their arguments."""
@@ -159,7 +173,7 @@ class FusionPlan:
             call = run.plan_block(x, *parts, layout)
             if hands_on:
                 handing = run.plan_block(x, *parts, "channels_last")
-                hands_on = handing.plan != "reference" and is_faster(handing, call)
+                hands_on = (handed or handing.plan != "reference") and is_faster(handing, call)
                 call, layout = (handing, "channels_last") if hands_on else (call, layout)
             shapes = self._value_shapes(function, x, conv, handed)
             why = self._why_unfused(call, conv.weight, handed)
@@ -167,7 +181,7 @@ class FusionPlan:
                 why = "the library's convolutions of such channels-last maps have faults"
             if why is None and handed:
                 other = run.plan_block(x.contiguous(), *parts, layout)
-                if not is_faster(call, other):
+                if call.choice.us > _MOST_LOSS * other.choice.us:
                     why = f"faster on its input as PyTorch lays it out: {other.reason}"
             if why is None:
                 plan, why = call.plan, call.reason
@@ -182,31 +196,42 @@ class FusionPlan:
         """As :meth:`_plan_shape`, where an epilogue runs the last steps behind the convolution."""
         given = x.new_empty(()).expand(x.shape) if handed else x
         layout = eager_layout(given, conv.weight, False, None, None)
+        may_hand_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
         head = self._head(conv, x.dim())
-        channels, rank = conv.weight.shape[0], x.dim()
-        parts = [stage.module(channels, rank) if isinstance(stage, Norm) else stage for stage in self.stages(0, head)]
-        norm = next((part for part in parts if isinstance(part, NORMS)), None)
-        activation = next((part for part in parts if not isinstance(part, NORMS)), None)
         hands_on, plan, shapes = False, "reference", []
         try:
-            call = run.plan_block(x, conv, norm, activation, None, layout)
-            if self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu:
-                handing = run.plan_block(x, conv, norm, activation, None, "channels_last")
-                hands_on = handed or (handing.plan != "reference" and is_faster(handing, call))
+            call = run.plan_block(x, conv, *self.head_parts(head, conv, x), None, layout)
+            if head and call.plan == "reference":
+                head = 0  # PyTorch's operators would run each step alone
+                call = run.plan_block(x, conv, None, None, None, layout)
+            if may_hand_on:
+                handing = run.plan_block(x, conv, *self.head_parts(head, conv, x), None, "channels_last")
+                hands_on = (handed or handing.plan != "reference") and is_faster(handing, call)
                 call, layout = (handing, "channels_last") if hands_on else (call, layout)
             shapes = self._value_shapes(function, x, conv, handed)
             why = self._why_no_program(x, conv, shapes, head, call)
             if why is None and handed and call.plan == "reference" and _is_faulty(x, conv, shapes[0][0]):
                 why = "the library's convolutions of such channels-last maps have faults"
             if why is None:
-                plan = f"{call.plan} + epilogue"
-                why = f"norm, sum and activation in one pass behind the convolution; {call.reason}"
+                names = ", ".join(map(str, self.steps[head:]))
+                plan, why = call.plan, f"{names} in one pass behind the convolution: {call.reason}"
             else:
                 shapes = []
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
             why, shapes = str(error), []
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
         return ShapePlan(plan, why, key, shapes, layout, hands_on, head)
+
+    def head_parts(self, head: int, conv: Conv, x: Tensor, norm: Norm | None = None) -> tuple[Any, Any]:
+        """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call, if not as expected."""
+        found: dict[str, Any] = {"norm": None, "activation": None}
+        for step in self.steps[:head]:
+            value = step.found.value
+            if step.kind == "norm":
+                value = (norm or value).module(conv.weight.shape[0], x.dim())
+            if SLOTS.get(step.kind) is not None:
+                found[SLOTS[step.kind]] = value
+        return found["norm"], found["activation"]
 
     def _head(self, conv: Conv, rank: int) -> int:
         """How many steps run in one call with the convolution.
@@ -247,7 +272,7 @@ class FusionPlan:
             shape.numel(), self.dtypes[0].itemsize, [step.kind for step in self.steps[head:]], of_batch,
             trained and conv.weight.requires_grad, torch.get_num_threads(),
         )  # fmt: skip
-        saved += call.choice.saves_us if call.plan != "reference" else 0
+        saved += call.choice.saves_us
         if saved < OVERHEAD_US:
             return f"one pass behind the convolution would save {saved:.0f} us, less than it costs"
         return None
@@ -279,7 +304,7 @@ class FusionPlan:
 
 def is_faster(ours: CallPlan, other: CallPlan) -> bool:
     """Whether ``ours`` is predicted to be faster; by a margin, where one is PyTorch's operators."""
-    if "reference" in (ours.plan, other.plan):
+    if ours.plan != other.plan and "reference" in (ours.plan, other.plan):
         return gains_enough(ours.choice.us, other.choice.us)
     return ours.choice.us <= other.choice.us
 

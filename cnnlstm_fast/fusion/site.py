@@ -156,9 +156,11 @@ class ConvSite:
             with no_function():  # with its place in the autograd graph, where it has one
                 x = alias(given) if context.grad and given.requires_grad else given._map
         shape_plan = known.for_shape(function, x, conv, given is not None)
-        if not shape_plan.shapes and known.shorter is not None:
-            known = known.shorter
-            shape_plan = known.for_shape(function, x, conv, given is not None)
+        for other in () if shape_plan.shapes else known.others:
+            found = other.for_shape(function, x, conv, given is not None)
+            if found.shapes:
+                known, shape_plan = other, found
+                break
         if not shape_plan.shapes:
             if given is not None:
                 given.cancel()
@@ -189,7 +191,9 @@ class ConvSite:
         else:
             self.left_to_pytorch.clear()
             self.known = {
-                key: known for key, known in self.known.items() if plan not in (known, _shorter(known))
+                key: known
+                for key, known in self.known.items()
+                if known is not plan and not (type(known) is FusionPlan and plan in known.others)
             }
 
     def _leave_to_pytorch(self, module: nn.Module, x: Tensor) -> None:
@@ -202,10 +206,6 @@ class ConvSite:
         self.why_unfused = why
         if observer.current is not None:
             observer.current.as_is(cast(nn.Module, self.module()), why)
-
-
-def _shorter(known: Observation | FusionPlan) -> FusionPlan | None:
-    return known.shorter if type(known) is FusionPlan else None
 
 
 def _padded_after(x: Tensor, module: nn.Module) -> tuple[Tensor, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
-from cnnlstm_fast.functional.epilogue import NORMS, Program, moments_of, program_of, run_program
+from cnnlstm_fast.functional.epilogue import Program, moments_of, program_of, run_program
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Norm, is_sum
 from cnnlstm_fast.fusion.context import Context, context_of, fingerprint, has_saved_tensor_hooks
@@ -99,14 +99,12 @@ class Speculation:
     def _run_program(self) -> Tensor | None:
         """As :meth:`_run`, by a call of the first steps and an epilogue, which waits for the sum if there is one."""
         norm, plan, at = self.norm, self.plan, self.shape_plan.head
-        channels, rank = self.conv.weight.shape[0], self.x.dim()
+        channels = self.conv.weight.shape[0]
         if norm is not None:
             self.norm_fingerprint = fingerprint(norm.read)
             self.norm_values = [None if t is None else t.detach().clone() for t in norm.read]
-        parts = [part.module(channels, rank) if isinstance(part, Norm) else part for part in plan.stages(0, at)]
-        module = next((part for part in parts if isinstance(part, NORMS)), None)
-        activation = next((part for part in parts if not isinstance(part, NORMS)), None)
-        head = run.run_block(self.x, self.conv, module, activation, None, layout=self.shape_plan.layout)
+        parts = plan.head_parts(at, self.conv, self.x, norm)
+        head = run.run_block(self.x, self.conv, *parts, None, layout=self.shape_plan.layout)
         if norm is not None and norm.training:
             self.moments = moments = moments_of(head, self._program())
             if norm.running_mean is not None and norm.running_var is not None:
@@ -260,16 +258,15 @@ class Speculation:
         if not handed and type(other) not in (Tensor, nn.Parameter):
             return None
         shape, strides = self.shape_plan.shapes[self.position]
-        if other.shape != shape or other.dtype != self.plan.dtypes[self.position] or other.device != self.x.device:
-            return None
-        if other.layout is not torch.strided or other.is_neg():
-            return None
+        dtype, device = self.plan.dtypes[self.position], self.x.device
         with no_function():
-            if handed:
-                if torch.empty(shape, device="meta").stride() != strides:
-                    return None
-                return alias(other) if self.context.records and other.requires_grad else other._map
-            return other if other.stride() == strides else None
+            if (other.shape, other.dtype, other.device) != (shape, dtype, device) or other.is_neg():
+                return None
+            if not handed:
+                return other if other.layout is torch.strided and other.stride() == strides else None
+            if torch.empty(shape, device="meta").stride() != strides:
+                return None
+            return alias(other) if self.context.records and other.requires_grad else other._map
 
     def _confirm_norm(self, args, kwargs) -> bool:
         """Whether a norm's call reads what the block has read; if it does, update its running statistics."""
