@@ -33,7 +33,26 @@ ACTIVATIONS = {
     "r": nn.ReLU(), "h": nn.Hardtanh(-0.7, 0.9), "l": nn.LeakyReLU(0.1), "e": nn.ELU(0.8), "t": nn.Tanh(),
     "s": nn.SiLU(), "g": nn.GELU(), "p": nn.Softplus(1.3, 3.0), "i": nn.Sigmoid(), "u": nn.GELU(approximate="tanh"),
 }  # fmt: skip
-PROGRAMS = ["n", "nr", "n+r", "n+l", "n+h", "+", "+r", "rn", "ln", "tn", "rnr", "en+l", "ns+", "n+", "l", "sg", "pn", "ui"]
+PROGRAMS = [
+    "n",
+    "nr",
+    "n+r",
+    "n+l",
+    "n+h",
+    "+",
+    "+r",
+    "rn",
+    "ln",
+    "tn",
+    "rnr",
+    "en+l",
+    "ns+",
+    "n+",
+    "l",
+    "sg",
+    "pn",
+    "ui",
+]
 
 
 def norm_of(shape, training: bool, affine: bool = True) -> nn.Module:
@@ -47,31 +66,35 @@ def norm_of(shape, training: bool, affine: bool = True) -> nn.Module:
     return norm.train(training)
 
 
-def stages_of(program: str, norm: nn.Module, added: Tensor | None, alpha: float) -> list:
-    table = {"n": norm, "+": Sum(added, alpha), **ACTIVATIONS}
+def stages_of(program: str, norm: nn.Module, alpha: float) -> list:
+    table = {"n": norm, "+": Sum(alpha), **ACTIVATIONS}
     return [table[letter] for letter in program]
 
 
-def eager(z: Tensor, stages: list) -> Tensor:
+def eager(z: Tensor, stages: list, added: Tensor | None) -> Tensor:
     for stage in stages:
-        z = torch.add(z, stage.added, alpha=stage.alpha) if isinstance(stage, Sum) else stage(z)
+        z = torch.add(z, added, alpha=stage.alpha) if isinstance(stage, Sum) else stage(z)
     return z
 
 
-def ours(z: Tensor, stages: list) -> Tensor:
+def ours(z: Tensor, stages: list, added: Tensor | None) -> Tensor:
     program = program_of(stages)
     trained = torch.is_grad_enabled()
     assert functional.why_not_epilogue(z, program, trained) is None
-    added = next((stage.added for stage in stages if isinstance(stage, Sum)), None)
     return run_program(z, program, added)
 
 
 def results(fn, program: str, tensors: dict, norm: nn.Module, alpha: float, grad: Tensor | None) -> dict:
     """Result, gradients, and the norm's buffers."""
-    norm = copy.deepcopy(norm).to(tensors["z"].dtype if tensors["z"].dtype == torch.float64 else torch.float32)
-    leaves = {k: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(grad is not None) for k, t in tensors.items()}
+    norm = copy.deepcopy(norm).to(
+        tensors["z"].dtype if tensors["z"].dtype == torch.float64 else torch.float32
+    )
+    leaves = {
+        k: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(grad is not None)
+        for k, t in tensors.items()
+    }
     with torch.set_grad_enabled(grad is not None):
-        out = fn(leaves["z"], stages_of(program, norm, leaves.get("added"), alpha))
+        out = fn(leaves["z"], stages_of(program, norm, alpha), leaves.get("added"))
     found = {"out": out.detach()}
     if grad is not None:
         wanted = leaves | {f"norm.{k}": p for k, p in norm.named_parameters() if "n" in program}
@@ -156,9 +179,13 @@ def test_second_derivatives(program, last):
     for fn in (eager, ours):
         leaves = [t.clone().requires_grad_() for t in (z, added)]
         twin = copy.deepcopy(norm)
-        out = fn(leaves[0], stages_of(program, twin, leaves[1], 0.5))
+        out = fn(leaves[0], stages_of(program, twin, 0.5), leaves[1] if "+" in program else None)
         given = grad.clone().requires_grad_()
-        wanted = [leaves[0], *([leaves[1]] if "+" in program else []), *([twin.weight] if "n" in program else [])]
+        wanted = [
+            leaves[0],
+            *([leaves[1]] if "+" in program else []),
+            *([twin.weight] if "n" in program else []),
+        ]
         first = torch.autograd.grad(out, wanted, given, create_graph=True)
         second = torch.autograd.grad((first[0] * other).sum(), [given, *wanted], allow_unused=True)
         results.append([*first, *second])
@@ -174,7 +201,7 @@ def test_empty(shape):
     for program in ("+r", "n+r", "r"):
         norm = norm_of(shape, False)
         z, added = torch.randn(shape, requires_grad=True), torch.randn(shape)
-        out = ours(z, stages_of(program, norm, added, 1.0))
+        out = ours(z, stages_of(program, norm, 1.0), added if "+" in program else None)
         assert out.shape == shape
         out.sum().backward()
         assert z.grad.shape == shape
@@ -185,7 +212,7 @@ def test_keeps_bits_of_a_sum():
     z, added = torch.randn(4, 64, 16, 16, requires_grad=True), torch.randn(4, 64, 16, 16, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ours(z, [Sum(added), nn.ReLU()])
+        ours(z, [Sum(), nn.ReLU()], added)
     assert sum(t.numel() * t.element_size() for t in kept) == z.numel() / 8
 
 
@@ -213,7 +240,19 @@ def test_fake_kernel():
     z = torch.randn(3, 5, 9, 11)
     gamma, beta = torch.randn(5), torch.randn(5)
     for map in (z, z.contiguous(memory_format=torch.channels_last), z[:, :, 0, 0].contiguous()):
-        args = map, gamma, beta, None, None, None, torch.zeros_like(map), [0, 1, 3], [0.0] * 2 + [1.0] + [0.0] * 3, 1e-5, True
+        args = (
+            map,
+            gamma,
+            beta,
+            None,
+            None,
+            None,
+            torch.zeros_like(map),
+            [0, 1, 3],
+            [0.0] * 2 + [1.0] + [0.0] * 3,
+            1e-5,
+            True,
+        )
         torch.library.opcheck(op.forward_op, args, test_utils=("test_schema", "test_faketensor"))
         out, passed, stats = op.forward_op(*args)
         torch.library.opcheck(
@@ -234,5 +273,15 @@ def test_programs_that_are_refused(stages, keep, why):
     z = torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match="epilogue"):
         op.forward_op(
-            z, None, None, None, None, None, z if 1 in stages else None, stages, [0.0] * 2 * len(stages), 1e-5, keep
+            z,
+            None,
+            None,
+            None,
+            None,
+            None,
+            z if 1 in stages else None,
+            stages,
+            [0.0] * 2 * len(stages),
+            1e-5,
+            keep,
         )

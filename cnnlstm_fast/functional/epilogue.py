@@ -26,9 +26,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Sum(NamedTuple):
-    """A stage that adds ``alpha * added``."""
+    """A stage that adds another tensor, multiplied by ``alpha``."""
 
-    added: Tensor | None
     alpha: float = 1.0
 
 

@@ -26,6 +26,9 @@ MEMORY = 256
 OVERHEAD_US = limit("BLOCK_US", 40, 0)
 
 
+#: How many times as much a program costs.
+_IN_INFERENCE, _IN_TRAINING = 2, 4
+
 #: How many times its predicted time a convolution may lose on a map that was handed on. Where it refuses the map,
 #: all other readers lose theirs, and predictions err by about as much.
 _MOST_LOSS = 1.25
@@ -76,7 +79,8 @@ class ShapePlan(NamedTuple):
         shapes: shape and strides of the values between the steps; empty where PyTorch's operators run them.
         layout: of the block's result.
         hands_on: the result lies channels-last where PyTorch's is contiguous.
-        head: how many of the steps run in one call with the convolution, the others behind it; all in a block.
+        head: how many of the steps run in one call with the convolution; all of them in a block.
+        program: the other steps, which an epilogue runs; None where there are none.
     """
 
     plan: str
@@ -86,6 +90,12 @@ class ShapePlan(NamedTuple):
     layout: str
     hands_on: bool
     head: int
+    program: Program | None = None
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is faster than PyTorch's operators."""
+        return bool(self.shapes) and (self.plan != "reference" or self.program is not None)
 
 
 class FusionPlan:
@@ -108,7 +118,9 @@ class FusionPlan:
             block the steps before its pool as a program.
     """
 
-    def __init__(self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool, as_program: bool = False):
+    def __init__(
+        self, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool, as_program: bool = False
+    ):
         self.steps, self.dtypes, self.hands_on = steps, dtypes, hands_on
         kinds = [step.kind for step in steps]
         self.is_program = as_program or is_program(kinds)
@@ -139,14 +151,17 @@ class FusionPlan:
         """Functions of the steps, and their arguments."""
         return [step.constants for step in self.steps]
 
-    def stages(self, begin: int, end: int | None = None) -> list[nn.Module | Sum | Norm]:
-        """Steps as stages of an epilogue, norms as calls."""
-        found: list[nn.Module | Sum | Norm] = []
-        for step in self.steps[begin:end]:
+    def stages(self, begin: int, conv: Conv, x: Tensor) -> list[nn.Module | Sum]:
+        """Steps from ``begin`` on as stages of an epilogue."""
+        found: list[nn.Module | Sum] = []
+        for step in self.steps[begin:]:
+            value = step.found.value
             if step.kind == "sum":
-                found.append(Sum(None, step.found.value.alpha if step.found.value.first else 1.0))
+                found.append(Sum(value.alpha if value.first else 1.0))
+            elif step.kind == "norm":
+                found.append(value.module(conv.weight.shape[0], x.dim()))
             elif step.kind != "identity":
-                found.append(step.found.value)
+                found.append(value)
         return found
 
     def for_shape(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
@@ -198,7 +213,7 @@ class FusionPlan:
         layout = eager_layout(given, conv.weight, False, None, None)
         may_hand_on = self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu
         head = self._head(conv, x.dim())
-        hands_on, plan, shapes = False, "reference", []
+        hands_on, plan, shapes, program = False, "reference", [], None
         try:
             call = run.plan_block(x, conv, *self.head_parts(head, conv, x), None, layout)
             if head and call.plan == "reference":
@@ -209,7 +224,8 @@ class FusionPlan:
                 hands_on = (handed or handing.plan != "reference") and is_faster(handing, call)
                 call, layout = (handing, "channels_last") if hands_on else (call, layout)
             shapes = self._value_shapes(function, x, conv, handed)
-            why = self._why_no_program(x, conv, shapes, head, call)
+            program = program_of(self.stages(head, conv, x))
+            why = self._why_no_program(x, conv, shapes, head, program, call)
             if why is None and handed and call.plan == "reference" and _is_faulty(x, conv, shapes[0][0]):
                 why = "the library's convolutions of such channels-last maps have faults"
             if why is None:
@@ -220,7 +236,7 @@ class FusionPlan:
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
             why, shapes = str(error), []
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
-        return ShapePlan(plan, why, key, shapes, layout, hands_on, head)
+        return ShapePlan(plan, why, key, shapes, layout, hands_on, head, program if shapes else None)
 
     def head_parts(self, head: int, conv: Conv, x: Tensor, norm: Norm | None = None) -> tuple[Any, Any]:
         """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call, if not as expected."""
@@ -252,28 +268,27 @@ class FusionPlan:
                 head += 1
         return head
 
-    def _why_no_program(self, x: Tensor, conv: Conv, shapes: list[tuple], head: int, call: CallPlan) -> str | None:
+    def _why_no_program(
+        self, x: Tensor, conv: Conv, shapes: list[tuple], head: int, program: Program | str, call: CallPlan
+    ) -> str | None:
         """Why the steps don't run as a program, as a sentence; None if they do."""
         shape, _ = shapes[0]
-        if not x.is_cpu:
-            return "sums and late norms run in one pass on the CPU"
         if len(shape) != x.dim() or conv.weight.shape[0] == 1 or shape[2:].numel() < 2 or shape.numel() == 0:
             return "a map of one channel or one position"
         if len({*self.dtypes}) > 1 or self.dtypes[0] not in (torch.float32, torch.bfloat16):
             return "values between the steps differ in dtype"
         trained = records_gradients()
         z = x.new_empty(()).to(self.dtypes[0]).expand(shape)
-        stages = [s.module(shape[1], x.dim()) if isinstance(s, Norm) else s for s in self.stages(head)]
-        why = why_not_epilogue(z, program_of(stages), trained)
+        why = why_not_epilogue(z, program, trained)
         if why is not None:
             return why
+        trained = trained and conv.weight.requires_grad
         of_batch = self.norm is not None and self.norm.training
-        saved = costs.epilogue_saves(
-            shape.numel(), self.dtypes[0].itemsize, [step.kind for step in self.steps[head:]], of_batch,
-            trained and conv.weight.requires_grad, torch.get_num_threads(),
-        )  # fmt: skip
-        saved += call.choice.saves_us
-        if saved < OVERHEAD_US:
+        kinds = [step.kind for step in self.steps[head:]]
+        saved = call.choice.saves_us + costs.epilogue_saves(
+            shape.numel(), self.dtypes[0].itemsize, kinds, of_batch, trained, torch.get_num_threads()
+        )
+        if saved < OVERHEAD_US * (_IN_TRAINING if trained else _IN_INFERENCE):
             return f"one pass behind the convolution would save {saved:.0f} us, less than it costs"
         return None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
-from cnnlstm_fast.functional.epilogue import Program, moments_of, program_of, run_program
+from cnnlstm_fast.functional.epilogue import Program, moments_of, run_program
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Norm, is_sum
 from cnnlstm_fast.fusion.context import Context, context_of, fingerprint, has_saved_tensor_hooks
@@ -116,16 +116,12 @@ class Speculation:
 
     def _program(self) -> Program:
         """The steps behind the first ones."""
-        channels, rank, norm = self.conv.weight.shape[0], self.x.dim(), self.norm
-        if norm is not None and norm.training:
-            norm = norm.uncounted()
-        stages = [
-            norm.module(channels, rank) if isinstance(part, Norm) and norm is not None else part
-            for part in self.plan.stages(self.shape_plan.head)
-        ]
-        program = program_of(stages)  # type: ignore[arg-type]  # norms are modules by now
-        assert isinstance(program, Program)
-        return program
+        program, norm = self.shape_plan.program, self.norm
+        assert program is not None
+        if program.norm is None or norm is None:
+            return program
+        norm = norm.uncounted() if norm.training else norm
+        return program._replace(norm=norm.module(self.conv.weight.shape[0], self.x.dim()))
 
     def _run_epilogue(self, added: Tensor | None) -> Tensor:
         """The result of a program, from that of its first steps."""
@@ -417,8 +413,12 @@ class Speculation:
         if step.kind == "sum":
             added = self.added if added is None else added
             assert added is not None
-            return step.run(y, torch.empty_strided(y.shape, y.stride(), dtype=y.dtype).copy_(added)
-                            if added.stride() != y.stride() else added)
+            return step.run(
+                y,
+                torch.empty_strided(y.shape, y.stride(), dtype=y.dtype).copy_(added)
+                if added.stride() != y.stride()
+                else added,
+            )
         if step.kind != "norm":
             return step.run(y)
         assert norm is not None

@@ -142,35 +142,33 @@ class EpilogueFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, gamma, beta, mean, var, moments, added, stages, numbers, eps):
         needs = ctx.needs_input_grad
-        out, passed, stats = forward_op(
-            z, gamma, beta, mean, var, moments, added, stages, numbers, eps, True
-        )
+        out, passed, stats = forward_op(z, gamma, beta, mean, var, moments, added, stages, numbers, eps, True)
         ctx.args = stages, numbers, eps
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.gamma, ctx.beta = Unchecked(gamma), Unchecked(beta)
+        ctx.beta = Unchecked(beta)
         last = len(stages) - 2 if keeps_bits(stages) else len(stages)
         before = [stage for stage in stages[:last] if stage != ADD_STAGE]
         # Without a norm and a curve before the sum, gradients don't depend on z, and PyTorch keeps it neither.
         reads_z = any(needs[i] for i in (0, 1, 2)) and bool(before)
         ctx.like = z.stride()
-        ctx.save_for_backward(z if reads_z else None, mean, var, passed, stats)
+        ctx.save_for_backward(z if reads_z else None, gamma, mean, var, passed, stats)
         return out, stats
 
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 10
-        z, mean, var, passed, stats = ctx.saved_tensors
+        z, gamma, mean, var, passed, stats = ctx.saved_tensors
         stages, numbers, eps = ctx.args
         needs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
-            return *_differentiable(ctx, grad, z, mean, var, passed, needs), None, None, None
+            return *_differentiable(ctx, grad, z, gamma, mean, var, passed, needs), None, None, None
         grad = _as_strides(grad, ctx.like)
         dz, dadded, sums = backward_op(
             grad, z, passed, stats, stages, numbers, eps, mean is not None, needs[0], needs[6]
         )
-        gamma, beta = ctx.gamma.held, ctx.beta.held
+        beta = ctx.beta.held
         return (
             dz if needs[0] else None,
             sums[0].to(gamma.dtype) if needs[1] else None,
@@ -204,7 +202,7 @@ def bits_as_mask(passed: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
-def _differentiable(ctx, grad, z, mean, var, passed, needs) -> tuple[Any, ...]:
+def _differentiable(ctx, grad, z, gamma, mean, var, passed, needs) -> tuple[Any, ...]:
     """Gradients through plain PyTorch."""
     stages, numbers, eps = ctx.args
     found: list[Tensor | None] = [None] * 7
@@ -212,8 +210,10 @@ def _differentiable(ctx, grad, z, mean, var, passed, needs) -> tuple[Any, ...]:
     if keeps_bits(stages):
         like = torch.empty_strided(grad.shape, ctx.like, dtype=grad.dtype, device=grad.device)
         leaky = stages[-1] - FIRST_ACTIVATION not in (1, 2)
-        grad = grad * torch.where(bits_as_mask(passed, like), 1.0, numbers[-2]).to(grad.dtype) if leaky else (
-            grad.where(bits_as_mask(passed, like), 0)
+        grad = (
+            grad * torch.where(bits_as_mask(passed, like), 1.0, numbers[-2]).to(grad.dtype)
+            if leaky
+            else (grad.where(bits_as_mask(passed, like), 0))
         )
         before, of_numbers = before[:-1], of_numbers[:-2]
     if before and before[-1] == ADD_STAGE:
@@ -225,7 +225,7 @@ def _differentiable(ctx, grad, z, mean, var, passed, needs) -> tuple[Any, ...]:
     if not before:
         found[0] = grad
         return tuple(found)
-    inputs = [None if t is None else t.view_as(t) for t in (z, ctx.gamma.as_it_was(), ctx.beta.as_it_was())]
+    inputs = [None if t is None else t.view_as(t) for t in (z, gamma, ctx.beta.as_it_was())]
     wanted = [t for t, need in zip(inputs, needs[:3], strict=True) if need]
     again = epilogue_by_args(*inputs, mean, var, None, before, of_numbers, eps)  # type: ignore[arg-type]
     given = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
