@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnlstm_fast.functional.conv_block import CallPlan
-from cnnlstm_fast.functional.epilogue import Sum, program_of, why_not_epilogue
+from cnnlstm_fast.functional.epilogue import Program, Sum, program_of, why_not_epilogue
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Found, Norm
 from cnnlstm_fast.fusion.layout import eager_layout
@@ -80,6 +80,7 @@ class ShapePlan(NamedTuple):
         layout: of the block's result.
         hands_on: the result lies channels-last where PyTorch's is contiguous.
         head: how many of the steps run in one call with the convolution; all of them in a block.
+        pays: it is faster than PyTorch's operators; otherwise they run it on a map that was handed on, at best.
         program: the other steps, which an epilogue runs; None where there are none.
     """
 
@@ -90,12 +91,8 @@ class ShapePlan(NamedTuple):
     layout: str
     hands_on: bool
     head: int
+    pays: bool
     program: Program | None = None
-
-    @property
-    def pays(self) -> bool:
-        """Whether it is faster than PyTorch's operators."""
-        return bool(self.shapes) and (self.plan != "reference" or self.program is not None)
 
 
 class FusionPlan:
@@ -114,8 +111,8 @@ class FusionPlan:
         lingers: the program keeps values between the steps in variables that it does not read.
         is_program: the convolution and an epilogue run the steps, and not one block. Their order may want that.
         sum_at: which step is a sum, or None.
-        others: plans for inputs where this one does not pay: of a program its first steps as a block, of a
-            block the steps before its pool as a program.
+        others: plans for inputs where this one does not pay: of a program its steps up to the sum, and its
+            first steps as a block; of a block the steps before its pool as a program.
     """
 
     def __init__(
@@ -140,6 +137,9 @@ class FusionPlan:
             end = next(n for n in range(len(kinds), -1, -1) if not is_program(kinds[:n]))
             first = FusionPlan(steps[:end], dtypes[:end], False)
             self.others = [first, *first.others]
+            if self.sum_at is not None and self.sum_at + 1 < len(steps):
+                summed = self.sum_at + 1
+                self.others.insert(0, FusionPlan(steps[:summed], dtypes[:summed], False, as_program=True))
         else:
             end = next((n for n, kind in enumerate(kinds) if SLOTS.get(kind) == "pool"), len(kinds))
             while end and kinds[end - 1] == "identity":
@@ -174,6 +174,23 @@ class FusionPlan:
             found = self.by_shape[key] = self._plan_shape(function, x, conv, handed)
         return found
 
+    def best_for(self, function, x: Tensor, conv: Conv, handed: bool) -> tuple[FusionPlan, ShapePlan]:
+        """This plan or one of the others, and how it runs for ``x``: the first that pays, or runs at all."""
+        found = [(self, self.for_shape(function, x, conv, handed))]
+        for other in self.others:
+            if found[-1][1].pays:
+                break
+            found.append((other, other.for_shape(function, x, conv, handed)))
+        return _first_that_pays(found)
+
+    def seen(self) -> list[tuple[FusionPlan, ShapePlan]]:
+        """What :meth:`best_for` found for each shape."""
+        plans = (self, *self.others)
+        return [
+            _first_that_pays([(plan, plan.by_shape[key]) for plan in plans if key in plan.by_shape])
+            for key in self.by_shape
+        ]
+
     def _plan_shape(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
         if self.is_program:
             return self._plan_program(function, x, conv, handed)
@@ -205,7 +222,8 @@ class FusionPlan:
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
             why = str(error)
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
-        return ShapePlan(plan, why, key, shapes, layout, hands_on, len(self.steps))
+        pays = bool(shapes) and (plan != "reference" or not handed)
+        return ShapePlan(plan, why, key, shapes, layout, hands_on, len(self.steps), pays)
 
     def _plan_program(self, function, x: Tensor, conv: Conv, handed: bool) -> ShapePlan:
         """As :meth:`_plan_shape`, where an epilogue runs the last steps behind the convolution."""
@@ -236,7 +254,8 @@ class FusionPlan:
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
             why, shapes = str(error), []
         key = conv.weight.shape, conv.weight.stride(), conv[2:]
-        return ShapePlan(plan, why, key, shapes, layout, hands_on, head, program if shapes else None)
+        program = program if shapes and isinstance(program, Program) else None
+        return ShapePlan(plan, why, key, shapes, layout, hands_on, head, bool(shapes), program)
 
     def head_parts(self, head: int, conv: Conv, x: Tensor, norm: Norm | None = None) -> tuple[Any, Any]:
         """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call, if not as expected."""
@@ -289,7 +308,7 @@ class FusionPlan:
             shape.numel(), self.dtypes[0].itemsize, kinds, of_batch, trained, torch.get_num_threads()
         )
         if saved < OVERHEAD_US * (_IN_TRAINING if trained else _IN_INFERENCE):
-            return f"one pass behind the convolution would save {saved:.0f} us, less than it costs"
+            return f"one pass behind the convolution costs more than it saves: {saved:.0f} us"
         return None
 
     def _why_unfused(self, call: CallPlan, weight: Tensor, handed: bool) -> str | None:
@@ -315,6 +334,14 @@ class FusionPlan:
                     y = step.run(y)
                 found.append((y.shape, y.stride()))
         return found
+
+
+def _first_that_pays(found: list[tuple[FusionPlan, ShapePlan]]) -> tuple[FusionPlan, ShapePlan]:
+    for wanted in (lambda shape_plan: shape_plan.pays, lambda shape_plan: shape_plan.shapes):
+        for plan, shape_plan in found:
+            if wanted(shape_plan):
+                return plan, shape_plan
+    return next((one for one in found if not one[0].is_program), found[0])
 
 
 def is_faster(ours: CallPlan, other: CallPlan) -> bool:

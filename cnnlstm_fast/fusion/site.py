@@ -155,12 +155,7 @@ class ConvSite:
         if given is not None:
             with no_function():  # with its place in the autograd graph, where it has one
                 x = alias(given) if context.grad and given.requires_grad else given._map
-        shape_plan = known.for_shape(function, x, conv, given is not None)
-        for other in known.others if not shape_plan.pays else ():
-            found = other.for_shape(function, x, conv, given is not None)
-            if found.shapes:
-                known, shape_plan = other, found
-                break
+        known, shape_plan = known.best_for(function, x, conv, given is not None)
         if not shape_plan.shapes:
             if given is not None:
                 given.cancel()
