@@ -31,7 +31,8 @@ SHAPES = {
 #: Programs as they are written: n a norm, + a sum, a letter an activation.
 ACTIVATIONS = {
     "r": nn.ReLU(), "h": nn.Hardtanh(-0.7, 0.9), "l": nn.LeakyReLU(0.1), "e": nn.ELU(0.8), "t": nn.Tanh(),
-    "s": nn.SiLU(), "g": nn.GELU(), "p": nn.Softplus(1.3, 3.0), "i": nn.Sigmoid(), "u": nn.GELU(approximate="tanh"),
+    "s": nn.SiLU(), "g": nn.GELU(), "p": nn.Softplus(1.3, 3.0), "i": nn.Sigmoid(),
+    "u": nn.GELU(approximate="tanh"),
 }  # fmt: skip
 PROGRAMS = [
     "n",

@@ -1,4 +1,4 @@
-"""What follows a convolution's result, as one call of the op ``epilogue``: checks, and the running statistics."""
+"""What follows a convolution, as one call of the op ``epilogue``: checks, and the running statistics."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ FOLLOWS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-#: What else may follow where an epilogue (:mod:`cnnlstm_fast.ops.epilogue`) runs behind the convolution, in the
-#: order in which it is written: sums with another tensor, and norms behind activations.
+#: What else may follow where an epilogue (:mod:`cnnlstm_fast.ops.epilogue`) runs behind the convolution, in
+#: the order in which it is written: sums with another tensor, and norms behind activations.
 PROGRAM_FOLLOWS: dict[str, dict[str, str]] = {
     "conv": {"sum": "summed"},
     "norm": {"activation": "normed and activated", "monotone": "normed and activated", "sum": "summed"},

@@ -170,7 +170,7 @@ def _extended(function, args, kwargs) -> tuple[ObservedTensor | None, Step | Non
 
 
 def _in_layout(value: Tensor) -> Tensor:
-    """A value in PyTorch's layout: one that was handed on (:mod:`cnnlstm_fast.fusion.handoff`) is contiguous."""
+    """A value in PyTorch's layout; one that was handed on is contiguous there."""
     return value.contiguous() if hasattr(value, "_map") else value
 
 

@@ -29,8 +29,8 @@ OVERHEAD_US = limit("BLOCK_US", 40, 0)
 #: How many times as much a program costs.
 _IN_INFERENCE, _IN_TRAINING = 2, 4
 
-#: How many times its predicted time a convolution may lose on a map that was handed on. Where it refuses the map,
-#: all other readers lose theirs, and predictions err by about as much.
+#: How many times its predicted time a convolution may take on a map that was handed on. Where it refuses the
+#: map, all other readers lose theirs, and predictions err by about as much.
 _MOST_LOSS = 1.25
 
 
@@ -80,7 +80,7 @@ class ShapePlan(NamedTuple):
         layout: of the block's result.
         hands_on: the result lies channels-last where PyTorch's is contiguous.
         head: how many of the steps run in one call with the convolution; all of them in a block.
-        pays: it is faster than PyTorch's operators; otherwise they run it on a map that was handed on, at best.
+        pays: it is faster than PyTorch's operators; otherwise these run it, on a map that was handed on.
         program: the other steps, which an epilogue runs; None where there are none.
     """
 
@@ -106,10 +106,10 @@ class FusionPlan:
         hands_on: only another convolution reads the last value.
         norm: the norm's arguments in the last call, or None without a norm.
         own_values: numbers of the values that are tensors of their own, without the last one; a step in place
-            returns the tensor of the value before it. That of a sum in place needs another place in the graph.
+            returns the tensor of the value before it. A sum in place has another place in the graph.
         by_shape: by an input's shape and strides, and whether it was handed on.
         lingers: the program keeps values between the steps in variables that it does not read.
-        is_program: the convolution and an epilogue run the steps, and not one block. Their order may want that.
+        is_program: the convolution and an epilogue run the steps, and not one block.
         sum_at: which step is a sum, or None.
         others: plans for inputs where this one does not pay: of a program its steps up to the sum, and its
             first steps as a block; of a block the steps before its pool as a program.
@@ -258,7 +258,7 @@ class FusionPlan:
         return ShapePlan(plan, why, key, shapes, layout, hands_on, head, bool(shapes), program)
 
     def head_parts(self, head: int, conv: Conv, x: Tensor, norm: Norm | None = None) -> tuple[Any, Any]:
-        """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call, if not as expected."""
+        """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call if there was one."""
         found: dict[str, Any] = {"norm": None, "activation": None}
         for step in self.steps[:head]:
             value = step.found.value

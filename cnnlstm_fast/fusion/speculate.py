@@ -49,8 +49,8 @@ class Speculation:
     """
 
     __slots__ = (
-        "__weakref__", "added", "added_then", "answers_metadata", "batch_statistics", "context", "conv", "done",
-        "function", "graph", "handed", "head", "moments", "norm", "norm_fingerprint", "norm_values",
+        "__weakref__", "added", "added_then", "answers_metadata", "batch_statistics", "context", "conv",
+        "done", "function", "graph", "handed", "head", "moments", "norm", "norm_fingerprint", "norm_values",
         "placeholders", "plan", "position", "result", "session", "shape_plan", "site", "token", "unreleased",
         "versions", "x",
     )  # fmt: skip
@@ -97,7 +97,7 @@ class Speculation:
         return result
 
     def _run_program(self) -> Tensor | None:
-        """As :meth:`_run`, by a call of the first steps and an epilogue, which waits for the sum if there is one."""
+        """As :meth:`_run`, by a call of the first steps and an epilogue; None where that waits for a sum."""
         norm, plan, at = self.norm, self.plan, self.shape_plan.head
         channels = self.conv.weight.shape[0]
         if norm is not None:
@@ -212,7 +212,7 @@ class Speculation:
         return self.unreleased.pop()
 
     def _advance_sum(self, value: Placeholder, step: Step, args, kwargs) -> Tensor | None:
-        """As :meth:`advance`: the sum is the last step that waits for an operand, so the result is computed."""
+        """As :meth:`advance`. The sum's other operand is there, so the result is computed."""
         at, first = self.position, step.found.value.first
         if len(args) != 2 or kwargs != step.kwargs or args[0 if first else 1] is not value:
             return None

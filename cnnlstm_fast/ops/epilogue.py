@@ -87,10 +87,10 @@ def is_dense(z: Tensor) -> bool:
     if z.is_contiguous():
         return True
     if z.dim() == 4:
-        n, c, h, w = z.shape
+        _, c, h, w = z.shape
         return z.stride() == (c * h * w, 1, c * w, c)
     if z.dim() == 5:
-        n, c, d, h, w = z.shape
+        _, c, d, h, w = z.shape
         return z.stride() == (c * d * h * w, 1, c * h * w, c * w, c)
     return False
 
@@ -149,7 +149,7 @@ class EpilogueFunction(torch.autograd.Function):
         ctx.beta = Unchecked(beta)
         last = len(stages) - 2 if keeps_bits(stages) else len(stages)
         before = [stage for stage in stages[:last] if stage != ADD_STAGE]
-        # Without a norm and a curve before the sum, gradients don't depend on z, and PyTorch keeps it neither.
+        # Without a norm and a curve before the sum no gradient depends on z, and PyTorch keeps none either.
         reads_z = any(needs[i] for i in (0, 1, 2)) and bool(before)
         ctx.like = z.stride()
         ctx.save_for_backward(z if reads_z else None, gamma, mean, var, passed, stats)
