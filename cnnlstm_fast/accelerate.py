@@ -197,7 +197,7 @@ def _sites(name: str, module: nn.Module, fused: set[int]) -> Iterator[Site]:
             if isinstance(known, Observation):
                 yield Site(name, kind, mode, "PyTorch", "observed once: fast from the next calls on")
                 continue
-            rows = {}
+            rows: dict[tuple[str, str, str], None] = {}
             for plan, found in known.seen():
                 ways = ["PyTorch" if found.plan == "reference" else found.plan]
                 ways += ["epilogue"] if found.program is not None else []

@@ -195,6 +195,7 @@ def epilogue_by_args(
         if stage == NORM_STAGE:
             y = F.batch_norm(y, mean, var, gamma, beta, mean is None, 0.0, eps)
         elif stage == ADD_STAGE:
+            assert added is not None
             y = torch.add(y, added, alpha=numbers[2 * i])
         else:
             number = stage - FIRST_ACTIVATION

@@ -258,7 +258,7 @@ class FusionPlan:
         return ShapePlan(plan, why, key, shapes, layout, hands_on, head, bool(shapes), program)
 
     def head_parts(self, head: int, conv: Conv, x: Tensor, norm: Norm | None = None) -> tuple[Any, Any]:
-        """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call if there was one."""
+        """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call if it ran."""
         found: dict[str, Any] = {"norm": None, "activation": None}
         for step in self.steps[:head]:
             value = step.found.value

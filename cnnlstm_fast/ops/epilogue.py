@@ -31,6 +31,7 @@ from torch import Tensor
 from cnnlstm_fast.ops.conv_block import Unchecked
 from cnnlstm_fast.reference import epilogue_by_args
 from cnnlstm_fast.spec import (
+    ACTIVATIONS,
     ADD_STAGE,
     EPILOGUE_STEPS,
     FIRST_ACTIVATION,
@@ -209,12 +210,8 @@ def _differentiable(ctx, grad, z, gamma, mean, var, passed, needs) -> tuple[Any,
     before, of_numbers = list(stages), list(numbers)
     if keeps_bits(stages):
         like = torch.empty_strided(grad.shape, ctx.like, dtype=grad.dtype, device=grad.device)
-        leaky = stages[-1] - FIRST_ACTIVATION not in (1, 2)
-        grad = (
-            grad * torch.where(bits_as_mask(passed, like), 1.0, numbers[-2]).to(grad.dtype)
-            if leaky
-            else (grad.where(bits_as_mask(passed, like), 0))
-        )
+        mask, leaky = bits_as_mask(passed, like), stages[-1] - FIRST_ACTIVATION == ACTIVATIONS["leaky_relu"]
+        grad = grad.where(mask, grad * numbers[-2] if leaky else 0)
         before, of_numbers = before[:-1], of_numbers[:-2]
     if before and before[-1] == ADD_STAGE:
         if needs[6]:
@@ -225,9 +222,10 @@ def _differentiable(ctx, grad, z, gamma, mean, var, passed, needs) -> tuple[Any,
     if not before:
         found[0] = grad
         return tuple(found)
-    inputs = [None if t is None else t.view_as(t) for t in (z, gamma, ctx.beta.as_it_was())]
+    inputs: list[Any] = [None if t is None else t.view_as(t) for t in (z, gamma, ctx.beta.as_it_was())]
     wanted = [t for t, need in zip(inputs, needs[:3], strict=True) if need]
-    again = epilogue_by_args(*inputs, mean, var, None, before, of_numbers, eps)  # type: ignore[arg-type]
+    z, gamma, beta = inputs
+    again = epilogue_by_args(z, gamma, beta, mean, var, None, before, of_numbers, eps)
     given = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
     for i in range(3):
         found[i] = next(given) if needs[i] else None
