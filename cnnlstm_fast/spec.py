@@ -288,6 +288,26 @@ def epilogue_steps(stages: Sequence[int]) -> int:
     return steps
 
 
+def canonical_stages(stages: Sequence[int]) -> list[int | None] | None:
+    """Where the activations of an epilogue stand: before the norm, behind it, and behind the sum.
+
+    None where the stages don't fit: an activation, a norm, an activation, a sum, an activation.
+    """
+    found: list[int | None] = [None, None, None]
+    normed, summed = NORM_STAGE in stages, False
+    for at, stage in enumerate(stages):
+        if stage == NORM_STAGE:
+            normed = False
+        elif stage == ADD_STAGE:
+            summed = True
+        else:
+            slot = 2 if summed else 0 if normed else 1
+            if found[slot] is not None:
+                return None
+            found[slot] = at
+    return found
+
+
 def keeps_bits(stages: Sequence[int]) -> bool:
     """Whether a backward of an epilogue reads a bit per element: where an activation ends a sum."""
     return len(stages) > 1 and stages[-2] == ADD_STAGE and stages[-1] >= FIRST_ACTIVATION

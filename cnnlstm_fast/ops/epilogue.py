@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast.ops.conv_block import Unchecked
+from cnnlstm_fast.ops.cuda import register_cuda
 from cnnlstm_fast.reference import epilogue_by_args
 from cnnlstm_fast.spec import (
     ACTIVATIONS,
@@ -135,6 +136,11 @@ def _(grad, z, passed, stats, stages, numbers, eps, given, need_z, need_added):
         torch.empty_like(grad) if need_added else grad.new_empty(0),
         grad.new_empty(sums, dtype=torch.float64),
     )
+
+
+register_cuda("epilogue", "epilogue", "forward", x_at=0)
+register_cuda("epilogue_moments", "epilogue", "moments", x_at=0)
+register_cuda("epilogue_backward", "epilogue", "backward", x_at=0)
 
 
 class EpilogueFunction(torch.autograd.Function):

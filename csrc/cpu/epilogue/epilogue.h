@@ -30,7 +30,6 @@ struct EpilogueTile {
   bool by_column;     // channels are columns
   int64_t bits_step;  // bytes of bits of a row
   NormGrads norm;
-  int64_t count() const { return rows * width; }
 };
 
 // What a forward reads and writes, and what a backward does; null where there is no such thing.
