@@ -384,7 +384,8 @@ def test_one_op_per_block_and_no_copies(name, monkeypatch):
 BEHIND = {
     "norm behind an activation": (
         lambda: [
-            nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 5, 3),
+            nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 5, 3),
         ],
         (4, 3, 12, 12),
     ),
