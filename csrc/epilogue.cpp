@@ -335,6 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> epilogue_backward(Tensor grad, std::optional<
   if (z) check_like("the map", *z, grad);
   const bool reads_z = e.steps > 1 || (normed && !given) || (!bits && e.step[0].activation != kNone);
   STD_TORCH_CHECK(z || !reads_z, op, ": expected the map");
+  STD_TORCH_CHECK(!need_added || e.step[e.steps - 1].add, op, ": the program adds no tensor");
   check_argument(op, "passed", passed, bits ? tiling.bits_shape() : Ints{0}, ScalarType::Byte, Memory::kContiguous);
   check_argument(op, "stats", stats, normed ? Ints{4, map.c} : Ints{0}, ScalarType::Double, Memory::kContiguous);
   const Tensor grad_z = need_z ? new_map(grad, map) : no_elements(grad);
