@@ -247,3 +247,6 @@ def test_explanation_of_a_program():
     rows = {site.name: site for site in fast.report().sites}
     assert rows["0.conv2"].block == "Conv2d+BatchNorm+sum+ReLU" and rows["0.conv2"].plan.endswith("+epilogue")
     assert "in one pass behind the convolution" in rows["0.conv2"].reason
+    with torch.no_grad():
+        stages = cf.explain(fast, torch.randn(8, 16, 32, 32)).stages
+    assert [stage.plan for stage in stages if stage.op == "sum+ReLU"] == ["epilogue"]

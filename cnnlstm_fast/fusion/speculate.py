@@ -21,6 +21,7 @@ from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan, Step
 from cnnlstm_fast.fusion.session import Session
 from cnnlstm_fast.fusion.tensors import METADATA, alias, alias_by, no_function, unversioned_alias
 from cnnlstm_fast.fusion.writes import Token
+from cnnlstm_fast.planning import observer
 
 
 class Speculation:
@@ -127,7 +128,14 @@ class Speculation:
         """The result of a program, from that of its first steps."""
         head, self.head = self.head, None
         assert head is not None
-        return run_program(head, self._program(), added, self.moments)
+        watched = observer.current
+        if watched is not None:
+            names = [str(step) for step in self.plan.steps[self.shape_plan.head :]]
+            watched.epilogue_begins(head, self.conv.weight, "+".join(names))
+        result = run_program(head, self._program(), added, self.moments)
+        if watched is not None:
+            watched.block_ends(result)
+        return result
 
     def start(self) -> Tensor:
         """What the convolution returns: a placeholder, or the result where the block has no other step."""
