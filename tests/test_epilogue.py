@@ -128,7 +128,10 @@ def test_epilogue_as_torch(program, name, last, training):
     assert found["out"].stride() == z.stride() or z.is_contiguous()
     assert found.keys() == exact.keys()
     for k in exact:
-        assert_close_as_torch(found[k], torchs[k], exact[k])
+        if shape[1] == 1 and k.startswith("grad.norm"):  # one sum, which may be the difference of large terms
+            torch.testing.assert_close(found[k].double(), exact[k], rtol=1e-4, atol=1e-5)
+        else:
+            assert_close_as_torch(found[k], torchs[k], exact[k])
 
 
 @pytest.mark.parametrize("program", ["n", "n+r", "rn", "ln", "n+"])
