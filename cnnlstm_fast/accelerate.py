@@ -135,7 +135,7 @@ class Site(NamedTuple):
         block: what runs as one, for example ``Conv2d+BatchNorm+ReLU+MaxPool2d``.
         mode: ``training`` or ``eval``, the dtype, and ``no gradients`` where they are off.
         plan: ``direct``, ``chunked``, ``winograd`` or ``fast`` (a recurrent layer); ``PyTorch`` for what runs
-            as it is.
+            as it is. ``+epilogue``: one pass runs norm, sum and activation behind the convolution.
         reason: why.
     """
 
@@ -197,9 +197,13 @@ def _sites(name: str, module: nn.Module, fused: set[int]) -> Iterator[Site]:
             if isinstance(known, Observation):
                 yield Site(name, kind, mode, "PyTorch", "observed once: fast from the next calls on")
                 continue
-            block = "+".join([kind, *map(str, known.steps)])
-            for plan, why in dict.fromkeys(found[:2] for found in known.by_shape.values()):
-                yield Site(name, block, mode, "PyTorch" if plan == "reference" else plan, why)
+            rows: dict[tuple[str, str, str], None] = {}
+            for plan, found in known.seen():
+                ways = ["PyTorch" if found.plan == "reference" else found.plan]
+                ways += ["epilogue"] if found.program is not None else []
+                rows["+".join([kind, *map(str, plan.steps)]), "+".join(ways), found.why] = None
+            for block, way, why in rows:
+                yield Site(name, block, mode, way, why)
     elif isinstance(module, nn.RNNBase):
         is_fast = isinstance(module, (recurrent.LSTM, recurrent.GRU))
         why = "" if is_fast else "only nn.LSTM and nn.GRU themselves are replaced"

@@ -255,8 +255,14 @@ class Recorder:
             call.map = (weight.shape[0], *spec.out_size(tuple(x.shape[-2:]), tuple(weight.shape[2:])))
         self._begin(call)
 
+    def epilogue_begins(self, x: Tensor, weight: Tensor, what: str) -> None:
+        """An epilogue will run ``what`` behind the convolution of ``weight``."""
+        name = self._names.get(id(weight), "epilogue")
+        reason = "one pass behind the convolution"
+        self._begin(_Call(name, what, None, x, _now(), "epilogue", reason))
+
     def block_ends(self, out: Tensor) -> None:
-        """The block that began last has run."""
+        """The block or epilogue that began last has run."""
         self._end(None, out)
 
     def layer_runs(self, plan: str, reason: str) -> None:

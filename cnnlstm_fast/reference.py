@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnlstm_fast.errors import WrongRank, WrongShape, WrongType
-from cnnlstm_fast.spec import ACTIVATIONS, LAYOUTS, view_as_layout
+from cnnlstm_fast.spec import (
+    ACTIVATION_NUMBERS,
+    ACTIVATIONS,
+    ADD_STAGE,
+    FIRST_ACTIVATION,
+    LAYOUTS,
+    NORM_STAGE,
+    view_as_layout,
+)
 
 __all__ = [
     "CNN_LSTM_1DConv", "CNN_LSTM_Simple", "CNN_LSTM_TimeDistributed", "conv_block", "gru", "lstm",
@@ -176,6 +184,24 @@ def conv_block_by_args(
     if pool:
         y = F.max_pool2d(y, pool[0:2], pool[2:4], pool[4:6], pool[6:8], bool(pool[8]))
     return y.permute(order).contiguous()
+
+
+def epilogue_by_args(
+    z: Tensor, gamma, beta, mean, var, added: Tensor | None, stages, numbers, eps: float
+) -> Tensor:
+    """The op ``cnnlstm_fast::epilogue`` in plain PyTorch; its file explains the arguments."""
+    y = z
+    for i, stage in enumerate(stages):
+        if stage == NORM_STAGE:
+            y = F.batch_norm(y, mean, var, gamma, beta, mean is None, 0.0, eps)
+        elif stage == ADD_STAGE:
+            assert added is not None
+            y = torch.add(y, added, alpha=numbers[2 * i])
+        else:
+            number = stage - FIRST_ACTIVATION
+            count = ACTIVATION_NUMBERS.get(number, 0)
+            y = _BY_NUMBER[number](y, *numbers[2 * i : 2 * i + count])
+    return y
 
 
 def conv_backward_by_args(grad: Tensor, x: Tensor, weight: Tensor, conv, needs):

@@ -41,6 +41,14 @@ ACTIVATION_NUMBERS = {
     ACTIVATIONS["softplus"]: 2,
 }  # fmt: skip
 
+#: Stages of an epilogue (:mod:`cnnlstm_fast.ops.epilogue`), as the op takes them: an activation is its number
+#: in ``ACTIVATIONS`` more than ``FIRST_ACTIVATION``. Each has two numbers.
+NORM_STAGE, ADD_STAGE, FIRST_ACTIVATION = 0, 1, 2
+#: Activations of two slopes: behind an added tensor a backward reads a bit for each element.
+TWO_SLOPES = frozenset(ACTIVATIONS[name] for name in ("relu", "hardtanh", "leaky_relu"))
+#: The most loops over elements that an epilogue's program may take.
+EPILOGUE_STEPS = 4
+
 #: Argmax codes: windows of up to this many elements take half a byte, larger ones one byte.
 NIBBLE_WINDOW = 14
 BYTE_WINDOW = 254
@@ -268,6 +276,50 @@ def codes_shape(window: int, n: int, c: int, size) -> list[int]:
     """
     bytes_per_group = CODE_GROUP // 2 if window <= NIBBLE_WINDOW else CODE_GROUP
     return [n, *size, -(-c // CODE_GROUP), bytes_per_group]
+
+
+def epilogue_steps(stages: Sequence[int]) -> int:
+    """How many loops over elements the stages of an epilogue take: in one, a norm, a sum, an activation."""
+    steps, last = 0, 2
+    for stage in stages:
+        kind = min(stage, FIRST_ACTIVATION)
+        steps += kind <= last
+        last = kind
+    return steps
+
+
+def canonical_stages(stages: Sequence[int]) -> list[int | None] | None:
+    """Where the activations of an epilogue stand: before the norm, behind it, and behind the sum.
+
+    None where the stages don't fit: an activation, a norm, an activation, a sum, an activation.
+    """
+    found: list[int | None] = [None, None, None]
+    normed, summed = NORM_STAGE in stages, False
+    for at, stage in enumerate(stages):
+        if stage == NORM_STAGE:
+            normed = False
+        elif stage == ADD_STAGE:
+            summed = True
+        else:
+            slot = 2 if summed else 0 if normed else 1
+            if found[slot] is not None:
+                return None
+            found[slot] = at
+    return found
+
+
+def keeps_bits(stages: Sequence[int]) -> bool:
+    """Whether a backward of an epilogue reads a bit per element: where an activation ends a sum."""
+    return len(stages) > 1 and stages[-2] == ADD_STAGE and stages[-1] >= FIRST_ACTIVATION
+
+
+def bits_shape(n: int, c: int, positions: int, inside: bool) -> list[int]:
+    """Shape of an epilogue's bits: rows of the map in memory, and bytes of each, a whole number of 16 bits.
+
+    A row is a plane, or all channels of a position where channels lie innermost (``inside``).
+    """
+    rows, width = (n * positions, c) if inside or positions == 1 else (n * c, positions)
+    return [rows, -(-width // 16) * 2]
 
 
 def view_as_layout(raw, layout: str, rank: int):

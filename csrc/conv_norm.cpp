@@ -16,6 +16,7 @@
 #include "cpu/dispatch.h"
 #include "limits.h"
 #include "memory.h"
+#include "norm_statistics.h"
 #include "op.h"
 #include "threads.h"
 
@@ -28,78 +29,21 @@ using torch::stable::Tensor;
 // Elements of a weight that one item folds.
 const int64_t kWeightsPerItem = limit("WEIGHTS_PER_ITEM", 32 * 1024, 1);
 
-// Per channel, as floats, up to a whole number of code groups.
-class PerChannel {
- public:
-  explicit PerChannel(int64_t channels) : floats_(ceil_div(channels, kMaxVector) * kMaxVector) {}
-  float& operator[](int64_t c) const { return floats_[c]; }
-  const float* data() const { return floats_.data(); }
-
- private:
-  AlignedFloats floats_;
-};
-
-// Reads a parameter of a norm, or running statistics.
-class Parameter {
- public:
-  Parameter(const std::optional<Tensor>& given, int64_t channels, double otherwise) : otherwise_(otherwise) {
-    if (!given) return;
-    STD_TORCH_CHECK(given->is_cpu() && given->dim() == 1 && given->size(0) == channels &&
-                        (given->scalar_type() == ScalarType::Float || given->scalar_type() == ScalarType::BFloat16),
-                    "conv_norm_block: expected a norm's parameters of shape (", channels, ",) in float32 or bfloat16");
-    flat_ = torch::stable::contiguous(*given);
-    data_ = flat_->data_ptr();
-    dtype_ = given->scalar_type() == ScalarType::Float ? kFloat32 : kBFloat16;
+// Copies rows of channels, and adds them to the moments.
+void copy_and_add(Moments& moments, const char* from, char* to, int64_t positions, int64_t channels, int32_t dtype) {
+  const int64_t parts = ceil_div(positions, kPositionsPerSum);
+  const int64_t part_bytes = kPositionsPerSum * channels * (dtype == kFloat32 ? 4 : 2);
+  std::vector<double> found(parts * 2 * channels);
+  auto size_of = [&](int64_t i) { return std::min(kPositionsPerSum, positions - i * kPositionsPerSum); };
+  for_each_item(parts, [&](int64_t i) {
+    double* means = found.data() + i * 2 * channels;
+    kernels().copy_and_measure(from + i * part_bytes, to + i * part_bytes, size_of(i), channels, dtype, means,
+                               means + channels);
+  });
+  for (int64_t i = 0; i < parts; ++i) {
+    const double *means = found.data() + i * 2 * channels, *squares = means + channels;
+    for (int64_t c = 0; c < channels; ++c) moments.add(c, static_cast<double>(size_of(i)), means[c], squares[c]);
   }
-  double operator[](int64_t c) const { return data_ ? kernels().to_float(data_, c, dtype_) : otherwise_; }
-
- private:
-  std::optional<Tensor> flat_;
-  const void* data_ = nullptr;
-  int32_t dtype_ = kFloat32;
-  double otherwise_;
-};
-
-// Mean and biased variance of every channel, part by part: T. Chan, G. Golub and R. LeVeque, Algorithms for computing
-// the sample variance (1983).
-class Moments {
- public:
-  explicit Moments(int64_t channels) : channels_(channels), mean_(channels), squares_(channels) {}
-
-  // Copies rows of channels, and adds them.
-  void copy_and_add(const char* from, char* to, int64_t positions, int32_t dtype) {
-    const int64_t parts = ceil_div(positions, kPositionsPerSum);
-    const int64_t part_bytes = kPositionsPerSum * channels_ * (dtype == kFloat32 ? 4 : 2);
-    std::vector<double> found(parts * 2 * channels_);
-    auto size_of = [&](int64_t i) { return std::min(kPositionsPerSum, positions - i * kPositionsPerSum); };
-    for_each_item(parts, [&](int64_t i) {
-      double* means = found.data() + i * 2 * channels_;
-      kernels().copy_and_measure(from + i * part_bytes, to + i * part_bytes, size_of(i), channels_, dtype, means,
-                                 means + channels_);
-    });
-    for (int64_t i = 0; i < parts; ++i) {
-      const double *means = found.data() + i * 2 * channels_, *squares = means + channels_;
-      const double count = static_cast<double>(size_of(i)), share = count / (count_ + count);
-      for (int64_t c = 0; c < channels_; ++c) {
-        const double delta = means[c] - mean_[c];
-        squares_[c] += squares[c] + delta * delta * count_ * share;
-        // An infinity stays one, as in a sum.
-        mean_[c] = std::isfinite(delta) ? mean_[c] + delta * share : mean_[c] + means[c];
-      }
-      count_ += count;
-    }
-  }
-  double mean(int64_t c) const { return mean_[c]; }
-  double var(int64_t c) const { return squares_[c] / count_; }
-
- private:
-  const int64_t channels_;
-  double count_ = 0;
-  std::vector<double> mean_, squares_;
-};
-
-Tensor new_doubles(const Tensor& like, const Ints& size) {
-  return torch::stable::new_empty(like, size, ScalarType::Double);
 }
 
 std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gamma,
@@ -131,40 +75,6 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, std::optional<Tensor> bias, 
 }
 
 // ---- Forward
-
-// The statistics that a norm uses, and what it makes of them: the rows of `stats`, and floats for the kernels.
-class NormForward {
- public:
-  NormForward(const Tensor& like, int64_t channels, const std::optional<Tensor>& gamma,
-              const std::optional<Tensor>& beta, double eps)
-      : stats(new_doubles(like, Ints{4, channels})),
-        scale(channels),
-        shift(channels),
-        channels_(channels),
-        eps_(eps),
-        gamma_(gamma, channels, 1),
-        beta_(beta, channels, 0) {}
-
-  // The mean without the convolution's bias, and the biased variance.
-  void set(int64_t c, double mean, double var) {
-    double* stat = static_cast<double*>(stats.data_ptr());
-    const double factor = gamma_[c] / std::sqrt(var + eps_);
-    scale[c] = static_cast<float>(factor);
-    shift[c] = static_cast<float>(beta_[c] - mean * factor);
-    stat[c] = mean;
-    stat[channels_ + c] = var;
-    stat[2 * channels_ + c] = scale[c];
-    stat[3 * channels_ + c] = shift[c];
-  }
-
-  const Tensor stats;
-  const PerChannel scale, shift;
-
- private:
-  const int64_t channels_;
-  const double eps_;
-  const Parameter gamma_, beta_;
-};
 
 // Where the convolution's map goes, chunk by chunk.
 struct MapStorage {
@@ -219,8 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_norm_block(
     if (given) normalise(found.data_ptr(), n0, count);
     if (!storage.stored) continue;
     if (!storage.in_parts) storage.map = contiguous_strict(found);
-    moments.copy_and_add(static_cast<const char*>(found.data_ptr()),
-                         static_cast<char*>(storage.map.data_ptr()) + n0 * image_bytes, count * b.oh * b.ow, b.dtype);
+    copy_and_add(moments, static_cast<const char*>(found.data_ptr()),
+                 static_cast<char*>(storage.map.data_ptr()) + n0 * image_bytes, count * b.oh * b.ow, b.co, b.dtype);
   }
   if (!given) {
     for (int64_t c = 0; c < b.co; ++c) norm.set(c, moments.mean(c), moments.var(c));
@@ -241,71 +151,21 @@ struct NormResult {
   const Tensor& map;  // without elements where it is computed again
 };
 
-// A norm's statistics and gradients, per channel: what NormGrads points to.
-class NormBackward {
- public:
-  NormBackward(const Tensor& stats, int64_t channels)
-      : stat_(static_cast<const double*>(stats.data_ptr())),
-        channels_(channels),
-        scale_(channels),
-        shift_(channels),
-        mean_(channels),
-        mean_grad_(channels),
-        slope_(channels) {
-    for (int64_t c = 0; c < channels; ++c) {
-      mean_[c] = static_cast<float>(stat_[c]);
-      scale_[c] = static_cast<float>(stat_[2 * channels + c]);
-      shift_[c] = static_cast<float>(stat_[3 * channels + c]);
-    }
-    norm_ = {scale_.data(), shift_.data(), mean_.data(), nullptr, nullptr};
-  }
-
-  const NormGrads& norm() const { return norm_; }
-
-  // The gradients of gamma and beta [2, C], by the sums of du and du * (z - mean) over the batch. From here on `norm`
-  // has what the gradient of z takes.
-  Tensor finish(const Tensor& like, const Block& b, const NormResult& result, double eps, bool given) {
-    const std::vector<double> total = sum(b, result);
-    const Tensor grads = new_doubles(like, Ints{2, channels_});
-    double* found = static_cast<double*>(grads.data_ptr());
-    const int64_t positions = b.n * b.oh * b.ow;
-    for (int64_t c = 0; c < channels_; ++c) {
-      const double inverse = 1 / std::sqrt(stat_[channels_ + c] + eps), sum = total[c];
-      // The kernels took the mean as a float; an infinite sum has nothing to mend.
-      const double off = mean_[c] - stat_[c];
-      found[c] = inverse * (total[channels_ + c] + (std::isfinite(sum) ? sum * off : 0));
-      found[channels_ + c] = sum;
-      if (given) continue;  // the statistics don't depend on z
-      const double from_z = inverse * found[c] / positions;
-      slope_[c] = static_cast<float>(from_z);
-      mean_grad_[c] = static_cast<float>(sum / positions + (std::isfinite(from_z) ? from_z * off : 0));
-    }
-    norm_.mean_grad = mean_grad_.data();
-    norm_.slope = slope_.data();
-    return grads;
-  }
-
- private:
-  std::vector<double> sum(const Block& b, const NormResult& result) const {
-    const KernelTable& k = kernels();
-    const int64_t rows = std::max<int64_t>(1, kPositionsPerSum / b.out_w), bands = ceil_div(b.out_h, rows);
-    const int64_t scratch = k.norm_scratch(b);
-    std::vector<double> part(b.n * bands * 2 * b.co), total(2 * b.co);
-    for_each_item(b.n * bands, [&](int64_t item) {
-      const int64_t row0 = item % bands * rows;
-      k.norm_sums(b, norm_, result.grad.data_ptr(), result.grad_stride.data(), result.values.data_ptr(),
-                  result.values_stride.data(), item / bands, row0, std::min(b.out_h, row0 + rows),
-                  part.data() + item * 2 * b.co, thread_scratch(scratch));
-    });
-    for (size_t i = 0; i < part.size(); ++i) total[i % (2 * b.co)] += part[i];
-    return total;
-  }
-
-  const double* stat_;
-  const int64_t channels_;
-  const PerChannel scale_, shift_, mean_, mean_grad_, slope_;
-  NormGrads norm_;
-};
+// The sums of du and of du * (z - mean) over the batch, [2, C].
+std::vector<double> norm_sums(const Block& b, const NormGrads& norm, const NormResult& result) {
+  const KernelTable& k = kernels();
+  const int64_t rows = std::max<int64_t>(1, kPositionsPerSum / b.out_w), bands = ceil_div(b.out_h, rows);
+  const int64_t scratch = k.norm_scratch(b);
+  std::vector<double> part(b.n * bands * 2 * b.co), total(2 * b.co);
+  for_each_item(b.n * bands, [&](int64_t item) {
+    const int64_t row0 = item % bands * rows;
+    k.norm_sums(b, norm, result.grad.data_ptr(), result.grad_stride.data(), result.values.data_ptr(),
+                result.values_stride.data(), item / bands, row0, std::min(b.out_h, row0 + rows),
+                part.data() + item * 2 * b.co, thread_scratch(scratch));
+  });
+  for (size_t i = 0; i < part.size(); ++i) total[i % (2 * b.co)] += part[i];
+  return total;
+}
 
 // The gradients of the convolution by a plan, chunk by chunk; nothing, if they are not finite.
 std::optional<ConvolutionGrads> convolution_grads(const ConvPlan& plan, const BlockDescription& description,
@@ -361,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_norm_block_backward(Tensor grad, Tensor 
       grad, strides_by_axis(grad, order), codes, values, strides_by_axis(values, b.pooled ? order : Ints{0, 2, 3, 1}),
       map};
   NormBackward norm(stats, b.co);
-  const Tensor grads = norm.finish(x, b, result, eps, given);
+  const Tensor grads = norm.finish(x, norm_sums(b, norm.norm(), result), b.n * b.oh * b.ow, eps, given);
   if (b.n == 0 || (!need_x && !need_weight)) {
     const Tensor dx = need_x ? new_like_input(x) : no_elements(x);
     return {dx, torch::stable::new_zeros(weight, need_weight ? sizes(weight) : Ints{0}), grads};

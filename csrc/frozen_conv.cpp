@@ -356,7 +356,8 @@ FrozenConv::Plan FrozenConv::plan_of(const FrozenConvCall& call) const {
   Block& b = p.b;
   b = block_;
   set_size(description_, call.n, call.h, call.w, b);
-  auto put = [&](const std::optional<Strides>& given, const Ints& order, int64_t c, int64_t h, int64_t w, int64_t* to) {
+  auto put = [&](const std::optional<MapStrides>& given, const Ints& order, int64_t c, int64_t h, int64_t w,
+                 int64_t* to) {
     if (given)
       std::copy_n(given->of, 4, to);
     else

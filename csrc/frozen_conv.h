@@ -25,8 +25,8 @@ struct FrozenConvDescription {
   Ints in_order{0, 2, 3, 1}, out_order{0, 2, 3, 1};
 };
 
-// Strides in floats by (N, C, H, W).
-struct Strides {
+// MapStrides in floats by (N, C, H, W).
+struct MapStrides {
   int64_t of[4];
 };
 
@@ -41,7 +41,7 @@ struct FrozenConvCall {
   const float* x = nullptr;
   float* out = nullptr;
   const float* added = nullptr;
-  std::optional<Strides> x_strides, out_strides, added_strides;
+  std::optional<MapStrides> x_strides, out_strides, added_strides;
   FrozenMethod method = FrozenMethod::kAuto;
 };
 

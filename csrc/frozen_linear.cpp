@@ -8,7 +8,7 @@ FrozenConvDescription describe(int64_t inputs, int64_t outputs, int64_t activati
   return {inputs, outputs, 1, 1, {1, 1, 0, 0, 1, 1, 1}, activation, act, adds, {}};
 }
 
-Strides rows_of(int64_t rows, int64_t step) {
+MapStrides rows_of(int64_t rows, int64_t step) {
   return {{rows * step, 1, rows * step, step}};
 }
 

@@ -35,7 +35,7 @@ Tensor frozen_conv_pack(Tensor weight, std::optional<Tensor> bias, Ints conv, In
   return packed;
 }
 
-Strides strides_of(const Tensor& t) {
+MapStrides strides_of(const Tensor& t) {
   return {{t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 

@@ -7,6 +7,7 @@
 
 #include "block_description.h"
 #include "conv_plan.h"
+#include "frozen_conv.h"
 #include "memory.h"
 #include "packed_recurrent.h"
 #include "program.h"
@@ -250,6 +251,10 @@ struct Measured {
   int64_t plan;
 };
 
+// Plans of a frozen program alone, below those of csrc/conv_plan.cpp: on weights that the program packs. BLOCK_PLANS of
+// cnnlstm_fast/ops/program.py has the same numbers.
+enum PackedPlan : int64_t { kPackedWinograd = -2, kPackedDirect = -1 };
+
 class BlockNode : public Node {
  public:
   explicit BlockNode(Code& code)
@@ -269,6 +274,7 @@ class BlockNode : public Node {
     }
     STD_TORCH_CHECK(!plans_.empty(), "program: a block has no plan");
     to_ = code.next_written();
+    if (std::any_of(plans_.begin(), plans_.end(), [](const Measured& m) { return m.plan < 0; })) pack();
   }
 
   void run(Frame& frame) const override {
@@ -279,10 +285,11 @@ class BlockNode : public Node {
     check_argument("a frozen block", "bias", bias_, {b.co}, x.scalar_type());
     const Tensor out = new_output(x, result_shape(description), x.scalar_type());
     if (b.n > 0) {
-      const Outputs outputs{out.data_ptr(), nullptr, nullptr};
-      const Convolution convolution{conv_, weight_, bias_};
-      if (!plan_of(b).block_forward(description, x, convolution, outputs))
-        chunked_plan().block_forward(description, x, convolution, outputs);
+      const int64_t plan = plan_of(b);
+      if (plan < 0)
+        run_packed(plan, x, out);
+      else
+        run_plan(plan, description, x, out);
     }
     frame.tensors[to_] = as_given(out);
   }
@@ -294,13 +301,47 @@ class BlockNode : public Node {
                         {x.stride(0), x.stride(1), x.size(2) * x.stride(2), x.stride(2)}, 0);
   }
 
-  const ConvPlan& plan_of(const Block& b) const {
+  int64_t plan_of(const Block& b) const {
     const double positions = static_cast<double>(b.n * b.oh * b.ow);
     const Measured* nearest = &plans_[0];
     auto distance = [&](const Measured& m) { return std::abs(std::log(m.positions / positions)); };
     for (const Measured& m : plans_)
       if (distance(m) < distance(*nearest)) nearest = &m;
-    return conv_plan(nearest->plan, b, weight_);
+    return nearest->plan;
+  }
+
+  void run_plan(int64_t plan, const BlockDescription& description, const Tensor& x, const Tensor& out) const {
+    const Outputs outputs{out.data_ptr(), nullptr, nullptr};
+    const Convolution convolution{conv_, weight_, bias_};
+    if (!conv_plan(plan, description.block, weight_).block_forward(description, x, convolution, outputs))
+      chunked_plan().block_forward(description, x, convolution, outputs);
+  }
+
+  // By weights that lie in the order in which the kernels read them.
+  void pack() {
+    STD_TORCH_CHECK(weight_.scalar_type() == ScalarType::Float && weight_.dim() == 4 && conv_.size() > 6,
+                    "program: only float32 weights of 4 dimensions are packed");
+    const Tensor weight = torch::stable::contiguous(weight_);
+    FrozenConvDescription description{weight.size(1) * conv_[6], weight.size(0), weight.size(2), weight.size(3)};
+    description.conv = conv_, description.pool = pool_, description.out_order = order_;
+    description.activation = activation_, description.act = act_;
+    constexpr int64_t kFewPlanes = 8;  // images come in planes, other maps with their channels side by side
+    if (description.channels < kFewPlanes) description.in_order = {0, 1, 2, 3};
+    std::optional<Tensor> bias;
+    if (bias_) {
+      check_argument("a frozen block", "bias", bias_, {weight.size(0)}, ScalarType::Float);
+      bias = torch::stable::contiguous(*bias_);
+    }
+    packed_.emplace(description, floats(weight), bias ? floats(*bias) : nullptr);
+  }
+
+  void run_packed(int64_t plan, const Tensor& x, const Tensor& out) const {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "a frozen block: its packed weights take float32 only");
+    FrozenConvCall call{x.size(0), x.size(2), x.size(3), floats(x), mutable_floats(out)};
+    call.x_strides = MapStrides{{x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+    call.method = plan == kPackedWinograd ? FrozenMethod::kWinograd : FrozenMethod::kDirect;
+    const int64_t bytes = packed_->scratch_bytes(call);
+    packed_->run(call, thread_scratch(bytes / static_cast<int64_t>(sizeof(float))), bytes);
   }
 
   // (N, C, H, W) or (N, C, L), whose memory is in `order_`.
@@ -321,6 +362,7 @@ class BlockNode : public Node {
   const Floats act_;
   const Ints pool_, order_;
   std::vector<Measured> plans_;
+  std::optional<FrozenConv> packed_;
   int64_t to_ = -1;
 };
 

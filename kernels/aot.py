@@ -23,10 +23,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cnnlstm_fast.kernels import conv_block, conv_norm, recurrent
+from cnnlstm_fast.kernels import conv_block, conv_norm, epilogue, recurrent
 from cnnlstm_fast.kernels.conv_block import CHUNKED, DIRECT
 from cnnlstm_fast.kernels.recurrent import GRU, LSTM
-from cnnlstm_fast.spec import CURVED
+from cnnlstm_fast.spec import ADD_STAGE, CURVED
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -52,6 +52,18 @@ class Case:
     plans: tuple[int, ...] = (DIRECT,)
     #: a batch norm by the batch's statistics, by those and the map kept, or by given ones; or none
     norm: Literal["batch", "batch, map kept", "given"] | None = None
+
+
+@dataclass(frozen=True)
+class EpilogueCase:
+    """A program behind a convolution whose kernels are compiled; ``z`` is its map."""
+
+    name: str
+    z: tuple[int, ...]
+    stages: tuple[int, ...]
+    numbers: tuple[float, ...]
+    channels_last: bool = False
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,18 @@ CASES = (
         lengths=True,
         dtypes=("tf32", "bfloat16"),
     ),
+    # norm, sum, ReLU; LeakyReLU, norm, Softplus; norm, SiLU, sum, LeakyReLU
+    EpilogueCase(
+        "residual", (64, 256, 16, 16), (0, 1, 3), (0.0, 0.0, 1.0, 0.0, 0.0, 0.0), channels_last=True
+    ),
+    EpilogueCase("late norm", (32, 24, 100, 20), (5, 0, 12), (0.01, 0.0, 0.0, 0.0, 1.0, 20.0)),
+    EpilogueCase(
+        "curved and summed",
+        (128, 512),
+        (0, 9, 1, 5),
+        (0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.2, 0.0),
+        dtypes=("float16",),
+    ),
 )
 
 
@@ -226,7 +250,7 @@ _POINTERS = {
 }
 
 
-def launches(case: Case | LayerCase, dtype: str) -> list[Launch]:
+def launches(case: Case | EpilogueCase | LayerCase, dtype: str) -> list[Launch]:
     """Every launch of a forward and backward, as the host functions ask for them.
 
     ``dtype`` is a torch dtype's name, or "tf32" for float32 with TF32 products.
@@ -243,6 +267,8 @@ def launches(case: Case | LayerCase, dtype: str) -> list[Launch]:
     with _float32_products("tf32" if dtype == "tf32" else "ieee"):
         if isinstance(case, Case):
             (_run_block if case.norm is None else _run_normed_block)(case, data, record)
+        elif isinstance(case, EpilogueCase):
+            _run_epilogue(case, data, record)
         else:
             _run_layer(case, data, record)
     return found
@@ -287,6 +313,20 @@ def _run_normed_block(case: Case, data, record) -> None:
         )
         of_forward = torch.empty_like(out), x, weight, stats, codes, kept, kept_map
         conv_norm.backward(*of_forward, EPS, *block, plan, given, True, True, run=record)
+
+
+def _run_epilogue(case: EpilogueCase, data, record) -> None:
+    z = data(*case.z)
+    if case.channels_last:
+        z = z.contiguous(memory_format=torch.channels_last)
+    gamma = data(z.shape[1])
+    program = list(case.stages), list(case.numbers)
+    added = z if ADD_STAGE in case.stages else None
+    for mean in (None, gamma):  # the statistics of the batch, and given ones
+        _, passed, stats = epilogue.forward(
+            z, gamma, gamma, mean, mean, None, added, *program, EPS, True, run=record
+        )
+        epilogue.backward(z, z, passed, stats, *program, EPS, mean is not None, True, True, run=record)
 
 
 def _run_layer(case: LayerCase, data, record) -> None:
@@ -360,7 +400,7 @@ def compile_launch(launch: Launch, arch: int) -> tuple[str, int, int, int]:
 
 
 def compile_all(
-    cases: Iterable[Case | LayerCase] = CASES, archs: Iterable[int] = ARCHITECTURES
+    cases: Iterable[Case | EpilogueCase | LayerCase] = CASES, archs: Iterable[int] = ARCHITECTURES
 ) -> list[Record]:
     """Compile every kernel in all its representative variants, each variant once, on all cores.
 
@@ -383,7 +423,9 @@ def compile_all(
         return [record for found in pool.map(_compile_some, *zip(*jobs, strict=True)) for record in found]
 
 
-def _compile_some(case: Case | LayerCase, dtype: str, which: list[int], archs: Iterable[int]) -> list[Record]:
+def _compile_some(
+    case: Case | EpilogueCase | LayerCase, dtype: str, which: list[int], archs: Iterable[int]
+) -> list[Record]:
     """Those of a case's launches whose indices are ``which``."""
     records = []
     recorded = launches(case, dtype)

@@ -54,9 +54,8 @@ class Net(nn.Module):
         return "helped"
 
 
-NET_BLOCKS = [
-    ("BatchNorm2d", "ReLU", "MaxPool2d"), (None, "LeakyReLU", None), ("BatchNorm2d", None, None),
-]  # fmt: skip
+#: The last one's norm and sum run behind it (:mod:`cnnlstm_fast.ops.epilogue`).
+NET_BLOCKS = [("BatchNorm2d", "ReLU", "MaxPool2d"), (None, "LeakyReLU", None), (None, None, None)]
 
 
 def net() -> Net:

@@ -235,6 +235,16 @@ JOINS = (
     "y = y + a", "y += a", "y = y * a", "y = torch.cat((y, a), 1)", "y = torch.cat((a, y))", "y = a - y",
     "y = torch.maximum(y, a)", "y = torch.add(a, y, alpha=0.5)", "y = torch.lerp(y, a, 0.3)", "a += y",
 )  # fmt: skip
+SUMS = (  # of a block and another value of its shape, before what follows: `other` is a convolution alike
+    "y = y + u", "y += u", "y = u + y", "y = torch.add(y, u, alpha=0.5)", "y = y.add(u)",
+    "y.add_(u, alpha=-1)",
+    "y = torch.add(u, y)", "y += a", "y = a + y", "y = y + x", "u += y\ny = u", "y = torch.add(y, other=u)",
+    "y = y + {other}(u)", "y += {other}(u)", "y = {other}(u) + y",
+    "b = {other}(u)\ny = torch.add(y, b, alpha=2)",
+    "y += {m}({other}(u))", "y = {m}({other}(u)) + y", "b = {m}({other}(u))\ny = y + b", "y.add_({other}(u))",
+    "y = y + F.relu({other}(u))", "y = y + y", "y += y.detach()", "y = y + {other}(u)[:1]", "y += 1.0",
+    "y = y + 0.5 * {other}(u)", "b = {other}(u)\ny = y + b + u",
+)  # fmt: skip
 BRANCHES = (  # two blocks side by side: n and m are norms, possibly the same one
     "a = {n}({conv}(u))\nb = {m}({other}(u))\nb = F.relu(b)\na = F.relu(a)\ny = a + b",
     "a = {n}({conv}(u))\nb = {m}({other}(u))\ny = F.relu(a) - F.relu(b)",

@@ -230,31 +230,53 @@ class Writer:
         else:
             self.add(nodes, ("y = {conv}(u)", "y = {conv}(y)", "y = {conv}(u)"))
         self.event(nodes)
+        if rng.random() < 0.15:  # what most people put behind the norm
+            self.step(nodes, "f", grammar.ACTIVATIONS, grammar.ACTIVATE)
         if rng.random() < 0.55 and (norm := self.one_of("n", grammar.NORMS)):
             self.words["norm"] = f"self.{norm}"
             self.add(nodes, ("y = {norm}(y)",) if rng.random() < 0.8 else grammar.BATCH_NORM)
             self.event(nodes)
+        if rng.random() < 0.3:
+            self.sum(nodes)
         for prefix, share, modules, functions in (
             ("p", 0.1, grammar.POOLS, grammar.POOL), ("f", 0.9, grammar.ACTIVATIONS, grammar.ACTIVATE),
             ("d", 0.15, grammar.DROPS, grammar.MOVES), ("p", 0.5, grammar.POOLS, grammar.POOL),
         ):  # fmt: skip
             if rng.random() < share:
-                name = self.one_of(prefix, modules) if rng.random() < 0.5 else None
-                self.add(nodes, (f"y = self.{name}(y)",) if name else functions)
-                self.event(nodes)
+                self.step(nodes, prefix, modules, functions)
         if rng.random() < 0.3:
             self.add(nodes, grammar.JOINS)
 
-    def branches(self, nodes: list[Node]) -> None:
-        """Two convolutions alike, each with a norm."""
+    def step(self, nodes: list[Node], prefix: str, modules, functions) -> None:
+        """A call of one of the modules or functions."""
+        name = self.one_of(prefix, modules) if self.rng.random() < 0.5 else None
+        self.add(nodes, (f"y = self.{name}(y)",) if name else functions)
+        self.event(nodes)
+
+    def twin(self) -> str:
+        """A second convolution like the block's, by name."""
         conv = self.words["conv"][5:]
         other = f"{conv}_other"
-        self.modules[other] = self.modules[conv]
-        self.model.add_module(other, eval(self.modules[other], self.space))
-        self.space["y"] = self.model.get_submodule(conv)(self.space["y"])
+        if conv != "none" and other not in self.modules:
+            self.modules[other] = self.modules[conv]
+            self.model.add_module(other, eval(self.modules[other], self.space))
+        return f"self.{other}"
+
+    def sum(self, nodes: list[Node]) -> None:
+        """Another value added to the block's."""
+        other = self.twin()
+        norm = self.one_of("n", grammar.NORMS) if self.rng.random() < 0.7 else None
+        m = f"self.{norm}" if norm else self.words["norm"]
+        self.add(nodes, [self.fill(text, other=other, m=m) for text in grammar.SUMS])
+        self.event(nodes)
+
+    def branches(self, nodes: list[Node]) -> None:
+        """Two convolutions alike, each with a norm."""
+        other = self.twin()
+        self.space["y"] = self.model.get_submodule(self.words["conv"][5:])(self.space["y"])
         norms = [self.one_of("n", grammar.NORMS) or "none" for _ in range(2)]
         n, m = f"self.{norms[0]}", f"self.{self.rng.choice(norms)}"
-        self.words |= {"norm": n, "other": f"self.{other}"}
+        self.words |= {"norm": n, "other": other}
         branches = [self.fill(text, n=n, m=m) for text in grammar.BRANCHES]
         self.add(nodes, branches, "side by side")
         self.event(nodes)

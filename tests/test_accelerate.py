@@ -534,7 +534,7 @@ def test_report():
     fast(x)
     rows = {site.name: site for site in fast.report().sites}
     assert rows["conv1"].block == "Conv2d+BatchNorm+ReLU+MaxPool2d" and "training" in rows["conv1"].mode
-    assert rows["conv2"].block == "Conv2d+LeakyReLU" and rows["conv3"].block == "Conv2d+BatchNorm"
+    assert rows["conv2"].block == "Conv2d+LeakyReLU" and rows["conv3"].block == "Conv2d+BatchNorm+sum"
     fast.conv1.register_forward_hook(lambda *_: None)
     fast.eval()(x)
     mixed = cf.accelerate(nn.Sequential(cf.Sequential(nn.Conv2d(3, 4, 3)), nn.LSTM(3, 4), nn.Conv3d(1, 1, 1)))

@@ -377,3 +377,74 @@ def test_one_op_per_block_and_no_copies(name, monkeypatch):
     blocks = sum(isinstance(s, match.Block) for s in match.steps(ours.children()))
     assert ops.names.count("cnnlstm_fast::conv_block") == blocks
     assert len(ops.names) == len(sizes)
+
+
+# ---------------------------------------------------------------- norms and activations behind other modules
+
+BEHIND = {
+    "norm behind an activation": (
+        lambda: [
+            nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 5, 3),
+        ],
+        (4, 3, 12, 12),
+    ),
+    "linear": (lambda: [nn.Linear(20, 33), nn.BatchNorm1d(33), nn.ReLU(), nn.Linear(33, 4)], (16, 20)),
+    "conv3d": (
+        lambda: [nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.ReLU(inplace=True), nn.MaxPool3d(2)],
+        (2, 2, 6, 9, 9),
+    ),
+    "transposed": (lambda: [nn.ConvTranspose2d(3, 5, 3, 2), nn.BatchNorm2d(5), nn.Tanh()], (3, 3, 6, 7)),
+    "first": (lambda: [nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3)], (3, 4, 9, 9)),
+    "writes to its input": (
+        lambda: [nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 6, 3)],
+        (3, 4, 9, 9),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", BEHIND)
+def test_epilogues_of_a_chain(monkeypatch, name, training):
+    from cnnlstm_fast.nn import chain
+
+    ran = []
+    run_program = chain.run_program
+    monkeypatch.setattr(chain, "_EPILOGUE_US", 0)
+    monkeypatch.setattr(chain, "run_program", lambda *args: ran.append(args) or run_program(*args))
+    make, shape = BEHIND[name]
+    plain = nn.Sequential(*make()).train(training)
+    ours, x = cf.Sequential(*copy.deepcopy(list(plain))).train(training), torch.randn(shape)
+    true = copy.deepcopy(plain).double()
+    found = []
+    for model, dtype in ((ours, torch.float32), (plain, torch.float32), (true, torch.float64)):
+        torch.manual_seed(3)
+        leaf = x.to(dtype).requires_grad_()
+        given = leaf * 1
+        out = model(given)
+        grads = torch.autograd.grad((out * out.detach().sin()).sum(), [leaf, *model.parameters()])
+        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        found.append([out, given.detach(), *grads, *buffers])
+        strides = out.stride()
+    assert len(ran) == 1 and found[0][0].stride() == found[1][0].stride() == strides
+    for mine, theirs, exact in zip(*found, strict=True):
+        assert_close_as_torch(mine, theirs, exact)
+
+
+def test_what_a_chain_leaves_to_the_modules(monkeypatch):
+    """Errors, hooks and strides are those of the modules."""
+    from cnnlstm_fast.nn import chain
+
+    monkeypatch.setattr(chain, "_EPILOGUE_US", 0)
+    ours = cf.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.raises(ValueError, match="expected 4D input"):
+        ours(torch.randn(3, 4, 5))
+    with pytest.raises((RuntimeError, ValueError)):
+        ours(torch.randn(3, 5, 5, 5))
+    x = torch.randn(3, 4, 6, 5).transpose(2, 3)
+    plain = nn.Sequential(*copy.deepcopy(list(ours)))
+    assert ours(x).stride() == plain(x).stride()
+    seen = []
+    ours[0].register_forward_hook(lambda *_: seen.append(1))
+    ours(x.contiguous())
+    assert seen

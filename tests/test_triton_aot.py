@@ -35,7 +35,7 @@ def test_inductor_can_copy_every_kernel():
 def _device_functions() -> dict[str, Any]:
     """All functions of the kernels that run on a device, by module and name."""
     package = "cnnlstm_fast.kernels"
-    modules = ("common", "conv_block_kernels", "conv_norm_kernels", "recurrent_kernels")
+    modules = ("common", "conv_block_kernels", "conv_norm_kernels", "epilogue_kernels", "recurrent_kernels")
     members = {m: vars(importlib.import_module(f"{package}.{m}")) for m in modules}
     everything = [(m, name, f) for m, found in members.items() for name, f in found.items()]
     return {f"{m}.{name}": f for m, name, f in everything if isinstance(f, triton.JITFunction)}

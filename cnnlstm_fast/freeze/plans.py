@@ -11,7 +11,7 @@ from torch import Tensor
 from cnnlstm_fast import backends
 from cnnlstm_fast.freeze.nodes import Node
 from cnnlstm_fast.freeze.program import Program, compute_constants
-from cnnlstm_fast.ops import conv_block
+from cnnlstm_fast.ops.program import BLOCK_PLANS
 from cnnlstm_fast.spec import map_size
 
 #: The plan of blocks that were not timed: it takes all of them.
@@ -20,7 +20,7 @@ ANY = "chunked"
 #: elements.
 _LARGER, _MOST_ELEMENTS = 8, 2**21
 #: Plans that round otherwise than a sum of products.
-_TRANSFORMS = ("winograd", "fft")
+_TRANSFORMS = ("winograd", "fft", "packed winograd")
 _ROUNDS, _SECONDS = 5, 0.05
 
 
@@ -86,7 +86,7 @@ def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) ->
     if len(size) == 4 and node["order"] == [0, 2, 3, 1] and size[1] > 1:
         x = x.contiguous(memory_format=torch.channels_last)
     runs = {}
-    for plan in conv_block.PLANS:
+    for plan in BLOCK_PLANS:
         if plan in _TRANSFORMS and not backends.allow_transforms:
             continue
         try:

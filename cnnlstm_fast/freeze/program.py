@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cnnlstm_fast.freeze.nodes import Node, names_in, results_of
 from cnnlstm_fast.freeze.passes import fold
-from cnnlstm_fast.ops import conv_block
 from cnnlstm_fast.ops import program as op
 from cnnlstm_fast.spec import ACTIVATIONS
 
@@ -198,7 +197,7 @@ class _Encoder:
         plans = [
             part
             for positions, plan in node["plans"]
-            for part in (self._float(positions), conv_block.PLANS[plan])
+            for part in (self._float(positions), op.BLOCK_PLANS[plan])
         ]
         return [
             self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]), int(node["signal"]),

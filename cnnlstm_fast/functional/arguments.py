@@ -140,7 +140,7 @@ _ACTIVATION_NAMES: dict[str | None, tuple[str | None, tuple[float, ...]]] = {
 }  # fmt: skip
 
 
-def _fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
+def fused_activation(activation) -> tuple[str | None, tuple[float, ...]] | str:
     """Name and numbers of an activation, as :class:`BlockSpec` has them; or why it is not fused."""
     if not isinstance(activation, nn.Module):
         found = _ACTIVATION_NAMES.get(activation)
@@ -195,9 +195,9 @@ def make_spec(
             return None, "the norm has hooks or a forward of its own"
         if unbatched:  # PyTorch's norm raises for (C, H, W), and takes (C, L) for C samples
             return None, "a batch norm takes a batch"
-    fused_activation = _fused_activation(activation)
-    if isinstance(fused_activation, str):
-        return None, fused_activation
+    found = fused_activation(activation)
+    if isinstance(found, str):
+        return None, found
     if pool is not None:
         if type(pool) is not (nn.MaxPool2d if rank == 4 else nn.MaxPool1d):
             return None, f"{type(pool).__name__} is not fused"
@@ -210,7 +210,7 @@ def make_spec(
     build = _spec.__wrapped__ if torch.compiler.is_compiling() else _spec  # dynamo warns about lru_cache
     return build(
         rank, tuple(weight_shape[2:]), _hashable(stride), _hashable(padding), _hashable(dilation), groups,
-        *fused_activation, pool, layout,
+        *found, pool, layout,
     ), ""  # fmt: skip
 
 

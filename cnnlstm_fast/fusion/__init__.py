@@ -12,7 +12,11 @@ its ``_conv_forward``. The site gets the tensors that PyTorch's own method would
    program does anything else with a placeholder, the placeholder becomes PyTorch's value, as the same
    Python object, and the site observes again. Before the program writes to an operand, the placeholders
    that are computed from it get their values (:mod:`~cnnlstm_fast.fusion.writes`).
-3. *Hand on* (:mod:`~cnnlstm_fast.fusion.handoff`). A result that only another convolution reads may lie
+   Steps in another order than a block's (a sum with another tensor, a norm behind an activation) are a
+   *program*: a first call runs the convolution, and an epilogue the other steps
+   (:mod:`cnnlstm_fast.ops.epilogue`). It waits for the program's sum, whose other operand may not exist
+   before. A block that does not pay may pay as a program.
+3. *Hand on* (:mod:`~cnnlstm_fast.fusion.handoff`). A result that only convolutions and such sums read may lie
    channels-last. It gets PyTorch's layout when anything else reads it.
 
 Costs decide which way a site runs (:mod:`~cnnlstm_fast.fusion.plan`): as PyTorch's operators or as a block,

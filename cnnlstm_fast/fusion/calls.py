@@ -196,6 +196,41 @@ def _is_plain_value(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
+class Added(NamedTuple):
+    """A sum of the value at hand and another tensor.
+
+    Attributes:
+        first: the value is the first operand.
+        alpha: what the other tensor is multiplied by.
+    """
+
+    first: bool
+    alpha: float
+
+
+def is_sum(function: Callable) -> bool:
+    """Whether a function adds two tensors."""
+    return function is torch.add or function is Tensor.add or function is Tensor.add_
+
+
+def read_sum(function: Callable, value: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Found | None:
+    """What a call that adds another tensor to ``value`` can be behind a convolution, or None.
+
+    The other tensor has the shape, the dtype and the device of ``value``.
+    """
+    if not is_sum(function) or len(args) != 2 or kwargs.keys() - {"alpha"}:
+        return None
+    first, inplace = args[0] is value, function is Tensor.add_
+    other, alpha = args[1 if first else 0], kwargs.get("alpha", 1)
+    if not isinstance(other, Tensor) or other is value or type(alpha) not in (int, float):
+        return None
+    if not first and (inplace or alpha != 1):
+        return None
+    if other.shape != value.shape or other.dtype != value.dtype or other.device != value.device:
+        return None
+    return Found(Part("sum"), Added(first, alpha), inplace)
+
+
 # ---------------------------------------------------------------- what may stand between the calls of a block
 
 #: Side effects of a call: none; it writes to memory that existed before; or it may do anything, as change the

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from cnnlstm_fast.fusion.calls import read_call
+from cnnlstm_fast.fusion.calls import is_sum, read_call
 from cnnlstm_fast.fusion.plan import FusionPlan
-from cnnlstm_fast.fusion.tensors import METADATA, no_function, unversioned_alias
+from cnnlstm_fast.fusion.tensors import METADATA, awaits_sum, no_function, unversioned_alias
 
 
 class ChannelsLastHandoff(Tensor):
@@ -23,6 +23,8 @@ class ChannelsLastHandoff(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if is_sum(function) and awaits_sum(args):
+            return NotImplemented  # the other operand's class answers
         if function not in METADATA and not _returns_itself(function, args, kwargs):
             for value in tree_iter((args, kwargs)):
                 if type(value) is ChannelsLastHandoff:

@@ -55,13 +55,45 @@ FOLLOWS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def follow(state: str, part: Part | str, rank: int | None) -> str | None:
-    """The state behind ``part``; None where it ends the block of a convolution with inputs of ``rank``."""
+#: What else may follow where an epilogue (:mod:`cnnlstm_fast.ops.epilogue`) runs behind the convolution, in
+#: the order in which it is written: sums with another tensor, and norms behind activations.
+PROGRAM_FOLLOWS: dict[str, dict[str, str]] = {
+    "conv": {"sum": "summed"},
+    "norm": {"activation": "normed and activated", "monotone": "normed and activated", "sum": "summed"},
+    "activated": {"norm": "normed late", "sum": "summed"},
+    "normed and activated": {**FOLLOWS["activated"], "sum": "summed"},
+    "normed late": {"activation": "activated twice", "monotone": "activated twice", "sum": "summed"},
+    "activated twice": {"sum": "summed"},
+    "summed": {"activation": "ended", "monotone": "ended"},
+    "ended": {},
+}
+
+
+def follow(state: str, part: Part | str, rank: int | None, programs: bool = False) -> str | None:
+    """The state behind ``part``; None where it ends the block of a convolution with inputs of ``rank``.
+
+    Args:
+        programs: states of :data:`PROGRAM_FOLLOWS` may follow, too.
+    """
     if isinstance(part, str) or part.rank not in (None, rank):
         return None
+    following = FOLLOWS.get(state, {})
+    if programs:
+        following = {**following, **PROGRAM_FOLLOWS.get(state, {})}
     if part.kind == "identity":
-        return state if FOLLOWS[state] else None
-    return FOLLOWS[state].get(part.kind)
+        return state if following else None
+    return following.get(part.kind)
+
+
+def is_program(kinds: Sequence[str]) -> bool:
+    """Whether parts behind a convolution are in an order that only an epilogue takes."""
+    state = "conv"
+    for kind in kinds:
+        following = follow(state, Part(kind), None)
+        if following is None:
+            return True
+        state = following
+    return False
 
 
 def spans(chain: Sequence[Part | str]) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from cnnlstm_fast.fusion.calls import CONVS, Conv, read_call
+from cnnlstm_fast.fusion.calls import CONVS, Conv, Found, is_sum, read_call, read_sum
 from cnnlstm_fast.fusion.context import context_of, fingerprint
 from cnnlstm_fast.fusion.layout import reads_channels_last
 from cnnlstm_fast.fusion.match import follow
@@ -72,16 +72,25 @@ class Observation:
         """The call as the chain's next step, or None where it ends the chain."""
         if value._at != len(self.steps) or self.limit is not None or context_of(value) != self.context:
             return None
-        found = read_call(function, args, kwargs)
+        found = self._read(value, function, args, kwargs)
         if found is None:
             return None
-        state = follow(self.state, found.part, self.rank)
+        state = follow(self.state, found.part, self.rank, programs=True)
         if state is None or self.operands is None or self.before is None:
             return None
         if fingerprint(self.operands, by_reading=True) != self.before:
             return None
         self.state = state
         return Step(function, args, kwargs, found)
+
+    def _read(self, value: ObservedTensor, function, args, kwargs) -> Found | None:
+        """The call as a part of a block; of a sum the other operand must be no value of the same chain."""
+        if not is_sum(function):
+            return read_call(function, args, kwargs) if args[0] is value else None
+        for other in args:
+            if other is not value and type(other) is ObservedTensor and other._observation is self:
+                return None
+        return read_sum(function, value, args, kwargs)
 
     def end_at(self, at: int, hands_on: bool = False) -> None:
         """End the chain at value ``at``; ``hands_on`` says that a convolution reads it."""
@@ -115,25 +124,30 @@ class Observation:
 class ObservedTensor(Tensor):
     """A value that notes its reader, and becomes a plain Tensor again when something has read it."""
 
+    waits_for_sums = True
     _observation: Observation
     _at: int
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if is_sum(function) and any([hasattr(value, "is_placeholder") for value in args]):
+            return NotImplemented  # a speculated call may wait for this sum
         with no_function():
             if function in METADATA:
                 return function(*args, **kwargs)
-            first = args[0] if args and type(args[0]) is ObservedTensor else None
-            step = None if first is None else first._observation.extend(first, function, args, kwargs)
+            first, step = _extended(function, args, kwargs)
+            for value in tree_iter((args, kwargs)):
+                if type(value) is ObservedTensor and (step is None or value is not first):
+                    # The other operand of a sum may lie as the sum does.
+                    value.close(step is not None or reads_channels_last(function, args, kwargs))
             if first is None or step is None:
-                for value in tree_iter((args, kwargs)):
-                    if type(value) is ObservedTensor:
-                        value.close(reads_channels_last(function, args, kwargs))
                 return function(*args, **kwargs)
             observation = first._observation
             if not step.same_object:  # what autograd saves is not held by the program
-                args = (alias(first), *args[1:])
+                args = tuple([alias(first) if value is first else value for value in args])
+            if step.kind == "sum":  # an operand that was handed on, in PyTorch's layout
+                args = tuple(map(_in_layout, args))
             result = function(*args, **kwargs)
             observation.steps.append(step)
             if result is first:  # a step in place, or an identity
@@ -156,6 +170,21 @@ class ObservedTensor(Tensor):
         self.__class__ = Tensor  # type: ignore[assignment]  # its type before it was observed
         del self._observation, self._at
         observation.end_at(at, hands_on)
+
+
+def _extended(function, args, kwargs) -> tuple[ObservedTensor | None, Step | None]:
+    """The observed value whose chain a call extends, and the step; None where it extends none."""
+    for value in args[: 2 if is_sum(function) else 1]:
+        if type(value) is ObservedTensor:
+            step = value._observation.extend(value, function, args, kwargs)
+            if step is not None:
+                return value, step
+    return None, None
+
+
+def _in_layout(value: Tensor) -> Tensor:
+    """A value in PyTorch's layout; one that was handed on is contiguous there."""
+    return value.contiguous() if hasattr(value, "_map") else value
 
 
 def _no_value() -> None:

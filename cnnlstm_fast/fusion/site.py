@@ -158,7 +158,7 @@ class ConvSite:
         if given is not None:
             with no_function():  # with its place in the autograd graph, where it has one
                 x = alias(given) if context.grad and given.requires_grad else given._map
-        shape_plan = self._shape_plan(running, known, x, conv, given)
+        known, shape_plan = self._best_plan(running, known, x, conv, given)
         if not shape_plan.shapes:
             if given is not None:
                 given.cancel()
@@ -176,17 +176,17 @@ class ConvSite:
             return function(x if given is None else given.contiguous(), *conv)
         return speculation.start()
 
-    def _shape_plan(
+    def _best_plan(
         self, running: session.Session, known: FusionPlan, x: Tensor, conv: Conv,
         given: ChannelsLastHandoff | None,
-    ) -> ShapePlan:  # fmt: skip
-        """How the block runs for ``x``, which is what was ``given``, if that was handed on."""
+    ) -> tuple[FusionPlan, ShapePlan]:  # fmt: skip
+        """The steps that run as one, and how, for ``x``: what was ``given``, if that was handed on."""
         source = None if given is None else given._plan
         if not (tuner.enabled and x.is_cpu):
-            return known.for_shape(x, conv, source)
+            return known.best_for(x, conv, source)
         watching = running.writes.pause()  # nothing is timed while a mode is active
         try:
-            return known.for_shape(x, conv, source, seconds_of_ways)
+            return known.best_for(x, conv, source, seconds_of_ways)
         finally:
             if watching:
                 running.writes.resume()
@@ -203,7 +203,11 @@ class ConvSite:
             self.disable("what follows it changes from call to call")
         else:
             self.left_to_pytorch.clear()
-            self.known = {key: known for key, known in self.known.items() if known is not plan}
+            self.known = {
+                key: known
+                for key, known in self.known.items()
+                if known is not plan and not (type(known) is FusionPlan and plan in known.others)
+            }
 
     def _leave_to_pytorch(self, module: nn.Module, x: Tensor) -> None:
         if len(self.left_to_pytorch) >= MEMORY:

@@ -8,17 +8,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
+from cnnlstm_fast.functional.epilogue import Program, moments_of, run_program
 from cnnlstm_fast.fusion import run
-from cnnlstm_fast.fusion.calls import Conv, Norm
+from cnnlstm_fast.fusion.calls import Conv, Norm, is_sum
 from cnnlstm_fast.fusion.context import Context, context_of, fingerprint, has_saved_tensor_hooks
-from cnnlstm_fast.fusion.handoff import hand_on
-from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan
+from cnnlstm_fast.fusion.handoff import ChannelsLastHandoff, hand_on
+from cnnlstm_fast.fusion.observe import ObservedTensor
+from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan, Step
 from cnnlstm_fast.fusion.session import Session
 from cnnlstm_fast.fusion.tensors import METADATA, alias, alias_by, no_function, unversioned_alias
 from cnnlstm_fast.fusion.writes import Token
+from cnnlstm_fast.planning import observer
 
 
 class Speculation:
@@ -29,7 +32,10 @@ class Speculation:
         function, x, conv: the convolution, its input and its other arguments.
         handed: ``x`` was handed on channels-last.
         position: how many steps the program has taken.
-        result: of the block, until the last step returns it.
+        result: of the block, until the last step returns it; None before the sum of a program with one.
+        head: what a program's first steps give, until its sum runs.
+        moments: statistics of the batch of a program's norm (:func:`moments_of`).
+        added: the other operand of a program's sum, and what it held when the sum ran.
         norm: the norm's arguments, first as expected, then as given.
         norm_fingerprint, norm_values: a hash and copies of the norm's tensors as the block read them.
         batch_statistics: mean and unbiased variance of the batch; the norm's call updates its running
@@ -44,9 +50,10 @@ class Speculation:
     """
 
     __slots__ = (
-        "__weakref__", "answers_metadata", "batch_statistics", "context", "conv", "done", "function", "graph",
-        "handed", "norm", "norm_fingerprint", "norm_values", "placeholders", "plan", "position", "result",
-        "session", "shape_plan", "site", "token", "unreleased", "versions", "x",
+        "__weakref__", "added", "added_then", "answers_metadata", "batch_statistics", "context", "conv",
+        "done", "function", "graph", "handed", "head", "moments", "norm", "norm_fingerprint", "norm_values",
+        "placeholders", "plan", "position", "result", "session", "shape_plan", "site", "token", "unreleased",
+        "versions", "x",
     )  # fmt: skip
 
     def __init__(
@@ -67,7 +74,11 @@ class Speculation:
         self.done = self.answers_metadata = False
         self.token: weakref.ref[Token] | None = None
         self.versions = _versions(x, *conv[:2])
-        self.result: Tensor | None = self._run()
+        self.head: Tensor | None = None
+        self.moments: Tensor | None = None
+        self.added: Tensor | None = None
+        self.added_then: Tensor | None = None
+        self.result: Tensor | None = self._run_program() if plan.is_program else self._run()
 
     def _run(self) -> Tensor:
         """The block's result from its operands' present values; no running statistics are updated."""
@@ -86,6 +97,46 @@ class Speculation:
             result = result.flatten().view(result.shape)
         return result
 
+    def _run_program(self) -> Tensor | None:
+        """As :meth:`_run`, by a call of the first steps and an epilogue; None where that waits for a sum."""
+        norm, plan, at = self.norm, self.plan, self.shape_plan.head
+        channels = self.conv.weight.shape[0]
+        if norm is not None:
+            self.norm_fingerprint = fingerprint(norm.read)
+            self.norm_values = [None if t is None else t.detach().clone() for t in norm.read]
+        parts = plan.head_parts(at, self.conv, self.x, norm)
+        head = run.run_block(self.x, self.conv, *parts, None, layout=self.shape_plan.layout)
+        if norm is not None and norm.training:
+            self.moments = moments = moments_of(head, self._program())
+            if norm.running_mean is not None and norm.running_var is not None:
+                count = head.numel() // channels
+                mean, var = moments[0], moments[1] * (count / (count - 1))
+                self.batch_statistics = mean.to(norm.running_mean.dtype), var.to(norm.running_var.dtype)
+        self.head = head
+        return None if plan.sum_at is not None else self._run_epilogue(None)
+
+    def _program(self) -> Program:
+        """The steps behind the first ones."""
+        program, norm = self.shape_plan.program, self.norm
+        assert program is not None
+        if program.norm is None or norm is None:
+            return program
+        norm = norm.uncounted() if norm.training else norm
+        return program._replace(norm=norm.module(self.conv.weight.shape[0], self.x.dim()))
+
+    def _run_epilogue(self, added: Tensor | None) -> Tensor:
+        """The result of a program, from that of its first steps."""
+        head, self.head = self.head, None
+        assert head is not None
+        watched = observer.current
+        if watched is not None:
+            names = [str(step) for step in self.plan.steps[self.shape_plan.head :]]
+            watched.epilogue_begins(head, self.conv.weight, "+".join(names))
+        result = run_program(head, self._program(), added, self.moments)
+        if watched is not None:
+            watched.block_ends(result)
+        return result
+
     def start(self) -> Tensor:
         """What the convolution returns: a placeholder, or the result where the block has no other step."""
         if not self.plan.steps:
@@ -93,26 +144,34 @@ class Speculation:
         operands = self._operands()
         if self.context.records and any([t is not None and t.requires_grad for t in operands]):
             self.graph = SpeculatedGraph(self, operands)
-            with self.metadata_only():
-                self.unreleased = list(OperandsToPlaceholders.apply(self.graph, *operands))
-        else:
-            self.unreleased = self.make_placeholders("sizes")
-        self.placeholders = [weakref.ref(value) for value in self.unreleased]
         self.session.speculations.append(weakref.ref(self))
         token, self.token = self.session.writes.begin(self)
-        for value in self.unreleased:
-            value._token = token
-        self.unreleased.reverse()
+        sum_at = self.plan.sum_at
+        slots = [n for n, at in enumerate(self.plan.own_values) if sum_at is None or at <= sum_at]
+        self._place(slots, operands, token)
         return self.unreleased.pop()
+
+    def _place(self, slots: list[int], operands: tuple, token: Token) -> None:
+        """Make the placeholders of these slots, which the program is to receive next."""
+        if self.graph is not None:
+            with self.metadata_only():
+                values = list(OperandsToPlaceholders.apply(self.graph, slots, *operands))
+        else:
+            values = self.make_placeholders(slots, "sizes")
+        self.placeholders += [weakref.ref(value) for value in values]
+        for value in values:
+            value._token = token
+        self.unreleased = values[::-1]
 
     def _operands(self) -> tuple[Tensor | None, ...]:
         """Input, weight and bias, and the norm's weight and bias."""
         return (self.x, *self.conv[:2], *(() if self.norm is None else self.norm[2:4]))
 
-    def make_placeholders(self, policy: str) -> list[Placeholder]:
+    def make_placeholders(self, slots: list[int], policy: str) -> list[Placeholder]:
         """New placeholders; C code that asks for the device, or what ``policy`` names, gives them memory."""
         found, device = [], self.x.device
-        for slot, number in enumerate(self.plan.own_values):
+        for slot in slots:
+            number = self.plan.own_values[slot]
             shape, stride = self.shape_plan.shapes[number]
             value: Placeholder = Tensor._make_wrapper_subclass(
                 Placeholder, shape, strides=stride, dtype=self.plan.dtypes[number], device=device,
@@ -143,6 +202,10 @@ class Speculation:
         step = steps[at]
         if function is not step.function or context_of(self.x) != self.context or has_saved_tensor_hooks():
             return None
+        if step.kind == "sum":
+            return self._advance_sum(value, step, args, kwargs)
+        if args[0] is not value:
+            return None
         if step.kind == "norm":
             if not self._confirm_norm(args, kwargs):
                 return None
@@ -155,6 +218,59 @@ class Speculation:
             value._at = at + 1
             return value
         return self.unreleased.pop()
+
+    def _advance_sum(self, value: Placeholder, step: Step, args, kwargs) -> Tensor | None:
+        """As :meth:`advance`. The sum's other operand is there, so the result is computed."""
+        at, first = self.position, step.found.value.first
+        if len(args) != 2 or kwargs != step.kwargs or args[0 if first else 1] is not value:
+            return None
+        added = self._added_operand(args[1 if first else 0])
+        norm = self.norm
+        if added is None or (norm is not None and fingerprint(norm.read) != self.norm_fingerprint):
+            return None
+        self.added = added
+        self.versions += _versions(added)
+        self.result = self._run_epilogue(added)
+        if at + 1 == len(self.plan.steps):
+            return self._release_result(value if step.same_object else None)
+        slots = [n for n, number in enumerate(self.plan.own_values) if number > at]
+        if self.graph is None and self.context.records and added.requires_grad:
+            self.graph = SpeculatedGraph(self, self._operands())
+        if self.graph is None and step.same_object:
+            value._at = self.position = at + 1
+            self._place(slots[1:] if self.plan.own_values[slots[0]] == at + 1 else slots, (), value._token)
+            return value
+        operands = (*self._operands(), added)
+        if self.graph is not None:
+            self.graph.needs.append(added.requires_grad)
+        self._place(slots, operands, value._token)
+        found = self.unreleased.pop()
+        if step.same_object:
+            with self.metadata_only():
+                if not _exchange(value, found):
+                    self.unreleased.clear()
+                    return None
+            found = value
+        self.position = at + 1
+        return found
+
+    def _added_operand(self, other: Any) -> Tensor | None:
+        """The other operand of the sum, if the epilogue may read it as it lies in memory now."""
+        handed = type(other) is ChannelsLastHandoff
+        if type(other) is ObservedTensor:
+            other.close()
+        if not handed and type(other) not in (Tensor, nn.Parameter):
+            return None
+        shape, strides = self.shape_plan.shapes[self.position]
+        dtype, device = self.plan.dtypes[self.position], self.x.device
+        with no_function():
+            if (other.shape, other.dtype, other.device) != (shape, dtype, device) or other.is_neg():
+                return None
+            if not handed:
+                return other if other.layout is torch.strided and other.stride() == strides else None
+            if torch.empty(shape, device="meta").stride() != strides:
+                return None
+            return alias(other) if self.context.records and other.requires_grad else other._map
 
     def _confirm_norm(self, args, kwargs) -> bool:
         """Whether a norm's call reads what the block has read; if it does, update its running statistics."""
@@ -211,7 +327,7 @@ class Speculation:
 
     def reads_any(self, tensors: Iterable[Tensor]) -> bool:
         """Whether values that somebody holds are still to be computed from what ``tensors`` are views of."""
-        operands = [t for t in (self.x, *self.conv[:2]) if t is not None]
+        operands = [t for t in (self.x, *self.conv[:2], self.added) if t is not None]
         is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
         return any([is_alias(t, a) for t in tensors for a in operands]) and bool(self._pending())
 
@@ -222,7 +338,7 @@ class Speculation:
 
     def close(self) -> None:
         """End the speculation with its session."""
-        self.unreleased, self.result = [], None
+        self.unreleased, self.result, self.head = [], None, None
         if self._pending():
             self.site.disable("its values are still held when the model's forward has ended")
             self.materialize()
@@ -241,11 +357,13 @@ class Speculation:
             self.site.disable("its values are used after the block has run")
         elif not self.done:
             self.site.mispredicted(self.plan)
-        self.done, self.result, self.unreleased = True, None, []
+        self.done, self.result, self.head, self.unreleased = True, None, None, []
         held = {value._at: value for value in self._pending()}
         x, conv, norm, graph = self.x, self.conv, self._norm_at_run(), self.graph
-        if _versions(x, *conv[:2]) != self.versions:
+        if _versions(x, *conv[:2], self.added) != self.versions:
             self._raise_operand_changed()
+        if self.added is not None and late:
+            self.added_then = self.added.detach().clone()
         with self.context.entered(x.device.type):
             if graph is not None:
                 # Aliases: where one operand depends on another, gradients do not flow that way.
@@ -253,6 +371,9 @@ class Speculation:
                 if norm is not None:
                     operands += [t if t is None else alias(t) for t in norm[2:4]]
                     norm = norm._replace(weight=operands[3], bias=operands[4])
+                if self.added is not None:
+                    self.added = alias(self.added)
+                    operands.append(self.added)
                 graph.operands = tuple(operands)
                 x, weight, bias, *_ = operands
                 conv = conv._replace(weight=weight, bias=bias)
@@ -294,9 +415,18 @@ class Speculation:
             "more. From now on this convolution runs as it is"
         )
 
-    def _step(self, number: int, y: Tensor, norm: Norm | None) -> Tensor:
+    def _step(self, number: int, y: Tensor, norm: Norm | None, added: Tensor | None = None) -> Tensor:
         """Run a step that the program has taken; running statistics are not updated a second time."""
         step = self.plan.steps[number]
+        if step.kind == "sum":
+            added = self.added if added is None else added
+            assert added is not None
+            return step.run(
+                y,
+                torch.empty_strided(y.shape, y.stride(), dtype=y.dtype).copy_(added)
+                if added.stride() != y.stride()
+                else added,
+            )
         if step.kind != "norm":
             return step.run(y)
         assert norm is not None
@@ -307,7 +437,7 @@ class Speculation:
         norm = self._norm_at_run()
         for number in range(at, len(self.plan.steps)):
             inplace = self.plan.steps[number].found.inplace
-            y = self._step(number, y.clone() if inplace else y, norm)
+            y = self._step(number, y.clone() if inplace else y, norm, self.added_then)
         return y
 
 
@@ -358,10 +488,10 @@ class OperandsToPlaceholders(torch.autograd.Function):
     """From a block's operands to the placeholders of its values."""
 
     @staticmethod
-    def forward(ctx, graph, *tensors):
-        ctx.graph = graph
+    def forward(ctx, graph, slots, *tensors):
+        ctx.graph, ctx.slots = graph, slots
         ctx.set_materialize_grads(False)
-        values = graph.speculation.make_placeholders("strides")
+        values = graph.speculation.make_placeholders(slots, "strides")
         if not any(graph.needs[:3]):  # only the norm's parameters need gradients
             ctx.mark_non_differentiable(*(value for value in values if value._at == 0))
         return tuple(values)
@@ -370,22 +500,23 @@ class OperandsToPlaceholders(torch.autograd.Function):
     def backward(ctx, *grads):
         graph: SpeculatedGraph = ctx.graph
         nothing = (None,) * len(ctx.needs_input_grad)
-        given, graph.given = graph.given, {}
         extra = {}  # gradients from other readers than the block
-        for slot, grad in enumerate(grads):
-            if grad is not None and grad is not given.get(slot):
-                extra[slot] = grad - given[slot] if slot in given else grad
+        for slot, grad in zip(ctx.slots, grads, strict=True):
+            given = graph.given.pop(slot, None)
+            if grad is not None and grad is not given:
+                extra[slot] = grad if given is None else grad - given
         if not extra:
             return nothing
         values = [graph.true[slot][2] for slot in extra]
-        needed = [i for i, need in enumerate(graph.needs) if need]
+        count = len(ctx.needs_input_grad) - 2  # the placeholders before a sum don't depend on what it adds
+        needed = [i for i, need in enumerate(graph.needs[:count]) if need]
         operands = [graph.operands[i] for i in needed]
         found = torch.autograd.grad(
             values, operands, list(extra.values()), retain_graph=True, create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )  # fmt: skip
         by_operand = dict(zip(needed, found, strict=True))
-        return None, *(by_operand.get(i) for i in range(len(graph.needs)))
+        return None, None, *(by_operand.get(i) for i in range(count))
 
 
 class PlaceholdersToResult(torch.autograd.Function):
@@ -437,7 +568,7 @@ class Placeholder(Tensor):
         _value: the value, where the placeholder could not become it.
     """
 
-    is_placeholder = True
+    is_placeholder = waits_for_sums = True
     _speculation: Speculation
     _at: int
     _slot: int
@@ -447,12 +578,14 @@ class Placeholder(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if args and type(args[0]) is Placeholder:
-            speculation = args[0]._speculation
+        for value in args[: 2 if is_sum(function) else 1]:
+            if type(value) is not Placeholder:
+                continue
+            speculation = value._speculation
             writes = speculation.session.writes
             watching = writes.pause()
             try:
-                result = speculation.advance(args[0], function, args, kwargs)
+                result = speculation.advance(value, function, args, kwargs)
                 if result is not None:
                     return result
                 if function in METADATA:
@@ -495,10 +628,14 @@ class Placeholder(Tensor):
 
 
 def _materialize_all(args, kwargs, below: bool = False) -> None:
-    """Give all placeholders among the arguments their values."""
+    """Give all placeholders among the arguments their values, and let the others know that they are read."""
     for value in tree_iter((args, kwargs)):
         if type(value) is Placeholder and not hasattr(value, "_value"):
             value._speculation.materialize(below)
+        elif type(value) is ChannelsLastHandoff and not below:
+            value.cancel()
+        elif type(value) is ObservedTensor and not below:
+            value.close()
 
 
 #: Functions that need a plain tensor, because they reach for its memory or print it.

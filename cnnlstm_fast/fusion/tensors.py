@@ -53,3 +53,8 @@ def alias_by(x: Tensor, make: Callable[[Any], Tensor]) -> Tensor:
 
 def _data(x: Tensor) -> Tensor:
     return x.data
+
+
+def awaits_sum(args: tuple) -> bool:
+    """Whether an operand is a value of a chain, which a sum may extend."""
+    return any([getattr(type(value), "waits_for_sums", False) for value in args])

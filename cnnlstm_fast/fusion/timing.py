@@ -77,14 +77,21 @@ def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
         running_mean=_copy(plan.norm.running_mean), running_var=_copy(plan.norm.running_var),
         weight=_leaf(plan.norm.weight), bias=_leaf(plan.norm.bias),
     )  # fmt: skip
+    shapes = plan.value_shapes(place)
+    needs_graph = plan.needs_graph(place)
+    others = [  # what sums add, whose place in memory is that of what it is added to
+        Kind(shape, strides, dtype, needs_graph).tensor(True) if step.kind == "sum" else None
+        for step, (shape, strides), dtype in zip(plan.steps, shapes, plan.dtypes, strict=False)
+    ]
     if way.call is None:
         y = place.function(x, *conv)
         session = None
     else:
         copied = copy.copy(plan)
         copied.norm = norm
-        shapes = plan.value_shapes(place)
-        shape_plan = ShapePlan(way.call.plan, "", (), shapes, way.layout, hands_on=False, converts=False)
+        program = plan.program(way.head, conv, x) if plan.is_program else None
+        how = way.call.plan, "", (), shapes, way.layout, False, False, way.head, True, program
+        shape_plan = ShapePlan(*how)
         session = Session()
         session.writes = WriteWatch()
         y = Speculation(
@@ -98,8 +105,8 @@ def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
             conv,
             handed=way.handed or way.converts,
         ).start()
-    for step in plan.steps:
-        y = step.run(y) if step.kind != "norm" else step.function(y, *cast(Norm, norm))
+    for step, other in zip(plan.steps, others, strict=True):
+        y = step.run(y, other) if step.kind != "norm" else step.function(y, *cast(Norm, norm))
     if session is not None:
         session.close()
     if y.requires_grad:

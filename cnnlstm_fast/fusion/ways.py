@@ -87,6 +87,7 @@ class Way(NamedTuple):
         converts: the block gets a channels-last copy of its contiguous input.
         hands_on: the result is handed on channels-last, where PyTorch's is contiguous.
         behind_us: microseconds of the sites that read its result.
+        head: how many of the steps run in one call with the convolution; an epilogue runs the others.
     """
 
     layout: str
@@ -97,6 +98,7 @@ class Way(NamedTuple):
     converts: bool = False
     hands_on: bool = False
     behind_us: float = 0.0
+    head: int = 0
 
     @property
     def total_us(self) -> float:

@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnnlstm_fast.functional.epilogue import NORMS, program_of, run_program, why_not_epilogue
 from cnnlstm_fast.fusion.calls import Conv
 from cnnlstm_fast.fusion.layout import eager_layout, layout_behind, like_channels_last
-from cnnlstm_fast.fusion.match import Block
+from cnnlstm_fast.fusion.match import Block, part_of
 from cnnlstm_fast.fusion.run import run_block
+from cnnlstm_fast.limits import limit
+from cnnlstm_fast.ops.epilogue import is_dense
+from cnnlstm_fast.planning import costs, observer
+from cnnlstm_fast.planning.support import of_batch, records_gradients
 
 
 def run_modules(block: Block, x: Any, layout: str | None = None) -> Tensor:
@@ -60,7 +65,18 @@ def run_chain(chain: Sequence[Block | nn.Module], x: Any) -> Any:
     those of speech models.
     """
     eager = None  # the layout that x would have by PyTorch, where ours has another one
+    done = 0  # steps that an epilogue has run
     for i, step in enumerate(chain):
+        if i < done:
+            continue
+        behind = _behind(chain, i)
+        if behind:
+            done = i + len(behind) if step is behind[0] else i + 1 + len(behind)
+            if isinstance(step, Block):
+                x = run_modules(step._replace(activation=None), x)
+                behind = [step.activation, *behind]
+            x, eager = _run_behind(behind, x), None
+            continue
         if not isinstance(step, Block):
             x = step(x)
             continue
@@ -76,6 +92,66 @@ def run_chain(chain: Sequence[Block | nn.Module], x: Any) -> Any:
             layout = "channels_last"
         x = run_modules(step, x, layout)
     return x
+
+
+def _behind(chain: Sequence[Block | nn.Module], at: int) -> list[Any]:
+    """The modules of an epilogue that begins with a step of a chain or, in training, with its activation.
+
+    It begins with a norm, whose input PyTorch keeps too, or with the activation behind a block's convolution
+    and a norm. One module alone is none.
+    """
+    step = chain[at]
+    block = isinstance(step, Block)
+    if torch.compiler.is_compiling() or observer.current is not None:
+        return []
+    if block:
+        bare = step.activation is not None and step.norm is step.pool is step.flatten is None
+        if not bare or not records_gradients():
+            return []
+    found: list[Any] = []
+    for module in chain[at + 1 if block else at :]:
+        if isinstance(module, Block):
+            break
+        part = part_of(module)
+        kind = "norm" if type(module) in NORMS else "" if isinstance(part, str) else part.kind
+        if kind not in ("norm", "activation", "monotone") or (not found and kind != "norm"):
+            break
+        found.append(module)
+    return found if len(found) + block > 1 else []
+
+
+#: Dimensions of the inputs that a norm takes.
+_RANKS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+#: About how many microseconds an epilogue costs. One that saves less runs as PyTorch's operators.
+_EPILOGUE_US = limit("EPILOGUE_US", 60, 0)
+
+
+def _run_behind(modules: list[Any], x: Any) -> Any:
+    """Norms and activations as one pass, or in turn where that does not pay."""
+    if not isinstance(x, Tensor) or not _fits(modules, x):
+        for module in modules:
+            x = module(x)
+        return x
+    program = program_of(modules)
+    assert not isinstance(program, str)
+    return run_program(x, program)
+
+
+def _fits(modules: list[Any], x: Tensor) -> bool:
+    """Whether one pass runs the modules behind ``x``, and is faster."""
+    for module in modules:
+        ranks = _RANKS.get(type(module))
+        if ranks is not None and (x.dim() not in ranks or x.shape[1] != module.num_features):
+            return False
+    trained = records_gradients()
+    if why_not_epilogue(x, program_of(modules), trained) is not None or not is_dense(x):
+        return False
+    kinds = ["norm" if type(module) in NORMS else "activation" for module in modules]
+    by_batch = any(type(module) in NORMS and of_batch(module) for module in modules)
+    saved = costs.epilogue_saves(
+        x.numel(), x.element_size(), kinds, by_batch, trained, torch.get_num_threads()
+    )
+    return saved >= _EPILOGUE_US
 
 
 def _hands_on(step: Block, following: Block | nn.Module, x: Any) -> bool:

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import torch
 
+from cnnlstm_fast.ops import conv_block
+
 VERSION = 1
 KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum")
 ARGUMENTS = (
@@ -36,6 +38,8 @@ ARGUMENTS = (
     "layout", "device", "memory_format", "maybe_tensors",
 )  # fmt: skip
 ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod", "max", "min", "size")
+#: Those of :mod:`cnnlstm_fast.ops.conv_block`, and those on weights that a program packs.
+BLOCK_PLANS = {**conv_block.PLANS, "packed": -1, "packed winograd": -2}
 VIEWS = ("reshape", "permute", "select", "slice", "squeeze", "unsqueeze", "expand", "contiguous")
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")

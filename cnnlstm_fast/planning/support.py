@@ -60,19 +60,29 @@ def folds(norm) -> bool:
 
 def why_not_normed(spec: BlockSpec, x: Tensor, weight: Tensor, norm) -> str | None:
     """Why a block with this batch norm is not fused, as a sentence; None if it is."""
+    height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
+    return why_not_norm_tensors(x.device, x.dtype, norm, x.shape[0] * height * width)
+
+
+def why_not_norm_tensors(device: torch.device, dtype: torch.dtype, norm, values: int) -> str | None:
+    """Why a batch norm of a map is not fused, as a sentence; None if it is.
+
+    Args:
+        device, dtype: of the map.
+        values: for each channel.
+    """
     tensors = _, _, mean, var = norm_tensors(norm)
     if (mean is None) != (var is None):
         return "the norm has one running statistic without the other"
     for t in tensors:
-        if t is not None and (t.device != x.device or t.dtype not in (x.dtype, torch.float32)):
+        if t is not None and (t.device != device or t.dtype not in (dtype, torch.float32)):
             return "the norm's parameters are on another device or of another dtype"
         if t is not None and not _is_plain(t):
             return "a parameter of the norm is a Tensor subclass"
     if mean is not None and mean.requires_grad:
         return "the norm's running statistics want gradients"
     if of_batch(norm):
-        height, width = spec.conv_size(x.shape[2:], weight.shape[2:])
-        if x.shape[0] * height * width < 2:
+        if values < 2:
             return "one value per channel has no variance"
         if norm.momentum is None and torch.compiler.is_compiling():
             return "a cumulative average reads its count"

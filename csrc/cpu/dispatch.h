@@ -18,6 +18,9 @@ inline const WinogradTable& winograd_kernels() {
 inline const TransformTable& transform_kernels() {
   return chosen_kernels().transform;
 }
+inline const EpilogueTable& epilogue_kernels() {
+  return chosen_kernels().epilogue;
+}
 inline const FrozenTable& frozen_kernels() {
   return chosen_kernels().frozen;
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "conv_block/block.h"
 #include "conv_fft/transform.h"
+#include "epilogue/epilogue.h"
 #include "frozen_conv/frozen.h"
 #include "recurrent/recurrent.h"
 #include "winograd_conv/winograd.h"
@@ -13,6 +14,7 @@ struct Kernels {
   RecurrentTable recurrent;
   WinogradTable winograd;
   TransformTable transform;
+  EpilogueTable epilogue;
   FrozenTable frozen;
 };
 

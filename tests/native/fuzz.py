@@ -35,6 +35,14 @@ from fuzz_arguments import (
     is_vast,
     tensor,
 )
+from fuzz_epilogue import (
+    check_epilogue,
+    check_epilogue_backward,
+    check_epilogue_moments,
+    epilogue_backward,
+    epilogue_forward,
+    epilogue_moments,
+)
 from fuzz_recurrent import (
     _check_layer,
     _check_layer_backward,
@@ -269,6 +277,9 @@ OPS = {op.name: op for op in (
     Op("conv_block_backward", _backward, _check_backward),
     Op("conv_norm_block", _norm_forward, _check_norm_forward),
     Op("conv_norm_block_backward", _norm_backward, _check_norm_backward),
+    Op("epilogue", epilogue_forward, check_epilogue),
+    Op("epilogue_backward", epilogue_backward, check_epilogue_backward),
+    Op("epilogue_moments", epilogue_moments, check_epilogue_moments),
     Op("fold_norm", _fold, _check_fold),
     Op("patch_moments", _moments, _check_moments),
     Op("suits_winograd", lambda rng: {"weight": _plain(rng, [*rng.choices((1, 5, 16, 33), k=2), 3, 3])},
