@@ -10,10 +10,11 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_close_as_torch, needs_extension
+from helpers import SEED, assert_close_as_torch, needs_extension
 from torch import nn
 
 import cnnlstm_fast as cf
+from cnnlstm_fast.ops.program import BLOCK_PLANS
 
 pytestmark = needs_extension
 
@@ -235,6 +236,33 @@ def test_the_same_bits_as_the_unfrozen_model_by_the_same_plan():
     frozen.refresh()
     same = cf.functional.conv_block(x, conv[0].weight, conv[0].bias, pool=conv[2], plan="direct")
     assert torch.equal(frozen(x), same)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", BLOCK_PLANS)
+@pytest.mark.parametrize("number", range(12))
+def test_blocks_by_every_plan(plan, number):
+    """Those on weights that the program packs take every block, the others what they take unfrozen."""
+    rng = random.Random(f"{SEED} {number}")
+    rank = rng.choice([1, 2])
+    conv, pool = (nn.Conv1d, nn.MaxPool1d) if rank == 1 else (nn.Conv2d, nn.MaxPool2d)
+    width, groups = rng.choice([1, 3, 8, 40]), 1
+    channels = rng.choice([5, 16, 33])
+    if rng.random() < 0.25:
+        width, groups = channels, rng.choice([n for n in (1, 3, 5, 11, 16, 33) if channels % n == 0])
+    act = rng.choice([nn.ReLU(), nn.LeakyReLU(0.2), nn.GELU(), nn.Identity()])
+    model = nn.Sequential(
+        conv(width, channels, rng.choice([1, 3, 3, 5]), rng.choice([1, 1, 2]), rng.choice([0, 1, 2]),
+             groups=groups, bias=rng.random() < 0.8),
+        act, rng.choice([pool(2), pool(3, 2, 1), nn.Identity()]),
+    ).eval()  # fmt: skip
+    frozen = cf.freeze(model, torch.randn(2, width, *[17] * rank))
+    (block,) = (n for n in frozen._versions[0].data["nodes"] if n["op"] == "block")
+    block["plans"] = [[1.0, plan]]
+    frozen.refresh()
+    for size in (torch.Size([2, 17, 17]), torch.Size([5, 13, 34]), torch.Size([1, 70, 9])):
+        x = torch.randn(size[0], width, *size[1 : 1 + rank])
+        assert_close_as_torch(frozen(x), model(x), copy.deepcopy(model).double()(x.double()))
 
 
 @torch.no_grad()
