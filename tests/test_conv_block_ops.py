@@ -37,6 +37,7 @@ from helpers import (
 )
 from torch import nn
 
+import cnnlstm_fast as cf
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.ops import conv_block as op
 from cnnlstm_fast.spec import conv_size, pool_size
@@ -400,6 +401,30 @@ def assert_double_backward(plan, block, tensors, grad):
     theirs, true = penalty(torch_block, torch.float32), penalty(torch_block, torch.float64)
     for name, mine, their, truth in zip(("x", "weight", "grad"), ours, theirs, true, strict=True):
         assert_close_as_torch(mine, their, truth, name)
+
+
+@plans
+@pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.Hardtanh(-0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2)], ids=str)
+def test_second_derivatives_of_zero_are_there_where_pytorchs_are(plan, activation, pool):
+    """Hooks are called with them, and optimizers take a gradient of zero otherwise than none."""
+    conv = nn.Conv2d(3, 5, 3)
+    x, found = torch.randn(2, 3, 8, 9), []
+    for fused in (False, True):
+        leaf = x.clone().requires_grad_()
+        if fused:
+            out = cf.functional.conv_block(
+                leaf, conv.weight, conv.bias, activation=activation, pool=pool, plan=plan
+            )
+        else:
+            out = nn.Sequential(conv, *(m for m in (activation, pool) if m is not None))(leaf)
+        (first,) = torch.autograd.grad((out * 2).sum(), leaf, create_graph=True)
+        operands = (leaf, conv.weight, conv.bias)
+        found.append(torch.autograd.grad(first.sum(), operands, allow_unused=True))
+    for own, ours in zip(*found, strict=True):
+        assert (own is None) == (ours is None)
+        if own is not None:
+            torch.testing.assert_close(ours, own)
 
 
 @plans

@@ -206,6 +206,7 @@ class ConvBlockFunction(torch.autograd.Function):
             ctx.bias, ctx.unsaved = Unchecked(bias), unsaved
             ctx.save_for_backward(*saved, codes, slopes)
         else:
+            ctx.bias = bias  # its place in the graph alone
             ctx.save_for_backward(*saved, codes)
         return raw
 
@@ -230,7 +231,8 @@ class ConvBlockFunction(torch.autograd.Function):
             if curved:
                 grads = _recomputed_backward(grad, x, weight, ctx.bias.as_it_was(), ctx.args, needs)
             else:
-                grads = _differentiable_backward(grad, x, weight, codes, ctx.args, needs)
+                operands = (x, weight, ctx.bias)
+                grads = _differentiable_backward(grad, *operands, codes, ctx.args, needs)
         else:
             conv, activation, act, pool, order = ctx.args
             if curved:
@@ -250,11 +252,30 @@ def _recomputed_backward(grad, x, weight, bias, args, needs):
     return [next(found) if need else None for need in needs]
 
 
-def _differentiable_backward(grad, x, weight, codes, args, needs):
-    conv, _, _, pool, order = args
+class _WithZeros(torch.autograd.Function):
+    """A tensor as it is, on which others depend with derivatives of zero, and not with none."""
+
+    @staticmethod
+    def forward(ctx, x, *others):
+        ctx.others = [None if t is None else (t.shape, t.dtype) for t in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[1:]
+        return grad, *(
+            grad.new_zeros(other[0], dtype=other[1]) if need else None
+            for other, need in zip(ctx.others, needs, strict=True)
+        )
+
+
+def _differentiable_backward(grad, x, weight, bias, codes, args, needs):
+    conv, activation, _, pool, order = args
     grad_map = max_unpool(
         grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
     )
+    if activation or pool:  # as PyTorch's second derivatives of those give zeros
+        grad_map = _WithZeros.apply(grad_map, x, weight, bias)
     return conv_backward_by_args(grad_map, x, weight, conv, needs)
 
 
