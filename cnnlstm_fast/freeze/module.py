@@ -64,7 +64,7 @@ def freeze(model: nn.Module, *example_inputs: Any, dtype: torch.dtype | None = N
 
     Returns:
         A module that is called as the model is and has the same ``state_dict`` keys.
-        See :class:`cnnlstm_fast.freeze.Frozen`.
+        See :class:`~cnnlstm_fast.freeze.module.Frozen`.
 
     Shapes:
         Inputs and results are those of ``model``.
