@@ -9,7 +9,6 @@
 - :mod:`.archive` keeps it in a file; :mod:`.stream` runs it chunk by chunk.
 """
 
-from cnnlstm_fast.freeze.archive import load_frozen
-from cnnlstm_fast.freeze.module import Frozen, freeze
+from cnnlstm_fast.freeze.module import Frozen, freeze, load_frozen
 
 __all__ = ["Frozen", "freeze", "load_frozen"]

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from cnnlstm_fast import __version__, _ext
-from cnnlstm_fast.freeze.module import Frozen
 from cnnlstm_fast.freeze.plans import choose_plans
 from cnnlstm_fast.freeze.program import dtype_named, operator_named
 from cnnlstm_fast.freeze.sizes import Sizes
@@ -29,7 +29,10 @@ from cnnlstm_fast.freeze.versions import Version
 from cnnlstm_fast.ops import program as op
 from cnnlstm_fast.planning import rates
 
-__all__ = ["load_frozen", "save"]
+__all__ = ["load", "save"]
+
+#: Makes a frozen model without programs, of modules that have its state, and the dtype to compute in.
+Make = Callable[[nn.Module, torch.dtype | None], Any]
 
 #: Of what stands in the metadata.
 FORMAT = 1
@@ -42,7 +45,7 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _MOST_HEADER = 100 * 2**20
 
 
-def save(frozen: Frozen, path: str | os.PathLike) -> None:
+def save(frozen: Any, path: str | os.PathLike) -> None:
     """Write a frozen model to a file.
 
     Raises:
@@ -116,39 +119,15 @@ def _write(path: Path, metadata: dict, tensors: dict[str, Tensor]) -> None:
     os.replace(file.name, path)
 
 
-def load_frozen(path: str | os.PathLike) -> Frozen:
-    """A frozen model from a file that its ``save`` wrote.
-
-    Weights are packed again, and plans timed again on a processor of another kind, so a file serves them all.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        A frozen model for the calls that it was saved with, at any sizes that these leave open. It has the
-        weights under their keys but none of the model's Python.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged, none of ours, or of a version that this package does not know.
-        RuntimeError: the compiled kernels, which run it, are missing.
-
-    Example:
-        >>> frozen = cf.freeze(nn.Linear(4, 2), torch.randn(3, 4))
-        >>> import tempfile
-        >>> path = tempfile.mkdtemp() + "/linear.cf"
-        >>> frozen.save(path)
-        >>> x = torch.randn(5, 4)
-        >>> torch.equal(cf.load_frozen(path)(x), frozen(x))
-        True
-    """
+def load(path: Path, make: Make) -> Any:
+    """As :func:`cnnlstm_fast.load_frozen`."""
     if not _ext.loaded:
         raise RuntimeError(
             f"a saved frozen model runs by the compiled kernels, which are missing: {_ext.error}"
         )
-    metadata, tensors = _read(Path(path))
+    metadata, tensors = _read(path)
     try:
-        return _built(metadata, tensors)
+        return _built(metadata, tensors, make)
     except (
         KeyError,
         TypeError,
@@ -200,11 +179,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _built(metadata: dict, tensors: dict[str, Tensor]) -> Frozen:
+def _built(metadata: dict, tensors: dict[str, Tensor], make: Make) -> Any:
     state = {name[6:]: t for name, t in tensors.items() if name.startswith("state/")}
     model = _tree(state, set(metadata["parameters"]), set(metadata["persistent"]))
     dtype = None if metadata["dtype"] is None else dtype_named(metadata["dtype"])
-    frozen = Frozen(model, None, dtype)
+    frozen = make(model, dtype)
     other_processor = metadata["processor"] != rates.name_here()
     for i, entry in enumerate(metadata["versions"]):
         prefix = f"tensor/{i}/"

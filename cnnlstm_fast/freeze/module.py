@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,14 +17,16 @@ from torch.autograd import forward_ad
 from cnnlstm_fast import _ext
 from cnnlstm_fast.accelerate import accelerate, become_fast
 from cnnlstm_fast.copying import copy_sharing_tensors, held_modules
+from cnnlstm_fast.freeze import archive
 from cnnlstm_fast.freeze.capture import NotCaptured
 from cnnlstm_fast.freeze.lower import NotLowered
+from cnnlstm_fast.freeze.pieces import freeze_pieces
 from cnnlstm_fast.freeze.versions import Version, make_version, resized, same_results, signature_of
 
 if TYPE_CHECKING:
     from cnnlstm_fast.freeze.stream import FrozenStream
 
-__all__ = ["Frozen", "freeze"]
+__all__ = ["Frozen", "freeze", "load_frozen"]
 
 #: Programs of one model: for arguments of other structures, dtypes, or sizes that the model fixes. Then it
 #: runs itself.
@@ -92,6 +96,35 @@ def freeze(model: nn.Module, *example_inputs: Any, dtype: torch.dtype | None = N
     frozen = Frozen(for_capture(model), for_calls(model), dtype)
     frozen.prepare(example_inputs)
     return frozen
+
+
+def load_frozen(path: str | os.PathLike) -> Frozen:
+    """A frozen model from a file that its ``save`` wrote.
+
+    Weights are packed again, and plans timed again on a processor of another kind, so a file serves them all.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        A frozen model for the calls that it was saved with, at any sizes that these leave open. It has the
+        weights under their keys but none of the model's Python.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, none of ours, or of a version that this package does not know.
+        RuntimeError: the compiled kernels, which run it, are missing.
+
+    Example:
+        >>> frozen = cf.freeze(nn.Linear(4, 2), torch.randn(3, 4))
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/linear.cf"
+        >>> frozen.save(path)
+        >>> x = torch.randn(5, 4)
+        >>> torch.equal(cf.load_frozen(path)(x), frozen(x))
+        True
+    """
+    return archive.load(Path(path), lambda model, dtype: Frozen(model, None, dtype))
 
 
 def for_capture(model: nn.Module) -> nn.Module:
@@ -309,10 +342,9 @@ class Frozen(nn.Module):
         with torch.no_grad():
             self(*args, **kwargs)
             if not self._versions and self._plain is not None and self._pieces is None:
-                from cnnlstm_fast.freeze.pieces import freeze_pieces  # which makes frozen models of parts
-
                 with self._lock:
-                    self.__dict__["_pieces"] = freeze_pieces(self._plain, self._model, args, kwargs)
+                    pieces = freeze_pieces(self._plain, self._model, args, kwargs, _frozen_piece)
+                    self.__dict__["_pieces"] = pieces
 
     def version_of(self, args: tuple) -> Version | None:
         """The program that runs a call, if one does."""
@@ -390,9 +422,7 @@ class Frozen(nn.Module):
         Raises:
             ValueError: the model has no program, or one that a file cannot hold; the message says why.
         """
-        from cnnlstm_fast.freeze.archive import save  # which makes frozen models
-
-        save(self, path)
+        archive.save(self, path)
 
     def stream(self, batch: int = 1) -> FrozenStream:
         """The model for sequences that come in chunks, as from a microphone or a sensor.
@@ -436,6 +466,14 @@ class Frozen(nn.Module):
             if name.startswith("__") or "_model" not in self.__dict__:
                 raise
             return getattr(self._model, name)
+
+
+def _frozen_piece(module: nn.Module, args: tuple, kwargs: dict) -> Frozen | None:
+    """A module frozen for such a call; None where it has no program."""
+    frozen = Frozen(module, for_calls(module))
+    with torch.no_grad():
+        frozen(*args, **kwargs)
+    return frozen if frozen._versions else None
 
 
 # ---- how calls run

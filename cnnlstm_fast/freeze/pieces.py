@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from cnnlstm_fast.copying import copy_sharing_tensors
-from cnnlstm_fast.freeze.module import Frozen, for_calls
 from cnnlstm_fast.freeze.versions import same_results
+
+FreezeOne = Callable[[nn.Module, tuple, dict], "nn.Module | None"]
 
 #: Modules that are worth a program.
 _HEAVY = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
 
 
-def freeze_pieces(plain: nn.Module, model: nn.Module, args: tuple, kwargs: dict) -> nn.Module | None:
+def freeze_pieces(
+    plain: nn.Module, model: nn.Module, args: tuple, kwargs: dict, freeze_one: FreezeOne
+) -> nn.Module | None:
     """A copy of a model, of which the largest modules that have a program run frozen; None where none has.
 
     Args:
         plain: the accelerated model.
         model: the one that is captured, of the same structure.
         args, kwargs: an example of a call.
+        freeze_one: freezes a module for such arguments; None where it has no program.
     """
     twin = copy_sharing_tensors(plain)
     if twin is plain:
@@ -28,7 +34,7 @@ def freeze_pieces(plain: nn.Module, model: nn.Module, args: tuple, kwargs: dict)
     try:
         expected = plain(*args, **kwargs)
         calls = _first_calls(model, args, kwargs)
-        if not _replace(twin, model, calls) or not same_results(twin(*args, **kwargs), expected):
+        if not _replace(twin, model, calls, freeze_one) or not same_results(twin(*args, **kwargs), expected):
             return None
     except Exception:  # whatever a model does with parts that are not its own
         return None
@@ -52,27 +58,25 @@ def _first_calls(model: nn.Module, args: tuple, kwargs: dict) -> dict[nn.Module,
     return calls
 
 
-def _replace(twin: nn.Module, model: nn.Module, calls: dict[nn.Module, tuple[tuple, dict]]) -> bool:
+def _replace(
+    twin: nn.Module, model: nn.Module, calls: dict[nn.Module, tuple[tuple, dict]], freeze_one: FreezeOne
+) -> bool:
     """Put frozen modules in the places of those that can be, the outermost first; whether there are any."""
     found = False
     for name, child in model.named_children():
         if not any(isinstance(m, _HEAVY) for m in child.modules()):
             continue
-        piece = _piece(child, calls[child]) if child in calls else None
+        piece = _piece(child, calls[child], freeze_one) if child in calls else None
         if piece is not None:
             twin._modules[name] = piece
             found = True
         else:
             inner = twin._modules[name]
-            found |= inner is not None and _replace(inner, child, calls)
+            found |= inner is not None and _replace(inner, child, calls, freeze_one)
     return found
 
 
-def _piece(module: nn.Module, call: tuple[tuple, dict]) -> Frozen | None:
-    args, kwargs = call
+def _piece(module: nn.Module, call: tuple[tuple, dict], freeze_one: FreezeOne) -> nn.Module | None:
     if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(call) if leaf is not None):
         return None
-    frozen = Frozen(module, for_calls(module))
-    with torch.no_grad():
-        frozen(*args, **kwargs)
-    return frozen if frozen._versions else None
+    return freeze_one(module, *call)

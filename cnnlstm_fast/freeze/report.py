@@ -9,11 +9,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from cnnlstm_fast.explain import Report, Stage, layout_of
 from cnnlstm_fast.freeze.module import Frozen
 from cnnlstm_fast.freeze.nodes import Node, results_of
 from cnnlstm_fast.freeze.program import Compiled, Program
 from cnnlstm_fast.freeze.versions import Version
+from cnnlstm_fast.stages import Report, Stage, layout_of
 
 #: Runs of each node, of which the fastest counts.
 _ROUNDS = 3
