@@ -40,8 +40,11 @@ def test_run_writes_what_it_measured(monkeypatch, tmp_path):
 
 
 def test_latency_of_frozen_models(monkeypatch):
-    monkeypatch.setattr(command_line.latencies.measure, "__defaults__", (10, ("cnnlstm_fast", "eager")))
-    monkeypatch.setattr(command_line.latencies.serve, "__defaults__", (("cnnlstm_fast",), (1, 2), 0.1))
+    latencies = command_line.latencies
+    measure = partial(latencies.measure, engines=("cnnlstm_fast", "eager"))
+    serve = partial(latencies.serve, engines=("cnnlstm_fast",), threads=(1, 2), seconds=0.1)
+    monkeypatch.setattr(latencies, "measure", measure)
+    monkeypatch.setattr(latencies, "serve", serve)
     arguments = ["latency", "--model", "Simple", "--json"]
     done = CliRunner().invoke(command_line.app, [*arguments, "--batch", "2", "--calls", "10"])
     assert done.exit_code == 0, done.output

@@ -109,6 +109,15 @@ def test_whole_numbers_are_exact(block):
 
 
 @pytest.mark.instruction_sets
+@pytest.mark.parametrize("channels", [16, 64, 130])
+def test_windows_of_a_map_of_two_columns(channels):
+    """Rows so short take several panels at a time, and their windows pool in registers."""
+    block = Block(2, 3, (3, 11), channels, (5, 5), (2, 4), (2, 0), pool=POOL_2X2)
+    tensors, _ = integer_tensors(block, torch.float32)
+    assert torch.equal(run(block, tensors), expected(block, tensors))
+
+
+@pytest.mark.instruction_sets
 @random_blocks(40, **WINOGRAD)
 @methods
 def test_three_by_three(block, method):

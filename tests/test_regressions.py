@@ -277,7 +277,9 @@ def test_the_fuzzer_reaches_every_op():
     }
     without_tensors = {"isa", "fma_peak", "recycle_outputs", "limit", "conv_plans", "library_has_amx"}
     in_python = {"conv_fft", "conv_fft_backward", "holders"}
-    assert of.keys() == ops - without_tensors - in_python
+    programs = {"program_new", "program_run", "program_free"}  # tests/test_freeze_archive.py has crafted ones
+    packed = {"frozen_conv", "frozen_conv_pack"}  # tests/test_frozen_conv.py has wrong calls
+    assert of.keys() == ops - without_tensors - in_python - programs - packed
     assert all(counts["accepted"] > 5 and counts["refused"] > 5 for counts in of.values()), of
 
 
