@@ -25,7 +25,6 @@ sources = [
     "csrc/epilogue.cpp",
     "csrc/fingerprint.cpp",
     "csrc/frozen_conv.cpp",
-    "csrc/frozen_linear.cpp",
     "csrc/frozen_ops.cpp",
     "csrc/library_calls.cpp",
     "csrc/library_limits.cpp",

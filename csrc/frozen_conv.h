@@ -63,7 +63,6 @@ class FrozenConv {
   // Bytes that run wants for a call of these sizes and strides, whatever its pointers, and torch's present number of
   // threads.
   int64_t scratch_bytes(const FrozenConvCall& call) const;
-  int64_t scratch_bytes(int64_t n, int64_t h, int64_t w) const { return scratch_bytes(FrozenConvCall{n, h, w}); }
 
   // Writes the result. `scratch` is aligned to 64 bytes and at least scratch_bytes for one thread; as many threads work
   // as it has room for. Allocates nothing. Any number of threads may call it at a time, each with its own scratch.
@@ -71,8 +70,6 @@ class FrozenConv {
 
   // Whether Winograd's method serves: where it does, weights are kept for it as well.
   bool has_winograd() const;
-
-  int64_t packed_bytes() const { return packed_floats(description_) * static_cast<int64_t>(sizeof(float)); }
 
  private:
   struct Plan;
@@ -85,25 +82,6 @@ class FrozenConv {
   const Block block_;  // without sizes
   const std::optional<AlignedFloats> own_;
   const float* const packed_;
-};
-
-// y = activation(x W^T + bias + added) for x (rows, inputs), y (rows, outputs).
-class FrozenLinear {
- public:
-  // The weight is (outputs, inputs).
-  FrozenLinear(int64_t inputs, int64_t outputs, const float* weight, const float* bias, int64_t activation = kNone,
-               const Floats& act = {}, bool adds = false);
-  int64_t scratch_bytes(int64_t rows, int64_t x_row = 0, int64_t out_row = 0, int64_t added_row = 0) const;
-  // Rows are x_row, out_row and added_row floats apart; 0: side by side.
-  void run(int64_t rows, const float* x, float* out, const float* added, void* scratch, int64_t scratch_bytes,
-           int64_t x_row = 0, int64_t out_row = 0, int64_t added_row = 0) const;
-  int64_t packed_bytes() const { return conv_.packed_bytes(); }
-
- private:
-  FrozenConvCall call_of(int64_t rows, int64_t x_row, int64_t out_row, int64_t added_row) const;
-
-  const int64_t inputs_, outputs_;
-  const FrozenConv conv_;
 };
 
 }  // namespace cnnlstm_fast
