@@ -77,6 +77,8 @@ def extension():
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-psabi",
+            # Python's own flags ask for -g: a quarter of the time to compile, nine tenths of the library.
+            *([] if "CFLAGS" in os.environ else ["-g0"]),
             f"-DTORCH_TARGET_VERSION={TARGET_TORCH}",
             "-DPy_LIMITED_API=0x030a0000",
         ],

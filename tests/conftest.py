@@ -29,6 +29,9 @@ def pytest_configure(config):
         "markers", "first: takes long; begins early, so that nothing waits for it at the end"
     )
     config.addinivalue_line(
+        "markers", "some(count): each case takes seconds; so many run, and the seed decides which"
+    )
+    config.addinivalue_line(
         "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
     )
 
@@ -52,7 +55,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes minutes: set CNNLSTM_FAST_LONG=1"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    _take_combinations(config, items)
+    if os.environ.get("CNNLSTM_FAST_EVERY_CASE") != "1":
+        _take_some(config, items)
+        _take_combinations(config, items)
     _take_share(config, items)
     _measure_few(items)
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
@@ -72,13 +77,11 @@ def _keep(config, items, kept):
 
 
 def _take_combinations(config, items):
-    """Of a test of three parameters, cases that together have every pair of values; of more, every triple.
+    """Of a test of three parameters or more, cases that together have every pair of values.
 
     Which of those that do, the seed decides. CNNLSTM_FAST_EVERY_CASE=1 takes the whole product; cases for a
     GPU, which run rarely, are always taken.
     """
-    if os.environ.get("CNNLSTM_FAST_EVERY_CASE") == "1":
-        return
     here = [item for item in items if hasattr(item, "callspec") and not item.get_closest_marker("gpu")]
     left_out = set()
     for (path, name), cases in _cases_of_tests(here).items():
@@ -88,8 +91,7 @@ def _take_combinations(config, items):
         if parameters < 3:
             continue
         found = {
-            c: {*itertools.combinations([v for v in of if choices[v[0]] > 1], min(parameters - 1, 3))}
-            for c, of in values.items()
+            c: {*itertools.combinations([v for v in of if choices[v[0]] > 1], 2)} for c, of in values.items()
         }
         missing = set().union(*found.values())
         random.Random(f"{SEED} {path.name} {name}").shuffle(cases)
@@ -99,6 +101,19 @@ def _take_combinations(config, items):
                 if len(found[case] & missing) >= new:
                     missing -= found[case]
                     left_out.discard(case)
+    _keep(config, items, [item for item in items if item not in left_out])
+
+
+def _take_some(config, items):
+    """Of a test that is marked ``some``, as many cases as its marker says: which ones, the seed decides.
+
+    CNNLSTM_FAST_EVERY_CASE=1 takes all; cases for a GPU are always taken.
+    """
+    here = [item for item in items if item.get_closest_marker("some") and not item.get_closest_marker("gpu")]
+    left_out = set()
+    for (path, name), cases in _cases_of_tests(here).items():
+        random.Random(f"{SEED} {path.name} {name}").shuffle(cases)
+        left_out.update(cases[cases[0].get_closest_marker("some").args[0] :])
     _keep(config, items, [item for item in items if item not in left_out])
 
 

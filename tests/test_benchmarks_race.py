@@ -245,6 +245,7 @@ SMALL_INPUTS = {
 }
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("name", field.MODELS)
 def test_a_model_of_the_field_races(name, mode):

@@ -275,6 +275,7 @@ def assert_same_outcome(program, parts, x, grad, tolerance, **options):
         assert (a - b).nan_to_num().norm() <= tolerance * (1 + b.nan_to_num().norm())
 
 
+@pytest.mark.some(30)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("program", between.BETWEEN, ids=lambda program: program.__name__)
 def test_what_happens_between(program, train):

@@ -19,6 +19,7 @@ def compiled_cases():
     yield "maps", cf.TimeDistributed(nn.Sequential(*CHAINS["tutorial"][0]()), False, False), (2, 4, 3, 8, 8)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("case", compiled_cases(), ids=lambda case: case[0])
 def test_compile_without_graph_breaks(case, backend):

@@ -111,6 +111,7 @@ print("done", torch.get_num_threads())
 """
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     "env",
     [

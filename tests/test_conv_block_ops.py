@@ -256,6 +256,7 @@ OPCHECKED = [(plan, name, torch.float32) for plan in FUSED for name in BLOCKS]
 OPCHECKED += [(plan, "conv relu pool", torch.bfloat16) for plan in FUSED]
 
 
+@pytest.mark.some(6)
 @needs_extension
 @pytest.mark.parametrize(("plan", "name", "dtype"), OPCHECKED)
 def test_opcheck_forward(plan, name, dtype):
@@ -265,6 +266,7 @@ def test_opcheck_forward(plan, name, dtype):
         torch.library.opcheck(op.forward_op, (*args, op.PLANS[plan], keep))
 
 
+@pytest.mark.some(6)
 @needs_extension
 @pytest.mark.parametrize(("plan", "name", "dtype"), OPCHECKED)
 def test_opcheck_backward(plan, name, dtype):
@@ -326,6 +328,7 @@ def test_fake_kernels_know_the_shapes(block, keep):
             assert [tuple(g.shape) for g in grads] == [tuple(fake["x"].shape), (0,), (c,)]
 
 
+@pytest.mark.some(2)
 @plans
 def test_no_graph_break(plan, layout="columns_time_major"):
     """fullgraph, forward and backward, and again at another batch size."""

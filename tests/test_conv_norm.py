@@ -443,6 +443,7 @@ def test_the_same_bits_twice_and_on_any_number_of_threads(block, plan, training,
         assert all(torch.equal(results[0][k], other[k]) for k in other)
 
 
+@pytest.mark.some(3)
 @plans
 @modes
 @pytest.mark.parametrize("first", [False, True], ids=["all", "first layer"])
@@ -461,6 +462,7 @@ def test_no_graph_break(plan, training, first):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.some(2)
 @needs_extension
 @fused_plans
 @pytest.mark.parametrize("pool", [[], [2, 2, 2, 2, 0, 0, 1, 1, 0]], ids=["no pool", "pool"])

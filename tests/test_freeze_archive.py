@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import time
@@ -31,10 +32,15 @@ class Net(nn.Module):
         return self.fc(self.rnn(y.transpose(1, 2))[0]) * scale + self.offset
 
 
+@pytest.fixture(scope="module")
+def frozen_once():
+    """Capturing takes a second, and tests that read a file need no model of their own."""
+    return cf.freeze(Net().eval(), torch.randn(1, 3, 20))
+
+
 @pytest.fixture
-def saved(tmp_path):
-    frozen = cf.freeze(Net().eval(), torch.randn(1, 3, 20))
-    path = tmp_path / "net.cf"
+def saved(tmp_path, frozen_once):
+    frozen, path = copy.deepcopy(frozen_once), tmp_path / "net.cf"
     frozen.save(path)
     return frozen, path
 

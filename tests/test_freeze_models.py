@@ -38,6 +38,7 @@ def inputs_of(kind, shape):
 
 
 @pytest.mark.first
+@pytest.mark.some(4)
 @pytest.mark.parametrize("name", [*FIELD, *PUBLIC])
 @torch.no_grad()
 def test_models_of_the_field(name):

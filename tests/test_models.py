@@ -230,6 +230,7 @@ class Features(nn.Module):
         return self.model.features(x)
 
 
+@pytest.mark.some(2)
 @systems
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile_the_cnn_without_graph_breaks(name, backend):

@@ -312,6 +312,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "missing",
     [

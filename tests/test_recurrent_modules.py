@@ -363,6 +363,7 @@ def change(module, target, packed, frozen, mkldnn, state, x, states):
     return found
 
 
+@pytest.mark.some(15)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -500,6 +501,7 @@ def test_one_op_per_layer(kind, reset):
 # ---------------------------------------------------------------- compilers and exporters
 
 
+@pytest.mark.some(2)
 @kinds
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_whole(kind, backend):
@@ -562,6 +564,7 @@ def test_jit_trace_and_script(kind):
     assert_same(scripted(x), twin(x))
 
 
+@pytest.mark.some(2)
 @kinds
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.filterwarnings("ignore")

@@ -203,6 +203,7 @@ def test_weights_shared_by_cores(case):
     assert_case(case)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("more", [{}, {"reset": True, "lengths": True}], ids=["plain", "reset and lengths"])
 @modes
 def test_several_chunks(mode, more):

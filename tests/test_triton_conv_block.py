@@ -248,6 +248,7 @@ def test_the_gradient_of_a_sum_has_no_strides_at_all(kernels, plan):
     _assert_exact(kernels, TUTORIAL, tensors, torch.ones(()).expand(grad.shape), plan=plan)
 
 
+@pytest.mark.some(24)
 @plans
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join("NCHW"[axis] for axis in order))
 def test_every_memory_order_is_exact(kernels, order, plan):
@@ -255,6 +256,7 @@ def test_every_memory_order_is_exact(kernels, order, plan):
     _assert_exact(kernels, block, *integer_tensors(block, torch.bfloat16), plan=plan, order=order)
 
 
+@pytest.mark.some(13)
 @plans
 @pytest.mark.parametrize("block", SPECIAL_BLOCKS.values(), ids=SPECIAL_BLOCKS)
 def test_special_blocks_are_exact(kernels, block, plan):

@@ -151,6 +151,7 @@ def test_random_blocks(kernels, block, plan, training):
     kernels.assert_normed(block, normal_tensors(block, torch.float32), norm, plan=plan)
 
 
+@pytest.mark.some(20)
 @plans
 @modes
 @pytest.mark.parametrize("name", BLOCKS)
@@ -325,6 +326,7 @@ def _assert_exact(kernels, block, tensors, grad, *, plan, order=(0, 1, 2, 3)):
     same(grads[2][0], with_z, "the norm's weight")
 
 
+@pytest.mark.some(13)
 @plans
 @pytest.mark.parametrize("name", SPECIAL_BLOCKS)
 def test_special_blocks_are_exact(kernels, name, plan):

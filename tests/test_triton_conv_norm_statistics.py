@@ -24,6 +24,7 @@ def kernels(request):
     yield from norm_kernels(request.param)
 
 
+@pytest.mark.some(6)
 @plans
 @pytest.mark.parametrize("programs", [1, 18, 512])
 @pytest.mark.parametrize("keep_map", [False, True], ids=["no map", "map kept"])
@@ -38,6 +39,7 @@ def test_means_far_from_zero(kernels, constants_of_the_kernels, keep_map, progra
     kernels.assert_normed(block, tensors, norm, plan=plan, keep_map=keep_map)
 
 
+@pytest.mark.some(10)
 @plans
 @pytest.mark.parametrize("programs", [1, 18, 512])
 @pytest.mark.parametrize("where", OUTLIERS)

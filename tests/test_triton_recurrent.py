@@ -234,6 +234,7 @@ def _random_layers(count: int, most: int = 40, steps: int = 5):
     return pytest.mark.parametrize("layer", found, ids=[str(i) for i in range(count)])
 
 
+@pytest.mark.some(15)
 @dtypes
 @_random_layers(5)
 def test_random_layers_are_as_near_to_float64_as_torch(kernels, weights, layer, dtype):
@@ -246,6 +247,7 @@ def test_random_layers_are_as_near_to_float64_as_torch(kernels, weights, layer, 
 PLAIN = Layer("LSTM", batch=5, steps=3, width=6, hidden=20, directions=2, reset=True, lengths=True)
 
 
+@pytest.mark.some(6)
 @modes
 @pytest.mark.parametrize("how", STRIDED)
 def test_strided_and_expanded_inputs(kernels, mode, how):
@@ -338,6 +340,7 @@ def test_only_what_is_asked_for_is_computed(kernels, weights, mode):
             assert torch.equal(t, everything[name]), name
 
 
+@pytest.mark.some(6)
 @modes
 @pytest.mark.parametrize("given", ["out", "h_n", "c_n"])
 def test_a_gradient_of_one_result_alone(kernels, weights, mode, given):
@@ -356,6 +359,7 @@ def test_a_gradient_of_one_result_alone(kernels, weights, mode, given):
         assert torch.equal(t, expected[name]), name
 
 
+@pytest.mark.some(2)
 @modes
 def test_results_do_not_depend_on_the_rest_of_the_batch(kernels, weights, mode):
     layer = replace(PLAIN, mode=mode, batch=18)
@@ -526,6 +530,7 @@ def test_checks_leave_the_sizes_of_a_trace_open():
     assert not env.guards
 
 
+@pytest.mark.some(10)
 @modes
 @pytest.mark.parametrize(
     "lengths",
