@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import datetime
 import itertools
 import json
@@ -72,19 +73,48 @@ def compiled(backend: str) -> Callable[[nn.Module], nn.Module]:
     return wrap
 
 
-def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: float = 0.0) -> list[tuple]:
-    """What is seen when a program runs with a model that ``wrap`` has made of its own."""
+class Seen(list[tuple[str, Any]]):
+    """What a program lets see, by name; ``places`` are the lines of the program that raised, in order."""
+
+    places: list[list[int]]
+
+
+@contextlib.contextmanager
+def nudged_convolutions(nudged: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let convolutions round otherwise."""
+    own = {cls: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d)}
+    for cls, forward in own.items():
+        cls._conv_forward = lambda *args, forward=forward: nudged(forward(*args))
+    try:
+        yield
+    finally:
+        for cls, forward in own.items():
+            cls._conv_forward = forward
+
+
+def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: float = 0.0) -> Seen:
+    """What is seen when a program runs with a model that ``wrap`` has made of its own.
+
+    Args:
+        code: of the program.
+        wrap: what makes the model that runs of a plain one.
+        seed: of its data.
+        dtype: of its data and weights.
+        nudge: the relative size of noise on its data, its weights and what its convolutions give.
+    """
     space = sys.modules["program"] = types.ModuleType("program")
     exec(PRELUDE_CODE, space.__dict__)
     space.__dict__.update(SEED=seed, DTYPE=dtype, NUDGE=nudge)
     exec(code, space.__dict__)
     space.NOISE.manual_seed(seed + int(nudge * 1e12))
-    with space.caught():
+    with nudged_convolutions(space.nudged) if nudge else contextlib.nullcontext(), space.caught():
         space.drive(wrap)
     for hooks in GLOBAL_HOOKS:
         hooks.clear()
     torch.set_grad_enabled(True)
-    return space.seen
+    found = Seen(space.seen)
+    found.places = space.places
+    return found
 
 
 def far(mine: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -124,18 +154,18 @@ class Judge:
         self.may_refuse = UNSEEN_BY_OPERATORS.search(source) is not None
         self.eps = torch.finfo(torch.bfloat16 if low else torch.float32).eps
         self.plain = execute(code, plain, seed)
-        self.ways: list[list[tuple]] = []
+        self.ways: list[Seen] = []
         self.largest = 0.0  # of what gradients are sums of: one that cancels is as exact as its terms
         for name, value in self.plain:
             if isinstance(value, tuple) and value[2].is_floating_point() and name.startswith(_TERMS):
                 norm = value[2][value[2].isfinite()].double().norm().item()
                 self.largest = max(self.largest, norm)
 
-    def difference(self, seen: list[tuple]) -> tuple[str, str] | None:
+    def difference(self, seen: Seen) -> tuple[str, str] | None:
         """What differs first, as its kind and in words."""
         if not self.compares_gradients and self.steps:
             return None
-        end = len(self.plain)
+        end, places = len(self.plain), zip(self.plain.places, seen.places, strict=False)
         pairs = itertools.zip_longest(self.plain, seen, fillvalue=("the end", None))
         for at, ((name, value), (other, found)) in enumerate(pairs):
             if name == "raised in backward" or (name == "raised" != other and value is RuntimeError):
@@ -148,6 +178,10 @@ class Judge:
                 what = f"{found.__name__} is raised" if "raised" in other else f"{other!r} is seen"
                 return "raises" if "raised" in other + name else "other answers", f"{what} where {name!r} was"
             if name == "raised":
+                place, other_place = next(places)
+                if value is RuntimeError and place != other_place:
+                    end = at  # what PyTorch refuses worked, and the program went on to another error
+                    break
                 if not issubclass(found, value):
                     return "raises", f"{found.__name__} is raised where {value.__name__} was"
             elif not (isinstance(value, tuple) and isinstance(found, tuple)):
