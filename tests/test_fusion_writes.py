@@ -1,5 +1,7 @@
 """Operands and statistics that change between a convolution and the end of its block."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,58 @@ def test_input_changed_in_place_later(change, looks):
                 fast(x)
         for _ in range(3):
             torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("change", ["weight", "bias", "input"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_numpy_writes_before_an_unexpected_step(mode, normed, change, scale):
+    """The value is what it was, or an error says that it is lost, also where a norm hides the change."""
+
+    def forward(self, x):
+        self.x = x
+        y = self.conv(x)
+        if self.flag:
+            array = {"weight": self.conv.weight, "bias": self.conv.bias, "input": x}[change].detach().numpy()
+            array[...] = array * (1 + scale) + scale
+            return torch.tanh(y)  # not the norm or the ReLU that followed
+        return F.relu(self.bn(y) if normed else y)
+
+    model = module_with(forward).train(mode == "train")
+    fast = cf.accelerate(copy.deepcopy(model))
+    with torch.no_grad():
+        settle(fast, images())
+        fast(images())
+        fast.flag = model.flag = True
+        x = images()
+        expected = model(x.clone())
+        try:
+            got = fast(x.clone())
+        except RuntimeError as error:
+            assert "changed in place" in str(error) and not (change == "bias" and normed)
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            assert change == "bias" and normed
+
+
+def test_a_norm_flipped_behind_a_changed_bias():
+    """The norm takes the bias away again, so that nothing of the block shows the change."""
+
+    class Flipped(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            self.calls += 1
+            if self.calls % 3 == 2:
+                self.conv.bias.detach().numpy()[:] += 0.5
+            return self.bn(y)
+
+    plain, fast = pair(Flipped())
+    for call in range(4):
+        x = images()
+        if call == 1:
+            plain.bn.eval(), fast.bn.eval()
+        close(fast(x), plain(x))
 
 
 def test_input_always_changed_in_place():
