@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twins import grid
 
 import cnnlstm_fast as cf
+from cnnlstm_fast.fusion.context import Contents
 
 pytestmark = pytest.mark.usefixtures("always_worth_it")
 
@@ -33,6 +34,44 @@ CHANGES = {
     "running var numpy": lambda m: m.bn.running_var.numpy().__imul__(2),
     "reads statistics": lambda m: m.log.append(m.bn.running_mean.clone()),
 }
+
+
+def test_contents_of_any_tensors():
+    """Copies of tensors of all dtypes and strides, and what became of them."""
+    tensors = [
+        torch.randn(5), torch.randn(3).bfloat16(), torch.randn(0), torch.randn(4, 6).t(), torch.randn(()),
+        torch.full((7,), float("nan")), torch.randn(9)[::2], torch.randint(0, 9, (3,), dtype=torch.uint8),
+    ]  # fmt: skip
+    for at, changed in enumerate(tensors):
+        before = [t.clone() for t in tensors]
+        contents = Contents(tensors)
+        assert contents.same(tensors) and contents.same(tensors[:2]) and contents.same([])
+        assert all(contents.then(t) is None for t in [*tensors, torch.randn(2)])
+        if changed.numel():
+            changed.detach().view(-1)[-1:].add_(1) if changed.is_contiguous() else changed.add_(1)
+            if changed.isnan().any():
+                changed.zero_()
+            assert not contents.same(tensors) and contents.same(tensors[:at])
+            then = contents.then(changed)
+            assert then.stride() == torch.empty_like(changed).stride()
+            torch.testing.assert_close(then, before[at], rtol=0, atol=0, equal_nan=True)
+
+
+def test_wrong_calls_of_the_ops_of_contents():
+    copy, same = (
+        getattr(torch.ops.cnnlstm_fast, name).default for name in ("copy_contents", "same_contents")
+    )
+    held = copy([torch.randn(3), torch.randn(2)])
+    assert held.numel() == 32
+    for call in (
+        lambda: copy([]), lambda: copy([torch.randn(3), torch.randn(2, device="meta")]),
+        lambda: copy([torch.eye(3).to_sparse()]), lambda: same(held, [torch.randn(9)]),
+        lambda: same(held[::2], [torch.randn(3)]), lambda: same(held, [torch.randn(2)] * 3),
+        lambda: same(held.to("meta"), [torch.randn(2)]),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            call()
+    assert same(held, [])
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
