@@ -2,9 +2,10 @@
 
 Random Python programs are written by program_writer.py: a module with a forward as people write them, what
 may happen between a convolution and the end of its block, and a driver that calls the model several times.
-Each runs plain, accelerated and, one in :data:`COMPILED`, compiled with our backend; everything that can be
-seen must be the same: results, strides, gradients, buffers, inputs, what hooks saw, kept values, answers to
-questions of identity, exceptions. What fails is shrunk and printed as a script of its own.
+Each runs plain, accelerated and, one in :data:`COMPILED`, compiled with our backend. Of as many the model
+runs frozen in inference, without what else happens. All that can be seen must be the same: results, strides,
+gradients, buffers, inputs, what hooks saw, kept values, answers to questions of identity, exceptions.
+What fails is shrunk and printed as a script of its own.
 
 Numbers follow the rule of helpers.py: twice PyTorch's own error against float64 plus 16 eps. A program fails
 only if it does so with two drawings of its data, since a rounding that moves a pool's winner would not.
@@ -42,14 +43,14 @@ if __name__ == "__main__":  # who imports this for its judge keeps the usual siz
 
 import torch
 import torch._dynamo  # here, so that no child has to
-from program_writer import PRELUDE_CODE, Program, Writer, begin_at_any_size, labels
+from program_writer import PRELUDE_CODE, Frozen, Program, Writer, begin_at_any_size, labels
 from torch import nn
 
 import cnnlstm_fast as cf
 from benchmarks.results import Device
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Of how many programs one is compiled, the first half of its calls: dynamo takes seconds.
+#: Of how many programs one is compiled, the first half of its calls, and one frozen: both take seconds.
 COMPILED = 20
 #: Seconds after which a program counts as hanging.
 PATIENCE = 120
@@ -261,13 +262,19 @@ class Runner:
             models.append(self.accelerate(model))
             return models[-1]
 
-        wrap = accelerated if mode == "accelerate" else compiled("cnnlstm_fast")
+        def frozen(model):
+            models.append(Frozen(model))
+            return models[-1]
+
+        wrap = {"accelerate": accelerated, "compile": compiled("cnnlstm_fast"), "freeze": frozen}[mode]
         difference = None
         for seed in range(program.seed, program.seed + seeds):
             judge = Judge(code, seed, "bfloat16" in source, source)
             difference = judge.difference(execute(code, wrap, seed))
             if models and seed == program.seed:
-                self.counts["fused"] += fused(models[0])
+                frozen = isinstance(models[0], Frozen)
+                self.counts["one program"] += frozen and models[0].whole
+                self.counts["fused"] += not frozen and fused(models[0])
             if difference is None:
                 return None
             if mode == "compile" and judge.difference(execute(code, compiled("eager"), seed)):
@@ -329,13 +336,8 @@ def work(asked, first: int, last: int, end: float, file, journal: Path) -> None:
         if time.monotonic() > end or failed >= asked.most:
             return
         runner.counts.clear()
-        program = Writer(asked.seed * 10**6 + at).write()
         findings: list[dict] = []
-        for mode in ("accelerate", "compile"):
-            if mode == "compile":
-                if at % asked.compiled:
-                    continue
-                program = replace(program, drive=program.drive[: len(program.drive) // 2])
+        for mode, program in programs_of(Writer(asked.seed * 10**6 + at).write(), at, asked):
             journal.write_text(json.dumps({"at": at, "mode": mode}) + "\n" + program.script(mode))
             signal.alarm(PATIENCE)
             difference = runner.fails(program, mode)
@@ -350,6 +352,18 @@ def work(asked, first: int, last: int, end: float, file, journal: Path) -> None:
                 runner.counts = counts
         failed += len(findings)
         print(json.dumps({"at": at, "counts": runner.counts, "findings": findings}), file=file, flush=True)
+
+
+def programs_of(program: Program, at: int, asked) -> Iterator[tuple[str, Program]]:
+    """The modes in which the program of a number runs, and as what."""
+    if not asked.frozen_only:
+        yield "accelerate", program
+        if at % asked.compiled == 0:
+            yield "compile", replace(program, drive=program.drive[: len(program.drive) // 2])
+    if asked.frozen_only or at % asked.compiled == asked.compiled // 2:
+        plain_model = program.frozen()
+        if plain_model is not None:
+            yield "freeze", plain_model
 
 
 def finding(at: int, mode: str, kind: str, program: Program) -> dict:
@@ -407,7 +421,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--seed", type=int, default=int(os.environ.get("CNNLSTM_FAST_SEED", "0")))
     parser.add_argument("--first", type=int, default=0, help="the program to begin with")
-    parser.add_argument("--compiled", type=int, default=COMPILED, help="compile one program of so many")
+    parser.add_argument("--compiled", type=int, default=COMPILED, help="compile and freeze one of so many")
+    parser.add_argument("--frozen-only", action="store_true", help="freeze all models, and nothing else")
     parser.add_argument("--most", type=int, default=10, help="stop after so many that fail")
     parser.add_argument("--whole", action="store_true", help="do not shrink")
     parser.add_argument("--journal", type=Path, default=ROOT / "build" / "program.py")
