@@ -1,13 +1,34 @@
 """What the tests of ``accelerate`` and of ``fusion/`` share: models, and a comparison with eager."""
 
+import contextlib
 import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from twins import grid, on_grid
 
 import cnnlstm_fast as cf
+
+
+class Kinks(TorchFunctionMode):
+    """Notes how near to zero arguments of ReLUs and the like come, where rounding decides on gradients."""
+
+    NAMES = ("relu", "relu_", "leaky_relu", "leaky_relu_", "hardtanh", "hardtanh_")
+
+    def __init__(self):
+        super().__init__()
+        self.least = float("inf")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) in self.NAMES and args[0].numel():
+            self.least = min(self.least, args[0].detach().abs().min().item())
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def near(self) -> bool:
+        return self.least < 1e-5
 
 
 def settle(module: nn.Module, *inputs) -> None:
@@ -190,18 +211,22 @@ def close(got, expected) -> None:
 
 
 def assert_alike(plain: nn.Module, fast: nn.Module, calls: int = 6, grad: bool = True) -> None:
-    """Results, gradients of input and parameters, buffers and logs, call by call."""
+    """Results, gradients of input and parameters, buffers and logs, call by call.
+
+    Where rounding decides on what a ReLU lets pass, gradients are not compared.
+    """
     for _ in range(calls):
         x = grid(2, 3, 8, 6)
-        seen = []
+        seen, kinks = [], Kinks()
         for model in (plain, fast):
             model.zero_grad()
             given = x.clone().requires_grad_(grad)
-            with torch.set_grad_enabled(grad):
+            with torch.set_grad_enabled(grad), kinks if model is plain else contextlib.nullcontext():
                 out = model(given)
             values = [out]
             if grad:
                 (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+            if grad and not kinks.near:
                 values += [given.grad, *(p.grad for p in model.parameters())]
             values += [*model.buffers(), *model.parameters(), *model.log]
             seen.append([v.detach().clone() if isinstance(v, Tensor) else v for v in values])

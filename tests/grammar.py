@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 SEED, DTYPE, NUDGE = 0, torch.float32, 0.0
 NOISE = torch.Generator()
-seen, keep = [], {}
+seen, keep, places = [], {}, []
 
 
 def see(name, value):
@@ -52,12 +52,15 @@ def caught():
     try:
         yield
     except Exception as error:
-        functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        see("raised in backward" if {"backward", "grad"} & {*functions} else "raised", type(error))
+        frames = [*traceback.walk_tb(error.__traceback__)]
+        functions = {frame.f_code.co_name for frame, _ in frames}
+        own = [line for frame, line in frames if frame.f_code.co_filename == see.__code__.co_filename]
+        places.append(own[1:])
+        see("raised in backward" if {"backward", "grad"} & functions else "raised", type(error))
 
 
 def nudged(t):
-    return t * (1 + NUDGE * torch.randn(t.shape, generator=NOISE)) if NUDGE else t
+    return (t * (1 + NUDGE * torch.randn(t.shape, generator=NOISE))).to(t.dtype) if NUDGE else t
 
 
 def rand(*shape):

@@ -25,6 +25,22 @@ def begin_at_any_size() -> None:
     choose.GAIN_PERCENT = -(2**31)
 
 
+class Frozen(nn.Module):
+    """A model that is frozen for its first input."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.frozen, self.whole = model, None, False
+
+    def forward(self, x):
+        import cnnlstm_fast as cf
+
+        if self.frozen is None:
+            self.frozen = cf.freeze(self.model, x.clone())
+            self.whole = self.frozen.version_of((x,)) is not None  # it is one call into C++
+        return self.frozen(x)
+
+
 # ---------------------------------------------------------------- programs
 
 
@@ -58,19 +74,27 @@ def lines(nodes: tuple[Node, ...], indent: int, each: str = "") -> Iterator[str]
         yield from put(each)
 
 
+#: What a program does that a frozen model, which runs none of its Python, need not do again.
+STATEFUL = re.compile(r"self\.(calls|kept|held|running|done)|\b(keep|see)\b|\braise\b|weakref|\.tag\b")
+
+
 def labels(nodes: tuple[Node, ...]) -> set[str]:
     return {label for n in nodes for label in ({n.label} | labels(n.body or ()))} - {""}
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program: its modules by name, and the statements of ``__init__``, ``forward`` and the driver."""
+    """A program: its modules by name, and the statements of ``__init__``, ``forward`` and the driver.
+
+    Its ``forward`` counts its calls if it ``counts``.
+    """
 
     seed: int
     modules: dict[str, str] = field(hash=False)
     init: tuple[Node, ...] = ()
     forward: tuple[Node, ...] = ()
     drive: tuple[Node, ...] = ()
+    counts: bool = True
 
     def source(self) -> str:
         """The class and the driver."""
@@ -86,17 +110,29 @@ class Program:
             "        self.calls, self.kept, self.held = 0, None, []", *used, *([init] if init else []), "",
             "    def see(self, module, inputs, output):", '        see("method", output)', "",
             "    def saw(self, name, module, *args):", "        see(name, args[-1])",
-            "        self.held.append(args[-1])", "", "    def forward(self, x):", "        self.calls += 1",
-            "        y = u = a = x", *([forward] if forward else []), "", "", "def drive(wrap):",
+            "        self.held.append(args[-1])", "", "    def forward(self, x):",
+            *(["        self.calls += 1"] if self.counts else []), "        y = u = a = x",
+            *([forward] if forward else []), "", "", "def drive(wrap):",
             "    keep.clear()", "    model = wrap(build())",
             "    optimizer = torch.optim.SGD(model.parameters(), 0.01)",
             "    state = copy.deepcopy(model.state_dict())", *([drive] if drive else []), "",
         ))  # fmt: skip
 
+    def frozen(self) -> Program | None:
+        """The same model without what happens in between, called in inference; None where nothing is left."""
+        forward = tuple(n for n in self.forward if not n.label or n.label in ("moves", "side by side"))
+        if STATEFUL.search("\n".join(lines(forward, 0))) or not any("self.c" in n.text for n in forward):
+            return None
+        inputs = [n for n in self.drive if n.text.startswith("x = ")]
+        call = Node("with caught():", "", (Node("with torch.no_grad():\n    see('out', model(x))"),))
+        drive = [Node("model.eval()"), *(n for given in inputs for n in (given, call, Node('see("x", x)')))]
+        return replace(self, init=(), forward=forward, drive=tuple(drive), counts=False)
+
     def script(self, mode: str) -> str:
         """All of it, to be run as it is."""
-        wrap = {"accelerate": "cf.accelerate", "compile": "compiled"}[mode]
-        footer = grammar.FOOTER.format(begin=inspect.getsource(begin_at_any_size), wrap=wrap)
+        wrap = {"accelerate": "cf.accelerate", "compile": "compiled", "freeze": "Frozen"}[mode]
+        begin = inspect.getsource(begin_at_any_size) + "\n\n" + inspect.getsource(Frozen)
+        footer = grammar.FOOTER.format(begin=begin, wrap=wrap)
         prelude = grammar.PRELUDE.replace("NUDGE = 0", f"NUDGE = {self.seed}")
         return prelude + self.source() + footer
 

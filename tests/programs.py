@@ -2,9 +2,10 @@
 
 Random Python programs are written by program_writer.py: a module with a forward as people write them, what
 may happen between a convolution and the end of its block, and a driver that calls the model several times.
-Each runs plain, accelerated and, one in :data:`COMPILED`, compiled with our backend; everything that can be
-seen must be the same: results, strides, gradients, buffers, inputs, what hooks saw, kept values, answers to
-questions of identity, exceptions. What fails is shrunk and printed as a script of its own.
+Each runs plain, accelerated and, one in :data:`COMPILED`, compiled with our backend. Of as many the model
+runs frozen in inference, without what else happens. All that can be seen must be the same: results, strides,
+gradients, buffers, inputs, what hooks saw, kept values, answers to questions of identity, exceptions.
+What fails is shrunk and printed as a script of its own.
 
 Numbers follow the rule of helpers.py: twice PyTorch's own error against float64 plus 16 eps. A program fails
 only if it does so with two drawings of its data, since a rounding that moves a pool's winner would not.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import datetime
 import itertools
 import json
@@ -41,14 +43,14 @@ if __name__ == "__main__":  # who imports this for its judge keeps the usual siz
 
 import torch
 import torch._dynamo  # here, so that no child has to
-from program_writer import PRELUDE_CODE, Program, Writer, begin_at_any_size, labels
+from program_writer import PRELUDE_CODE, Frozen, Program, Writer, begin_at_any_size, labels
 from torch import nn
 
 import cnnlstm_fast as cf
 from benchmarks.results import Device
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Of how many programs one is compiled, the first half of its calls: dynamo takes seconds.
+#: Of how many programs one is compiled, the first half of its calls, and one frozen: both take seconds.
 COMPILED = 20
 #: Seconds after which a program counts as hanging.
 PATIENCE = 120
@@ -72,19 +74,48 @@ def compiled(backend: str) -> Callable[[nn.Module], nn.Module]:
     return wrap
 
 
-def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: float = 0.0) -> list[tuple]:
-    """What is seen when a program runs with a model that ``wrap`` has made of its own."""
+class Seen(list[tuple[str, Any]]):
+    """What a program lets see, by name; ``places`` are the lines of the program that raised, in order."""
+
+    places: list[list[int]]
+
+
+@contextlib.contextmanager
+def nudged_convolutions(nudged: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let convolutions round otherwise."""
+    own = {cls: cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d)}
+    for cls, forward in own.items():
+        cls._conv_forward = lambda *args, forward=forward: nudged(forward(*args))
+    try:
+        yield
+    finally:
+        for cls, forward in own.items():
+            cls._conv_forward = forward
+
+
+def execute(code, wrap, seed: int, dtype: torch.dtype = torch.float32, nudge: float = 0.0) -> Seen:
+    """What is seen when a program runs with a model that ``wrap`` has made of its own.
+
+    Args:
+        code: of the program.
+        wrap: what makes the model that runs of a plain one.
+        seed: of its data.
+        dtype: of its data and weights.
+        nudge: the relative size of noise on its data, its weights and what its convolutions give.
+    """
     space = sys.modules["program"] = types.ModuleType("program")
     exec(PRELUDE_CODE, space.__dict__)
     space.__dict__.update(SEED=seed, DTYPE=dtype, NUDGE=nudge)
     exec(code, space.__dict__)
     space.NOISE.manual_seed(seed + int(nudge * 1e12))
-    with space.caught():
+    with nudged_convolutions(space.nudged) if nudge else contextlib.nullcontext(), space.caught():
         space.drive(wrap)
     for hooks in GLOBAL_HOOKS:
         hooks.clear()
     torch.set_grad_enabled(True)
-    return space.seen
+    found = Seen(space.seen)
+    found.places = space.places
+    return found
 
 
 def far(mine: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -124,18 +155,18 @@ class Judge:
         self.may_refuse = UNSEEN_BY_OPERATORS.search(source) is not None
         self.eps = torch.finfo(torch.bfloat16 if low else torch.float32).eps
         self.plain = execute(code, plain, seed)
-        self.ways: list[list[tuple]] = []
+        self.ways: list[Seen] = []
         self.largest = 0.0  # of what gradients are sums of: one that cancels is as exact as its terms
         for name, value in self.plain:
             if isinstance(value, tuple) and value[2].is_floating_point() and name.startswith(_TERMS):
                 norm = value[2][value[2].isfinite()].double().norm().item()
                 self.largest = max(self.largest, norm)
 
-    def difference(self, seen: list[tuple]) -> tuple[str, str] | None:
+    def difference(self, seen: Seen) -> tuple[str, str] | None:
         """What differs first, as its kind and in words."""
         if not self.compares_gradients and self.steps:
             return None
-        end = len(self.plain)
+        end, places = len(self.plain), zip(self.plain.places, seen.places, strict=False)
         pairs = itertools.zip_longest(self.plain, seen, fillvalue=("the end", None))
         for at, ((name, value), (other, found)) in enumerate(pairs):
             if name == "raised in backward" or (name == "raised" != other and value is RuntimeError):
@@ -148,6 +179,10 @@ class Judge:
                 what = f"{found.__name__} is raised" if "raised" in other else f"{other!r} is seen"
                 return "raises" if "raised" in other + name else "other answers", f"{what} where {name!r} was"
             if name == "raised":
+                place, other_place = next(places)
+                if value is RuntimeError and place != other_place:
+                    end = at  # what PyTorch refuses worked, and the program went on to another error
+                    break
                 if not issubclass(found, value):
                     return "raises", f"{found.__name__} is raised where {value.__name__} was"
             elif not (isinstance(value, tuple) and isinstance(found, tuple)):
@@ -227,13 +262,19 @@ class Runner:
             models.append(self.accelerate(model))
             return models[-1]
 
-        wrap = accelerated if mode == "accelerate" else compiled("cnnlstm_fast")
+        def frozen(model):
+            models.append(Frozen(model))
+            return models[-1]
+
+        wrap = {"accelerate": accelerated, "compile": compiled("cnnlstm_fast"), "freeze": frozen}[mode]
         difference = None
         for seed in range(program.seed, program.seed + seeds):
             judge = Judge(code, seed, "bfloat16" in source, source)
             difference = judge.difference(execute(code, wrap, seed))
             if models and seed == program.seed:
-                self.counts["fused"] += fused(models[0])
+                frozen = isinstance(models[0], Frozen)
+                self.counts["one program"] += frozen and models[0].whole
+                self.counts["fused"] += not frozen and fused(models[0])
             if difference is None:
                 return None
             if mode == "compile" and judge.difference(execute(code, compiled("eager"), seed)):
@@ -295,13 +336,8 @@ def work(asked, first: int, last: int, end: float, file, journal: Path) -> None:
         if time.monotonic() > end or failed >= asked.most:
             return
         runner.counts.clear()
-        program = Writer(asked.seed * 10**6 + at).write()
         findings: list[dict] = []
-        for mode in ("accelerate", "compile"):
-            if mode == "compile":
-                if at % asked.compiled:
-                    continue
-                program = replace(program, drive=program.drive[: len(program.drive) // 2])
+        for mode, program in programs_of(Writer(asked.seed * 10**6 + at).write(), at, asked):
             journal.write_text(json.dumps({"at": at, "mode": mode}) + "\n" + program.script(mode))
             signal.alarm(PATIENCE)
             difference = runner.fails(program, mode)
@@ -316,6 +352,18 @@ def work(asked, first: int, last: int, end: float, file, journal: Path) -> None:
                 runner.counts = counts
         failed += len(findings)
         print(json.dumps({"at": at, "counts": runner.counts, "findings": findings}), file=file, flush=True)
+
+
+def programs_of(program: Program, at: int, asked) -> Iterator[tuple[str, Program]]:
+    """The modes in which the program of a number runs, and as what."""
+    if not asked.frozen_only:
+        yield "accelerate", program
+        if at % asked.compiled == 0:
+            yield "compile", replace(program, drive=program.drive[: len(program.drive) // 2])
+    if asked.frozen_only or at % asked.compiled == asked.compiled // 2:
+        plain_model = program.frozen()
+        if plain_model is not None:
+            yield "freeze", plain_model
 
 
 def finding(at: int, mode: str, kind: str, program: Program) -> dict:
@@ -373,7 +421,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--seed", type=int, default=int(os.environ.get("CNNLSTM_FAST_SEED", "0")))
     parser.add_argument("--first", type=int, default=0, help="the program to begin with")
-    parser.add_argument("--compiled", type=int, default=COMPILED, help="compile one program of so many")
+    parser.add_argument("--compiled", type=int, default=COMPILED, help="compile and freeze one of so many")
+    parser.add_argument("--frozen-only", action="store_true", help="freeze all models, and nothing else")
     parser.add_argument("--most", type=int, default=10, help="stop after so many that fail")
     parser.add_argument("--whole", action="store_true", help="do not shrink")
     parser.add_argument("--journal", type=Path, default=ROOT / "build" / "program.py")

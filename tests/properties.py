@@ -71,6 +71,7 @@ def main() -> int:
     asked.output.parent.mkdir(parents=True, exist_ok=True)
     found = {
         "cases": sum(r["cases"] for r in runs), "passed": all(r["passed"] for r in runs), "seed": asked.seed,
+        "limits at their least": os.environ.get("CNNLSTM_FAST_LEAST") == "1",
         "torch": torch.__version__, "python": platform.python_version(), "runs": runs,
     }  # fmt: skip
     asked.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerated import Doubling, ReluInside, Same, gradients, module_with
+from accelerated import Doubling, Kinks, ReluInside, Same, gradients, module_with
 from torch.utils.checkpoint import checkpoint
 from twins import grid, real_strides
 
@@ -141,7 +141,8 @@ def test_traps(trap, mode):
         torch.manual_seed(3)
         got = fast(x)
         torch.manual_seed(3)
-        expected = twin(x)
+        with Kinks() as kinks:
+            expected = twin(x)
         assert real_strides(got) == real_strides(expected)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         grad = torch.randn_like(expected)
@@ -153,7 +154,7 @@ def test_traps(trap, mode):
         )
         for mine, true in zip(ours, theirs, strict=True):
             assert (mine is None) == (true is None)
-            if mine is not None:
+            if mine is not None and not kinks.near:
                 torch.testing.assert_close(mine, true, rtol=1e-3, atol=1e-3)
         for name, buffer in twin.named_buffers():
             torch.testing.assert_close(fast.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)

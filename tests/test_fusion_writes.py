@@ -1,5 +1,7 @@
 """Operands and statistics that change between a convolution and the end of its block."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twins import grid
 
 import cnnlstm_fast as cf
+from cnnlstm_fast.fusion.context import Contents
 
 pytestmark = pytest.mark.usefixtures("always_worth_it")
 
@@ -31,6 +34,44 @@ CHANGES = {
     "running var numpy": lambda m: m.bn.running_var.numpy().__imul__(2),
     "reads statistics": lambda m: m.log.append(m.bn.running_mean.clone()),
 }
+
+
+def test_contents_of_any_tensors():
+    """Copies of tensors of all dtypes and strides, and what became of them."""
+    tensors = [
+        torch.randn(5), torch.randn(3).bfloat16(), torch.randn(0), torch.randn(4, 6).t(), torch.randn(()),
+        torch.full((7,), float("nan")), torch.randn(9)[::2], torch.randint(0, 9, (3,), dtype=torch.uint8),
+    ]  # fmt: skip
+    for at, changed in enumerate(tensors):
+        before = [t.clone() for t in tensors]
+        contents = Contents(tensors)
+        assert contents.same(tensors) and contents.same(tensors[:2]) and contents.same([])
+        assert all(contents.then(t) is None for t in [*tensors, torch.randn(2)])
+        if changed.numel():
+            changed.detach().view(-1)[-1:].add_(1) if changed.is_contiguous() else changed.add_(1)
+            if changed.isnan().any():
+                changed.zero_()
+            assert not contents.same(tensors) and contents.same(tensors[:at])
+            then = contents.then(changed)
+            assert then.stride() == torch.empty_like(changed).stride()
+            torch.testing.assert_close(then, before[at], rtol=0, atol=0, equal_nan=True)
+
+
+def test_wrong_calls_of_the_ops_of_contents():
+    copy, same = (
+        getattr(torch.ops.cnnlstm_fast, name).default for name in ("copy_contents", "same_contents")
+    )
+    held = copy([torch.randn(3), torch.randn(2)])
+    assert held.numel() == 32
+    for call in (
+        lambda: copy([]), lambda: copy([torch.randn(3), torch.randn(2, device="meta")]),
+        lambda: copy([torch.eye(3).to_sparse()]), lambda: same(held, [torch.randn(9)]),
+        lambda: same(held[::2], [torch.randn(3)]), lambda: same(held, [torch.randn(2)] * 3),
+        lambda: same(held.to("meta"), [torch.randn(2)]),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            call()
+    assert same(held, [])
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -219,6 +260,58 @@ def test_input_changed_in_place_later(change, looks):
                 fast(x)
         for _ in range(3):
             torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("change", ["weight", "bias", "input"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_numpy_writes_before_an_unexpected_step(mode, normed, change, scale):
+    """The value is what it was, or an error says that it is lost, also where a norm hides the change."""
+
+    def forward(self, x):
+        self.x = x
+        y = self.conv(x)
+        if self.flag:
+            array = {"weight": self.conv.weight, "bias": self.conv.bias, "input": x}[change].detach().numpy()
+            array[...] = array * (1 + scale) + scale
+            return torch.tanh(y)  # not the norm or the ReLU that followed
+        return F.relu(self.bn(y) if normed else y)
+
+    model = module_with(forward).train(mode == "train")
+    fast = cf.accelerate(copy.deepcopy(model))
+    with torch.no_grad():
+        settle(fast, images())
+        fast(images())
+        fast.flag = model.flag = True
+        x = images()
+        expected = model(x.clone())
+        try:
+            got = fast(x.clone())
+        except RuntimeError as error:
+            assert "changed in place" in str(error) and not (change == "bias" and normed)
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            assert change == "bias" and normed
+
+
+def test_a_norm_flipped_behind_a_changed_bias():
+    """The norm takes the bias away again, so that nothing of the block shows the change."""
+
+    class Flipped(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            self.calls += 1
+            if self.calls % 3 == 2:
+                self.conv.bias.detach().numpy()[:] += 0.5
+            return self.bn(y)
+
+    plain, fast = pair(Flipped())
+    for call in range(4):
+        x = images()
+        if call == 1:
+            plain.bn.eval(), fast.bn.eval()
+        close(fast(x), plain(x))
 
 
 def test_input_always_changed_in_place():

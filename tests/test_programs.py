@@ -9,6 +9,8 @@ import subprocess
 import sys
 import weakref
 from functools import partial
+from itertools import islice
+from unittest.mock import ANY
 
 import programs
 import pytest
@@ -158,6 +160,26 @@ def test_planted_faults_are_found(wrong, one_thread):
 
 
 @pytest.mark.not_measured
+def test_planted_faults_of_frozen_models_are_found(one_thread, monkeypatch):
+    """A frozen model that is a little wrong is found, and a right one runs as one call into C++."""
+    runner = programs.Runner()
+    plain_models = (model for program in some_programs() if (model := program.frozen()) is not None)
+    for model in plain_models:
+        assert runner.fails(model, "freeze") is None, model.script("freeze")
+        if runner.counts["one program"]:
+            break
+    freeze = programs.cf.freeze
+
+    def wrong(model, x):
+        for c in convolutions(model):
+            c.weight.data.mul_(1.01)
+        return freeze(model, x)
+
+    monkeypatch.setattr(programs.cf, "freeze", wrong)
+    assert any(runner.fails(m, "freeze") == ("other values", ANY) for m in [model, *islice(plain_models, 5)])
+
+
+@pytest.mark.not_measured
 def test_rounding_is_no_fault(one_thread):
     """A model that rounds otherwise passes, in programs that change nothing behind autograd's back."""
     runner, ran = programs.Runner(rounded), 0
@@ -168,6 +190,19 @@ def test_rounding_is_no_fault(one_thread):
         if found := runner.fails(program, "accelerate"):
             raise AssertionError(f"{found}\n{program.script('accelerate')}")
     assert ran > 20
+
+
+def test_what_pytorch_refuses_may_go_on_to_another_error(one_thread):
+    """And an error of another kind in the same place is a fault."""
+    seen = []
+    for places in ([[7]], [[9]], [[7]]):
+        found = programs.Seen([("raised", RuntimeError if not seen else AttributeError)])
+        found.places = places
+        seen.append(found)
+    judge = programs.Judge.__new__(programs.Judge)
+    judge.compares_gradients, judge.steps, judge.may_refuse, judge.plain = True, False, False, seen[0]
+    assert judge.difference(seen[1]) is None
+    assert judge.difference(seen[2]) == ("raises", "AttributeError is raised where RuntimeError was")
 
 
 def test_the_same_seed_writes_the_same_program():

@@ -22,7 +22,11 @@ def grid(*shape: int, step: float = 0.25, top: float = 2.0) -> Tensor:
 
 @torch.no_grad()
 def on_grid(module: nn.Module) -> nn.Module:
-    """Put the parameters of convolutions and batch norms, and their statistics, on a grid; in place."""
+    """Put the parameters of convolutions and batch norms, and their statistics, on a grid; in place.
+
+    The biases of norms lie between the points that a norm of running statistics maps a convolution's values
+    to, so that nothing behind one is zero, where rounding would decide what a ReLU lets pass.
+    """
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d)):
             for p in m.parameters():
@@ -32,7 +36,7 @@ def on_grid(module: nn.Module) -> nn.Module:
             m.running_mean.copy_(grid(m.num_features))
             m.running_var.copy_(4.0 ** torch.randint(-1, 2, (m.num_features,)) - m.eps)
             m.weight.copy_(grid(m.num_features, step=0.5, top=1.0))
-            m.bias.copy_(grid(m.num_features))
+            m.bias.copy_(grid(m.num_features) + 2.0**-9)
     return module
 
 

@@ -31,5 +31,5 @@ The files, lowest first: ``match`` (what a block is), ``calls`` (function calls 
 ``layout`` (where PyTorch would put a result), ``run`` (one call of the block function), ``context`` (modes
 and operands of a call), ``tensors`` (what the Tensor subclasses share), ``ways`` (the ways to run a site),
 ``plan`` (what is known of one chain), ``writes`` (watching for writes to operands), ``observe``, ``handoff``,
-``speculate``, ``timing`` (of the ways), ``site``.
+``graph`` (a speculated call for autograd), ``speculate``, ``timing`` (of the ways), ``site``.
 """

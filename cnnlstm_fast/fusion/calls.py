@@ -26,9 +26,9 @@ class Norm(NamedTuple):
     eps: float = 1e-5
 
     @property
-    def read(self) -> tuple[Tensor | None, ...]:
+    def read(self) -> list[Tensor]:
         """The tensors that its result depends on, beside the input."""
-        return self[2:4] if self.training else self[:4]
+        return [t for t in (self[2:4] if self.training else self[:4]) if t is not None]
 
     def uncounted(self) -> Norm:
         """The same call without running statistics, so that it updates none."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -94,3 +94,66 @@ def fingerprint(tensors: Iterable[Tensor | None], by_reading: bool = False) -> t
 
 
 _NONE = (None, None, None, None)
+
+
+def hash_of(t: Tensor) -> int:
+    """A hash of what one small tensor on the CPU holds, as cheap as a call can be."""
+    given = t if t.is_contiguous() else t.detach().contiguous()
+    return torch.ops.cnnlstm_fast.fingerprint.default(given, None, None, None)
+
+
+class Contents:
+    """What small tensors held at a moment: copies of them all.
+
+    On the CPU every kind of write to them shows. Elsewhere only what their version counters count does.
+
+    Attributes:
+        tensors: the tensors.
+        copies: of each of them; on the CPU their bytes in one tensor, each from a multiple of 16 on. None
+            where what happens to them is unknown.
+        versions: of the tensors, where they are not on the CPU.
+    """
+
+    __slots__ = ("copies", "tensors", "versions")
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = tensors
+        self.copies: Tensor | list[Tensor] | None = None
+        self.versions: list[int] | None = None
+        try:
+            if tensors and tensors[0].is_cpu:
+                with torch._C._AutoDispatchBelowAutograd():
+                    self.copies = torch.ops.cnnlstm_fast.copy_contents.default(tensors)
+            else:
+                self.versions = [t._version for t in tensors]
+                self.copies = [t.detach().clone() for t in tensors]
+        except (AttributeError, RuntimeError):  # no compiled kernels, no version counter, not strided
+            pass
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors``, the first ones or all, hold what they held then."""
+        if self.copies is None:
+            return False
+        if self.versions is not None:
+            return [t._version for t in tensors] == self.versions[: len(tensors)]
+        with torch._C._AutoDispatchBelowAutograd():
+            return not tensors or torch.ops.cnnlstm_fast.same_contents.default(self.copies, tensors)
+
+    def then(self, t: Tensor) -> Tensor | None:
+        """What ``t`` held, as a new tensor; None where it holds the same, or is not among the tensors."""
+        at = 0
+        for number, one in enumerate(self.tensors):
+            size = one.numel() * one.element_size()
+            if one is t and self.copies is not None:
+                if self.versions is not None:
+                    then, same = self.copies[number], self.versions[number] == t._version
+                else:
+                    then = cast(Tensor, self.copies)[at : at + size].view(t.dtype).view(t.shape)
+                    same = torch.equal(_bits(then), _bits(t.detach()))
+                return None if same else torch.empty_like(t.detach()).copy_(then)
+            at += -(-size // 16) * 16
+        return None
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().flatten().view(torch.uint8)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_iter, tree_map
 from cnnlstm_fast.functional.epilogue import Program, moments_of, run_program
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Norm, is_sum
-from cnnlstm_fast.fusion.context import Context, context_of, fingerprint, has_saved_tensor_hooks
+from cnnlstm_fast.fusion.context import Contents, Context, context_of, has_saved_tensor_hooks, hash_of
+from cnnlstm_fast.fusion.graph import OperandsToPlaceholders, PlaceholdersToResult, SpeculatedGraph
 from cnnlstm_fast.fusion.handoff import ChannelsLastHandoff, hand_on
 from cnnlstm_fast.fusion.observe import ObservedTensor
 from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan, Step
@@ -37,10 +38,11 @@ class Speculation:
         moments: statistics of the batch of a program's norm (:func:`moments_of`).
         added: the other operand of a program's sum, and what it held when the sum ran.
         norm: the norm's arguments, first as expected, then as given.
-        norm_fingerprint, norm_values: a hash and copies of the norm's tensors as the block read them.
+        contents: copies of the norm's tensors and of the bias, as the block read them; None without a norm.
+        bias_hash: of a bias that is not copied: its change is noticed then, and cannot be undone.
         batch_statistics: mean and unbiased variance of the batch; the norm's call updates its running
             statistics with them.
-        versions: of the convolution's operands.
+        versions: of the other operands.
         placeholders: weak references to all of them.
         unreleased: placeholders that the program has not received yet, the next one last.
         graph: what the gradients need, or None without gradients.
@@ -50,8 +52,8 @@ class Speculation:
     """
 
     __slots__ = (
-        "__weakref__", "added", "added_then", "answers_metadata", "batch_statistics", "context", "conv",
-        "done", "function", "graph", "handed", "head", "moments", "norm", "norm_fingerprint", "norm_values",
+        "__weakref__", "added", "added_then", "answers_metadata", "batch_statistics", "bias_hash",
+        "contents", "context", "conv", "done", "function", "graph", "handed", "head", "moments", "norm",
         "placeholders", "plan", "position", "result", "session", "shape_plan", "site", "token", "unreleased",
         "versions", "x",
     )  # fmt: skip
@@ -65,59 +67,74 @@ class Speculation:
         self.function, self.x, self.conv, self.handed = function, x, conv, handed
         self.position = 0
         self.norm: Norm | None = plan.norm
-        self.norm_fingerprint: tuple | None = None
-        self.norm_values: list[Tensor | None] = []
+        self.contents: Contents | None = None
+        self.bias_hash: int | None = None
+        bias = conv.bias if x.is_cpu else None
+        if self.norm is not None:
+            self.contents = Contents([*self.norm.read, bias] if bias is not None else self.norm.read)
+        elif bias is not None and plan.steps:
+            self.bias_hash = hash_of(bias)
         self.batch_statistics: tuple[Tensor, Tensor] | None = None
         self.graph: SpeculatedGraph | None = None
         self.placeholders: list[weakref.ref] = []
         self.unreleased: list[Placeholder] = []
         self.done = self.answers_metadata = False
         self.token: weakref.ref[Token] | None = None
-        self.versions = _versions(x, *conv[:2])
         self.head: Tensor | None = None
         self.moments: Tensor | None = None
         self.added: Tensor | None = None
         self.added_then: Tensor | None = None
-        self.result: Tensor | None = self._run_program() if plan.is_program else self._run()
+        self.versions = _versions(*self._watched_operands())
+        self.result: Tensor | None = None
+        if plan.is_program:
+            self.head, self.moments = self._run_head(x, conv, self.norm)
+            self.batch_statistics = self._statistics_of_moments()
+            if plan.sum_at is None:
+                self.result = self._run_epilogue(None)
+        else:
+            self.result, self.batch_statistics = self._run_block(x, conv, self.norm)
 
-    def _run(self) -> Tensor:
-        """The block's result from its operands' present values; no running statistics are updated."""
-        norm, module = self.norm, None
+    def _run_block(
+        self, x: Tensor, conv: Conv, norm: Norm | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The block's result, and mean and variance of the batch for its norm's running statistics.
+
+        The running statistics themselves are not updated.
+        """
+        statistics = module = None
         if norm is not None:
-            self.norm_fingerprint = fingerprint(norm.read)
-            self.norm_values = [None if t is None else t.detach().clone() for t in norm.read]
             if norm.training and norm.running_mean is not None:
                 mean, var = (torch.zeros_like(cast(Tensor, t)) for t in norm[:2])
-                self.batch_statistics = mean, var
+                statistics = mean, var
                 norm = norm._replace(running_mean=mean, running_var=var, momentum=1.0)
-            module = norm.module(self.conv.weight.shape[0], self.x.dim())
+            module = norm.module(conv.weight.shape[0], x.dim())
         parts = module, self.plan.activation, self.plan.pool
-        result = run.run_block(self.x, self.conv, *parts, layout=self.shape_plan.layout)
+        result = run.run_block(x, conv, *parts, layout=self.shape_plan.layout)
         if self.shape_plan.hands_on and result.is_contiguous():  # one position or channel: PyTorch's strides
             result = result.flatten().view(result.shape)
-        return result
+        return result, statistics
 
-    def _run_program(self) -> Tensor | None:
-        """As :meth:`_run`, by a call of the first steps and an epilogue; None where that waits for a sum."""
-        norm, plan, at = self.norm, self.plan, self.shape_plan.head
-        channels = self.conv.weight.shape[0]
-        if norm is not None:
-            self.norm_fingerprint = fingerprint(norm.read)
-            self.norm_values = [None if t is None else t.detach().clone() for t in norm.read]
-        parts = plan.head_parts(at, self.conv, self.x, norm)
-        head = run.run_block(self.x, self.conv, *parts, None, layout=self.shape_plan.layout)
-        if norm is not None and norm.training:
-            self.moments = moments = moments_of(head, self._program())
-            if norm.running_mean is not None and norm.running_var is not None:
-                count = head.numel() // channels
-                mean, var = moments[0], moments[1] * (count / (count - 1))
-                self.batch_statistics = mean.to(norm.running_mean.dtype), var.to(norm.running_var.dtype)
-        self.head = head
-        return None if plan.sum_at is not None else self._run_epilogue(None)
+    def _run_head(self, x: Tensor, conv: Conv, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """The first steps of a program in one call, and the statistics of the batch for its norm."""
+        parts = self.plan.head_parts(self.shape_plan.head, conv, x, norm)
+        head = run.run_block(x, conv, *parts, None, layout=self.shape_plan.layout)
+        trained = norm is not None and norm.training
+        return head, moments_of(head, self._program(norm)) if trained else None
 
-    def _program(self) -> Program:
+    def _statistics_of_moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and unbiased variance of the batch, in the dtypes of the running statistics."""
+        norm, moments, head = self.norm, self.moments, self.head
+        if norm is None or moments is None or head is None:
+            return None
+        if norm.running_mean is None or norm.running_var is None:
+            return None
+        count = head.numel() // self.conv.weight.shape[0]
+        mean, var = moments[0], moments[1] * (count / (count - 1))
+        return mean.to(norm.running_mean.dtype), var.to(norm.running_var.dtype)
+
+    def _program(self, norm: Norm | None) -> Program:
         """The steps behind the first ones."""
-        program, norm = self.shape_plan.program, self.norm
+        program = self.shape_plan.program
         assert program is not None
         if program.norm is None or norm is None:
             return program
@@ -132,7 +149,7 @@ class Speculation:
         if watched is not None:
             names = [str(step) for step in self.plan.steps[self.shape_plan.head :]]
             watched.epilogue_begins(head, self.conv.weight, "+".join(names))
-        result = run_program(head, self._program(), added, self.moments)
+        result = run_program(head, self._program(self.norm), added, self.moments)
         if watched is not None:
             watched.block_ends(result)
         return result
@@ -226,7 +243,7 @@ class Speculation:
             return None
         added = self._added_operand(args[1 if first else 0])
         norm = self.norm
-        if added is None or (norm is not None and fingerprint(norm.read) != self.norm_fingerprint):
+        if added is None or (norm is not None and not cast(Contents, self.contents).same(norm.read)):
             return None
         self.added = added
         self.versions += _versions(added)
@@ -285,7 +302,7 @@ class Speculation:
         if any([a is not b for a, b in zip(given[:4], expected[:4], strict=True)]):
             self.plan.norm = given  # the next call may have the same tensors
             return False
-        if self.norm_fingerprint is None or fingerprint(given.read) != self.norm_fingerprint:
+        if not cast(Contents, self.contents).same(given.read):
             return False
         self.norm = given
         if self.batch_statistics is not None:
@@ -338,11 +355,11 @@ class Speculation:
 
     def close(self) -> None:
         """End the speculation with its session."""
-        self.unreleased, self.result, self.head = [], None, None
+        self.unreleased = []
         if self._pending():
             self.site.disable("its values are still held when the model's forward has ended")
             self.materialize()
-        self.done = True
+        self.done, self.result, self.head = True, None, None
 
     def materialize(self, below: bool = False) -> None:
         """Compute the values of all placeholders that the program holds, by PyTorch's own operators.
@@ -352,34 +369,28 @@ class Speculation:
         """
         if self.token is not None:
             self.session.writes.end(self.token)
-        late, expected = self.done and self.graph is not None, self.result
+        late, running = self.done and self.graph is not None, not self.done
         if late:
             self.site.disable("its values are used after the block has run")
         elif not self.done:
             self.site.mispredicted(self.plan)
-        self.done, self.result, self.head, self.unreleased = True, None, None, []
+        self.done, self.unreleased = True, []
         held = {value._at: value for value in self._pending()}
-        x, conv, norm, graph = self.x, self.conv, self._norm_at_run(), self.graph
-        if _versions(x, *conv[:2], self.added) != self.versions:
+        graph = self.graph
+        if _versions(*self._watched_operands()) != self.versions or (running and self._has_changed()):
             self._raise_operand_changed()
+        self.result = self.head = None
         if self.added is not None and late:
             self.added_then = self.added.detach().clone()
-        with self.context.entered(x.device.type):
+        with self.context.entered(self.x.device.type):
+            x, conv, norm = self._operands_then(graph is not None)
             if graph is not None:
-                # Aliases: where one operand depends on another, gradients do not flow that way.
-                operands: list[Any] = [t if t is None else alias(t) for t in (x, *conv[:2])]
-                if norm is not None:
-                    operands += [t if t is None else alias(t) for t in norm[2:4]]
-                    norm = norm._replace(weight=operands[3], bias=operands[4])
+                operands = [x, *conv[:2], *(() if norm is None else norm[2:4])]
                 if self.added is not None:
                     self.added = alias(self.added)
                     operands.append(self.added)
                 graph.operands = tuple(operands)
-                x, weight, bias, *_ = operands
-                conv = conv._replace(weight=weight, bias=bias)
             y = self.function(x.contiguous() if self.handed else x, *conv)
-            if expected is not None:
-                self._check(y.detach(), expected)
             for at in range(max(held, default=-1) + 1):
                 if at:
                     y = self._step(at - 1, y, norm)
@@ -387,25 +398,71 @@ class Speculation:
                     y = held[at].resolve(y, graph, keep=late or below)
         self.graph = None
 
-    def _norm_at_run(self) -> Norm | None:
-        """The norm's arguments, its tensors with the values that the block has read."""
-        norm = self.norm
-        if norm is None or fingerprint(norm.read) == self.norm_fingerprint:
-            return norm
-        then: list[Any] = [
-            None if t is None or read is None else t + (read - t).detach()
-            for t, read in zip(norm.read, self.norm_values, strict=True)
-        ]
-        if norm.training:
-            return norm._replace(weight=then[0], bias=then[1])
-        return norm._replace(**dict(zip(Norm._fields[:4], then, strict=True)))
+    def _watched_operands(self) -> tuple[Tensor | None, ...]:
+        """Operands of which there are no copies."""
+        copied = self.x.is_cpu and self.contents is not None
+        return *(self.conv[:1] if copied else self.conv[:2]), self.x, self.added
 
-    def _check(self, y: Tensor, expected: Tensor) -> None:
-        """Raise an error if the convolution's value, computed now, does not lead to the block's result."""
-        with torch.no_grad():
-            error, size = (self.run_steps_from(0, y) - expected).float().norm(), expected.float().norm()
-        if error.isfinite() and error > 0.05 * size + 1e-6:
-            self._raise_operand_changed()
+    def _then(self, t: Tensor | None, with_graph: bool = False) -> Tensor | None:
+        """An operand with what it held when the block read it; ``with_graph`` wants an alias in any case.
+
+        Where one operand depends on another, no gradients flow that way from an alias.
+        """
+        if t is None:
+            return None
+        then = None if self.contents is None else self.contents.then(t)
+        if then is not None:
+            return alias_by(t, lambda _: then)
+        return alias(t) if with_graph else t
+
+    def _operands_then(self, with_graph: bool = False) -> tuple[Tensor, Conv, Norm | None]:
+        """Input, the convolution's and the norm's arguments as the block has read them."""
+        x, weight, bias = [self._then(t, with_graph) for t in (self.x, *self.conv[:2])]
+        norm = self._norm_then(with_graph)
+        return cast(Tensor, x), self.conv._replace(weight=cast(Tensor, weight), bias=bias), norm
+
+    def _norm_then(self, with_graph: bool = False) -> Norm | None:
+        norm = self.norm
+        if norm is None:
+            return None
+        weight, bias = [self._then(t, with_graph) for t in norm[2:4]]
+        if not norm.training:
+            mean, var = [self._then(t) for t in norm[:2]]
+            norm = norm._replace(running_mean=mean, running_var=var)
+        return norm._replace(weight=weight, bias=bias)
+
+    def _has_changed(self) -> bool:
+        """Whether an operand holds something else than when the block read it, as far as its result shows.
+
+        The block runs again on what its operands hold now. It gives the same bits if they hold the same.
+        """
+        if self.bias_hash is not None and hash_of(cast(Tensor, self.conv.bias)) != self.bias_hash:
+            return True
+        watched, observer.current = observer.current, None
+        try:
+            with self.context.entered(self.x.device.type):
+                found, again = self._run_again(*self._operands_then())
+        except (RuntimeError, ValueError):  # they do not even fit
+            return True
+        finally:
+            observer.current = watched
+        tolerance = min(64 * torch.finfo(self.plan.dtypes[0]).eps, 0.05)
+        then = self.moments if self.plan.is_program else self.batch_statistics
+        if then is not None and again is not None:
+            one, other = [torch.stack([mean, var.sqrt()]) for mean, var in (again, then)]
+            if _differ(one, other, tolerance):
+                return True
+        expected = self.head if self.result is None else self.result
+        return expected is not None and _differ(found.detach(), expected.detach(), tolerance)
+
+    def _run_again(self, x: Tensor, conv: Conv, norm: Norm | None) -> tuple[Tensor, Any]:
+        """What has run so far, and the statistics of the batch."""
+        if not self.plan.is_program:
+            return self._run_block(x, conv, norm)
+        found, moments = self._run_head(x, conv, norm)
+        if self.head is None:
+            found = run_program(found, self._program(norm), self.added, moments)
+        return found, moments
 
     def _raise_operand_changed(self) -> None:
         self.site.disable("its operands are changed in place before its result is used")
@@ -434,7 +491,7 @@ class Speculation:
 
     def run_steps_from(self, at: int, y: Tensor) -> Tensor:
         """The result from value ``at``, by PyTorch's own operators."""
-        norm = self._norm_at_run()
+        norm = self._norm_then()
         for number in range(at, len(self.plan.steps)):
             inplace = self.plan.steps[number].found.inplace
             y = self._step(number, y.clone() if inplace else y, norm, self.added_then)
@@ -443,6 +500,17 @@ class Speculation:
 
 def _versions(*tensors: Tensor | None) -> list[int]:
     return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+
+def _differ(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two runs of one call differ by more than another order of its sums may make."""
+    if torch.equal(found, expected):
+        return False
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return True
+    error = (found[finite] - expected[finite]).float().norm()
+    return bool(error > tolerance * expected[finite].float().norm())
 
 
 def _exchange(value: Placeholder, true: Tensor) -> bool:
@@ -456,101 +524,6 @@ def _exchange(value: Placeholder, true: Tensor) -> bool:
     value.__dict__.update(true.__dict__)
     value.__class__ = type(true)  # type: ignore[assignment]
     return True
-
-
-# ---------------------------------------------------------------- gradients
-
-
-class SpeculatedGraph:
-    """A speculated call in the autograd graph, with placeholders between its operands and its result.
-
-    :class:`OperandsToPlaceholders` leads from the operands to the placeholders,
-    :class:`PlaceholdersToResult` from these and the block to the result. Gradients flow from the latter
-    through the block itself; those of a placeholder are computed only where somebody holds it.
-
-    Attributes:
-        speculation: until its result has been returned.
-        needs: which operands need a gradient.
-        operands: aliases of them, from which ``true`` was computed.
-        true: by slot of a placeholder that got a value: its speculation, its number, and that value.
-        given: by slot, the gradient that :class:`PlaceholdersToResult` gave in the backward that runs now.
-    """
-
-    def __init__(self, speculation: Speculation, operands: tuple):
-        self.speculation: Speculation | None = speculation
-        self.needs = [t is not None and t.requires_grad for t in operands]
-        self.operands: tuple = ()
-        self.true: dict[int, tuple[Speculation, int, Tensor]] = {}
-        self.given: dict[int, Tensor] = {}
-
-
-class OperandsToPlaceholders(torch.autograd.Function):
-    """From a block's operands to the placeholders of its values."""
-
-    @staticmethod
-    def forward(ctx, graph, slots, *tensors):
-        ctx.graph, ctx.slots = graph, slots
-        ctx.set_materialize_grads(False)
-        values = graph.speculation.make_placeholders(slots, "strides")
-        if not any(graph.needs[:3]):  # only the norm's parameters need gradients
-            ctx.mark_non_differentiable(*(value for value in values if value._at == 0))
-        return tuple(values)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        graph: SpeculatedGraph = ctx.graph
-        nothing = (None,) * len(ctx.needs_input_grad)
-        extra = {}  # gradients from other readers than the block
-        for slot, grad in zip(ctx.slots, grads, strict=True):
-            given = graph.given.pop(slot, None)
-            if grad is not None and grad is not given:
-                extra[slot] = grad if given is None else grad - given
-        if not extra:
-            return nothing
-        values = [graph.true[slot][2] for slot in extra]
-        count = len(ctx.needs_input_grad) - 2  # the placeholders before a sum don't depend on what it adds
-        needed = [i for i, need in enumerate(graph.needs[:count]) if need]
-        operands = [graph.operands[i] for i in needed]
-        found = torch.autograd.grad(
-            values, operands, list(extra.values()), retain_graph=True, create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )  # fmt: skip
-        by_operand = dict(zip(needed, found, strict=True))
-        return None, None, *(by_operand.get(i) for i in range(count))
-
-
-class PlaceholdersToResult(torch.autograd.Function):
-    """From the block's own result and its placeholders to the result that the program gets."""
-
-    @staticmethod
-    def forward(ctx, graph, result, *values):
-        ctx.graph, ctx.slots = graph, [value._slot for value in values]
-        ctx.set_materialize_grads(False)
-        return result.data
-
-    @staticmethod
-    def backward(ctx, grad):
-        true: dict = ctx.graph.true
-        given: dict[int, Tensor] = {}
-        if grad is not None:
-            for slot in ctx.slots:
-                if slot in true:
-                    speculation, at, value = true[slot]
-                    given[slot] = _gradient_at(speculation, at, value, grad)
-            ctx.graph.given = given
-        return None, grad, *(given.get(slot) for slot in ctx.slots)
-
-
-def _gradient_at(speculation: Speculation, at: int, value: Tensor, grad: Tensor) -> Tensor:
-    again = torch.is_grad_enabled()
-    with speculation.context.entered(value.device.type):
-        if not again:
-            value = value.detach().requires_grad_()
-        (found,) = torch.autograd.grad(
-            speculation.run_steps_from(at, value), value, grad.to(speculation.plan.dtypes[-1]),
-            create_graph=again,
-        )  # fmt: skip
-    return found
 
 
 # ---------------------------------------------------------------- placeholders
