@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerated import NET_BLOCKS, Net, assert_same, images, net, results, settle
+from accelerated import NET_BLOCKS, Kinks, Net, assert_same, images, net, results, settle
 from field_models import freshen
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -302,8 +302,12 @@ def test_vmap_and_jvp():
 
 
 def test_double_backward():
-    model = net().eval()
-    fast, x = cf.accelerate(model), images()
+    model, kinks = net().eval(), None
+    while kinks is None or kinks.near:  # there, rounding decides what a ReLU lets pass
+        x = images()
+        with Kinks() as kinks:
+            model(x)
+    fast = cf.accelerate(model)
     settle(fast, x)
 
     def second(module):
