@@ -208,7 +208,7 @@ def assert_normed(
                 for _, true_part, *their_parts in zip(*parts, strict=True) for way in their_parts
             )  # fmt: skip
             for c, (part, true_part, *their_parts) in enumerate(zip(*parts, strict=True)):
-                if true_part.count_nonzero() < 0.1 * true_part.numel():  # the few that a ReLU passed are noise
+                if true_part.count_nonzero() < 0.1 * true_part.numel():  # what a ReLU passed is noise
                     continue
                 ways_of_channel = [*their_parts, (true_part * (1 + own)).to(part.dtype)]
                 assert_close_as_torch(part, ways_of_channel, true_part, f"channel {c} of {what}")
