@@ -42,6 +42,7 @@ sources = [
     "csrc/recurrent.cpp",
     "csrc/recurrent_description.cpp",
     "csrc/recurrent_packing.cpp",
+    "csrc/recurrent_stack.cpp",
     "csrc/recurrent_steps.cpp",
     "csrc/recurrent_stream.cpp",
     "csrc/tensors.cpp",

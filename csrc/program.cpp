@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kMostSlots = int64_t{1} << 24;
 constexpr int64_t kNone = -1;
 

@@ -11,6 +11,7 @@
 #include "memory.h"
 #include "packed_recurrent.h"
 #include "program.h"
+#include "recurrent_stack.h"
 
 namespace cnnlstm_fast {
 
@@ -368,36 +369,60 @@ class BlockNode : public Node {
 
 // ---- Recurrent layers
 
+// Layers one behind the other, mostly one.
 class RecurrentNode : public Node {
  public:
   explicit RecurrentNode(Code& code)
       : x_(code.next_read()),
-        h0_(code.next_maybe_read()),
-        c0_(code.next_maybe_read()),
+        keep_(code.next_maybe_read()),
         reset_(code.next_maybe_read()),
         lengths_(code.next_maybe_read()),
-        layer_(shared_layer(code)),
-        batch_first_(code.next_bool()),
-        out_(code.next_maybe_written()),
-        h_n_(code.next_maybe_written()),
-        c_n_(code.next_maybe_written()) {}
+        mode_(code.next_between(0, 1)),
+        batch_first_(code.next_bool()) {
+    for (int64_t count = code.next_count(); count > 0; --count) layers_.push_back(read_layer(code));
+    STD_TORCH_CHECK(!layers_.empty() && (layers_.size() == 1 || (reset_ < 0 && lengths_ < 0)) &&
+                        (keep_ < 0 || (reset_ < 0 && lengths_ < 0)),
+                    "program: layers one behind the other have neither resets nor lengths");
+    out_ = code.next_maybe_written();
+    for (Layer& l : layers_) l.h_n = code.next_maybe_written(), l.c_n = code.next_maybe_written();
+  }
 
   void run(Frame& frame) const override {
-    auto [out, h_n, c_n] = layer_->run(frame.tensor(x_), maybe(frame, h0_), maybe(frame, c0_), maybe(frame, reset_),
-                                       maybe(frame, lengths_), batch_first_);
-    if (out_ >= 0) frame.tensors[out_] = std::move(out);
-    if (h_n_ >= 0) frame.tensors[h_n_] = std::move(h_n);
-    if (c_n_ >= 0) frame.tensors[c_n_] = std::move(c_n);
+    const Tensor& x = frame.tensor(x_);
+    if (layers_.size() == 1 && keep_ < 0) {
+      const Layer& l = layers_[0];
+      auto [out, h_n, c_n] = l.layer->run(x, maybe(frame, l.h0), maybe(frame, l.c0), maybe(frame, reset_),
+                                          maybe(frame, lengths_), batch_first_);
+      put(frame, out_, out), put(frame, l.h_n, h_n), put(frame, l.c_n, c_n);
+      return;
+    }
+    std::vector<StackLayer> stack;
+    for (const Layer& l : layers_) stack.push_back({l.layer, maybe(frame, l.h0), maybe(frame, l.c0)});
+    const StackResults found = run_stack(stack, x, maybe(frame, keep_), batch_first_);
+    put(frame, out_, found.out);
+    for (size_t i = 0; i < layers_.size(); ++i)
+      put(frame, layers_[i].h_n, found.h_n[i]), put(frame, layers_[i].c_n, found.c_n[i]);
   }
 
  private:
+  struct Layer {
+    int64_t h0, c0;
+    std::shared_ptr<const PackedRecurrent> layer;
+    int64_t h_n = -1, c_n = -1;
+  };
+
   static std::optional<Tensor> maybe(const Frame& frame, int64_t slot) {
     return slot < 0 ? std::optional<Tensor>() : frame.tensors[slot];
   }
 
+  static void put(Frame& frame, int64_t slot, const Tensor& t) {
+    if (slot >= 0) frame.tensors[slot] = t;
+  }
+
   // A loop over steps that was unrolled has many nodes with the same weights.
-  static std::shared_ptr<const PackedRecurrent> shared_layer(Code& code) {
-    const int64_t mode = code.next_between(0, 1), number = code.next_between(0, int64_t{1} << 20);
+  Layer read_layer(Code& code) const {
+    Layer found{code.next_maybe_read(), code.next_maybe_read(), nullptr};
+    const int64_t number = code.next_between(0, int64_t{1} << 20);
     std::vector<DirectionWeights> directions;
     for (int64_t count = code.next_between(1, 2); count > 0; --count) {
       const Tensor w_ih = code.next_constant(), w_hh = code.next_constant();
@@ -405,14 +430,15 @@ class RecurrentNode : public Node {
       directions.push_back({w_ih, w_hh, b_ih, b_hh, code.next_maybe_constant()});
     }
     std::shared_ptr<const PackedRecurrent>& layer = code.layers[number];
-    if (!layer) layer = std::make_shared<const PackedRecurrent>(std::move(directions), mode);
-    return layer;
+    if (!layer) layer = std::make_shared<const PackedRecurrent>(std::move(directions), mode_);
+    found.layer = layer;
+    return found;
   }
 
-  const int64_t x_, h0_, c0_, reset_, lengths_;
-  const std::shared_ptr<const PackedRecurrent> layer_;
+  const int64_t x_, keep_, reset_, lengths_, mode_;
   const bool batch_first_;
-  const int64_t out_, h_n_, c_n_;
+  std::vector<Layer> layers_;
+  int64_t out_ = -1;
 };
 
 // ---- Sums of tensors

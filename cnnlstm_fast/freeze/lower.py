@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from cnnlstm_fast.freeze.capture import Capture
 from cnnlstm_fast.freeze.layouts import result_order
+from cnnlstm_fast.freeze.loops import roll_loops
 from cnnlstm_fast.freeze.nodes import GraphNode, names_in
 from cnnlstm_fast.freeze.passes import (
     VIEWS,
@@ -78,6 +79,7 @@ def lower(captured: Capture) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     graph = captured.graph
     optimise(graph, set(captured.constants))
+    roll_loops(graph)
     return _Lowering(captured).run()
 
 
@@ -232,7 +234,7 @@ class _Lowering:
         )  # fmt: skip
 
     def _recurrent(self, node: GraphNode) -> None:
-        x, h0, c0, reset, lengths, weights, mode, batch_first = node.args
+        x, h0, c0, reset, lengths, weights, mode, batch_first, keep = node.args
         names = [None if w is None else w.name for w in weights]
         number = self.layers.setdefault(tuple(names), len(self.layers))
         outs: list[str | None] = [None] * 4
@@ -240,7 +242,7 @@ class _Lowering:
             outs[user.args[1]] = user.name
         given = {
             key: None if t is None else t.name
-            for key, t in (("h0", h0), ("c0", c0), ("reset", reset), ("lengths", lengths))
+            for key, t in (("h0", h0), ("c0", c0), ("reset", reset), ("lengths", lengths), ("keep", keep))
         }
         self.nodes.append(
             {"op": "recurrent", "from": node.name, "x": x.name, **given, "weights": names, "layer": number,

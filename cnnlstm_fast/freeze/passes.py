@@ -25,8 +25,8 @@ def block(x, weight, bias, *, signal, conv, activation, act, pool):
     raise NotImplementedError
 
 
-def recurrent(x, h0, c0, reset, lengths, weights, mode, batch_first):
-    """A recurrent layer of constant weights."""
+def recurrent(x, h0, c0, reset, lengths, weights, mode, batch_first, keep):
+    """A recurrent layer of constant weights; the state is multiplied by ``keep`` (T, B) before each step."""
     raise NotImplementedError
 
 
@@ -320,7 +320,7 @@ def _fuse_recurrent(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> 
         return
     with graph.inserting_before(node):
         packed = graph.call_function(
-            recurrent, (x, h0, c0, reset, lengths, tuple(weights), mode, batch_first)
+            recurrent, (x, h0, c0, reset, lengths, tuple(weights), mode, batch_first, None)
         )
     packed.meta = dict(node.meta)
     node.replace_all_uses_with(packed)

@@ -82,7 +82,7 @@ class Version:
 def _packed_names(program: dict) -> set[str]:
     layers = [node for node in program["nodes"] if node["op"] == "recurrent"]
     others = [node for node in program["nodes"] if node["op"] != "recurrent"]
-    inputs = [{key: node[key] for key in ("x", "h0", "c0", "reset", "lengths")} for node in layers]
+    inputs = [{key: node[key] for key in ("x", "h0", "c0", "reset", "lengths", "keep")} for node in layers]
     read = set(names_in([others, inputs, program["prelude"], program["outputs"]]))
     return {name for node in layers for name in node["weights"] if name is not None} - read
 

@@ -17,9 +17,10 @@ and:
 - ``block``: input, weight, bias, whether it is of signals (N, C, L), ``conv``, ``activation``, ``act``,
   ``pool`` and ``order`` as in :mod:`cnnlstm_fast.ops.conv_block`, pairs of (positions of a map, plan), the
   slot. The plan is that of the nearest number of positions.
-- ``recurrent``: ``x, h0, c0, reset, lengths``, mode, a number that nodes of the same weights share,
-  directions, the weights of each, ``batch_first``, slots of ``out``, ``h_n``, ``c_n``: as in
-  :mod:`cnnlstm_fast.ops.recurrent`.
+- ``recurrent``: ``x``, ``keep``, ``reset``, ``lengths``, mode, ``batch_first``; layers one behind the other,
+  of each ``h0``, ``c0``, a number that nodes of the same weights share, directions, the weights of each; the
+  slot of ``out`` of the last layer, and of every layer those of ``h_n`` and ``c_n``. Terms are those of
+  :mod:`cnnlstm_fast.ops.recurrent`; states are multiplied by ``keep`` (T, B) before each step.
 - ``sum``: a, b and t of ``a + t * b``, the slot.
 
 A number is ``0, value`` or ``1, int slot``. Lists begin with their length. -1 is no tensor.
@@ -31,7 +32,7 @@ import torch
 
 from cnnlstm_fast.ops import conv_block
 
-VERSION = 1
+VERSION = 2
 KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum")
 ARGUMENTS = (
     "null", "tensor", "int", "float", "bool", "ints", "tensors", "string", "floats", "bools", "dtype",
