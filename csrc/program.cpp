@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kVersion = 2;
 constexpr int64_t kMostSlots = int64_t{1} << 24;
-constexpr int64_t kNone = -1;
+constexpr int64_t kNoTensor = -1;
 
 }  // namespace
 
@@ -77,7 +77,7 @@ int64_t Code::next_read() {
 }
 
 int64_t Code::next_maybe_read() {
-  if (at_ < values_.size() && values_[at_] == kNone) return next();
+  if (at_ < values_.size() && values_[at_] == kNoTensor) return next();
   return next_read();
 }
 
@@ -95,7 +95,7 @@ int64_t Code::next_written() {
 }
 
 int64_t Code::next_maybe_written() {
-  if (at_ < values_.size() && values_[at_] == kNone) return next();
+  if (at_ < values_.size() && values_[at_] == kNoTensor) return next();
   return next_written();
 }
 
@@ -111,7 +111,7 @@ const Tensor& Code::next_constant() {
 }
 
 std::optional<Tensor> Code::next_maybe_constant() {
-  if (at_ < values_.size() && values_[at_] == kNone) {
+  if (at_ < values_.size() && values_[at_] == kNoTensor) {
     next();
     return {};
   }
@@ -124,7 +124,8 @@ namespace {
 
 using Reader = std::unique_ptr<Node> (*)(Code&);
 // In the order of KINDS in cnnlstm_fast/ops/program.py.
-constexpr Reader kReaders[] = {read_call, read_arithmetic, read_view, read_block, read_recurrent, read_sum};
+constexpr Reader kReaders[] = {read_call,      read_arithmetic, read_view,  read_block,
+                               read_recurrent, read_sum,        read_linear};
 constexpr int64_t kKinds = sizeof(kReaders) / sizeof(kReaders[0]);
 
 }  // namespace

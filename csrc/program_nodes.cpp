@@ -275,7 +275,7 @@ class BlockNode : public Node {
     }
     STD_TORCH_CHECK(!plans_.empty(), "program: a block has no plan");
     to_ = code.next_written();
-    if (std::any_of(plans_.begin(), plans_.end(), [](const Measured& m) { return m.plan < 0; })) pack();
+    if (has_plan([](int64_t plan) { return plan < 0; })) pack(code);
   }
 
   void run(Frame& frame) const override {
@@ -319,21 +319,21 @@ class BlockNode : public Node {
   }
 
   // By weights that lie in the order in which the kernels read them.
-  void pack() {
+  void pack(Code& code) {
     STD_TORCH_CHECK(weight_.scalar_type() == ScalarType::Float && weight_.dim() == 4 && conv_.size() > 6,
                     "program: only float32 weights of 4 dimensions are packed");
-    const Tensor weight = torch::stable::contiguous(weight_);
-    FrozenConvDescription description{weight.size(1) * conv_[6], weight.size(0), weight.size(2), weight.size(3)};
+    FrozenConvDescription description{weight_.size(1) * conv_[6], weight_.size(0), weight_.size(2), weight_.size(3)};
     description.conv = conv_, description.pool = pool_, description.out_order = order_;
     description.activation = activation_, description.act = act_;
+    description.winograd = has_plan([](int64_t plan) { return plan == kPackedWinograd; });
     constexpr int64_t kFewPlanes = 8;  // images come in planes, other maps with their channels side by side
     if (description.channels < kFewPlanes) description.in_order = {0, 1, 2, 3};
-    std::optional<Tensor> bias;
-    if (bias_) {
-      check_argument("a frozen block", "bias", bias_, {weight.size(0)}, ScalarType::Float);
-      bias = torch::stable::contiguous(*bias_);
-    }
-    packed_.emplace(description, floats(weight), bias ? floats(*bias) : nullptr);
+    packed_ = code.packed(description, weight_, bias_);
+  }
+
+  template <class F>
+  bool has_plan(const F& wanted) const {
+    return std::any_of(plans_.begin(), plans_.end(), [&](const Measured& m) { return wanted(m.plan); });
   }
 
   void run_packed(int64_t plan, const Tensor& x, const Tensor& out) const {
@@ -363,7 +363,7 @@ class BlockNode : public Node {
   const Floats act_;
   const Ints pool_, order_;
   std::vector<Measured> plans_;
-  std::optional<FrozenConv> packed_;
+  std::shared_ptr<const FrozenConv> packed_;
   int64_t to_ = -1;
 };
 

@@ -33,6 +33,7 @@ from cnnlstm_fast.freeze.passes import (
     block,
     constant_nodes,
     folded,
+    linear,
     optimise,
     recurrent,
     value_of,
@@ -216,6 +217,8 @@ class _Lowering:
             self._append("arithmetic", node.name, kind="size", of=node.args[0].name, dim=node.args[1])
         elif target is block:
             self._block(node)
+        elif target is linear:
+            self._linear(node)
         elif target is recurrent:
             self._recurrent(node)
         elif not isinstance(target, torch._ops.OpOverload):
@@ -232,6 +235,11 @@ class _Lowering:
             "block", node.name, x=x.name, weight=weight.name, bias=None if bias is None else bias.name,
             order=result_order(node), **node.kwargs,
         )  # fmt: skip
+
+    def _linear(self, node: GraphNode) -> None:
+        x, weight, bias = node.args
+        bias = None if bias is None else bias.name
+        self._append("linear", node.name, x=x.name, weight=weight.name, bias=bias, **node.kwargs)
 
     def _recurrent(self, node: GraphNode) -> None:
         x, h0, c0, reset, lengths, weights, mode, batch_first, keep = node.args

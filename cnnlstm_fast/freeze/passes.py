@@ -1,7 +1,7 @@
 """What is done once to a captured graph: norms folded, blocks and recurrent layers made one node each.
 
 Works on graphs of :mod:`cnnlstm_fast.freeze.capture`: every operator is without side effects. A fused node
-calls one of the functions :func:`block`, :func:`recurrent` and :func:`folded`, which stand for nodes of
+calls one of the functions :func:`block`, :func:`linear`, :func:`recurrent` and :func:`folded`, which stand for nodes of
 :mod:`cnnlstm_fast.freeze.program` and are never run.
 """
 
@@ -22,6 +22,11 @@ aten = torch.ops.aten
 
 def block(x, weight, bias, *, signal, conv, activation, act, pool):
     """A convolution, an activation and a max pool; arguments as in :mod:`cnnlstm_fast.ops.conv_block`."""
+    raise NotImplementedError
+
+
+def linear(x, weight, bias, *, activation, act):
+    """A linear layer of constant weights and an activation."""
     raise NotImplementedError
 
 
@@ -79,6 +84,8 @@ def optimise(graph: Graph, constants: set[str]) -> None:
             _fuse_block(graph, node, constant)
         elif node.target is torch.ops.cnnlstm_fast.recurrent_layer.default:
             _fuse_recurrent(graph, node, constant)
+        elif node.target is aten.linear.default:
+            _fuse_linear(graph, node, constant)
     graph.eliminate_dead_code()
 
 
@@ -304,6 +311,30 @@ def _pool(node: GraphNode) -> list[int] | None:
     if kernel[0] * kernel[1] > BYTE_WINDOW or max(dilation) > 1:
         return None
     return [*kernel, *given, *padding, *dilation, int(bool(argument(node, 5, "ceil_mode", False)))]
+
+
+def _fuse_linear(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None:
+    """Make one node of a linear layer of constant weights and the activation behind it."""
+    x, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+    if (
+        x in constant
+        or weight not in constant
+        or (bias is not None and bias not in constant)
+        or value_of(x).device.type != "cpu"
+        or any(value_of(t).dtype is not torch.float32 for t in (x, weight))
+        or value_of(weight).dim() != 2
+        or 0 in value_of(weight).shape
+    ):
+        return
+    end, activation, act = node, None, []
+    following = _only_user(node)
+    if following is not None and following.args[0] is node and (found := _activation(following)):
+        end, (activation, act) = following, found
+    with graph.inserting_before(node):
+        fused = graph.call_function(linear, (x, weight, bias), {"activation": activation, "act": act})
+    fused.meta = dict(end.meta)
+    end.replace_all_uses_with(fused)
+    graph.eliminate_dead_code()
 
 
 def _fuse_recurrent(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None:

@@ -227,6 +227,13 @@ class _Encoder:
         a, b, times = self.slots[node["a"]], self.slots[node["b"]], self._float(node["times"])
         return [a, b, times, self._written(node["out"])]
 
+    def _linear(self, node: Node) -> list[int]:
+        return [
+            self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]),
+            ACTIVATIONS[node["activation"]], *_list([self._float(a) for a in node["act"]]),
+            self._written(node["out"]),
+        ]  # fmt: skip
+
     def _call(self, node: Node) -> list[int]:
         schema = operator_named(node["name"])._schema
         name, _, overload = node["name"].partition(".")

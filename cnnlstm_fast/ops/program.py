@@ -22,6 +22,8 @@ and:
   slot of ``out`` of the last layer, and of every layer those of ``h_n`` and ``c_n``. Terms are those of
   :mod:`cnnlstm_fast.ops.recurrent`; states are multiplied by ``keep`` (T, B) before each step.
 - ``sum``: a, b and t of ``a + t * b``, the slot.
+- ``linear``: input, weight, bias, ``activation`` and ``act`` as in :mod:`cnnlstm_fast.ops.conv_block`, the
+  slot.
 
 A number is ``0, value`` or ``1, int slot``. Lists begin with their length. -1 is no tensor.
 """
@@ -33,7 +35,7 @@ import torch
 from cnnlstm_fast.ops import conv_block
 
 VERSION = 2
-KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum")
+KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum", "linear")
 ARGUMENTS = (
     "null", "tensor", "int", "float", "bool", "ints", "tensors", "string", "floats", "bools", "dtype",
     "layout", "device", "memory_format", "maybe_tensors",
