@@ -262,6 +262,7 @@ class BlockNode : public Node {
       : x_(code.next_read()),
         given_weight_(code.next_constant()),
         bias_(code.next_maybe_constant()),
+        added_(code.next_maybe_read()),
         signal_(code.next_bool()),
         weight_(signal_ ? with_height(given_weight_) : given_weight_),
         conv_(code.next_ints()),
@@ -274,6 +275,8 @@ class BlockNode : public Node {
       plans_.push_back({positions, code.next()});
     }
     STD_TORCH_CHECK(!plans_.empty(), "program: a block has no plan");
+    STD_TORCH_CHECK(added_ < 0 || !has_plan([](int64_t plan) { return plan >= 0; }),
+                    "program: only packed plans add a tensor");
     to_ = code.next_written();
     if (has_plan([](int64_t plan) { return plan < 0; })) pack(code);
   }
@@ -288,7 +291,7 @@ class BlockNode : public Node {
     if (b.n > 0) {
       const int64_t plan = plan_of(b);
       if (plan < 0)
-        run_packed(plan, x, out);
+        run_packed(plan, b, x, added_ < 0 ? nullptr : &frame.tensor(added_), out);
       else
         run_plan(plan, description, x, out);
     }
@@ -325,6 +328,7 @@ class BlockNode : public Node {
     FrozenConvDescription description{weight_.size(1) * conv_[6], weight_.size(0), weight_.size(2), weight_.size(3)};
     description.conv = conv_, description.pool = pool_, description.out_order = order_;
     description.activation = activation_, description.act = act_;
+    description.adds = added_ >= 0;
     description.winograd = has_plan([](int64_t plan) { return plan == kPackedWinograd; });
     constexpr int64_t kFewPlanes = 8;  // images come in planes, other maps with their channels side by side
     if (description.channels < kFewPlanes) description.in_order = {0, 1, 2, 3};
@@ -336,11 +340,18 @@ class BlockNode : public Node {
     return std::any_of(plans_.begin(), plans_.end(), [&](const Measured& m) { return wanted(m.plan); });
   }
 
-  void run_packed(int64_t plan, const Tensor& x, const Tensor& out) const {
+  void run_packed(int64_t plan, const Block& b, const Tensor& x, const Tensor* given, const Tensor& out) const {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "a frozen block: its packed weights take float32 only");
     FrozenConvCall call{x.size(0), x.size(2), x.size(3), floats(x), mutable_floats(out)};
     call.x_strides = MapStrides{{x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
     call.method = plan == kPackedWinograd ? FrozenMethod::kWinograd : FrozenMethod::kDirect;
+    std::optional<Tensor> added;
+    if (given) {
+      added = signal_ ? with_height(*given) : *given;
+      check_argument("a frozen block", "the tensor to add", *added, {b.n, b.co, b.oh, b.ow}, ScalarType::Float);
+      call.added = floats(*added);
+      call.added_strides = MapStrides{{added->stride(0), added->stride(1), added->stride(2), added->stride(3)}};
+    }
     const int64_t bytes = packed_->scratch_bytes(call);
     packed_->run(call, thread_scratch(bytes / static_cast<int64_t>(sizeof(float))), bytes);
   }
@@ -356,6 +367,7 @@ class BlockNode : public Node {
   const int64_t x_;
   const Tensor given_weight_;
   const std::optional<Tensor> bias_;
+  const int64_t added_;
   const bool signal_;
   const Tensor weight_;
   const Ints conv_;

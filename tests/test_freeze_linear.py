@@ -1,4 +1,4 @@
-"""Linear layers of frozen models: packed once, their activation in the same pass, one packing for all uses."""
+"""Linear layers of frozen models: packed once, their activation in the same pass, a packing for all uses."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from cnnlstm_fast.freeze.nodes import Graph, GraphNode
-from cnnlstm_fast.freeze.passes import recurrent, value_of
+from cnnlstm_fast.freeze.passes import recurrent, same_size, value_of
 
 aten = torch.ops.aten
 
@@ -62,8 +62,7 @@ def _step_of(node: GraphNode) -> _Step | None:
         or weights[4] is not None
         or weights[5] is not None
         or len(shape) != 3
-        or type(shape[1 if batch_first else 0]) is not int
-        or shape[1 if batch_first else 0] != 1
+        or not same_size(shape[1 if batch_first else 0], 1)
     ):
         return None
     h, keep = _unscaled(h0)
@@ -84,30 +83,19 @@ def _unscaled(state: GraphNode | None) -> tuple[GraphNode | None, GraphNode | No
             if (
                 value.dim() == 3
                 and value.dtype is torch.float32
-                and _is(value.shape[0], 1)
-                and _is(value.shape[2], 1)
+                and same_size(value.shape[0], 1)
+                and same_size(value.shape[2], 1)
                 and whole.dim() == 3
-                and _same(value.shape[1], whole.shape[1])
+                and same_size(value.shape[1], whole.shape[1])
             ):
                 return _seen_through(other), factor
     return node, None
 
 
-def _is(size: Any, number: int) -> bool:
-    return type(size) is int and size == number
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same by what they are made of."""
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return type(a) is int and type(b) is int and a == b
-
-
 def _seen_through(node: GraphNode) -> GraphNode:
     """What a node is but for slices of everything."""
     while node.target is aten.slice.Tensor and all(
-        _same(a, b) for a, b in zip(value_of(node).shape, value_of(node.args[0]).shape, strict=True)
+        same_size(a, b) for a, b in zip(value_of(node).shape, value_of(node.args[0]).shape, strict=True)
     ):
         node = node.args[0]
     return node
@@ -253,11 +241,11 @@ def _stacked(graph: Graph, nodes: Sequence[GraphNode]) -> GraphNode | None:
     if target is aten.select.int and all(
         node.args[0] is whole and node.args[1:] == (first.args[1], t) for t, node in enumerate(nodes)
     ):
-        if not _is(value_of(whole).shape[first.args[1]], len(nodes)):
+        if not same_size(value_of(whole).shape[first.args[1]], len(nodes)):
             return None
         return whole if first.args[1] == 0 else _moved(graph, whole, first.args[1], 0)
     if target is aten.slice.Tensor and all(node.args == (whole, 0, t, t + 1) for t, node in enumerate(nodes)):
-        if not _is(value_of(whole).shape[0], len(nodes)):
+        if not same_size(value_of(whole).shape[0], len(nodes)):
             return None
         return _call(graph, aten.unsqueeze.default, whole, 1)
     return _done_to_all(graph, nodes)
@@ -299,7 +287,7 @@ def _join_results(graph: Graph, node: GraphNode) -> None:
         return
     axis = (node.args[1] if len(node.args) > 1 else 0) % value_of(node).dim()
     joins = node.target is aten.cat.default
-    if joins and not all(_is(value_of(part).shape[axis], 1) for part in node.args[0]):
+    if joins and not all(same_size(value_of(part).shape[axis], 1) for part in node.args[0]):
         return
     with graph.inserting_before(node):
         whole = _stacked(graph, list(node.args[0]))

@@ -230,10 +230,10 @@ class _Lowering:
         self.nodes.append({"op": op, **fields, "out": out})
 
     def _block(self, node: GraphNode) -> None:
-        x, weight, bias = node.args
+        x, weight, bias, added = node.args
         self._append(
             "block", node.name, x=x.name, weight=weight.name, bias=None if bias is None else bias.name,
-            order=result_order(node), **node.kwargs,
+            added=None if added is None else added.name, order=result_order(node), **node.kwargs,
         )  # fmt: skip
 
     def _linear(self, node: GraphNode) -> None:

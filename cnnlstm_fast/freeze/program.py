@@ -201,7 +201,8 @@ class _Encoder:
             for part in (self._float(positions), op.BLOCK_PLANS[plan])
         ]
         return [
-            self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]), int(node["signal"]),
+            self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]),
+            self._read(node["added"]), int(node["signal"]),
             *_list(node["conv"]), ACTIVATIONS[node["activation"]],
             *_list([self._float(a) for a in node["act"]]), *_list(node["pool"]), *_list(node["order"]),
             len(node["plans"]), *plans, self._written(node["out"]),
@@ -334,6 +335,8 @@ class Program:
     def __init__(self, program: dict, values: dict[str, Tensor]):
         self.program = program
         constants = compute_constants(program, values)
+        read = set(names_in([program["nodes"], program["outputs"]]))
+        constants = {name: t for name, t in constants.items() if name in read}
         self.constants = constants
         self.stretches: list[Compiled | InPython] = list(self._cut(program["nodes"], constants))
         first = self.stretches[0] if len(self.stretches) == 1 else None

@@ -71,6 +71,7 @@ def _stages(version: Version, tensors: list[Tensor]) -> Iterator[Stage]:
 def _name_of(node: Node) -> str:
     if node["op"] == "block":
         parts = ["Conv1d" if node["signal"] else "Conv2d"]
+        parts += ["add"] if node["added"] else []
         parts += [node["activation"]] if node["activation"] else []
         return "+".join([*parts, *(["max pool"] if node["pool"] else [])])
     if node["op"] == "recurrent":

@@ -14,9 +14,10 @@ and:
 - ``arithmetic``: an operation (:data:`ARITHMETIC`), two numbers (``size``: a tensor and a dimension), the int
   slot.
 - ``view``: a kind (:data:`VIEWS`), the tensor, its numbers, the slot.
-- ``block``: input, weight, bias, whether it is of signals (N, C, L), ``conv``, ``activation``, ``act``,
-  ``pool`` and ``order`` as in :mod:`cnnlstm_fast.ops.conv_block`, pairs of (positions of a map, plan), the
-  slot. The plan is that of the nearest number of positions.
+- ``block``: input, weight, bias, what is added to the convolution's map (by packed plans only), whether it is
+  of signals (N, C, L), ``conv``, ``activation``, ``act``, ``pool`` and ``order`` as in
+  :mod:`cnnlstm_fast.ops.conv_block`, pairs of (positions of a map, plan), the slot. The plan is that of the
+  nearest number of positions.
 - ``recurrent``: ``x``, ``keep``, ``reset``, ``lengths``, mode, ``batch_first``; layers one behind the other,
   of each ``h0``, ``c0``, a number that nodes of the same weights share, directions, the weights of each; the
   slot of ``out`` of the last layer, and of every layer those of ``h_n`` and ``c_n``. Terms are those of
