@@ -187,24 +187,64 @@ def latency(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="A batch; repeatable. 1, 4 and 16.")] = None,
     calls: Annotated[int, typer.Option(min=10, help="Counted calls of each engine.")] = 1000,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="An engine, by the beginning of its name; repeatable. Those ready in seconds."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long the calls of a model at a batch are counted.")
+    ] = latencies.SECONDS,
     serve: Annotated[
         bool, typer.Option("--serve", help="Calls a second of 1, 4 and 16 Python threads instead.")
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Result file; benchmarks/results/ for all models and batches, else none."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Latency of frozen models, p50 and p99, against ONNX Runtime, OpenVINO and inductor with freezing.
+    """Latency of frozen models, p50 and p99, against the inference engines: 10 minutes for all.
 
-    Exits with 1 where our result was wrong.
+    What is measured is written after each model. Exits with 1 where our result was wrong.
     """
     chosen = [n for n in latencies.MODELS if not model or any(n.startswith(prefix) for prefix in model)]
     if not chosen:
         raise typer.BadParameter(f"no model begins with {model}; there are: {', '.join(latencies.MODELS)}")
-    found: list[latencies.Latency | latencies.Throughput] = []
+    engines: tuple[str, ...] = latencies.QUICK_ENGINES
+    if engine:
+        engines = tuple(e for e in latencies.ENGINES if any(e.startswith(prefix) for prefix in engine))
+    if serve:
+        _serve(chosen, engines, as_json)
+        return
+    report = Report.begin("latency")
+    path = output or (None if model or batch or engine else report.path)
     with _progress() as progress:
-        wanted = [(n, b) for n in chosen for b in ([1] if serve else batch or latencies.BATCHES)]
+        report.roofline.append(roofline.measure())
+        wanted = [(n, b) for n in chosen for b in batch or latencies.batches_of(n)]
+        for name, size in progress.track(wanted, description="latency"):
+            try:
+                report.latencies.extend(latencies.measure(name, size, calls, engines, seconds))
+            except WrongResult as error:
+                report.failures.append(f"{name}, batch {size}: {error}")
+            if path:
+                report.write(path)
+        report.roofline.append(roofline.measure())
+    if path:
+        report.write(path)
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=1))
+    else:
+        show(report, console)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _serve(models: list[str], engines: tuple[str, ...], as_json: bool) -> None:
+    found: list[latencies.Throughput] = []
+    with _progress() as progress:
         try:
-            for name, size in progress.track(wanted, description="latency"):
-                found += latencies.serve(name) if serve else latencies.measure(name, size, calls)
+            for name in progress.track(models, description="latency"):
+                found += latencies.serve(name, engines)
         except WrongResult as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from None

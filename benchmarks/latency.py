@@ -1,14 +1,16 @@
 """Latency of frozen models: calls of 1, 4 and 16 inputs by a server, against the inference engines.
 
 Every engine is prepared for each batch, as it is best. Engines take turns: a pause, uncounted calls, then a
-share of the counted ones; so each meets the machine at the same times. A call ends when its result is
-released. Each engine's result is compared with float64 first; ours by the numbers rule of the race, and one
-that fails is not timed.
+share of the counted ones; so each meets the machine at the same times. Counting ends early where calls are
+long; inputs larger than a server would take at a time are left out. A call ends when its result is released.
+Each engine's result is compared with float64 first; ours by the numbers rule of the race, and one that fails
+is not timed.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +31,12 @@ THREADS = (1, 4, 16)
 #: Turns of each engine, and the pause before each, in which the others' threads stop spinning.
 TURNS, PAUSE_S = 10, 0.02
 ENGINES = (OURS, "accelerated", "eager", "inductor, frozen", "ONNX Runtime", "OpenVINO")
+#: Those that are ready in seconds, for a run of everything.
+QUICK_ENGINES = (OURS, "eager", "ONNX Runtime", "OpenVINO")
+#: How long the calls of one model at one batch are counted, all engines together.
+SECONDS = 8.0
+#: Elements of an input above which a batch is left out.
+MOST_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
@@ -37,16 +45,18 @@ class Latency:
 
     Attributes:
         model, engine, batch: what ran.
-        p50, p99: milliseconds of a call.
+        p50, p99: milliseconds of a call; None where it did not run.
         why_not: why it did not run, or None.
+        calls: how many were counted.
     """
 
     model: str
     engine: str
     batch: int
-    p50: float = float("nan")
-    p99: float = float("nan")
+    p50: float | None = None
+    p99: float | None = None
     why_not: str | None = None
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,11 @@ def case_of(name: str, batch: int) -> Case:
 
 
 MODELS = (*SYSTEMS, *field.MODELS)
+
+
+def batches_of(name: str, batches: Sequence[int] = BATCHES) -> list[int]:
+    """The batches that a model is called with: not those whose inputs are too large."""
+    return [b for b in batches if b == 1 or math.prod(case_of(name, b).shape) <= MOST_ELEMENTS]
 
 
 def prepare(engine: str, case: Case, model: nn.Module, x: Tensor) -> Forward:
@@ -98,9 +113,8 @@ def _whole(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
-def _check(engine: str, forward: Forward, model: nn.Module, x: Tensor) -> None:
-    """Raise where a result is not right."""
-    true = copy.deepcopy(model).double()(x.double())
+def _check(engine: str, forward: Forward, model: nn.Module, x: Tensor, true: Tensor) -> None:
+    """Raise where a result is not right; ``true`` is that in float64."""
     norm = true.norm().item()
     error = (forward(x).double() - true).norm().item()
     own = (model(x).double() - true).norm().item()
@@ -118,11 +132,12 @@ def engines_of(
     model, _ = case.build()
     model.eval()
     x = torch.randn(case.shape)
+    true = copy.deepcopy(model).double()(x.double())
     ready, missing = {}, []
     for engine in engines:
         try:
             forward = prepare(engine, case, model, x)
-            _check(engine, forward, model, x)
+            _check(engine, forward, model, x, true)
             ready[engine] = forward
         except WrongResult:
             if engine == OURS:
@@ -134,32 +149,42 @@ def engines_of(
 
 
 @torch.no_grad()
-def measure(name: str, batch: int, calls: int = 1000, engines: Sequence[str] = ENGINES) -> list[Latency]:
-    """Latencies of one model at one batch, in turn."""
+def measure(
+    name: str, batch: int, calls: int = 1000, engines: Sequence[str] = ENGINES, seconds: float = SECONDS
+) -> list[Latency]:
+    """Latencies of one model at one batch, in turn, of so many calls or as many as the time allows."""
     case, ready, found = engines_of(name, batch, engines)
     times: dict[str, list[float]] = {engine: [] for engine in ready}
+    inputs = [torch.randn(case.shape) for _ in range(4)]
+    share, end = seconds / (TURNS * max(1, len(ready))), time.perf_counter() + seconds
     for turn in range(TURNS):
+        if turn and time.perf_counter() > end:
+            break
         order = list(ready)[turn % len(ready) :] + list(ready)[: turn % len(ready)]
         for engine in order:
-            inputs = [torch.randn(case.shape) for _ in range(4)]
             time.sleep(PAUSE_S)
-            times[engine] += _timed(ready[engine], inputs, max(1, calls // TURNS))
-    for engine, seconds in times.items():
-        p50, p99 = np.quantile(seconds, (0.5, 0.99)) * 1e3
-        found.append(Latency(name, engine, batch, float(p50), float(p99)))
+            times[engine] += _timed(ready[engine], inputs, max(1, calls // TURNS), share)
+    for engine, taken in times.items():
+        p50, p99 = np.quantile(taken, (0.5, 0.99)) * 1e3
+        found.append(Latency(name, engine, batch, float(p50), float(p99), calls=len(taken)))
     return found
 
 
-def _timed(forward: Forward, inputs: list[Tensor], calls: int) -> list[float]:
+def _timed(forward: Forward, inputs: list[Tensor], calls: int, seconds: float) -> list[float]:
+    """Of so many calls, or fewer when the time is up; first two are not counted, or one that is long."""
     for x in inputs[:2]:
+        begin = time.perf_counter()
         forward(x)
-    seconds = []
-    for i in range(calls):
+        if time.perf_counter() - begin > seconds:
+            break
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < calls and (not taken or time.perf_counter() < end):
         start = time.perf_counter()
-        result = forward(inputs[i % len(inputs)])
+        result = forward(inputs[len(taken) % len(inputs)])
         del result
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        taken.append(time.perf_counter() - start)
+    return taken
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from textwrap import fill
 
 from benchmarks import plot
@@ -26,7 +26,7 @@ from cnnlstm_fast.demo.report import Report as DemoReport
 from cnnlstm_fast.planning.choose import PLANS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/frozen.md")
 #: Whose figures the pages quote; files of other machines may lie beside them.
 DEVICE = "amd-epyc-2-cores-avx512"
 _NONE = f"no result file of {DEVICE} holds any {{}}"
@@ -224,6 +224,32 @@ def _growth(committed: Committed) -> str:
     return f"{picture}\n\n{table}\n\nCaches: {caches}. {_source([(path, report)])}"
 
 
+def _latency(committed: Committed) -> str:
+    """Ours at each batch, and the p50 of the faster of the two engines over it."""
+    path, report = committed.with_any("latencies")
+    found = {(one.model, one.batch, one.engine): one for one in report.latencies if one.p50}
+    models = list(dict.fromkeys(one.model for one in report.latencies))
+    batches = sorted({one.batch for one in report.latencies})
+    ratios: dict[int, list[float]] = defaultdict(list)
+    rows = []
+    for model in models:
+        cells = []
+        for batch in batches:
+            ours = found.get((model, batch, OURS))
+            others = [found.get((model, batch, name)) for name in ("ONNX Runtime", "OpenVINO")]
+            best = min((one for one in others if one and one.p50), key=lambda one: one.p50, default=None)
+            if ours is None or best is None:
+                cells += ["", ""]
+                continue
+            ratios[batch].append(best.p50 / ours.p50)
+            cells += [f"{ours.p50:.2f} ({ours.p99:.2f})", f"{ratios[batch][-1]:.2f}"]
+        rows.append([model, *cells])
+    means = [f"{geometric_mean(ratios[b]):.2f}" if ratios[b] else "" for b in batches]
+    rows.append(["geometric mean", *(cell for mean in means for cell in ("", mean))])
+    head = ["", *(text for b in batches for text in (f"batch {b}: ms, p50 (p99)", "times faster"))]
+    return f"{_table(head, rows)}\n\n{_source([(path, report)])}"
+
+
 _BLOCKS: dict[str, Callable[[Committed], str]] = {
     "features": _features,
     "whole": _whole,
@@ -232,6 +258,7 @@ _BLOCKS: dict[str, Callable[[Committed], str]] = {
     "blocks": _blocks,
     "roofline": _roofline,
     "growth": _growth,
+    "latency": _latency,
 }
 
 

@@ -22,6 +22,7 @@ from benchmarks.blocks import BlockResult
 from benchmarks.calibrate import Regret
 from benchmarks.dispatch import Dispatch, Step
 from benchmarks.growth import Point
+from benchmarks.latency import Latency
 from benchmarks.memory import Memory
 from benchmarks.models import ModelRace
 from benchmarks.race import Result
@@ -104,7 +105,7 @@ class Report(ResultFile):
         device, versions, threads: where and with what.
         commit: of the project; ends in ``+changes`` where the tree was not clean.
         date: UTC, ISO 8601.
-        mode: ``"quick"``, ``"full"``, ``"blocks"`` or ``"regret"``.
+        mode: ``"quick"``, ``"full"``, ``"blocks"``, ``"regret"`` or ``"latency"``.
         roofline: measured before and after the races, in this order.
         failures: cases whose result was wrong, and so were not timed.
     """
@@ -125,6 +126,7 @@ class Report(ResultFile):
     growth: list[Point] = field(default_factory=list)
     regrets: list[Regret] = field(default_factory=list)
     models: list[ModelRace] = field(default_factory=list)
+    latencies: list[Latency] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     schema: int = SCHEMA
 

@@ -41,6 +41,7 @@ def show(report: Report, console: Console) -> None:
         _steps(report),
         _traces(report),
         _blocks(report),
+        latency_table(report.latencies),
     ):
         if table.row_count:
             console.print(table)
@@ -71,10 +72,10 @@ def latency_table(found: Sequence[Latency | Throughput]) -> Table:
     }
     for one in found:
         assert isinstance(one, Latency)
-        if one.why_not is not None:
-            table.add_row(one.model, str(one.batch), one.engine, "", "", escape(one.why_not))
+        if one.p50 is None or one.p99 is None:
+            table.add_row(one.model, str(one.batch), one.engine, "", "", escape(one.why_not or ""))
             continue
-        ratio = one.p50 / ours.get((one.model, one.batch), float("nan"))
+        ratio = one.p50 / (ours.get((one.model, one.batch)) or float("nan"))
         cells = (f"{one.p50:.3f}", f"{one.p99:.3f}", f"{ratio:.2f}")
         table.add_row(
             one.model, str(one.batch), one.engine, *cells, style="bold" if one.engine == OURS else None

@@ -10,6 +10,7 @@
 #include "block_description.h"
 #include "cpu/dispatch.h"
 #include "limits.h"
+#include "memory.h"
 #include "threads.h"
 #include "winograd_conv.h"
 
@@ -142,8 +143,8 @@ bool packs_planes(const FrozenConvDescription& d) {
 // Whether weights are packed for Winograd's method too, if their taps suit it.
 bool may_winograd(const FrozenConvDescription& d, const Block& b) {
   constexpr int64_t kFew = 8;
-  return b.kh == 3 && b.kw == 3 && b.sh * b.sw * b.dh * b.dw * b.groups == 1 && b.c >= kFew && b.co >= kFew &&
-         d.in_order[3] == 1;
+  return d.winograd && b.kh == 3 && b.kw == 3 && b.sh * b.sw * b.dh * b.dw * b.groups == 1 && b.c >= kFew &&
+         b.co >= kFew && d.in_order[3] == 1;
 }
 
 // Where the parts of packed weights lie, in floats. The first float is 1 where Winograd's method serves.

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/conv_block/block.h"
-#include "memory.h"
+#include "packed_memory.h"
 #include "tensors.h"
 
 namespace cnnlstm_fast {
@@ -23,6 +23,7 @@ struct FrozenConvDescription {
   // Which axis of (N, C, H, W) lies outermost to innermost: {0, 2, 3, 1} is channels-last, {0, 1, 2, 3} channels-first.
   // An addend lies as the result.
   Ints in_order{0, 2, 3, 1}, out_order{0, 2, 3, 1};
+  bool winograd = true;  // whether weights are kept for Winograd's method too, 16 floats for every 9
 };
 
 // MapStrides in floats by (N, C, H, W).
@@ -80,7 +81,7 @@ class FrozenConv {
 
   const FrozenConvDescription description_;
   const Block block_;  // without sizes
-  const std::optional<AlignedFloats> own_;
+  const std::optional<PackedFloats> own_;
   const float* const packed_;
 };
 

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "frozen_conv.h"
+#include "memory.h"
 #include "op.h"
 
 namespace cnnlstm_fast {

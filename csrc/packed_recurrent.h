@@ -28,6 +28,15 @@ class PackedRecurrent {
       const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& reset,
       const std::optional<torch::stable::Tensor>& lengths, bool batch_first) const;
 
+  // The call of a layer without resets and lengths; raises where its arguments do not fit.
+  RecurrentCall describe(const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h0,
+                         const std::optional<torch::stable::Tensor>& c0, bool batch_first) const {
+    return describe_recurrent(x, h0, c0, directions_, {}, {}, mode_, batch_first);
+  }
+  bool has_one_direction() const { return directions_.size() == 1 && !directions_[0].w_hr; }  // not projected
+  int64_t hidden() const { return directions_[0].w_hh.size(0) / gates_of(mode_); }
+  const PackedDirection& packed(int64_t direction) const { return packed_[direction]; }
+
  private:
   const int64_t mode_;
   std::vector<DirectionWeights> directions_;

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "op.h"
+#include "team.h"
 
 namespace cnnlstm_fast {
 
@@ -16,9 +17,9 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kMostSlots = int64_t{1} << 24;
-constexpr int64_t kNone = -1;
+constexpr int64_t kNoTensor = -1;
 
 }  // namespace
 
@@ -77,7 +78,7 @@ int64_t Code::next_read() {
 }
 
 int64_t Code::next_maybe_read() {
-  if (at_ < values_.size() && values_[at_] == kNone) return next();
+  if (at_ < values_.size() && values_[at_] == kNoTensor) return next();
   return next_read();
 }
 
@@ -95,7 +96,7 @@ int64_t Code::next_written() {
 }
 
 int64_t Code::next_maybe_written() {
-  if (at_ < values_.size() && values_[at_] == kNone) return next();
+  if (at_ < values_.size() && values_[at_] == kNoTensor) return next();
   return next_written();
 }
 
@@ -111,7 +112,7 @@ const Tensor& Code::next_constant() {
 }
 
 std::optional<Tensor> Code::next_maybe_constant() {
-  if (at_ < values_.size() && values_[at_] == kNone) {
+  if (at_ < values_.size() && values_[at_] == kNoTensor) {
     next();
     return {};
   }
@@ -124,7 +125,8 @@ namespace {
 
 using Reader = std::unique_ptr<Node> (*)(Code&);
 // In the order of KINDS in cnnlstm_fast/ops/program.py.
-constexpr Reader kReaders[] = {read_call, read_arithmetic, read_view, read_block, read_recurrent, read_sum};
+constexpr Reader kReaders[] = {read_call,      read_arithmetic, read_view,  read_block,
+                               read_recurrent, read_sum,        read_linear};
 constexpr int64_t kKinds = sizeof(kReaders) / sizeof(kReaders[0]);
 
 }  // namespace
@@ -204,6 +206,7 @@ std::vector<Tensor> program_run(int64_t number, std::vector<Tensor> inputs) {
     STD_TORCH_CHECK(found != programs.end(), "program_run: there is no program ", number);
     program = found->second;
   }
+  const OnTeam team;
   return program->run(inputs);
 }
 

@@ -4,12 +4,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "frozen_conv.h"
 #include "packed_recurrent.h"
 #include "tensors.h"
 
@@ -76,22 +78,29 @@ class Code {
   std::unordered_map<int64_t, std::shared_ptr<const PackedRecurrent>>
       layers;  // by the numbers that the code gives them
 
+  // Packed weights, one packing for all nodes of the same weight and description: a loop that was unrolled has many.
+  std::shared_ptr<const FrozenConv> packed(const FrozenConvDescription& description,
+                                           const torch::stable::Tensor& weight,
+                                           const std::optional<torch::stable::Tensor>& bias);
+
  private:
   const Ints& values_;
   const Floats& floats_;
   const std::vector<std::string>& names_;
   size_t at_ = 0;
+  std::map<std::vector<int64_t>, std::shared_ptr<const FrozenConv>> packed_;
   std::vector<bool> written_, ints_written_;
   std::vector<int64_t> reads_;
 };
 
-// A node of each kind from its code (program_nodes.cpp, program_calls.cpp).
+// A node of each kind from its code (program_nodes.cpp, program_calls.cpp, program_linear.cpp).
 std::unique_ptr<Node> read_call(Code& code);
 std::unique_ptr<Node> read_arithmetic(Code& code);
 std::unique_ptr<Node> read_view(Code& code);
 std::unique_ptr<Node> read_block(Code& code);
 std::unique_ptr<Node> read_recurrent(Code& code);
 std::unique_ptr<Node> read_sum(Code& code);
+std::unique_ptr<Node> read_linear(Code& code);
 
 class Program {
  public:

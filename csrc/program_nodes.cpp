@@ -11,6 +11,7 @@
 #include "memory.h"
 #include "packed_recurrent.h"
 #include "program.h"
+#include "recurrent_stack.h"
 
 namespace cnnlstm_fast {
 
@@ -261,6 +262,7 @@ class BlockNode : public Node {
       : x_(code.next_read()),
         given_weight_(code.next_constant()),
         bias_(code.next_maybe_constant()),
+        added_(code.next_maybe_read()),
         signal_(code.next_bool()),
         weight_(signal_ ? with_height(given_weight_) : given_weight_),
         conv_(code.next_ints()),
@@ -273,8 +275,10 @@ class BlockNode : public Node {
       plans_.push_back({positions, code.next()});
     }
     STD_TORCH_CHECK(!plans_.empty(), "program: a block has no plan");
+    STD_TORCH_CHECK(added_ < 0 || !has_plan([](int64_t plan) { return plan >= 0; }),
+                    "program: only packed plans add a tensor");
     to_ = code.next_written();
-    if (std::any_of(plans_.begin(), plans_.end(), [](const Measured& m) { return m.plan < 0; })) pack();
+    if (has_plan([](int64_t plan) { return plan < 0; })) pack(code);
   }
 
   void run(Frame& frame) const override {
@@ -287,7 +291,7 @@ class BlockNode : public Node {
     if (b.n > 0) {
       const int64_t plan = plan_of(b);
       if (plan < 0)
-        run_packed(plan, x, out);
+        run_packed(plan, b, x, added_ < 0 ? nullptr : &frame.tensor(added_), out);
       else
         run_plan(plan, description, x, out);
     }
@@ -318,28 +322,36 @@ class BlockNode : public Node {
   }
 
   // By weights that lie in the order in which the kernels read them.
-  void pack() {
+  void pack(Code& code) {
     STD_TORCH_CHECK(weight_.scalar_type() == ScalarType::Float && weight_.dim() == 4 && conv_.size() > 6,
                     "program: only float32 weights of 4 dimensions are packed");
-    const Tensor weight = torch::stable::contiguous(weight_);
-    FrozenConvDescription description{weight.size(1) * conv_[6], weight.size(0), weight.size(2), weight.size(3)};
+    FrozenConvDescription description{weight_.size(1) * conv_[6], weight_.size(0), weight_.size(2), weight_.size(3)};
     description.conv = conv_, description.pool = pool_, description.out_order = order_;
     description.activation = activation_, description.act = act_;
+    description.adds = added_ >= 0;
+    description.winograd = has_plan([](int64_t plan) { return plan == kPackedWinograd; });
     constexpr int64_t kFewPlanes = 8;  // images come in planes, other maps with their channels side by side
     if (description.channels < kFewPlanes) description.in_order = {0, 1, 2, 3};
-    std::optional<Tensor> bias;
-    if (bias_) {
-      check_argument("a frozen block", "bias", bias_, {weight.size(0)}, ScalarType::Float);
-      bias = torch::stable::contiguous(*bias_);
-    }
-    packed_.emplace(description, floats(weight), bias ? floats(*bias) : nullptr);
+    packed_ = code.packed(description, weight_, bias_);
   }
 
-  void run_packed(int64_t plan, const Tensor& x, const Tensor& out) const {
+  template <class F>
+  bool has_plan(const F& wanted) const {
+    return std::any_of(plans_.begin(), plans_.end(), [&](const Measured& m) { return wanted(m.plan); });
+  }
+
+  void run_packed(int64_t plan, const Block& b, const Tensor& x, const Tensor* given, const Tensor& out) const {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "a frozen block: its packed weights take float32 only");
     FrozenConvCall call{x.size(0), x.size(2), x.size(3), floats(x), mutable_floats(out)};
     call.x_strides = MapStrides{{x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
     call.method = plan == kPackedWinograd ? FrozenMethod::kWinograd : FrozenMethod::kDirect;
+    std::optional<Tensor> added;
+    if (given) {
+      added = signal_ ? with_height(*given) : *given;
+      check_argument("a frozen block", "the tensor to add", *added, {b.n, b.co, b.oh, b.ow}, ScalarType::Float);
+      call.added = floats(*added);
+      call.added_strides = MapStrides{{added->stride(0), added->stride(1), added->stride(2), added->stride(3)}};
+    }
     const int64_t bytes = packed_->scratch_bytes(call);
     packed_->run(call, thread_scratch(bytes / static_cast<int64_t>(sizeof(float))), bytes);
   }
@@ -355,6 +367,7 @@ class BlockNode : public Node {
   const int64_t x_;
   const Tensor given_weight_;
   const std::optional<Tensor> bias_;
+  const int64_t added_;
   const bool signal_;
   const Tensor weight_;
   const Ints conv_;
@@ -362,42 +375,66 @@ class BlockNode : public Node {
   const Floats act_;
   const Ints pool_, order_;
   std::vector<Measured> plans_;
-  std::optional<FrozenConv> packed_;
+  std::shared_ptr<const FrozenConv> packed_;
   int64_t to_ = -1;
 };
 
 // ---- Recurrent layers
 
+// Layers one behind the other, mostly one.
 class RecurrentNode : public Node {
  public:
   explicit RecurrentNode(Code& code)
       : x_(code.next_read()),
-        h0_(code.next_maybe_read()),
-        c0_(code.next_maybe_read()),
+        keep_(code.next_maybe_read()),
         reset_(code.next_maybe_read()),
         lengths_(code.next_maybe_read()),
-        layer_(shared_layer(code)),
-        batch_first_(code.next_bool()),
-        out_(code.next_maybe_written()),
-        h_n_(code.next_maybe_written()),
-        c_n_(code.next_maybe_written()) {}
+        mode_(code.next_between(0, 1)),
+        batch_first_(code.next_bool()) {
+    for (int64_t count = code.next_count(); count > 0; --count) layers_.push_back(read_layer(code));
+    STD_TORCH_CHECK(!layers_.empty() && (layers_.size() == 1 || (reset_ < 0 && lengths_ < 0)) &&
+                        (keep_ < 0 || (reset_ < 0 && lengths_ < 0)),
+                    "program: layers one behind the other have neither resets nor lengths");
+    out_ = code.next_maybe_written();
+    for (Layer& l : layers_) l.h_n = code.next_maybe_written(), l.c_n = code.next_maybe_written();
+  }
 
   void run(Frame& frame) const override {
-    auto [out, h_n, c_n] = layer_->run(frame.tensor(x_), maybe(frame, h0_), maybe(frame, c0_), maybe(frame, reset_),
-                                       maybe(frame, lengths_), batch_first_);
-    if (out_ >= 0) frame.tensors[out_] = std::move(out);
-    if (h_n_ >= 0) frame.tensors[h_n_] = std::move(h_n);
-    if (c_n_ >= 0) frame.tensors[c_n_] = std::move(c_n);
+    const Tensor& x = frame.tensor(x_);
+    if (layers_.size() == 1 && keep_ < 0) {
+      const Layer& l = layers_[0];
+      auto [out, h_n, c_n] = l.layer->run(x, maybe(frame, l.h0), maybe(frame, l.c0), maybe(frame, reset_),
+                                          maybe(frame, lengths_), batch_first_);
+      put(frame, out_, out), put(frame, l.h_n, h_n), put(frame, l.c_n, c_n);
+      return;
+    }
+    std::vector<StackLayer> stack;
+    for (const Layer& l : layers_) stack.push_back({l.layer, maybe(frame, l.h0), maybe(frame, l.c0)});
+    const StackResults found = run_stack(stack, x, maybe(frame, keep_), batch_first_);
+    put(frame, out_, found.out);
+    for (size_t i = 0; i < layers_.size(); ++i)
+      put(frame, layers_[i].h_n, found.h_n[i]), put(frame, layers_[i].c_n, found.c_n[i]);
   }
 
  private:
+  struct Layer {
+    int64_t h0, c0;
+    std::shared_ptr<const PackedRecurrent> layer;
+    int64_t h_n = -1, c_n = -1;
+  };
+
   static std::optional<Tensor> maybe(const Frame& frame, int64_t slot) {
     return slot < 0 ? std::optional<Tensor>() : frame.tensors[slot];
   }
 
+  static void put(Frame& frame, int64_t slot, const Tensor& t) {
+    if (slot >= 0) frame.tensors[slot] = t;
+  }
+
   // A loop over steps that was unrolled has many nodes with the same weights.
-  static std::shared_ptr<const PackedRecurrent> shared_layer(Code& code) {
-    const int64_t mode = code.next_between(0, 1), number = code.next_between(0, int64_t{1} << 20);
+  Layer read_layer(Code& code) const {
+    Layer found{code.next_maybe_read(), code.next_maybe_read(), nullptr};
+    const int64_t number = code.next_between(0, int64_t{1} << 20);
     std::vector<DirectionWeights> directions;
     for (int64_t count = code.next_between(1, 2); count > 0; --count) {
       const Tensor w_ih = code.next_constant(), w_hh = code.next_constant();
@@ -405,14 +442,15 @@ class RecurrentNode : public Node {
       directions.push_back({w_ih, w_hh, b_ih, b_hh, code.next_maybe_constant()});
     }
     std::shared_ptr<const PackedRecurrent>& layer = code.layers[number];
-    if (!layer) layer = std::make_shared<const PackedRecurrent>(std::move(directions), mode);
-    return layer;
+    if (!layer) layer = std::make_shared<const PackedRecurrent>(std::move(directions), mode_);
+    found.layer = layer;
+    return found;
   }
 
-  const int64_t x_, h0_, c0_, reset_, lengths_;
-  const std::shared_ptr<const PackedRecurrent> layer_;
+  const int64_t x_, keep_, reset_, lengths_, mode_;
   const bool batch_first_;
-  const int64_t out_, h_n_, c_n_;
+  std::vector<Layer> layers_;
+  int64_t out_ = -1;
 };
 
 // ---- Sums of tensors

@@ -13,6 +13,7 @@
 #include "limits.h"
 #include "memory.h"
 #include "op.h"
+#include "packed_memory.h"
 #include "packed_recurrent.h"
 #include "recurrent_description.h"
 #include "recurrent_packing.h"
@@ -585,7 +586,7 @@ PackedRecurrent::PackedRecurrent(std::vector<DirectionWeights> directions, int64
       STD_TORCH_CHECK(weight->dim() == 2 && weight->scalar_type() == ScalarType::Float && weight->is_contiguous(),
                       "a packed recurrent layer: expected contiguous float32 weights of 2 dimensions");
     const int64_t hidden = w.w_hh.size(0) / gates_of(mode);
-    auto memory = [&](int64_t size) { return torch::stable::new_zeros(w.w_ih, Ints{size}); };
+    auto memory = [&](int64_t size) { return new_packed(w.w_ih, size); };
     PackedDirection packed{memory(gate_floats(mode, hidden, w.w_ih.size(1))),
                            memory(gate_floats(mode, hidden, w.w_hh.size(1))),
                            memory(bias_floats(hidden)),

@@ -39,22 +39,25 @@ def test_run_writes_what_it_measured(monkeypatch, tmp_path):
     assert json.loads(printed)["races"][0]["seed"] == 7
 
 
-def test_latency_of_frozen_models(monkeypatch):
+def test_latency_of_frozen_models(monkeypatch, tmp_path):
     latencies = command_line.latencies
-    measure = partial(latencies.measure, engines=("cnnlstm_fast", "eager"))
-    serve = partial(latencies.serve, engines=("cnnlstm_fast",), threads=(1, 2), seconds=0.1)
-    monkeypatch.setattr(latencies, "measure", measure)
+    serve = partial(latencies.serve, threads=(1, 2), seconds=0.1)
     monkeypatch.setattr(latencies, "serve", serve)
-    arguments = ["latency", "--model", "Simple", "--json"]
-    done = CliRunner().invoke(command_line.app, [*arguments, "--batch", "2", "--calls", "10"])
+    monkeypatch.setattr(command_line.roofline, "measure", lambda: roofline.Roofline(1.0, "fma loop", 1.0))
+    target = tmp_path / "latency.json"
+    arguments = ["latency", "--model", "Simple", "--engine", "cnnlstm_fast"]
+    more = ["--engine", "eager", "--batch", "2", "--calls", "10", "--output", str(target)]
+    done = CliRunner().invoke(command_line.app, [*arguments, *more])
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert [one["engine"] for one in found] == ["cnnlstm_fast", "eager"]
-    assert all(0 < one["p50"] <= one["p99"] and one["batch"] == 2 for one in found)
-    done = CliRunner().invoke(command_line.app, [*arguments, "--serve"])
-    found = json.loads(done.stdout)
-    assert [(one["threads"], one["calls_per_second"] > 0) for one in found] == [(1, True), (2, True)]
+    found = results.read(target).latencies
+    assert [one.engine for one in found] == ["cnnlstm_fast", "eager"]
+    assert all(0 < one.p50 <= one.p99 and one.batch == 2 and one.calls == 10 for one in found)
+    assert "cnnlstm_fast" in done.stdout
+    done = CliRunner().invoke(command_line.app, [*arguments, "--serve", "--json"])
+    served = json.loads(done.stdout)
+    assert [(one["threads"], one["calls_per_second"] > 0) for one in served] == [(1, True), (2, True)]
     assert CliRunner().invoke(command_line.app, ["latency", "--model", "nobody's"]).exit_code == 2
+    assert latencies.batches_of("video frames") == [1, 4]
 
 
 def test_a_run_cut_short_leaves_what_it_has(monkeypatch, tmp_path):

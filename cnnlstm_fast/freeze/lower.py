@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from cnnlstm_fast.freeze.capture import Capture
 from cnnlstm_fast.freeze.layouts import result_order
+from cnnlstm_fast.freeze.loops import roll_loops
 from cnnlstm_fast.freeze.nodes import GraphNode, names_in
 from cnnlstm_fast.freeze.passes import (
     VIEWS,
@@ -32,6 +33,7 @@ from cnnlstm_fast.freeze.passes import (
     block,
     constant_nodes,
     folded,
+    linear,
     optimise,
     recurrent,
     value_of,
@@ -78,6 +80,7 @@ def lower(captured: Capture) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     graph = captured.graph
     optimise(graph, set(captured.constants))
+    roll_loops(graph)
     return _Lowering(captured).run()
 
 
@@ -214,6 +217,8 @@ class _Lowering:
             self._append("arithmetic", node.name, kind="size", of=node.args[0].name, dim=node.args[1])
         elif target is block:
             self._block(node)
+        elif target is linear:
+            self._linear(node)
         elif target is recurrent:
             self._recurrent(node)
         elif not isinstance(target, torch._ops.OpOverload):
@@ -225,14 +230,19 @@ class _Lowering:
         self.nodes.append({"op": op, **fields, "out": out})
 
     def _block(self, node: GraphNode) -> None:
-        x, weight, bias = node.args
+        x, weight, bias, added = node.args
         self._append(
             "block", node.name, x=x.name, weight=weight.name, bias=None if bias is None else bias.name,
-            order=result_order(node), **node.kwargs,
+            added=None if added is None else added.name, order=result_order(node), **node.kwargs,
         )  # fmt: skip
 
+    def _linear(self, node: GraphNode) -> None:
+        x, weight, bias = node.args
+        bias = None if bias is None else bias.name
+        self._append("linear", node.name, x=x.name, weight=weight.name, bias=bias, **node.kwargs)
+
     def _recurrent(self, node: GraphNode) -> None:
-        x, h0, c0, reset, lengths, weights, mode, batch_first = node.args
+        x, h0, c0, reset, lengths, weights, mode, batch_first, keep = node.args
         names = [None if w is None else w.name for w in weights]
         number = self.layers.setdefault(tuple(names), len(self.layers))
         outs: list[str | None] = [None] * 4
@@ -240,7 +250,7 @@ class _Lowering:
             outs[user.args[1]] = user.name
         given = {
             key: None if t is None else t.name
-            for key, t in (("h0", h0), ("c0", c0), ("reset", reset), ("lengths", lengths))
+            for key, t in (("h0", h0), ("c0", c0), ("reset", reset), ("lengths", lengths), ("keep", keep))
         }
         self.nodes.append(
             {"op": "recurrent", "from": node.name, "x": x.name, **given, "weights": names, "layer": number,

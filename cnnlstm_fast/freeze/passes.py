@@ -1,8 +1,8 @@
 """What is done once to a captured graph: norms folded, blocks and recurrent layers made one node each.
 
 Works on graphs of :mod:`cnnlstm_fast.freeze.capture`: every operator is without side effects. A fused node
-calls one of the functions :func:`block`, :func:`recurrent` and :func:`folded`, which stand for nodes of
-:mod:`cnnlstm_fast.freeze.program` and are never run.
+calls one of the functions :func:`block`, :func:`linear`, :func:`recurrent` and :func:`folded`, which stand
+for nodes of :mod:`cnnlstm_fast.freeze.program` and are never run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,21 @@ from cnnlstm_fast.spec import BYTE_WINDOW, MOST_SIZE
 aten = torch.ops.aten
 
 
-def block(x, weight, bias, *, signal, conv, activation, act, pool):
-    """A convolution, an activation and a max pool; arguments as in :mod:`cnnlstm_fast.ops.conv_block`."""
+def block(x, weight, bias, added, *, signal, conv, activation, act, pool):
+    """A convolution, a sum with ``added`` (of its map's size, or None), an activation and a max pool.
+
+    The other arguments are those of :mod:`cnnlstm_fast.ops.conv_block`.
+    """
     raise NotImplementedError
 
 
-def recurrent(x, h0, c0, reset, lengths, weights, mode, batch_first):
-    """A recurrent layer of constant weights."""
+def linear(x, weight, bias, *, activation, act):
+    """A linear layer of constant weights and an activation."""
+    raise NotImplementedError
+
+
+def recurrent(x, h0, c0, reset, lengths, weights, mode, batch_first, keep):
+    """A recurrent layer of constant weights; the state is multiplied by ``keep`` (T, B) before each step."""
     raise NotImplementedError
 
 
@@ -79,6 +87,8 @@ def optimise(graph: Graph, constants: set[str]) -> None:
             _fuse_block(graph, node, constant)
         elif node.target is torch.ops.cnnlstm_fast.recurrent_layer.default:
             _fuse_recurrent(graph, node, constant)
+        elif node.target is aten.linear.default:
+            _fuse_linear(graph, node, constant)
     graph.eliminate_dead_code()
 
 
@@ -251,6 +261,9 @@ def _fuse_block(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None
             new_weight, new_bias = parts
             end = only
             following = _only_user(end)
+    added = None if following is None else _addend(following, end)
+    if added is not None:
+        end, following = following, _only_user(following)
     for _ in range(2):  # the pool may come first where the activation never falls
         if following is None or following.args[0] is not end:
             break
@@ -262,15 +275,33 @@ def _fuse_block(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None
             break
         end = following
         following = _only_user(end)
-    with graph.inserting_before(node):
+    with graph.inserting_before(end):  # behind what is added
         fused = graph.call_function(
             block,
-            (x, new_weight, new_bias),
+            (x, new_weight, new_bias, added),
             {"signal": rank == 1, "conv": conv, "activation": activation, "act": act, "pool": pool},
         )
     fused.meta = dict(end.meta)
     end.replace_all_uses_with(fused)
     graph.eliminate_dead_code()
+
+
+def _addend(node: GraphNode, end: GraphNode) -> GraphNode | None:
+    """What a node adds to a convolution's map, a tensor of the same size: a residual sum's other part."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    (other,) = [a for a in node.args if a is not end] or [None]
+    if not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), Tensor):
+        return None
+    value, whole = value_of(other), value_of(end)
+    same = value.dim() == whole.dim() and all(map(same_size, value.shape, whole.shape))
+    return other if same and value.dtype is torch.float32 and value.device.type == "cpu" else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes, open or not, are the same by what they are made of."""
+    a, b = (size.node.expr if isinstance(size, torch.SymInt) else size for size in (a, b))
+    return bool(a == b)
 
 
 def _activation(node: GraphNode) -> tuple[str, list[float]] | None:
@@ -306,6 +337,31 @@ def _pool(node: GraphNode) -> list[int] | None:
     return [*kernel, *given, *padding, *dilation, int(bool(argument(node, 5, "ceil_mode", False)))]
 
 
+def _fuse_linear(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None:
+    """Make one node of a linear layer of constant weights and the activation behind it."""
+    x, weight, bias = argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias")
+    if (
+        x in constant
+        or weight not in constant
+        or (bias is not None and bias not in constant)
+        or value_of(x).device.type != "cpu"
+        or any(value_of(t).dtype is not torch.float32 for t in (x, weight))
+        or value_of(weight).dim() != 2
+        or 0 in value_of(weight).shape
+    ):
+        return
+    end, activation = node, None
+    act: list[float] = []
+    following = _only_user(node)
+    if following is not None and following.args[0] is node and (found := _activation(following)):
+        end, (activation, act) = following, found
+    with graph.inserting_before(node):
+        fused = graph.call_function(linear, (x, weight, bias), {"activation": activation, "act": act})
+    fused.meta = dict(end.meta)
+    end.replace_all_uses_with(fused)
+    graph.eliminate_dead_code()
+
+
 def _fuse_recurrent(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None:
     """Let a recurrent layer of constant weights be one that is packed once."""
     x, h0, c0, *weights = node.args[:13]
@@ -320,7 +376,7 @@ def _fuse_recurrent(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> 
         return
     with graph.inserting_before(node):
         packed = graph.call_function(
-            recurrent, (x, h0, c0, reset, lengths, tuple(weights), mode, batch_first)
+            recurrent, (x, h0, c0, reset, lengths, tuple(weights), mode, batch_first, None)
         )
     packed.meta = dict(node.meta)
     node.replace_all_uses_with(packed)

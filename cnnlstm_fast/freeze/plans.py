@@ -14,8 +14,8 @@ from cnnlstm_fast.freeze.program import Program, compute_constants
 from cnnlstm_fast.ops.program import BLOCK_PLANS
 from cnnlstm_fast.spec import map_size
 
-#: The plan of blocks that were not timed: it takes all of them.
-ANY = "chunked"
+#: Plans on packed weights, which alone add a tensor to a convolution's map.
+PACKED = ("packed", "packed winograd")
 #: Batches that are timed beside the examples' own, as multiples, while their inputs have at most so many
 #: elements.
 _LARGER, _MOST_ELEMENTS = 8, 2**21
@@ -37,7 +37,7 @@ def choose_plans(program: dict, values: dict[str, Tensor], inputs: list[Tensor] 
         return
     if inputs is not None:
         for node in blocks:
-            node["plans"] = [[1.0, ANY]]
+            node["plans"] = [[1.0, _any_plan(node)]]
         names = list(dict.fromkeys(node["x"] for node in blocks))
         observed = Program({**program, "outputs": names}, values)
         constants = observed.constants
@@ -48,7 +48,8 @@ def choose_plans(program: dict, values: dict[str, Tensor], inputs: list[Tensor] 
     known: dict[Any, list] = {}
     for node in blocks:
         size = tuple(node["size"])
-        key = (size, node["weight"], str({k: v for k, v in node.items() if k not in ("x", "out", "plans")}))
+        same = {k: v for k, v in node.items() if k not in ("x", "out", "plans", "added")}
+        key = (size, node["weight"], node["added"] is None, str(same))
         if key not in known:
             known[key] = _measured(node, size, constants)
         node["plans"] = known[key]
@@ -69,29 +70,50 @@ def _measured(node: Node, shape: tuple[int, ...], constants: dict[str, Tensor]) 
         plan = _fastest(node, size, constants)
         if plan is not None:
             found.append([float(_positions(node, size, constants)), plan])
-    return found or [[1.0, ANY]]
+    return found or [[1.0, _any_plan(node)]]
 
 
-def _positions(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> int:
+def _any_plan(node: Node) -> str:
+    """The plan of a block that was not timed: it takes all of them."""
+    return "chunked" if node["added"] is None else "packed"
+
+
+def _map_size(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> tuple[int, int]:
     kernel = tuple(constants[node["weight"]].shape[2:])
     image = size[2:]
     if node["signal"]:
         kernel, image = (1, *kernel), (1, *image)
-    h, w = map_size(image, kernel, node["conv"])
+    return map_size(image, kernel, node["conv"])
+
+
+def _positions(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> int:
+    h, w = _map_size(node, size, constants)
     return max(1, size[0] * h * w)
+
+
+def _addend(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> Tensor:
+    """A tensor that a block adds, channels-last as a block before writes it."""
+    h, w = _map_size(node, size, constants)
+    added = torch.randn(size[0], h, w, constants[node["weight"]].shape[0]).permute(0, 3, 1, 2)
+    return added.squeeze(2) if node["signal"] else added
 
 
 def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> str | None:
     x = torch.randn(size)
+    inputs = [x]
     if len(size) == 4 and node["order"] == [0, 2, 3, 1] and size[1] > 1:
-        x = x.contiguous(memory_format=torch.channels_last)
+        inputs = [x.contiguous(memory_format=torch.channels_last)]
+    if node["added"] is not None:
+        inputs.append(_addend(node, size, constants))
     runs = {}
     for plan in BLOCK_PLANS:
+        if node["added"] is not None and plan not in PACKED:
+            continue
         if plan in _TRANSFORMS and not backends.allow_transforms:
             continue
         try:
             runs[plan] = _alone({**node, "plans": [[1.0, plan]]}, constants)
-            runs[plan].run([x])
+            runs[plan].run(inputs)
         except RuntimeError:  # not a block of this plan
             runs.pop(plan, None)
     best = dict.fromkeys(runs, float("inf"))
@@ -101,7 +123,7 @@ def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) ->
             if turn and best[plan] > 2 * min(best.values()):
                 continue
             start = time.perf_counter()
-            program.run([x])
+            program.run(inputs)
             best[plan] = min(best[plan], time.perf_counter() - start)
         if time.perf_counter() > end:
             break
@@ -110,7 +132,10 @@ def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) ->
 
 def _alone(node: Node, constants: dict[str, Tensor]) -> Program:
     used = [node[key] for key in ("weight", "bias") if node[key] is not None]
+    if node["added"] == node["x"]:
+        node = {**node, "added": node["x"] + " too"}
     program = {
-        "inputs": [node["x"]], "state": {}, "prelude": [], "nodes": [node], "outputs": [node["out"]],
+        "inputs": [name for name in (node["x"], node["added"]) if name is not None],
+        "state": {}, "prelude": [], "nodes": [node], "outputs": [node["out"]],
     }  # fmt: skip
     return Program(program, {name: constants[name] for name in used})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cnnlstm_fast.freeze.nodes import Node, names_in, results_of
 from cnnlstm_fast.freeze.passes import fold
+from cnnlstm_fast.freeze.stacks import join_layers
 from cnnlstm_fast.ops import program as op
 from cnnlstm_fast.spec import ACTIVATIONS
 
@@ -156,7 +157,7 @@ class _Encoder:
     def program(self, nodes: Sequence[Node], outputs: Sequence[str]) -> tuple:
         for node in nodes:
             self.count += 1
-            self.code.append(op.KINDS.index(node["op"]))
+            self.code.append(op.KINDS.index("recurrent" if node["op"] == "stack" else node["op"]))
             self.code += getattr(self, "_" + node["op"])(node)
         code = [op.VERSION, len(self.slots), len(self.ints), len(self.inputs), self.count, *self.code]
         code += _list([self.slots[name] for name in outputs])
@@ -200,24 +201,39 @@ class _Encoder:
             for part in (self._float(positions), op.BLOCK_PLANS[plan])
         ]
         return [
-            self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]), int(node["signal"]),
+            self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]),
+            self._read(node["added"]), int(node["signal"]),
             *_list(node["conv"]), ACTIVATIONS[node["activation"]],
             *_list([self._float(a) for a in node["act"]]), *_list(node["pool"]), *_list(node["order"]),
             len(node["plans"]), *plans, self._written(node["out"]),
         ]  # fmt: skip
 
     def _recurrent(self, node: Node) -> list[int]:
-        weights = node["weights"]
-        directions = 1 if weights[5] is None else 2
-        return [
-            *(self._read(node[key]) for key in ("x", "h0", "c0", "reset", "lengths")),
-            node["mode"], node["layer"], directions, *(self._read(w) for w in weights[: 5 * directions]),
-            int(node["batch_first"]), *map(self._written, node["out"]),
-        ]  # fmt: skip
+        return self._stack({**node, "layers": [node], "keep": node["keep"]})
+
+    def _stack(self, node: Node) -> list[int]:
+        given = [self._read(node.get(key)) for key in ("x", "keep", "reset", "lengths")]
+        code = [*given, node["mode"], int(node["batch_first"]), len(node["layers"])]
+        for layer in node["layers"]:
+            weights = layer["weights"]
+            directions = 1 if weights[5] is None else 2
+            code += [
+                self._read(layer["h0"]), self._read(layer["c0"]), layer["layer"], directions,
+                *(self._read(w) for w in weights[: 5 * directions]),
+            ]  # fmt: skip
+        states = [name for layer in node["layers"] for name in layer["out"][1:]]
+        return code + [self._written(name) for name in (node["layers"][-1]["out"][0], *states)]
 
     def _sum(self, node: Node) -> list[int]:
         a, b, times = self.slots[node["a"]], self.slots[node["b"]], self._float(node["times"])
         return [a, b, times, self._written(node["out"])]
+
+    def _linear(self, node: Node) -> list[int]:
+        return [
+            self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]),
+            ACTIVATIONS[node["activation"]], *_list([self._float(a) for a in node["act"]]),
+            self._written(node["out"]),
+        ]  # fmt: skip
 
     def _call(self, node: Node) -> list[int]:
         schema = operator_named(node["name"])._schema
@@ -319,6 +335,8 @@ class Program:
     def __init__(self, program: dict, values: dict[str, Tensor]):
         self.program = program
         constants = compute_constants(program, values)
+        read = set(names_in([program["nodes"], program["outputs"]]))
+        constants = {name: t for name, t in constants.items() if name in read}
         self.constants = constants
         self.stretches: list[Compiled | InPython] = list(self._cut(program["nodes"], constants))
         first = self.stretches[0] if len(self.stretches) == 1 else None
@@ -377,7 +395,7 @@ class Program:
             outputs = [name for node in run for name in results_of(node) if name in later]
         read = {*_read_by(run, sizes), *outputs}
         encoder = _Encoder({name: t for name, t in constants.items() if name in read}, inputs)
-        encoded = encoder.program(list(_with_sizes(run, sizes)), outputs)
+        encoded = encoder.program(list(_with_sizes(join_layers(run, later), sizes)), outputs)
         return Compiled(op.new_op(*encoded), list(inputs), list(outputs))
 
 

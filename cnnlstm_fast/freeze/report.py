@@ -71,10 +71,13 @@ def _stages(version: Version, tensors: list[Tensor]) -> Iterator[Stage]:
 def _name_of(node: Node) -> str:
     if node["op"] == "block":
         parts = ["Conv1d" if node["signal"] else "Conv2d"]
+        parts += ["add"] if node["added"] else []
         parts += [node["activation"]] if node["activation"] else []
         return "+".join([*parts, *(["max pool"] if node["pool"] else [])])
     if node["op"] == "recurrent":
         return ("LSTM", "GRU")[node["mode"]]
+    if node["op"] == "linear":
+        return "+".join(["Linear", *([node["activation"]] if node["activation"] else [])])
     if node["op"] == "view":
         return "copy"
     return node["name"].partition("::")[2] if "name" in node else "add"
@@ -84,8 +87,8 @@ def _plan_of(node: Node, in_python: bool) -> tuple[str, str]:
     if node["op"] == "block":
         plans = dict.fromkeys(plan for _, plan in node["plans"])
         return "/".join(plans), "timed when the model was frozen"
-    if node["op"] == "recurrent":
-        return "fused", "weights packed once"
+    if node["op"] in ("recurrent", "linear"):
+        return {"recurrent": "fused", "linear": "packed"}[node["op"]], "weights packed once"
     if in_python:
         return "PyTorch", "the interpreter of programs cannot call it: Python does"
     return "PyTorch", ""

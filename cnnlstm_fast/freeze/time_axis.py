@@ -101,12 +101,12 @@ class _Time:
         raise _NoStream("the batch of its layers is not that of its input")
 
     def _layer(self, node: GraphNode) -> str:
-        _, h0, c0, reset, lengths, weights, _, _ = node.args
+        _, h0, c0, reset, lengths, weights, _, _, keep = node.args
         if weights[5] is not None:
             raise _NoStream(
                 "it has a recurrent layer of two directions, which needs the sequence's end first"
             )
-        if any(t is not None for t in (h0, c0, reset, lengths)):
+        if any(t is not None for t in (h0, c0, reset, lengths, keep)):
             raise _NoStream("a recurrent layer gets a state, resets or lengths from the model")
         return node.name
 

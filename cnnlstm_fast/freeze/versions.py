@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from cnnlstm_fast.freeze.capture import capture, size_text
 from cnnlstm_fast.freeze.lower import lower
-from cnnlstm_fast.freeze.nodes import names_in
-from cnnlstm_fast.freeze.plans import choose_plans
+from cnnlstm_fast.freeze.nodes import Node, names_in
+from cnnlstm_fast.freeze.plans import PACKED, choose_plans
 from cnnlstm_fast.freeze.program import Program
 from cnnlstm_fast.freeze.sizes import Sizes, compiled
 
@@ -43,16 +43,15 @@ class Version:
         self._of_sizes = [
             compiled(r[1], sizes.names()) if r is not None and r[0] == "size" else None for r in results
         ]
-        #: Names of the state that only recurrent layers read, which keep copies of their own.
-        self._packed = _packed_names(program)
         #: What export took for granted and calls broke whose results were right all the same.
         self.broken: set[str] = set()
         self.refresh(state)
 
     def refresh(self, state: dict[str, Tensor]) -> None:
         """Take the values that the state has now: copies, so that they stay until the next refresh."""
+        packed = _packed_names(self.data)  # of these the nodes make copies
         values = {
-            name: state[key].detach() if name in self._packed else state[key].detach().clone()
+            name: state[key].detach() if name in packed else state[key].detach().clone()
             for name, key in self.data["state"].items()
         }
         self.program = Program(self.data, {**values, **self.tensors})
@@ -80,11 +79,28 @@ class Version:
 
 
 def _packed_names(program: dict) -> set[str]:
-    layers = [node for node in program["nodes"] if node["op"] == "recurrent"]
-    others = [node for node in program["nodes"] if node["op"] != "recurrent"]
-    inputs = [{key: node[key] for key in ("x", "h0", "c0", "reset", "lengths")} for node in layers]
-    read = set(names_in([others, inputs, program["prelude"], program["outputs"]]))
-    return {name for node in layers for name in node["weights"] if name is not None} - read
+    """Names of the state whose values are read when the program is made and never again."""
+    packed: set[str] = set()
+    others: list = [program["outputs"]]
+    for node in program["nodes"]:
+        keys = _packed_keys(node)
+        packed.update(names_in([node[key] for key in keys]))
+        others.append({key: value for key, value in node.items() if key not in keys})
+    for node in program["prelude"]:
+        if node["op"] == "folded":
+            packed.update(names_in(node["of"]))
+        else:
+            others.append(node)
+    return packed - set(names_in(others))
+
+
+def _packed_keys(node: Node) -> tuple[str, ...]:
+    """What a node packs."""
+    if node["op"] == "recurrent":
+        return ("weights",)
+    if node["op"] == "linear" or (node["op"] == "block" and all(plan in PACKED for _, plan in node["plans"])):
+        return ("weight", "bias")
+    return ()
 
 
 def make_version(

@@ -14,13 +14,17 @@ and:
 - ``arithmetic``: an operation (:data:`ARITHMETIC`), two numbers (``size``: a tensor and a dimension), the int
   slot.
 - ``view``: a kind (:data:`VIEWS`), the tensor, its numbers, the slot.
-- ``block``: input, weight, bias, whether it is of signals (N, C, L), ``conv``, ``activation``, ``act``,
-  ``pool`` and ``order`` as in :mod:`cnnlstm_fast.ops.conv_block`, pairs of (positions of a map, plan), the
-  slot. The plan is that of the nearest number of positions.
-- ``recurrent``: ``x, h0, c0, reset, lengths``, mode, a number that nodes of the same weights share,
-  directions, the weights of each, ``batch_first``, slots of ``out``, ``h_n``, ``c_n``: as in
-  :mod:`cnnlstm_fast.ops.recurrent`.
+- ``block``: input, weight, bias, what is added to the convolution's map (by packed plans only), whether it is
+  of signals (N, C, L), ``conv``, ``activation``, ``act``, ``pool`` and ``order`` as in
+  :mod:`cnnlstm_fast.ops.conv_block`, pairs of (positions of a map, plan), the slot. The plan is that of the
+  nearest number of positions.
+- ``recurrent``: ``x``, ``keep``, ``reset``, ``lengths``, mode, ``batch_first``; layers one behind the other,
+  of each ``h0``, ``c0``, a number that nodes of the same weights share, directions, the weights of each; the
+  slot of ``out`` of the last layer, and of every layer those of ``h_n`` and ``c_n``. Terms are those of
+  :mod:`cnnlstm_fast.ops.recurrent`; states are multiplied by ``keep`` (T, B) before each step.
 - ``sum``: a, b and t of ``a + t * b``, the slot.
+- ``linear``: input, weight, bias, ``activation`` and ``act`` as in :mod:`cnnlstm_fast.ops.conv_block`, the
+  slot.
 
 A number is ``0, value`` or ``1, int slot``. Lists begin with their length. -1 is no tensor.
 """
@@ -31,8 +35,8 @@ import torch
 
 from cnnlstm_fast.ops import conv_block
 
-VERSION = 1
-KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum")
+VERSION = 2
+KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum", "linear")
 ARGUMENTS = (
     "null", "tensor", "int", "float", "bool", "ints", "tensors", "string", "floats", "bools", "dtype",
     "layout", "device", "memory_format", "maybe_tensors",
