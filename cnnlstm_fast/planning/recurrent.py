@@ -14,7 +14,7 @@ from cnnlstm_fast.planning.support import library_differentiates, why_not_fused_
 #: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
 RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
-_HAS_AMX = _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
+_LIBRARY_HAS_BFLOAT16 = _ext.loaded and torch.ops.cnnlstm_fast.library_has_bfloat16()
 
 
 def choose_recurrent(
@@ -62,8 +62,8 @@ def choose_recurrent(
         return "library", "cuDNN's kernels serve the plain case"
     if plain and gru_step and x.device.type == "cpu":
         return "library", "one step of a GRU: PyTorch's own operators are as fast"
-    if plain and onednn_dtype == torch.bfloat16 and x.device.type == "cpu" and _HAS_AMX:
-        return "library", "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
+    if plain and onednn_dtype == torch.bfloat16 and x.device.type == "cpu" and _LIBRARY_HAS_BFLOAT16:
+        return "library", "oneDNN multiplies bfloat16 by units of the processor, which our kernels do not"
     if plain:
         return "fused", "all steps in one call, gates kept in registers"
     return "fused", "resets and lengths are handled inside the kernels"
