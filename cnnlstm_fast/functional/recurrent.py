@@ -15,7 +15,7 @@ from cnnlstm_fast import reference
 from cnnlstm_fast.errors import WrongDevice, WrongDtype, WrongShape, WrongStates, WrongType, WrongValue
 from cnnlstm_fast.ops import recurrent as op
 from cnnlstm_fast.planning import observer
-from cnnlstm_fast.planning.recurrent import RECURRENT_PLANS, choose_recurrent
+from cnnlstm_fast.planning.recurrent import RECURRENT_PLANS, choose_recurrent, multiplies_bfloat16
 from cnnlstm_fast.planning.support import records_gradients
 
 __all__ = ["gru", "lstm"]
@@ -258,8 +258,11 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
     low = _autocast_dtype(x)
     _check_kinds(cell, *given, of_dtypes=low is None)
     if low is not None:
-        # Our CPU kernels compute in float32, so what is float32 is not rounded first.
-        own = torch.float32 if low == torch.bfloat16 and x.device.type == "cpu" else low
+        # Where our CPU kernels compute in float32, what is float32 is not rounded first.
+        wide = (
+            low == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16(stack.proj_size > 0)
+        )
+        own = torch.float32 if wide else low
         x, params = x.to(own), [p.to(own) for p in params]
         hx = None if hx is None else [s.to(own) for s in hx]
     plain = reset is None and lengths is None

@@ -15,6 +15,16 @@ from cnnlstm_fast.planning.support import library_differentiates, why_not_fused_
 RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
 _LIBRARY_HAS_BFLOAT16 = _ext.loaded and torch.ops.cnnlstm_fast.library_has_bfloat16()
+_LIBRARY_HAS_AMX = _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
+_WE_HAVE_BFLOAT16 = _ext.loaded and bool(torch.ops.cnnlstm_fast.bfloat16_unit())
+
+
+def multiplies_bfloat16(projected: bool) -> bool:
+    """Whether our CPU kernels multiply bfloat16 by a unit of the processor, with sums in float32.
+
+    Elsewhere, and for projected layers, they widen bfloat16 and compute in float32.
+    """
+    return _WE_HAVE_BFLOAT16 and not projected
 
 
 def choose_recurrent(
@@ -62,8 +72,11 @@ def choose_recurrent(
         return "library", "cuDNN's kernels serve the plain case"
     if plain and gru_step and x.device.type == "cpu":
         return "library", "one step of a GRU: PyTorch's own operators are as fast"
-    if plain and onednn_dtype == torch.bfloat16 and x.device.type == "cpu" and _LIBRARY_HAS_BFLOAT16:
-        return "library", "oneDNN multiplies bfloat16 by units of the processor, which our kernels do not"
+    if plain and onednn_dtype == torch.bfloat16 and x.device.type == "cpu":
+        if _LIBRARY_HAS_AMX:
+            return "library", "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
+        if _LIBRARY_HAS_BFLOAT16 and not _WE_HAVE_BFLOAT16:
+            return "library", "oneDNN multiplies bfloat16 by units of the processor, which our kernels do not"
     if plain:
         return "fused", "all steps in one call, gates kept in registers"
     return "fused", "resets and lengths are handled inside the kernels"
