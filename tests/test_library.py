@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from helpers import needs_extension, run_python
 
 pytestmark = needs_extension
