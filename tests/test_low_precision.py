@@ -41,8 +41,9 @@ def test_a_block_that_is_faster_in_float32_is_rounded_once():
     fast = cf.Sequential(*copy.deepcopy(model))
     spec = dict(padding=1, norm=fast[1], pool=fast[3])
     with torch.autocast("cpu", torch.bfloat16):
+        tensors = functional.as_autocast_casts(x, fast[0].weight, fast[0].bias)
         call = functional.plan_under_autocast(
-            x, fast[0].weight, fast[0].bias, 1, 1, 1, 1, fast[1], "relu", fast[3], "channels_first"
+            *tensors, 1, 1, 1, 1, fast[1], "relu", fast[3], "channels_first"
         )
         cf.functional.conv_block(x, fast[0].weight, fast[0].bias, **spec)
     assert call.rounds_to == torch.bfloat16 and call.plan != "reference"
@@ -61,8 +62,9 @@ def test_a_plan_that_is_asked_for_runs_in_the_dtype_of_autocast(asked):
     model, x = image_block()
     conv, norm, _, pool = model
     with torch.autocast("cpu", torch.bfloat16):
+        tensors = functional.as_autocast_casts(x, conv.weight, conv.bias)
         call = functional.plan_under_autocast(
-            x, conv.weight, conv.bias, 1, 1, 1, 1, norm, "relu", pool, "channels_first", asked
+            *tensors, 1, 1, 1, 1, norm, "relu", pool, "channels_first", asked
         )
     assert call.rounds_to is None and call.plan == asked
 

@@ -108,12 +108,11 @@ def conv_block(
             if known.plan == "reference":  # PyTorch's operators are right whatever the modes and hooks
                 return _reference(x, weight, bias, *block)
             if is_plain_call(x, weight) and not _hooked(norm, activation, pool):
-                if torch._C._is_any_autocast_enabled() and known.rounds_to is None:
+                if torch._C._is_any_autocast_enabled():
                     x, weight, bias = as_autocast_casts(x, weight, bias)
                 return known.run(x, weight, bias, norm, pool)
+    x, weight, bias = as_autocast_casts(x, weight, bias)
     call = plan_under_autocast(x, weight, bias, *block, plan)
-    if call.rounds_to is None:
-        x, weight, bias = as_autocast_casts(x, weight, bias)
     if key is not None and _holds_for_all(key, call):
         if len(_known_calls) >= _MOST_KNOWN:
             _known_calls.clear()
@@ -139,7 +138,7 @@ class CallPlan(NamedTuple):
         inner_layout: of the fused block's result.
         pool_behind: PyTorch's own pool runs behind the fused block.
         layout: of the call's result.
-        rounds_to: the dtype to which autocast rounds a result that is computed in float32; else None.
+        rounds_to: the dtype of autocast, where a block is computed in float32 and its result rounded.
     """
 
     spec: BlockSpec | None
@@ -170,6 +169,8 @@ class CallPlan(NamedTuple):
         spec, choice, inner_layout, pool_behind, layout, rounds_to = self
         assert spec is not None
         run = _fused if norm is None else _fused_with_norm
+        if rounds_to is not None:  # gradients are rounded on their way back, as PyTorch's are
+            x, weight, bias = x.float(), weight.float(), bias if bias is None else bias.float()
         rank, unbatched = weight.dim(), x.dim() < weight.dim()
         forward, backward = op.PLANS[choice.forward], op.PLANS[choice.backward]
         out = run(spec, *as_2d(x, weight), bias, norm, forward, backward)
@@ -223,20 +224,19 @@ def plan_call(
 
 
 def plan_under_autocast(x, weight, bias, *block) -> CallPlan:
-    """As :func:`plan_call`, of the casts that autocast makes, or of float32 where our kernels are faster.
+    """As :func:`plan_call`. Under autocast the plan may be to compute in float32 what bfloat16 tensors hold.
 
-    Some plans exist in float32 alone. The result is rounded then, which PyTorch's operators do step by step.
+    Some plans exist in float32 alone.
     """
-    cast = as_autocast_casts(x, weight, bias)
-    call = plan_call(*cast, *block)
-    plan = block[-1] if len(block) > _GIVEN else "auto"
-    if cast[0].dtype is x.dtype or plan != "auto" or torch.compiler.is_compiling():
+    call = plan_call(x, weight, bias, *block)
+    asked = len(block) > _GIVEN and block[-1] != "auto"
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or asked or torch.compiler.is_compiling():
         return call
-    if x.device.type != "cpu" or {t.dtype for t in (x, weight, bias) if t is not None} != {torch.float32}:
+    if not torch.is_autocast_enabled("cpu"):
         return call
-    wide = plan_call(x, weight, bias, *block)
+    wide = plan_call(*(t if t is None else t.float() for t in (x, weight, bias)), *block)
     gains = wide.choice.us < (1 - max(GAIN_PERCENT, 0) / 100) * call.choice.us
-    return wide._replace(rounds_to=cast[0].dtype) if wide.plan != "reference" and gains else call
+    return wide._replace(rounds_to=x.dtype) if wide.plan != "reference" and gains else call
 
 
 def _timed_run(call: CallPlan, tensors: tuple, block: tuple, plan: str) -> None:

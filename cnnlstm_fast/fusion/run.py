@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnlstm_fast import functional
-from cnnlstm_fast.functional.conv_block import CallPlan, plan_under_autocast
+from cnnlstm_fast.functional.conv_block import CallPlan, as_autocast_casts, plan_under_autocast
 from cnnlstm_fast.fusion.calls import Conv
 from cnnlstm_fast.fusion.layout import eager_layout
 
@@ -33,4 +33,5 @@ def plan_block(
     x: Tensor, conv: Conv, norm: nn.Module | None, activation: Any, pool: nn.Module | None, layout: str
 ) -> CallPlan:
     """How :func:`run_block` would run these arguments; nothing is computed."""
-    return plan_under_autocast(x, *conv, norm, activation, pool, layout)
+    x, weight, bias = as_autocast_casts(x, conv.weight, conv.bias)
+    return plan_under_autocast(x, weight, bias, *conv[2:], norm, activation, pool, layout)
