@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
+#include <initializer_list>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -34,14 +35,26 @@ bool cpu_has_amx() {
 #endif
 }
 
-// The library reads the name once, in capitals or not; those of sets with AMX say so.
-bool allowed_amx() {
+bool cpu_has_avx512_bf16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBFloat16 = 1u << 5;
+  return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBFloat16);
+#else
+  return false;
+#endif
+}
+
+// Whether the library may use a set with one of these words in its name. It reads the name once, in capitals or not.
+bool allowed(std::initializer_list<const char*> words) {
   const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!most) most = std::getenv("DNNL_MAX_CPU_ISA");
   std::string name = most ? most : "";
   for (char& letter : name)
     if (letter >= 'a' && letter <= 'z') letter = static_cast<char>(letter - 'a' + 'A');
-  return name.empty() || name == "ALL" || name == "DEFAULT" || name.find("AMX") != std::string::npos;
+  bool any = name.empty() || name == "ALL" || name == "DEFAULT";
+  for (const char* word : words) any |= name.find(word) != std::string::npos;
+  return any;
 }
 
 }  // namespace
@@ -49,8 +62,14 @@ bool allowed_amx() {
 bool library_has_amx() {
   static const bool has = [] {
     const char* told = std::getenv("CNNLSTM_FAST_LIBRARY_ISA");
-    return (told && std::string(told) == "amx") || (cpu_has_amx() && allowed_amx());
+    return (told && std::string(told) == "amx") || (cpu_has_amx() && allowed({"AMX"}));
   }();
+  return has;
+}
+
+bool library_has_bfloat16() {
+  static const bool has =
+      library_has_amx() || (cpu_has_avx512_bf16() && allowed({"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AMX", "AVX10"}));
   return has;
 }
 
@@ -82,14 +101,16 @@ std::tuple<bool, bool, bool> limits_of(torch::stable::Tensor x, torch::stable::T
 
 }  // namespace
 
-// The first as the struct of that name.
+// The last as the struct of that name.
 STABLE_TORCH_LIBRARY_FRAGMENT(cnnlstm_fast, m) {
   m.def("library_has_amx() -> bool");
+  m.def("library_has_bfloat16() -> bool");
   m.def("library_limits(Tensor x, Tensor weight, int[] conv, int out_width) -> (bool, bool, bool)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CompositeExplicitAutograd, m) {
   m.impl("library_has_amx", CNNLSTM_FAST_OP(library_has_amx));
+  m.impl("library_has_bfloat16", CNNLSTM_FAST_OP(library_has_bfloat16));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {

@@ -26,6 +26,9 @@ namespace cnnlstm_fast {
 // it. CNNLSTM_FAST_LIBRARY_ISA=amx makes tests believe so.
 bool library_has_amx();
 
+// Whether it multiplies bfloat16 by units of the processor, AMX or AVX512_BF16.
+bool library_has_bfloat16();
+
 // Of a convolution of x (n, c, h, w), padded after if at all, by a weight into a map of `out_width` columns. `conv` as
 // in the schema of conv_block.
 struct LibraryLimits {

@@ -17,6 +17,7 @@
 #include "packed_recurrent.h"
 #include "recurrent_description.h"
 #include "recurrent_packing.h"
+#include "recurrent_pairs.h"
 #include "recurrent_steps.h"
 #include "tensors.h"
 #include "threads.h"
@@ -40,7 +41,11 @@ const int64_t kRowsOfItem = limit("RECURRENT_ROWS", 24, 1);
 
 // A direction as the kernels see it, and the memory that it points to.
 struct Prepared {
-  RecurrentLayer layer{};
+  explicit Prepared(const BFloat16Table* low) : low(low), kernels(low ? low->recurrent : recurrent_kernels()) {}
+
+  const BFloat16Table* const low;  // null: products are of float32
+  const RecurrentTable& kernels;
+  PairLayer layer{};
   std::deque<AlignedFloats> cleared;
   std::vector<Tensor> held;
 
@@ -87,12 +92,18 @@ void pack_weights(const RecurrentCall& call, int64_t d, Prepared& p) {
   RecurrentLayer& l = p.layer;
   const DirectionWeights& w = call.directions[d];
   auto pack = [&](const Tensor& weight, bool of_inputs) {
+    if (p.low) {
+      const Tensor words = as_word_rows(weight);
+      float* packed = p.memory(weight, gate_floats(call.mode, l.hidden, words.size(1) / 2));
+      pack_gate_words(words, call.mode, of_inputs, *p.low, packed);
+      return packed;
+    }
     const Tensor rows = as_float_rows(weight);
     float* packed = p.memory(weight, gate_floats(call.mode, l.hidden, rows.size(1)));
     pack_gate_weight(rows, call.mode, of_inputs, packed);
     return packed;
   };
-  if (call.fused_inputs()) {
+  if (call.fused_inputs() || p.low) {
     l.packed_x = pack(w.w_ih, true);
   } else {
     const Tensor& rows = p.held.emplace_back(as_float_rows(w.w_ih));
@@ -106,7 +117,15 @@ void pack_weights(const RecurrentCall& call, int64_t d, Prepared& p) {
   }
   float* bias = p.zeros(bias_floats(l.hidden));
   l.bias = bias;
-  if (w.b_ih) pack_bias(as_contiguous_floats(*w.b_ih), as_contiguous_floats(*w.b_hh), call.mode, bias);
+  if (w.b_ih) pack_bias(as_contiguous_floats(*w.b_ih), as_contiguous_floats(*w.b_hh), call.mode, bias, p.kernels.lanes);
+}
+
+// Makes a described layer one of words: of its input, its state and its output.
+void use_words(const RecurrentCall& call, int64_t d, const Tensor& out, Prepared& p) {
+  PairLayer& l = p.layer;
+  l.inputs = ceil_div(call.inputs, 2), l.x_step /= l.x_step == kPacked ? 1 : 2, l.x_sequence /= 2;
+  l.out_low = static_cast<uint16_t*>(out.data_ptr()) + d * call.width;
+  l.h_pairs = reinterpret_cast<uint32_t*>(p.zeros(l.batch * l.padded_width));
 }
 
 void use_packed(const PackedDirection& w, Prepared& p) {
@@ -116,9 +135,9 @@ void use_packed(const PackedDirection& w, Prepared& p) {
 }
 
 void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor& h_n, const Tensor& c_n) {
-  const RecurrentTable& k = recurrent_kernels();
+  const RecurrentTable& k = p.kernels;
   const int64_t threads = torch::stable::get_num_threads();
-  RecurrentLayer& l = p.layer;
+  PairLayer& l = p.layer;
   const int64_t parity = l.batch * l.padded_width;
   l.h = p.zeros(2 * parity);
   if (call.mode == kLSTM) l.c = p.zeros(l.batch * l.padded_hidden);
@@ -127,6 +146,7 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
     const float* from = floats(*call.h0) + d * l.batch * l.width;
     for (int64_t q = 0; q < l.batch; ++q)
       std::copy_n(from + call.caller(q) * l.width, l.width, l.h + q * l.padded_width);
+    if (p.low) p.low->narrow_row(l.h, parity, reinterpret_cast<uint16_t*>(l.h_pairs));
   }
   if (call.c0) {
     const float* from = floats(*call.c0) + d * l.batch * l.hidden;
@@ -184,13 +204,18 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
     std::copy_n(l.h + length % 2 * parity + q * l.padded_width, l.width, mutable_floats(h_n) + row * l.width);
     if (call.mode == kLSTM) std::copy_n(l.c + q * l.padded_hidden, l.hidden, mutable_floats(c_n) + row * l.hidden);
     if (call.packed) continue;
-    for (int64_t t = length; t < call.steps; ++t)
-      std::fill_n(l.out + position(l, t, q, l.out_step, l.out_sequence), l.width, 0.f);
+    for (int64_t t = length; t < call.steps; ++t) {
+      const int64_t at = position(l, t, q, l.out_step, l.out_sequence);
+      if (p.low)
+        std::fill_n(l.out_low + at, l.width, uint16_t{0});
+      else
+        std::fill_n(l.out + at, l.width, 0.f);
+    }
   }
 }
 
 struct LayerResults {
-  Tensor out, h_n, c_n;  // float32
+  Tensor out, h_n, c_n;  // float32, or the first one bfloat16
 };
 
 // The results, written but for those of no sequences. `saved` may have no elements; with `packed`, a direction each, no
@@ -200,16 +225,18 @@ LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Ints cells = call.mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0};
-  const LayerResults results{new_output(x, call.sequence(directions * call.width), wide),
+  const BFloat16Table* low = packed ? nullptr : low_kernels(call);
+  const LayerResults results{new_output(x, call.sequence(directions * call.width), low ? ScalarType::BFloat16 : wide),
                              torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide),
                              torch::stable::new_empty(x, cells, wide)};
   call.weights_packed = packed != nullptr;
   number_sequences(call);
   if (call.batch == 0) return results;
-  const Tensor from = as_float_rows(x);
+  const Tensor from = low ? as_word_rows(x) : as_float_rows(x);
   for (int64_t d = 0; d < directions; ++d) {
-    Prepared p;
+    Prepared p(low);
     describe_layer(call, d, from, results.out, saved, p);
+    if (low) use_words(call, d, results.out, p);
     if (packed)
       use_packed((*packed)[d], p);
     else
@@ -250,13 +277,14 @@ struct ChunkRows {
 
 // Sums of outer products [n][panel] for every panel of the gates, and their columns' own sums.
 struct Products {
+  const RecurrentTable& k;
   int64_t panel, begin, end, count;  // columns [begin, end) of the gates, `count` rows
   AlignedFloats sums;
-  Products(int64_t panel, int64_t begin, int64_t end, int64_t columns, int64_t count)
-      : panel(panel), begin(begin), end(end), count(count), sums(ceil_div(columns, panel) * panel * count) {}
+  Products(const RecurrentTable& k, int64_t begin, int64_t end, int64_t columns, int64_t count)
+      : k(k), panel(k.panel), begin(begin), end(end), count(count), sums(ceil_div(columns, panel) * panel * count) {}
 
   // Items are a part of the rows and a share of the panels each.
-  int64_t parts() const { return ceil_div(count, recurrent_kernels().outer_rows); }
+  int64_t parts() const { return ceil_div(count, k.outer_rows); }
   int64_t panels() const { return ceil_div(end, panel); }
   int64_t groups() const {
     const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
@@ -264,7 +292,6 @@ struct Products {
   }
   int64_t items() const { return groups() * parts(); }
   void add(int64_t item, const float* const* rows, const float* gates, int64_t gate_rows) {
-    const RecurrentTable& k = recurrent_kernels();
     const int64_t group = item % groups(), n = item / groups() * k.outer_rows;
     const int64_t first = std::max(begin, group * panels() / groups() * panel);
     const int64_t last = std::min(end, (group + 1) * panels() / groups() * panel);
@@ -275,8 +302,8 @@ struct Products {
   void put(int64_t column, int64_t units, float* to) const {
     for (int64_t u = 0; u < units;) {
       const int64_t inside = (column + u) % panel, some = std::min(units - u, panel - inside);
-      recurrent_kernels().transpose(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some,
-                                    to + u * count, count);
+      k.transpose(sums.data() + (column + u) / panel * count * panel + inside, panel, count, some, to + u * count,
+                  count);
       u += some;
     }
   }
@@ -307,6 +334,7 @@ class DirectionBackward {
         want_(want),
         d_(d),
         p_(p),
+        k_(p.kernels),
         l_(p.layer),
         gate_columns_(4 * l_.padded_hidden),
         bias_(ceil_div(gate_columns_, panel()) * panel()) {
@@ -314,15 +342,17 @@ class DirectionBackward {
     pack();
     bounds_ = cut_steps(call, kChunkFloats / gate_columns_);
     const int64_t most = most_rows(call, bounds_);
-    b_.gates = p.memory(want.rows, ceil_div(gate_columns_, panel()) * panel() * most);
+    const int64_t of_gates = ceil_div(gate_columns_, panel()) * panel() * most;
+    b_.gates = p.memory(want.rows, of_gates);
+    if (p.low) b_.gates_low = reinterpret_cast<uint16_t*>(p.memory(want.rows, of_gates / 2));
     if (l_.projected) {
       b_.dy = p.memory(want.rows, ceil_div(l_.padded_width, panel()) * panel() * most);
       b_.my = p.memory(want.rows, l_.padded_hidden * most);
     }
     if (!want.need_weights) return;
-    of_x_.emplace(panel(), 0, input_end(), gate_columns_, l_.inputs);
-    of_h_.emplace(panel(), state_begin(), gate_columns_, gate_columns_, l_.width);
-    if (l_.projected) of_m_.emplace(panel(), 0, l_.padded_width, l_.padded_width, l_.hidden);
+    of_x_.emplace(k_, 0, input_end(), gate_columns_, l_.inputs);
+    of_h_.emplace(k_, state_begin(), gate_columns_, gate_columns_, l_.width);
+    if (l_.projected) of_m_.emplace(k_, 0, l_.padded_width, l_.padded_width, l_.hidden);
   }
 
   void run(const DirectionGrads& grads) {
@@ -339,7 +369,7 @@ class DirectionBackward {
   }
 
  private:
-  static int64_t panel() { return recurrent_kernels().panel; }
+  int64_t panel() const { return k_.panel; }
   // Columns of the gates that belong to the inputs end there, and those of the state begin there.
   int64_t input_end() const { return call_.gates * l_.padded_hidden; }
   int64_t state_begin() const { return gate_columns_ - call_.gates * l_.padded_hidden; }
@@ -383,8 +413,8 @@ class DirectionBackward {
   bool wants_first_state() const { return want_.grad_h0.has_value(); }
 
   const float* pack_columns(const Tensor& weight, int64_t blocks, int64_t block, bool of_inputs) {
-    const RecurrentTable& k = recurrent_kernels();
-    const Tensor rows = as_float_rows(weight);
+    const RecurrentTable& k = k_;
+    const Tensor rows = p_.low ? torch::stable::contiguous(weight) : as_float_rows(weight);
     const int64_t n = rows.size(1), panels = ceil_div(n, k.panel);
     float* packed = p_.memory(weight, panels * k.panel * blocks * padded_units(block));
     for_each_item(panels, [&](int64_t i) {
@@ -434,7 +464,7 @@ class DirectionBackward {
   int64_t time(const Stretch& s, int64_t i) const { return l_.reversed ? s.begin + i : s.end - 1 - i; }
 
   void run_by_units(const Stretch& s, bool last) const {
-    const RecurrentTable& k = recurrent_kernels();
+    const RecurrentTable& k = k_;
     const int64_t steps = s.end - s.begin;
     const UnitBlocks blocks(l_.padded_hidden, k.panel, 4);
     run_with_step_barrier(steps + (last ? 0 : 1), blocks.count, [&](int64_t i, int64_t block) {
@@ -448,7 +478,7 @@ class DirectionBackward {
   }
 
   void run_by_sequences(const Stretch& s, bool last) const {
-    const RecurrentTable& k = recurrent_kernels();
+    const RecurrentTable& k = k_;
     const int64_t steps = s.end - s.begin, scratch_size = k.backward_scratch(l_);
     const Tiles tiles(s.count);
     for_each_item(tiles.count, [&](int64_t item) {
@@ -463,7 +493,8 @@ class DirectionBackward {
 
   // Everything that all steps of the chunk contribute to, in one list of items.
   void add_chunk() {
-    const RecurrentTable& k = recurrent_kernels();
+    const RecurrentTable& k = k_;
+    const float* gates = p_.low ? reinterpret_cast<const float*>(b_.gates_low) : b_.gates;  // as they meet weights
     const int64_t count = b_.rows, x_end = input_end();
     const int64_t x_items = of_x_ ? of_x_->items() : 0, h_items = of_h_ ? of_h_->items() : 0;
     const int64_t m_items = of_m_ ? of_m_->items() : 0;
@@ -478,8 +509,8 @@ class DirectionBackward {
         return k.add_rows(b_.gates + i * k.panel * count, count, bias_.data() + i * k.panel);
       i -= bias_items;
       const int64_t first = i * count / row_items;
-      k.multiply_rows(b_.gates, count, first, (i + 1) * count / row_items - first, 0, x_end, columns_x_, l_.inputs,
-                      d_ > 0, rows_.grad_x.data() + first);
+      k.multiply_rows(gates, count, first, (i + 1) * count / row_items - first, 0, x_end, columns_x_, l_.inputs, d_ > 0,
+                      rows_.grad_x.data() + first);
     });
   }
 
@@ -499,10 +530,11 @@ class DirectionBackward {
   const BackwardCall& want_;
   const int64_t d_;
   Prepared& p_;
+  const RecurrentTable& k_;
   const RecurrentLayer& l_;
   const int64_t gate_columns_;
   AlignedFloats bias_;
-  RecurrentBackward b_{};
+  PairBackward b_{};
   const float* columns_x_ = nullptr;
   std::vector<int64_t> bounds_;
   std::optional<Products> of_x_, of_h_, of_m_;  // sums for w_ih, w_hh and w_hr
@@ -562,7 +594,7 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
     if (need_weights)
       grads[d] = {like(w.w_ih), like(w.w_hh), like_maybe(w.b_ih), like_maybe(w.b_hh), like_maybe(w.w_hr)};
     if (call.batch * call.steps == 0) continue;
-    Prepared p;
+    Prepared p(low_kernels(call));
     describe_layer(call, d, want.rows, wide_out, saved, p);
     DirectionBackward(call, want, d, p).run(grads[d]);
   }

@@ -46,7 +46,11 @@ int64_t bias_floats(int64_t hidden) {
 }
 
 void pack_bias(const Tensor& b_ih, const Tensor& b_hh, int64_t mode, float* to) {
-  const int64_t lanes = recurrent_kernels().lanes, hidden = b_ih.size(0) / gates_of(mode);
+  pack_bias(b_ih, b_hh, mode, to, recurrent_kernels().lanes);
+}
+
+void pack_bias(const Tensor& b_ih, const Tensor& b_hh, int64_t mode, float* to, int64_t lanes) {
+  const int64_t hidden = b_ih.size(0) / gates_of(mode);
   const float *of_inputs = floats(b_ih), *of_state = floats(b_hh);
   for (int64_t u = 0; u < hidden; ++u) {
     float* columns = to + u / lanes * 4 * lanes + u % lanes;

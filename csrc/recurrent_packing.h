@@ -32,5 +32,7 @@ void pack_projection(const torch::stable::Tensor& w_hr, float* to);
 // Both biases [gates * H], contiguous float32, into memory that is zero.
 int64_t bias_floats(int64_t hidden);
 void pack_bias(const torch::stable::Tensor& b_ih, const torch::stable::Tensor& b_hh, int64_t mode, float* to);
+void pack_bias(const torch::stable::Tensor& b_ih, const torch::stable::Tensor& b_hh, int64_t mode, float* to,
+               int64_t lanes);
 
 }  // namespace cnnlstm_fast

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from helpers import needs_extension, run_python
 
 pytestmark = needs_extension
@@ -78,8 +77,6 @@ layers = cf.LSTM(8, 6), cf.LSTM(8, 6, bidirectional=True), cf.LSTM(8, 6, proj_si
 for dtype in (torch.bfloat16, torch.float32):
     print(*(cf.explain(layer.to(dtype), x.to(dtype)).stages[-1].plan for layer in layers))
 """
-    for isa, expected in (("amx", "library library fused fused"), ("", "fused fused fused fused")):
-        if isa or not torch.ops.cnnlstm_fast.library_has_amx():
-            assert run_python(code, CNNLSTM_FAST_LIBRARY_ISA=isa).stdout.splitlines() == [
-                expected, "fused fused fused fused",
-            ]  # fmt: skip
+    ways = {"CNNLSTM_FAST_LIBRARY_ISA": "amx"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    for way, expected in zip(ways, ("library library fused fused", "fused fused fused fused"), strict=True):
+        assert run_python(code, **way).stdout.splitlines() == [expected, "fused fused fused fused"]

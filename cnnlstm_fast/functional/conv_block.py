@@ -24,7 +24,7 @@ from cnnlstm_fast.functional.arguments import (
 from cnnlstm_fast.ops import conv_block as op
 from cnnlstm_fast.ops import conv_norm
 from cnnlstm_fast.planning import capturing, observer, tuner
-from cnnlstm_fast.planning.choose import PLANS, Choice, choose, library_uses_tf32
+from cnnlstm_fast.planning.choose import GAIN_PERCENT, PLANS, Choice, choose, library_uses_tf32
 from cnnlstm_fast.planning.support import (
     folds,
     global_hooks,
@@ -108,9 +108,11 @@ def conv_block(
             if known.plan == "reference":  # PyTorch's operators are right whatever the modes and hooks
                 return _reference(x, weight, bias, *block)
             if is_plain_call(x, weight) and not _hooked(norm, activation, pool):
+                if torch._C._is_any_autocast_enabled():
+                    x, weight, bias = as_autocast_casts(x, weight, bias)
                 return known.run(x, weight, bias, norm, pool)
     x, weight, bias = as_autocast_casts(x, weight, bias)
-    call = plan_call(x, weight, bias, *block, plan)
+    call = plan_under_autocast(x, weight, bias, *block, plan)
     if key is not None and _holds_for_all(key, call):
         if len(_known_calls) >= _MOST_KNOWN:
             _known_calls.clear()
@@ -136,6 +138,7 @@ class CallPlan(NamedTuple):
         inner_layout: of the fused block's result.
         pool_behind: PyTorch's own pool runs behind the fused block.
         layout: of the call's result.
+        rounds_to: the dtype of autocast, where a block is computed in float32 and its result rounded.
     """
 
     spec: BlockSpec | None
@@ -143,6 +146,7 @@ class CallPlan(NamedTuple):
     inner_layout: str
     pool_behind: bool
     layout: str
+    rounds_to: torch.dtype | None = None
 
     @property
     def plan(self) -> str:
@@ -162,12 +166,16 @@ class CallPlan(NamedTuple):
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm, pool) -> Tensor:
         """The block's result by the fused plan that was chosen."""
-        spec, choice, inner_layout, pool_behind, layout = self
+        spec, choice, inner_layout, pool_behind, layout, rounds_to = self
         assert spec is not None
         run = _fused if norm is None else _fused_with_norm
+        if rounds_to is not None:  # gradients are rounded on their way back, as PyTorch's are
+            x, weight, bias = x.float(), weight.float(), bias if bias is None else bias.float()
         rank, unbatched = weight.dim(), x.dim() < weight.dim()
         forward, backward = op.PLANS[choice.forward], op.PLANS[choice.backward]
         out = run(spec, *as_2d(x, weight), bias, norm, forward, backward)
+        if rounds_to is not None:
+            out = out.to(rounds_to)
         if rank == 3 or inner_layout != "channels_first":
             out = view_as_layout(out, inner_layout, rank)
         if pool_behind:
@@ -213,6 +221,22 @@ def plan_call(
     elif plan not in ("auto", "reference"):
         raise ValueError(f'plan="{plan}" cannot run here: {reason}. Pass plan="auto"')
     return call
+
+
+def plan_under_autocast(x, weight, bias, *block) -> CallPlan:
+    """As :func:`plan_call`. Under autocast the plan may be to compute in float32 what bfloat16 tensors hold.
+
+    Some plans exist in float32 alone.
+    """
+    call = plan_call(x, weight, bias, *block)
+    asked = len(block) > _GIVEN and block[-1] != "auto"
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or asked or torch.compiler.is_compiling():
+        return call
+    if not torch.is_autocast_enabled("cpu"):
+        return call
+    wide = plan_call(*(t if t is None else t.float() for t in (x, weight, bias)), *block)
+    gains = wide.choice.us < (1 - max(GAIN_PERCENT, 0) / 100) * call.choice.us
+    return wide._replace(rounds_to=x.dtype) if wide.plan != "reference" and gains else call
 
 
 def _timed_run(call: CallPlan, tensors: tuple, block: tuple, plan: str) -> None:
@@ -273,10 +297,9 @@ def _look_up(
 
     A plan depends on its key, on hooks (:func:`_hooked`), and on the modes of :func:`is_plain_call`.
     """
-    if torch._C._is_any_autocast_enabled():
-        return None, None
     try:
         key = (
+            torch._C._is_any_autocast_enabled() and _autocast_of(x.device.type),
             x.shape, x.stride(), x.layout, x.dtype, x.device, x.requires_grad, weight.shape, weight.dtype,
             weight.device, weight.requires_grad,
             bias if bias is None else (bias.shape, bias.dtype, bias.requires_grad),
@@ -291,6 +314,10 @@ def _look_up(
         return key, _known_calls.get(key)
     except _WITHOUT_KEY:
         return None, None
+
+
+def _autocast_of(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def _module_key(module: nn.Module, attributes: dict[type, tuple[str, ...]]) -> tuple:

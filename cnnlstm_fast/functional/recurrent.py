@@ -15,7 +15,7 @@ from cnnlstm_fast import reference
 from cnnlstm_fast.errors import WrongDevice, WrongDtype, WrongShape, WrongStates, WrongType, WrongValue
 from cnnlstm_fast.ops import recurrent as op
 from cnnlstm_fast.planning import observer
-from cnnlstm_fast.planning.recurrent import RECURRENT_PLANS, choose_recurrent
+from cnnlstm_fast.planning.recurrent import RECURRENT_PLANS, choose_recurrent, rounds_to_bfloat16, why_library
 from cnnlstm_fast.planning.support import records_gradients
 
 __all__ = ["gru", "lstm"]
@@ -257,22 +257,26 @@ def _run(cell, x, hx, params, stack, reset, lengths, plan, batch_sizes=None):
     given = x, hx, params
     low = _autocast_dtype(x)
     _check_kinds(cell, *given, of_dtypes=low is None)
-    if low is not None:
-        # Our CPU kernels compute in float32, so what is float32 is not rounded first.
-        own = torch.float32 if low == torch.bfloat16 and x.device.type == "cpu" else low
-        x, params = x.to(own), [p.to(own) for p in params]
-        hx = None if hx is None else [s.to(own) for s in hx]
     plain = reset is None and lengths is None
     by_onednn = cell is LSTM and batch_sizes is None and not stack.proj_size
     steps = _sizes(x, stack)[0] if batch_sizes is None else len(batch_sizes)
-    chosen, reason = choose_recurrent(
-        plan,
-        x,
-        [*params, *(hx or ())],
-        plain=plain,
-        gru_step=cell is GRU and steps == 1,
-        onednn_dtype=(low or x.dtype) if by_onednn else None,
-    )
+    reason = None
+    if plan == "auto":
+        onednn_dtype = (low or x.dtype) if by_onednn else None
+        reason = why_library(
+            x, params[0], plain=plain, gru=cell is GRU, steps=steps, onednn_dtype=onednn_dtype
+        )
+    if reason is not None:
+        chosen = "library"
+    else:
+        if low is not None:
+            own = low
+            if low == torch.bfloat16 and x.device.type == "cpu":
+                # Where our kernels compute in float32, what is float32 is not rounded first.
+                own = low if rounds_to_bfloat16(x, params, stack.proj_size > 0) else torch.float32
+            x, params = x.to(own), [p.to(own) for p in params]
+            hx = None if hx is None else [s.to(own) for s in hx]
+        chosen, reason = choose_recurrent(plan, x, [*params, *(hx or ())], plain=plain)
     if observer.current is not None:
         observer.current.layer_runs(chosen, reason)
     if chosen == "library":

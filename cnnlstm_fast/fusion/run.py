@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnlstm_fast import functional
-from cnnlstm_fast.functional.conv_block import CallPlan, as_autocast_casts, plan_call
+from cnnlstm_fast.functional.conv_block import CallPlan, as_autocast_casts, plan_under_autocast
 from cnnlstm_fast.fusion.calls import Conv
 from cnnlstm_fast.fusion.layout import eager_layout
 
@@ -34,4 +34,4 @@ def plan_block(
 ) -> CallPlan:
     """How :func:`run_block` would run these arguments; nothing is computed."""
     x, weight, bias = as_autocast_casts(x, conv.weight, conv.bias)
-    return plan_call(x, weight, bias, *conv[2:], norm, activation, pool, layout)
+    return plan_under_autocast(x, weight, bias, *conv[2:], norm, activation, pool, layout)

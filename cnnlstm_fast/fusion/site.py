@@ -163,7 +163,7 @@ class ConvSite:
             if given is not None:
                 given.cancel()
                 x = given
-            elif module.padding_mode == "zeros" and context.autocast is None:
+            elif module.padding_mode == "zeros":
                 self._leave_to_pytorch(module, x)  # otherwise x is not the module's input, or it is cast
             self.note_unfused(shape_plan.why)
             return function(x, *conv)
@@ -237,7 +237,8 @@ def _padded_after(x: Tensor, module: nn.Module) -> tuple[Tensor, Any]:
 
 def _call_key(module: nn.Module, x: Tensor) -> tuple:
     """What decides whether a call of one site runs as PyTorch's."""
+    autocast = torch._C._is_any_autocast_enabled() and context_of(x).autocast
     return (
         x.shape, x.stride(), x.dtype, x.is_cpu, module.training,
-        records_gradients(), torch._C._is_any_autocast_enabled(), tuner.enabled,
+        records_gradients(), autocast, tuner.enabled,
     )  # fmt: skip

@@ -6,15 +6,66 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cnnlstm_fast import _ext
+from cnnlstm_fast.limits import limit
 from cnnlstm_fast.planning import capturing
 from cnnlstm_fast.planning.support import library_differentiates, why_not_fused_recurrent
 
 #: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
 RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
-_HAS_AMX = _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
+_LIBRARY_HAS_BFLOAT16 = _ext.loaded and torch.ops.cnnlstm_fast.library_has_bfloat16()
+_LIBRARY_HAS_AMX = _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
+_WE_HAVE_BFLOAT16 = _ext.loaded and bool(torch.ops.cnnlstm_fast.bfloat16_unit())
+
+#: Steps of all sequences, and products of all layers, from which rounding float32 weights to bfloat16 costs
+#: less than its products save.
+_ROUNDING_ROWS, _ROUNDING_PRODUCTS = limit("ROUNDING_ROWS", 64, 0), limit("ROUNDING_PRODUCTS", 1 << 24, 0)
+#: Elements of a GRU's weight that no cache holds, and the rows up to which packing it shows.
+_LARGE_WEIGHT, _FEW_ROWS = 1 << 22, 128
+
+
+def rounds_to_bfloat16(x: Tensor, params: Sequence[Tensor], projected: bool) -> bool:
+    """Whether our CPU kernels are to compute a layer in bfloat16 under autocast.
+
+    They multiply bfloat16 by a unit of the processor, with sums, state and gates in float32. Where there is
+    none, and for projected layers, they would widen it again.
+    """
+    if not _WE_HAVE_BFLOAT16 or projected:
+        return False
+    if torch.compiler.is_compiling():  # sizes would become guards
+        return True
+    rows = x.numel() // x.shape[-1]
+    return rows >= _ROUNDING_ROWS and rows * sum([p.numel() for p in params]) >= _ROUNDING_PRODUCTS
+
+
+def why_library(
+    x: Tensor, weight: Tensor, *, plain: bool, gru: bool, steps: int, onednn_dtype: torch.dtype | None
+) -> str | None:
+    """Why PyTorch's own layer is at least as fast on the CPU as ours, as a sentence; None if it is not.
+
+    Args:
+        weight: of the first layer's inputs.
+        plain: neither resets nor lengths are given; PyTorch's own layers take neither.
+        onednn_dtype: the dtype in which PyTorch has oneDNN compute this layer; None if it does not, as where
+            the input is packed, for projections, and for a GRU.
+    """
+    if not plain or x.device.type != "cpu" or capturing.active():
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    if gru and steps == 1:
+        return "one step of a GRU: PyTorch's own operators are as fast"
+    if gru and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+        if weight.numel() > _LARGE_WEIGHT and x.numel() <= _FEW_ROWS * x.shape[-1]:
+            return "few rows meet a weight that no cache holds, which PyTorch reads once less"
+    if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_AMX:
+        return "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
+    if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_BFLOAT16 and not _WE_HAVE_BFLOAT16:
+        return "oneDNN multiplies bfloat16 by units of the processor, which our kernels do not"
+    return None
 
 
 def choose_recurrent(
@@ -23,16 +74,11 @@ def choose_recurrent(
     params: Sequence[Tensor],
     *,
     plain: bool,
-    gru_step: bool = False,
-    onednn_dtype: torch.dtype | None = None,
 ) -> tuple[str, str]:
     """The plan for an LSTM or GRU: (its name, the reason in words).
 
     Args:
         plain: neither resets nor lengths are given; PyTorch's own layers take neither.
-        gru_step: this is a GRU and a sequence of one step.
-        onednn_dtype: the dtype in which PyTorch has oneDNN compute this layer; None if it does not, as where
-            the input is packed, for projections, and for a GRU.
 
     Raises:
         ValueError: ``plan`` names a plan that cannot run this call; the message says why.
@@ -60,10 +106,6 @@ def choose_recurrent(
         return "fused", "a frozen model packs its weights once"
     if x.device.type == "cuda" and plain:
         return "library", "cuDNN's kernels serve the plain case"
-    if plain and gru_step and x.device.type == "cpu":
-        return "library", "one step of a GRU: PyTorch's own operators are as fast"
-    if plain and onednn_dtype == torch.bfloat16 and x.device.type == "cpu" and _HAS_AMX:
-        return "library", "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
     if plain:
         return "fused", "all steps in one call, gates kept in registers"
     return "fused", "resets and lengths are handled inside the kernels"
