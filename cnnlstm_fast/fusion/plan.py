@@ -17,7 +17,7 @@ from cnnlstm_fast.fusion.layout import eager_layout
 from cnnlstm_fast.fusion.match import SLOTS, is_program
 from cnnlstm_fast.fusion.ways import Clock, ConvCall, Kind, Place, Way, as_handed, as_pytorch
 from cnnlstm_fast.limits import limit
-from cnnlstm_fast.planning import choose, costs, tuner
+from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.support import folds, records_gradients
 
 #: How many shapes of inputs a convolution remembers.
@@ -345,8 +345,9 @@ class FusionPlan:
         shape, _ = self.value_shapes(place)[0]
         of_batch = self.norm is not None and self.norm.training
         kinds = [step.kind for step in self.steps[head:]]
-        size, trained = self.dtypes[0].itemsize, self.needs_graph(place)
-        return costs.epilogue_saves(shape.numel(), size, kinds, of_batch, trained, torch.get_num_threads())
+        trained, threads = self.needs_graph(place), torch.get_num_threads()
+        sizes = shape.numel(), self.dtypes[0]
+        return costs.epilogue_saves(*sizes, kinds, of_batch, trained, rates.here(), threads)
 
     def _with_readers(
         self, place: Place, ways: list[Way], clock: Clock | None, before: tuple[FusionPlan, ...]
