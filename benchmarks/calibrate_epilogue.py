@@ -103,5 +103,7 @@ def fit_epilogues(rows: dict[str, list[Row]]) -> dict[str, dict[str, dict[str, f
         found[name] = {}
         for i, way in enumerate(("forward", "backward")):
             rates = fit([(done, ns[i]) for done, ns in raced if ns[i]], {})
-            found[name][way] = {term: rates.get(term, 0.0) for term in sorted(terms)}  # larger maps cost no more
+            found[name][way] = {
+                term: rates.get(term, 0.0) for term in sorted(terms)
+            }  # larger maps cost no more
     return found

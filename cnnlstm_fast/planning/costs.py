@@ -108,7 +108,7 @@ def _kind(p: ConvProblem) -> str:
 
 
 def _library_products(p: ConvProblem, kind: str) -> Counts:
-    """Vectors of multiply-adds, broadcasts and weight vectors of the library's convolution, or its columns."""
+    """Vectors of multiply-adds, broadcasts and weight vectors of the library's convolution, or columns."""
     groups, area = p.spec.groups, p.kernel[0] * p.kernel[1]
     positions = p.batch * p.conv[0] * p.conv[1]
     per_group, deep = p.out_channels // groups, p.channels // groups
@@ -150,8 +150,8 @@ def _library_gradients(counts: Counts, p: ConvProblem, calls: float, last: bool)
     """Replace the library's convolution in ``counts`` by its gradients, in ``calls`` parts.
 
     Args:
-        last: the gradient of the map lies channels-last. Then wide kernels of several rows have their gradient
-            from loops over single elements.
+        last: the gradient of the map lies channels-last. Then the gradient of wide kernels of several rows
+            comes from loops over single elements.
     """
     kind, wide = _kind(p), _is_wide(p)
     for name in _library_products(p, kind):
