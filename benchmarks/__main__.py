@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from benchmarks import blocks as block_races
 from benchmarks import calibrate as calibration
 from benchmarks import dispatch, gpu, gpu_works, growth, memory, roofline, trace
 from benchmarks import latency as latencies
+from benchmarks.calibrate_epilogue import Row, race_epilogues
+from benchmarks.calibrate_fit import Clock
 from benchmarks.cases import CASES, LENT_PEERS, SYSTEMS, Case
 from benchmarks.models import MODELS, race_model
 from benchmarks.race import WrongResult, race
@@ -36,6 +39,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure cnnl
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")]
+
+#: Dtypes that plans are calibrated for.
+_DTYPES = torch.float32, torch.bfloat16
 
 #: Cases whose memory a quick run measures: two processes each.
 _QUICK_MEMORY = tuple(f"{kind}/features/training" for kind in SYSTEMS)
@@ -291,7 +297,7 @@ OneThread = Annotated[
 ]
 
 
-def _clock(one_thread: bool) -> calibration.Clock:
+def _clock(one_thread: bool) -> Clock:
     """The wall's, or by ``one_thread`` that of this process's work, which from now on one thread does."""
     if not one_thread:
         return time.perf_counter
@@ -300,15 +306,14 @@ def _clock(one_thread: bool) -> calibration.Clock:
 
 
 def _race_plans(
-    count: int, seed: int, dtypes: list[str], keep: Path | None, clock: calibration.Clock,
+    count: int, seed: int, dtypes: Sequence[torch.dtype], keep: Path | None, clock: Clock,
     unlisted: float = 0.5,
     tune: bool = False,
 ) -> list[calibration.Race]:  # fmt: skip
-    kinds = [getattr(torch, dtype) for dtype in dtypes]
     with _progress() as progress:
-        task = progress.add_task("blocks", total=2 * count * len(kinds))
+        task = progress.add_task("blocks", total=2 * count * len(dtypes))
         tell = partial(progress.update, task)
-        races = calibration.run(count, seed, kinds, lambda done: tell(completed=done), unlisted, tune, clock)
+        races = calibration.run(count, seed, dtypes, lambda done: tell(completed=done), unlisted, tune, clock)
     if keep is not None:
         calibration.write_races(keep, races)
     return races
@@ -333,18 +338,20 @@ def calibrate(
 ) -> None:
     """Race every plan of random blocks and fit the rates by which plans are chosen on this processor."""
     tilings: list[list[calibration.Cut]] = []
+    epilogues: dict[str, dict[str, list[Row]]] = {}
     clock = _clock(one_thread)
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
-        raced = _race_plans(count, seed, ["float32", "bfloat16"], keep, clock)
+        raced = _race_plans(count, seed, _DTYPES, keep, clock)
         tilings = calibration.race_tilings(count // 10, seed, clock)
+        epilogues = {str(d)[6:]: race_epilogues(count // 2, seed, d, clock) for d in _DTYPES}
     here = Device.here()
     path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
     device = f"{here.cpu}, {here.cores} cores, {here.our_isa}"
     given = None if prior is None else rates.read(prior)
-    calibration.write(path, calibration.content(raced, tilings, device, given))
+    calibration.write(path, calibration.content(raced, tilings, epilogues, device, given))
     console.print(f"{len(raced)} races; written: {path}")
 
 
@@ -372,7 +379,7 @@ def regret(
         seed = seed if seed >= 0 else secrets.randbelow(2**31)
         with tempfile.TemporaryDirectory() as cache:
             os.environ["CNNLSTM_FAST_CACHE"] = cache  # so that nothing is known yet
-            raced = _race_plans(count, seed, ["float32"], keep, clock, unlisted, tune)
+            raced = _race_plans(count, seed, [torch.float32], keep, clock, unlisted, tune)
     given = rates.here() if of is None else rates.read(of)
     report = Report.begin("regret")
     for mode in ("inference", "training"):

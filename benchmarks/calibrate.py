@@ -18,13 +18,13 @@ from math import exp, log, prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.optimize import least_squares
 from torch import Tensor
 
 import cnnlstm_fast as cf
 from benchmarks.blocks import IMAGE_CHANNELS, Block, Side, batch_for, draw_block, plan_of
+from benchmarks.calibrate_epilogue import Row, fit_epilogues
+from benchmarks.calibrate_fit import Clock, fit
 from cnnlstm_fast.functional.conv_block import CallPlan, plan_call
 from cnnlstm_fast.ops import conv_fft
 from cnnlstm_fast.planning import costs, rates
@@ -35,8 +35,6 @@ from cnnlstm_fast.spec import BlockSpec, Pool, map_size
 
 #: Milliseconds that a block takes by PyTorch, about: between these.
 _LEAST_MS, _MOST_MS = 0.1, 6.0
-#: Gives the seconds since some moment.
-Clock = Callable[[], float]
 #: Elements of a map at most.
 _MOST_ELEMENTS = 4e7
 #: Rounds, and seconds of a plan's turn in one.
@@ -305,48 +303,6 @@ def _turn(
         yield between - start, clock() - between
 
 
-#: Weight of the prior: a term that few races have stays near it.
-_PRIOR = 0.05
-#: Nanoseconds of a term that nothing is known of.
-_NOTHING = 1e-9
-#: Logarithm of predicted over measured beyond which a race counts less: somebody disturbed it.
-_SURPRISE = 0.2
-
-
-def fit(
-    rows: Iterable[tuple[Mapping[str, float], float]],
-    prior: Mapping[str, float],
-) -> dict[str, float]:
-    """Rates such that counts times rates are near measured nanoseconds.
-
-    Args:
-        rows: counts by term, and nanoseconds.
-        prior: rates to begin at, also for terms that no row has.
-    """
-    rows = list(rows)
-    if not rows:
-        return dict(prior)
-    terms = sorted({term for counts, _ in rows for term in counts} | set(prior))
-    counted = np.array([[counts.get(term, 0.0) for term in terms] for counts, _ in rows])
-    measured = np.array([ns for _, ns in rows])
-    share = counted / measured[:, None]
-    start = np.empty(len(terms))
-    for i, term in enumerate(terms):
-        present = share[:, i][share[:, i] > 0]
-        alone = 1 / (6 * np.quantile(present, 0.9)) if len(present) else _NOTHING
-        start[i] = log(prior.get(term) or alone)
-
-    def residuals(logs: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.log(counted @ np.exp(logs) / measured), _PRIOR * (logs - start)])
-
-    def jacobian(logs: np.ndarray) -> np.ndarray:
-        parts = counted * np.exp(logs)
-        return np.concatenate([parts / parts.sum(1, keepdims=True), _PRIOR * np.eye(len(terms))])
-
-    found = least_squares(residuals, start, jacobian, loss="soft_l1", f_scale=_SURPRISE, max_nfev=200)
-    return {term: float(f"{rate:.4g}") for term, rate in zip(terms, np.exp(found.x), strict=True)}
-
-
 #: Milliseconds of the blocks that show which terms there are.
 _SHOWN_MS = 300.0
 
@@ -475,6 +431,7 @@ def _seconds(call: Callable[[], object], clock: Clock) -> Iterator[float]:
 def content(
     races: list[Race],
     tilings: list[list[Cut]],
+    epilogues: dict[str, dict[str, list[Row]]],
     device: str,
     prior: Rates | None,
 ) -> dict[str, Any]:
@@ -483,6 +440,7 @@ def content(
     Args:
         races: of blocks.
         tilings: of :func:`race_tilings`; their rates are those in use where there are none.
+        epilogues: by dtype, of :func:`benchmarks.calibrate_epilogue.race_epilogues`; likewise.
         device: in words.
         prior: other rates, where the races leave a term open.
     """
@@ -503,6 +461,10 @@ def content(
         "torch": torch.__version__,
         "races": len(races),
         "tilings": fit_tilings(tilings, rates.here().tilings) if tilings else rates.here().tilings,
+        "epilogues": {
+            dtype: fit_epilogues(epilogues[dtype]) if dtype in epilogues else usual
+            for dtype, usual in rates.here().epilogues.items()
+        },
         "plans": plans,
     }
 

@@ -17,7 +17,7 @@ from cnnlstm_fast.fusion.layout import eager_layout
 from cnnlstm_fast.fusion.match import SLOTS, is_program
 from cnnlstm_fast.fusion.ways import Clock, ConvCall, Kind, Place, Way, as_handed, as_pytorch
 from cnnlstm_fast.limits import limit
-from cnnlstm_fast.planning import choose, costs, tuner
+from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.support import folds, records_gradients
 
 #: How many shapes of inputs a convolution remembers.
@@ -26,8 +26,8 @@ MEMORY = 256
 #: Microseconds that speculating a block counts for; a block that saves less runs as PyTorch's operators.
 #: It takes half of that. As much is what predictions overstate the savings of small blocks by.
 OVERHEAD_US = limit("BLOCK_US", 100, 0)
-#: How many times that much a norm costs in addition, whose tensors are watched, and a graph of gradients.
-_MORE = 1.5
+#: How many times as much it is with a norm, whose tensors are watched, and with a graph of gradients.
+_WITH_NORM, _WITH_GRAPH = 2.5, 3.0
 
 
 class Step:
@@ -224,6 +224,7 @@ class FusionPlan:
         first = as_pytorch(x, clock is not None) if handed else x
         place = Place(self.call.function, conv, first, x if handed else None, clock is not None)
         try:
+            place = place._replace(shapes=self.value_shapes(place))
             way, why = self._best(place, handed, clock)
             if source is not None and source.reader_plan() is not self:  # it did not reckon with this site
                 other, _ = self._best(place, False, clock)
@@ -231,7 +232,7 @@ class FusionPlan:
                     way, why = other, f"faster on its input as PyTorch lays it out: {why}"
             if way.call is not None and way.handed == handed:
                 plan, layout, hands_on, converts = way.call.plan, way.layout, way.hands_on, way.converts
-                shapes, head = self.value_shapes(place), way.head
+                shapes, head = place.shapes, way.head
                 if self.is_program:
                     program = self.program(head, conv, x)
                     names = ", ".join(map(str, self.steps[head:]))
@@ -247,7 +248,8 @@ class FusionPlan:
         self, place: Place, handed: bool, clock: Clock | None, before: tuple[FusionPlan, ...] = ()
     ) -> tuple[Way, str]:
         """The best way to run the site for an input that is ``handed`` on or not, and the reason in words."""
-        ways = self._ways(place)
+        why_not = self._why_no_program(place) if self.is_program else None
+        ways = self._ways(place) if why_not is None else [Way("channels_first", None, 0.0)]
         seconds = None if clock is None or len(ways) == 1 else clock(self, place, ways)
         if seconds is None:
             ways = [way for way in ways if not way.converts]
@@ -256,7 +258,6 @@ class FusionPlan:
         ways = self._with_readers(place, ways, clock, before)
         plain, blocks = ways[0], [way for way in ways[1:] if way.handed == handed]
         if not blocks:
-            why_not = self._why_no_program(place) if self.is_program else None
             return plain, why_not or "the library's convolutions of such channels-last maps have faults"
         block = min(blocks, key=lambda way: way.total_us)
         why = self._why_unfused(plain, block, seconds is not None, handed)
@@ -267,8 +268,6 @@ class FusionPlan:
         conv, x = place.conv, place.x
         saves_us, head = 0.0, len(self.steps)
         if self.is_program:
-            if self._why_no_program(place) is not None:
-                return [Way("channels_first", None, 0.0)]
             head = self._head(conv, x.dim())
             saves_us = self._program_saves_us(place, head)
         norm, activation = self.head_parts(head, conv, x)
@@ -292,7 +291,7 @@ class FusionPlan:
                 if self.is_program and joined == len(self.steps):
                     continue  # no step is left for an epilogue
                 if call.plan == "reference":
-                    if _is_faulty(given, conv, self.value_shapes(place)[0][0]) if last else hands_on:
+                    if _is_faulty(given, conv, place.shapes[0][0]) if last else hands_on:
                         continue
                     if hands_on or last or not self.is_program:  # channels-last too must promise to gain
                         us *= 1 + max(choose.GAIN_PERCENT, 0) / 100
@@ -332,7 +331,7 @@ class FusionPlan:
     def _why_no_program(self, place: Place) -> str | None:
         """Why no epilogue runs the steps, as a sentence; None if one does."""
         conv, x = place.conv, place.x
-        shape, _ = self.value_shapes(place)[0]
+        shape, _ = place.shapes[0]
         if len(shape) != x.dim() or conv.weight.shape[0] == 1 or shape[2:].numel() < 2 or shape.numel() == 0:
             return "a map of one channel or one position"
         if len({*self.dtypes}) > 1 or self.dtypes[0] not in (torch.float32, torch.bfloat16):
@@ -342,11 +341,12 @@ class FusionPlan:
 
     def _program_saves_us(self, place: Place, head: int) -> float:
         """Microseconds that one pass behind the convolution saves, over a pass for each step."""
-        shape, _ = self.value_shapes(place)[0]
+        shape, _ = place.shapes[0]
         of_batch = self.norm is not None and self.norm.training
         kinds = [step.kind for step in self.steps[head:]]
-        size, trained = self.dtypes[0].itemsize, self.needs_graph(place)
-        return costs.epilogue_saves(shape.numel(), size, kinds, of_batch, trained, torch.get_num_threads())
+        trained, threads = self.needs_graph(place), torch.get_num_threads()
+        sizes = shape.numel(), self.dtypes[0]
+        return costs.epilogue_saves(*sizes, kinds, of_batch, trained, rates.here(), threads)
 
     def _with_readers(
         self, place: Place, ways: list[Way], clock: Clock | None, before: tuple[FusionPlan, ...]
@@ -355,7 +355,7 @@ class FusionPlan:
         reader = self.reader_plan()
         if reader is None or reader in (*before, self) or not any([way.hands_on for way in ways]):
             return ways
-        shape, _ = self.value_shapes(place)[-1]
+        shape, _ = place.shapes[-1]
         result = Kind(shape, None, self.dtypes[-1], self.needs_graph(place))
         behind = [reader.outlook(result, last, clock, (*before, self)) for last in (False, True)]
         return [way._replace(behind_us=behind[way.hands_on]) for way in ways]
@@ -378,6 +378,7 @@ class FusionPlan:
             first = x.tensor(filled)
             conv = Conv(weight.tensor(filled), None if bias is None else bias.tensor(filled), *rest)
             place = Place(function, conv, first, as_handed(first, filled), filled)
+            place = place._replace(shapes=self.value_shapes(place))
             way, _ = self._best(place, handed, clock, before)
             found = way.total_us if way.handed == handed else math.inf
             if way.call is None and self.others:
@@ -392,7 +393,8 @@ class FusionPlan:
 
     def _overhead_us(self, place: Place) -> float:
         """Microseconds that speculating the block costs."""
-        return OVERHEAD_US * (1 + _MORE * ((self.norm is not None) + self.needs_graph(place)))
+        more = _WITH_NORM if self.norm is not None else 1.0
+        return OVERHEAD_US * more * (_WITH_GRAPH if self.needs_graph(place) else 1.0)
 
     def reader_plan(self) -> FusionPlan | None:
         """The plan of the site that reads the last value, where that is another convolution alone."""

@@ -77,7 +77,7 @@ def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
         running_mean=_copy(plan.norm.running_mean), running_var=_copy(plan.norm.running_var),
         weight=_leaf(plan.norm.weight), bias=_leaf(plan.norm.bias),
     )  # fmt: skip
-    shapes = plan.value_shapes(place)
+    shapes = place.shapes
     needs_graph = plan.needs_graph(place)
     others = [  # what sums add, whose place in memory is that of what it is added to
         Kind(shape, strides, dtype, needs_graph).tensor(True) if step.kind == "sum" else None

@@ -56,6 +56,7 @@ class Place(NamedTuple):
         given: the same, handed on channels-last; None where that is not asked.
         timed: the ways are timed. Only then the site may convert its input: no prediction knows what that is
             worth.
+        shapes: shape and strides that PyTorch's operators give all values of the site.
     """
 
     function: Callable[..., Tensor]
@@ -63,6 +64,7 @@ class Place(NamedTuple):
     x: Tensor
     given: Tensor | None
     timed: bool
+    shapes: list[tuple] = []  # noqa: RUF012  # never changed
 
     def inputs(self) -> Iterator[tuple[Tensor, bool, bool]]:
         """What a block may get, and whether it is handed on, or converted by the site."""

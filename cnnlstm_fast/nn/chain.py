@@ -17,7 +17,7 @@ from cnnlstm_fast.fusion.match import Block, part_of
 from cnnlstm_fast.fusion.run import run_block
 from cnnlstm_fast.limits import limit
 from cnnlstm_fast.ops.epilogue import is_dense
-from cnnlstm_fast.planning import costs, observer
+from cnnlstm_fast.planning import costs, observer, rates
 from cnnlstm_fast.planning.support import of_batch, records_gradients
 
 
@@ -148,9 +148,8 @@ def _fits(modules: list[Any], x: Tensor) -> bool:
         return False
     kinds = ["norm" if type(module) in NORMS else "activation" for module in modules]
     by_batch = any(type(module) in NORMS and of_batch(module) for module in modules)
-    saved = costs.epilogue_saves(
-        x.numel(), x.element_size(), kinds, by_batch, trained, torch.get_num_threads()
-    )
+    threads = torch.get_num_threads()
+    saved = costs.epilogue_saves(x.numel(), x.dtype, kinds, by_batch, trained, rates.here(), threads)
     return saved >= _EPILOGUE_US
 
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
+
 from cnnlstm_fast.limits import kernel_limit
 from cnnlstm_fast.planning.problem import ConvProblem
 from cnnlstm_fast.planning.rates import Rates
@@ -32,9 +34,9 @@ _TILE_POSITIONS = 6
 _CACHE_BYTES, _LARGE_BYTES = 1 << 20, 24 << 20
 #: Bytes of maps that ``chunked`` works on at a time, and how many times the weights.
 _CHUNK_BYTES, _CHUNK_WEIGHTS = kernel_limit("CHUNK_BYTES"), kernel_limit("CHUNK_WEIGHTS")
-#: Input channels up to which the library has a special convolution for images; channels of a wide group.
-_IMAGE_CHANNELS, _NARROW_GROUP = 3, 16
-#: Kernel columns up to which the library computes signals as it computes images.
+#: Elements of a single input, and the shorter side of a kernel, up to which PyTorch leaves the library.
+_SMALL_INPUT, _SMALL_KERNEL = 20480, 3
+#: Kernel columns up to which the library has loops of its own.
 _ROW_KERNEL = 14
 #: Taps up to which batch statistics come from products of patches (:mod:`cnnlstm_fast.ops.conv_norm`).
 MOST_TAPS_BY_PATCHES = 64
@@ -43,6 +45,8 @@ MOST_TAPS_COMPUTED_AGAIN = 384
 
 #: Activations that cost more than a comparison for each element.
 _CURVED = ("elu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus")
+#: Those that PyTorch computes by slow functions.
+_SLOW = ("elu", "tanh", "softplus")
 #: Activations that are not monotone, so that they cannot be computed behind the pool.
 _UNORDERED = ("silu", "gelu", "gelu_tanh", "softplus")
 
@@ -62,62 +66,105 @@ def _passes(counts: Counts, name: str, elements: float, size: int) -> None:
         counts[f"{name} large"] = elements
 
 
+def _is_narrow(p: ConvProblem) -> bool:
+    """Whether the library has no blocks of channels for such groups."""
+    groups = p.spec.groups
+    if groups == 1 or (p.depthwise and p.out_channels == p.channels):
+        return False
+    return any(channels // groups % _LANES > 0 for channels in (p.channels, p.out_channels))
+
+
+def _is_wide(p: ConvProblem) -> bool:
+    """Whether the kernel's rows are too long for the library's own loops."""
+    return p.kernel[1] > _ROW_KERNEL and p.spec.groups == 1
+
+
+def _by_columns(p: ConvProblem) -> bool:
+    """Whether the library multiplies matrices of patches: narrow groups, wide kernels, and small inputs."""
+    if _is_wide(p) and not p.channels_last:
+        return True
+    if p.spec.groups > 1:
+        return _is_narrow(p) and not p.channels_last
+    alone = p.kernel == (1, 1) and max(p.spec.stride) == 1 and p.threads == 1 and p.batch < _LANES
+    small = p.batch * p.channels * p.height * p.width <= _SMALL_INPUT and min(p.kernel) <= _SMALL_KERNEL
+    return p.dtype.itemsize == 4 and (alone or (small and p.batch == 1))
+
+
 def _kind(p: ConvProblem) -> str:
     """The kind of convolution for the library, whose kinds run at different rates."""
-    groups = p.spec.groups
-    if p.depthwise:
-        return "depthwise" if p.out_channels == p.channels else "multiplied"
-    if groups > 1:
-        narrow = min(p.channels, p.out_channels) // groups % _NARROW_GROUP
-        return "narrow groups" if narrow else "groups"
-    if p.channels <= _IMAGE_CHANNELS:
-        return "image"
+    if _by_columns(p):
+        return "columns"
+    if p.spec.groups > 1:
+        return "narrow groups" if _is_narrow(p) else "depthwise" if p.depthwise else "groups"
     if p.kernel == (1, 1):
         return "pointwise" if max(p.spec.stride) == 1 else "strided"
     if max(p.spec.stride) > 1:
-        return "strided"
+        return "strided image" if p.channels < _LANES else "strided"
+    if p.channels < _LANES:
+        return "plane" if p.channels == 1 else "image"
     if p.height == 1 or p.kernel[0] == 1 or p.kernel[1] == 1:
-        return "long row" if p.kernel[1] > _ROW_KERNEL else "row"
+        return "row"
     return "dense"
 
 
-def _library_products(p: ConvProblem) -> tuple[str, float, float, float]:
-    """Kind, vectors of multiply-adds, broadcasts and weight vectors of the library's convolution."""
-    kind, groups = _kind(p), p.spec.groups
+def _library_products(p: ConvProblem, kind: str) -> Counts:
+    """Vectors of multiply-adds, broadcasts and weight vectors of the library's convolution, or columns."""
+    groups, area = p.spec.groups, p.kernel[0] * p.kernel[1]
     positions = p.batch * p.conv[0] * p.conv[1]
-    area = p.kernel[0] * p.kernel[1]
-    if kind in ("depthwise", "multiplied"):
+    per_group, deep = p.out_channels // groups, p.channels // groups
+    if kind == "columns":
+        along = p.batch * _up(p.conv[0] * p.conv[1], _LANES) / _LANES
+        copied = positions * p.channels * area if area > 1 or max(p.spec.stride) > 1 else 0.0
+        return {
+            "products columns": along * p.out_channels * deep * area,
+            "columns" if max(p.spec.stride) == 1 else "strided columns": copied, "matrices": p.batch * groups,
+        }  # fmt: skip
+    if kind == "depthwise":
         vectors = _up(p.out_channels, _LANES) / _LANES * area
-        return kind, positions * vectors, 0.0, p.batch * p.conv[0] * vectors
-    per_group = p.out_channels // groups
-    deep = p.channels // groups
-    if deep > _IMAGE_CHANNELS:
-        deep = _up(deep, _LANES if deep > _LANES else 4)
+        return {"products depthwise": positions * vectors, "tiles": p.batch * p.conv[0] * vectors}
+    if kind not in ("plane", "image", "strided image", "pointwise") and not p.channels_last:
+        deep = _up(deep, _LANES)
     vectors = groups * _up(per_group, _LANES) / _LANES * deep * area
     tiles = p.batch * p.conv[0] * -(-p.conv[1] // _TILE_POSITIONS)
     blocks = groups * -(-per_group // _TILE_CHANNELS)
-    return kind, positions * vectors, positions * blocks * deep * area, tiles * vectors
+    return {
+        f"products {kind}": positions * vectors, "broadcasts": positions * blocks * deep * area,
+        "tiles": tiles * vectors,
+    }  # fmt: skip
+
+
+def _backwards(p: ConvProblem) -> ConvProblem:
+    """The convolution that gives the input's gradient has the channels of the other end."""
+    return p._replace(channels=p.out_channels, out_channels=p.channels)
 
 
 def _library(counts: Counts, p: ConvProblem, calls: float) -> None:
     """The library's convolution in ``calls`` parts."""
-    kind, products, broadcasts, tiles = _library_products(p)
-    counts[f"products {kind}"] = products
-    counts["broadcasts"] = broadcasts
-    counts["tiles"] = tiles
+    counts.update(_library_products(p, _kind(p)))
     lies = " last" if p.channels_last else ""  # contiguous weights are reordered for such inputs
     counts[f"weights{lies}"] = p.out_channels * p.taps * calls
     counts["library calls"] = calls
 
 
-def _library_gradients(counts: Counts, p: ConvProblem, calls: float) -> None:
-    """Replace the library's convolution in ``counts`` by its gradients, in ``calls`` parts."""
-    kind = _kind(p)
-    wanted = ("weight", "input") if p.needs_x else ("weight",)
-    for name in (f"products {kind}", "broadcasts", "tiles"):
-        count = counts.pop(name)
-        counts.update({f"{of} {name}": count for of in wanted})
+def _library_gradients(counts: Counts, p: ConvProblem, calls: float, last: bool) -> None:
+    """Replace the library's convolution in ``counts`` by its gradients, in ``calls`` parts.
+
+    Args:
+        last: the gradient of the map lies channels-last. Then the gradient of wide kernels of several rows
+            comes from loops over single elements.
+    """
+    kind, wide = _kind(p), _is_wide(p)
+    for name in _library_products(p, kind):
+        del counts[name]
+    if wide and last and p.kernel[0] > 1 and p.channels > 1:
+        counts["weight loops"] = p.batch * p.conv[0] * p.conv[1] * p.out_channels * p.taps
+    else:
+        done = _library_products(p, "columns" if wide else kind)
+        counts.update({f"weight {name}": count for name, count in done.items()})
     if p.needs_x:
+        kind = _kind(p._replace(channels_last=True)) if wide and last else kind
+        done = _library_products(_backwards(p), kind)
+        counts.update({f"input {name}": count for name, count in done.items()})
         counts["input weights"] = p.out_channels * p.taps * calls
         _passes(counts, "x gradient", _elements(p)[0], p.dtype.itemsize)
 
@@ -149,11 +196,12 @@ def reference_forward(p: ConvProblem) -> Counts:
     if activation is not None:
         _passes(counts, "activation", of_map, size)
         if activation in _CURVED:
-            counts["curve"] = of_map
+            counts["slow curve" if activation in _SLOW else "curve"] = of_map
     if p.norm is not None:
         _passes(counts, f"norm {p.norm}", of_map, size)
     if p.spec.pool is not None:
-        counts[f"windows {lies}"] = out * p.spec.window
+        signal = p.height == 1 and not p.training  # whose pools find no indices
+        counts["windows of rows" if signal else f"windows {lies}"] = out * p.spec.window
         _passes(counts, f"out {lies}", out, size)
     if _is_copy(p):
         _passes(counts, "copied", out, size)
@@ -165,7 +213,7 @@ def reference_forward(p: ConvProblem) -> Counts:
 
 def reference_backward(p: ConvProblem) -> Counts:
     counts = reference_forward(p)
-    _library_gradients(counts, p, 1)
+    _library_gradients(counts, p, 1, p.channels_last)
     if p.needs_x:
         counts["library calls"] += 1
     return counts
@@ -182,6 +230,8 @@ def chunks(p: ConvProblem) -> float:
 def _epilogue(counts: Counts, p: ConvProblem, out: float, of_map: float, size: int) -> None:
     """The epilogue: what our kernels do with a map that is in registers or cache."""
     _passes(counts, "out", out, size)
+    if p.training:
+        counts["kept"] = of_map  # what the backward reads of the map
     if LAYOUTS[p.spec.layout][0][-1] != "C":  # rows lie across channels, so vectors of channels are split
         counts["out across"] = out
     if p.spec.pool is not None:
@@ -209,7 +259,7 @@ def chunked_forward(p: ConvProblem) -> Counts:
 
 def chunked_backward(p: ConvProblem) -> Counts:
     counts = chunked_forward(p)
-    _library_gradients(counts, p, chunks(p))
+    _library_gradients(counts, p, chunks(p), True)
     return counts
 
 
@@ -289,26 +339,33 @@ def direct_forward(p: ConvProblem) -> Counts:
 def direct_backward(p: ConvProblem) -> Counts:
     size = p.dtype.itemsize
     x, of_map, out = _elements(p)
-    kind, products, broadcasts, _ = _direct_products(p)
-    share = 1 / p.spec.window if (p.spec.pool is not None and p.norm is None) or _by_patches(p) else 1.0
-    counts: Counts = {
-        f"weight products {kind}": products * share, "weight broadcasts": broadcasts * share,
-        "weights": p.out_channels * p.taps * _joined(p),
-    }  # fmt: skip
+    kind, *ours = _direct_products(p)
+    by_patches = _by_patches(p)
+    sparse = (p.spec.pool is not None and p.norm is None) or by_patches  # only a window's winner has a slope
+    share = out / of_map if sparse and of_map else 1.0
+    of = "sparse" if sparse else kind
+    counts: Counts = {"weights": p.out_channels * p.taps * _joined(p)}
+    _gradients(counts, "weight", of, [share * count for count in ours])
+    counts["weight rows"] = p.batch * p.conv[0] * p.kernel[0] * _up(p.out_channels, _LANES) / _LANES
     _passes(counts, f"x {'last' if p.channels_last else 'first'}", x, size)
     _epilogue(counts, p, out, of_map, size)
     if p.needs_x:
-        counts[f"input products {kind}"] = products * share
-        counts["input broadcasts"] = broadcasts * share
+        _gradients(counts, "input", of, [share * count for count in _direct_products(_backwards(p))[1:]])
         _passes(counts, "x gradient", x, size)
     again = p.norm == "batch" and p.spec.pool is not None and p.taps <= MOST_TAPS_COMPUTED_AGAIN
-    if again and not _by_patches(p):
-        counts[f"products {kind}"] = products
-    if _by_patches(p):
+    if again and not by_patches:
+        counts[f"products {kind}"] = ours[0]
+    if by_patches:
         counts["patch calls"] = 1
         for name in [name for name in counts if name.startswith("norm")]:
             del counts[name]
     return counts
+
+
+def _gradients(counts: Counts, of: str, kind: str, count: Sequence[float]) -> None:
+    """The products of one gradient."""
+    names = f"products {kind}", "broadcasts", "tiles"
+    counts.update({f"{of} {name}": found for name, found in zip(names, count, strict=True)})
 
 
 #: A tile of Winograd's F(2x2, 3x3): outputs each way, and products of a channel pair.
@@ -416,33 +473,60 @@ def predict(problem: ConvProblem, rates: Rates, plans: Iterable[str]) -> dict[st
     return found
 
 
-#: Bytes that a thread moves in a nanosecond, where they are in cache and where they are not; nanoseconds of a
-#: call of an operator.
-_CACHE_RATE, _MEMORY_RATE, _CALL_NS = 8.0, 3.0, 5000.0
-#: By kind of step, the maps that PyTorch's operators read and write, forward and backward.
-_PASSES: Mapping[str, tuple[int, int]] = {"norm": (2, 3), "sum": (3, 0)}
-_ACTIVATION_PASSES = 2, 3
+def _behind(elements: float, size: int, names: Iterable[str], calls: float) -> Counts:
+    """Passes of these names over maps of ``elements``, in ``calls`` calls."""
+    counts: Counts = {"calls": calls}
+    for name in names:
+        once: Counts = {}
+        _passes(once, name, elements, size)
+        for term, count in once.items():
+            counts[term] = counts.get(term, 0.0) + count
+    return counts
 
 
-def epilogue_saves(
-    elements: int, size: int, kinds: Sequence[str], of_batch: bool, training: bool, threads: int
-) -> float:
-    """Microseconds that an epilogue saves over PyTorch's operators, by the bytes that both move.
+def steps_counts(elements: float, size: int, kinds: Sequence[str], of_batch: bool) -> Counts:
+    """Steps behind a convolution by PyTorch's operators, a pass each; forward and backward have one count.
 
     Args:
         elements, size: of the map; bytes of one.
         kinds: of the steps (:class:`cnnlstm_fast.fusion.match.Part`).
         of_batch: the norm reads the statistics of the batch.
+    """
+    norm = "norm batch" if of_batch else "norm given"
+    names = [{"norm": norm, "sum": "sum"}.get(kind, "activation") for kind in kinds]
+    return _behind(elements, size, names, len(names))
+
+
+def epilogue_counts(elements: float, size: int, kinds: Sequence[str], of_batch: bool) -> Counts:
+    """The same steps as one epilogue; what it computes in registers is taken to cost nothing."""
+    names = ["map"] + ["sum"] * ("sum" in kinds) + ["norm batch"] * of_batch
+    return _behind(elements, size, names, 1)
+
+
+#: What runs the steps behind a convolution, and what it does in a forward or backward call.
+PASSES: Mapping[str, Callable[[float, int, Sequence[str], bool], Counts]] = {
+    "steps": steps_counts,
+    "epilogue": epilogue_counts,
+}
+
+
+def epilogue_saves(
+    elements: int, dtype: torch.dtype, kinds: Sequence[str], of_batch: bool, training: bool, rates: Rates,
+    threads: int,
+) -> float:  # fmt: skip
+    """Microseconds that an epilogue saves over PyTorch's operators.
+
+    Args:
+        elements, dtype: of the map.
+        kinds, of_batch: as in :func:`steps_counts`.
         training: a backward follows.
+        rates: of this processor.
+        threads: how many may run.
     """
     kinds = [kind for kind in kinds if kind != "identity"]
-    passes = [_PASSES.get(kind, _ACTIVATION_PASSES) for kind in kinds]
-    theirs, ours = sum(p[0] for p in passes) + of_batch, 2 + ("sum" in kinds) + of_batch
-    calls = len(kinds) - 1.0
-    if training:
-        theirs += sum(p[1] for p in passes) + 2 * of_batch
-        ours += 3 + ("sum" in kinds) + 2 * of_batch
-        calls *= 2
-    moved = elements * size
-    rate = (_CACHE_RATE if moved < _CACHE_BYTES else _MEMORY_RATE) * threads
-    return (moved * (theirs - ours) / rate + calls * _CALL_NS) / 1000
+    share = rates.threads / threads
+    took = {}
+    for way, count in PASSES.items():
+        counts = shared(count(elements, dtype.itemsize, kinds, of_batch), share)
+        took[way] = sum(nanoseconds(counts, one) for one in rates.behind(dtype, way)[: 1 + training])
+    return (took["steps"] - took["epilogue"]) / 1000

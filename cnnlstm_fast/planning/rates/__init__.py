@@ -12,7 +12,7 @@ import torch
 
 from cnnlstm_fast import _ext
 
-SCHEMA = 2
+SCHEMA = 3
 #: By instruction set, the file for processors of a make that has no file of its own.
 _NEAREST = {"avx512": "avx512-amd", "avx2": "avx2-amd", "baseline": "baseline"}
 _MAKES = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
@@ -26,6 +26,8 @@ class Rates(NamedTuple):
         device: the processor that was measured.
         threads: how many it ran with.
         plans: by dtype, plan and way (``"forward"`` or ``"backward"``).
+        epilogues: by dtype, by what runs the steps behind a convolution
+            (:data:`cnnlstm_fast.planning.costs.PASSES`), and way.
         tilings: of the terms of :func:`cnnlstm_fast.ops.conv_fft.counts`, by which ``fft`` cuts its work.
     """
 
@@ -33,11 +35,17 @@ class Rates(NamedTuple):
     device: str
     threads: int
     plans: dict[str, dict[str, dict[str, dict[str, float]]]]
+    epilogues: dict[str, dict[str, dict[str, dict[str, float]]]]
     tilings: dict[str, float]
 
     def of(self, dtype: torch.dtype, plan: str) -> tuple[dict[str, float], dict[str, float]]:
         """The rates of a plan's forward and backward."""
         ways = self.plans[str(dtype)[6:]][plan]
+        return ways["forward"], ways["backward"]
+
+    def behind(self, dtype: torch.dtype, what: str) -> tuple[dict[str, float], dict[str, float]]:
+        """The rates of what runs the steps behind a convolution, forward and backward."""
+        ways = self.epilogues[str(dtype)[6:]][what]
         return ways["forward"], ways["backward"]
 
 
@@ -50,7 +58,8 @@ def read(name: str) -> Rates:
     content: dict[str, Any] = json.loads((files(__name__) / f"{name}.json").read_text())
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{name}.json has schema {content.get('schema')}, expected {SCHEMA}")
-    return Rates(name, content["device"], content["threads"], content["plans"], content["tilings"])
+    kinds = (content[kind] for kind in ("device", "threads", "plans", "epilogues", "tilings"))
+    return Rates(name, *kinds)
 
 
 def name_here() -> str:
