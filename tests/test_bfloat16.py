@@ -158,6 +158,7 @@ def test_many_sequences(case):
     assert_case(drawn, drawn.ours, {n: g.bfloat16() for n, g in result_gradients(drawn).items()})
 
 
+@pytest.mark.first
 def test_layers_by_the_emulation():
     """The tests above, and those of bfloat16 elsewhere, where the kernels are the emulation."""
     if os.environ.get("CNNLSTM_FAST_BFLOAT16"):
