@@ -136,6 +136,10 @@ def test_the_unit_and_its_emulation_give_the_same(tmp_path):
         assert apart.float().mean() < 0.01
 
 
+def test_the_peak_of_products():
+    assert (torch.ops.cnnlstm_fast.bfloat16_peak(0.01) > 0) == bool(UNIT)
+
+
 # ---------------------------------------------------------------- whole layers
 
 
