@@ -156,7 +156,9 @@ def _instruction_set() -> Finding:
     if forced:
         mend = "unset CNNLSTM_FAST_ISA to let the machine decide"
         return Finding("instruction set", "warning", f"{chosen} (CNNLSTM_FAST_ISA={forced})", mend)
-    return Finding("instruction set", "ok", f"{chosen}; PyTorch uses {cpu}")
+    unit = torch.ops.cnnlstm_fast.bfloat16_unit()
+    low = f", bfloat16 by {unit}" if unit else ""
+    return Finding("instruction set", "ok", f"{chosen}{low}; PyTorch uses {cpu}")
 
 
 def _threads() -> Finding:

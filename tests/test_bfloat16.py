@@ -136,6 +136,10 @@ def test_the_unit_and_its_emulation_give_the_same(tmp_path):
         assert apart.float().mean() < 0.01
 
 
+def test_the_peak_of_products():
+    assert (torch.ops.cnnlstm_fast.bfloat16_peak(0.01) > 0) == bool(UNIT)
+
+
 # ---------------------------------------------------------------- whole layers
 
 
@@ -158,6 +162,7 @@ def test_many_sequences(case):
     assert_case(drawn, drawn.ours, {n: g.bfloat16() for n, g in result_gradients(drawn).items()})
 
 
+@pytest.mark.first
 def test_layers_by_the_emulation():
     """The tests above, and those of bfloat16 elsewhere, where the kernels are the emulation."""
     if os.environ.get("CNNLSTM_FAST_BFLOAT16"):

@@ -29,6 +29,8 @@ struct BFloat16Table {
   void (*narrow_row)(const float* from, int64_t count, uint16_t* to);
   // sums[i] += the products of pairs i of a and b, for `count` pairs: what every product here is made of.
   void (*dot_pairs)(const uint32_t* a, const uint32_t* b, int64_t count, float* sums);
+  // Multiplies pairs at full rate; returns the number of operations, two for a product.
+  double (*dot_burst)(int64_t rounds);
 };
 
 // One per file; null where the compiler's target has no such unit.
@@ -36,7 +38,7 @@ const BFloat16Table* avx512_bf16_kernels();
 const BFloat16Table* emulated_bf16_kernels();
 
 // The kernels that this process uses, chosen at the first call; null if the processor has no unit for them.
-// CNNLSTM_FAST_BFLOAT16=emulated chooses those in plain C++, which are slow.
+// CNNLSTM_FAST_BFLOAT16=emulated chooses those in plain C++, which are slow; a forced CNNLSTM_FAST_ISA chooses none.
 const BFloat16Table* bfloat16_kernels();
 
 }  // namespace cnnlstm_fast

@@ -28,8 +28,7 @@ bool is(const char* name, const char* value) {
 
 const BFloat16Table* choose() {
   if (is("CNNLSTM_FAST_BFLOAT16", "emulated")) return emulated_bf16_kernels();
-  const bool allowed = is("CNNLSTM_FAST_ISA", "") || is("CNNLSTM_FAST_ISA", "avx512_bf16");
-  return allowed && cpu_has_avx512_bf16() ? avx512_bf16_kernels() : nullptr;
+  return is("CNNLSTM_FAST_ISA", "") && cpu_has_avx512_bf16() ? avx512_bf16_kernels() : nullptr;
 }
 
 }  // namespace
