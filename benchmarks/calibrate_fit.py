@@ -8,12 +8,16 @@ from math import log
 import numpy as np
 from scipy.optimize import least_squares
 
+from cnnlstm_fast.planning import costs
+
 #: Gives the seconds since some moment.
 Clock = Callable[[], float]
 #: Weight of the prior: a term that few races have stays near it.
 _PRIOR = 0.05
 #: Nanoseconds of a term that nothing is known of.
 _NOTHING = 1e-9
+#: Share of the races that pay less for a term that only some of them pay.
+_PAID = 0.75
 #: Logarithm of predicted over measured beyond which a race counts less: somebody disturbed it.
 _SURPRISE = 0.2
 
@@ -49,4 +53,9 @@ def fit(
         return np.concatenate([parts / parts.sum(1, keepdims=True), _PRIOR * np.eye(len(terms))])
 
     found = least_squares(residuals, start, jacobian, loss="soft_l1", f_scale=_SURPRISE, max_nfev=200)
-    return {term: float(f"{rate:.4g}") for term, rate in zip(terms, np.exp(found.x), strict=True)}
+    rates = dict(zip(terms, np.exp(found.x), strict=True))
+    for term in costs.FEARED:
+        paid = [ns / counts[term] for counts, ns in rows if counts.get(term)]
+        if paid:
+            rates[term] = max(rates[term], np.quantile(paid, _PAID))
+    return {term: float(f"{rate:.4g}") for term, rate in rates.items()}

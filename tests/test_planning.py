@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import cnnlstm_fast as cf
-from benchmarks import calibrate
+from benchmarks import calibrate, calibrate_epilogue
 from cnnlstm_fast import planning
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.functional.conv_block import plan_call
@@ -105,6 +105,64 @@ def test_counted_by_hand():
         "weights": 64 * taps, "library calls": 1, "x first": x, "map first": 64 * places,
         "activation": 64 * places, "windows first": 4 * out, "out first": out, "calls": 2,
     }  # fmt: skip
+
+
+def kind_of(batch, channels, size, out_channels, kernel, *, groups=1, stride=1, last=False, mode="inference"):
+    """The kind of convolution that the library is taken to run, by one thread."""
+    padding = tuple(k // 2 for k in kernel)
+    block = calibrate.Block(
+        "", batch, channels, size, out_channels, kernel, (stride, stride), padding, groups=groups
+    )
+    race = calibrate.Race(block, mode, last, mode == "training", "float32", {}, {}, threads=1)
+    return costs._kind(race.problem())
+
+
+def test_kinds_of_the_library():
+    """As oneDNN's own log names what runs (ONEDNN_VERBOSE)."""
+    assert kind_of(4, 32, (11, 71), 24, (4, 4), groups=4) == "columns"  # 8 and 6 channels of a group
+    assert kind_of(4, 32, (11, 71), 24, (4, 4), groups=4, last=True) == "narrow groups"
+    assert kind_of(4, 64, (11, 71), 64, (3, 3), groups=4) == "groups"
+    assert kind_of(4, 32, (11, 71), 64, (3, 3), groups=32) == "columns"
+    assert kind_of(4, 32, (11, 71), 32, (3, 3), groups=32) == "depthwise"
+    assert kind_of(4, 12, (11, 71), 20, (3, 3)) == "image"
+    assert kind_of(4, 12, (11, 71), 20, (3, 3), stride=2) == "strided image"
+    assert kind_of(4, 32, (28, 63), 48, (5, 15)) == "columns"
+    assert (
+        kind_of(4, 32, (28, 63), 48, (5, 14)) == kind_of(4, 32, (28, 63), 48, (5, 15), last=True) == "dense"
+    )
+    assert kind_of(1, 32, (8, 8), 48, (3, 3)) == "columns"  # a small input is PyTorch's own affair
+    assert kind_of(2, 32, (8, 8), 48, (3, 3)) == "dense"
+
+
+@files
+def test_wide_kernels_are_not_trained_channels_last(name):
+    """The library has only loops over single elements for the gradient of such weights."""
+    block = calibrate.Block("", 2, 16, (28, 63), 48, (5, 31), (1, 1), (2, 15))
+    found = {}
+    for last in (False, True):
+        race = calibrate.Race(block, "training", last, True, "float32", {}, {}, threads=1)
+        found[last] = costs.predict(race.problem(), rates.read(name), ("reference", "direct", "chunked"))
+    assert found[False]["chunked"] > 3 * found[False]["direct"]
+    assert found[True]["reference"] > 2 * found[False]["reference"]
+
+
+@files
+def test_an_epilogue_saves_passes_and_costs_a_call(name):
+    args = torch.float32, ("norm", "sum", "activation"), True
+    for training in (False, True):
+        saved = [costs.epilogue_saves(n, *args, training, rates.read(name), 1) for n in (100, 3 * 10**6)]
+        assert saved[0] < 0.1 * saved[1], saved
+        assert saved[1] > 0
+
+
+def test_epilogues_are_raced():
+    rows = calibrate_epilogue.race_epilogues(6, 5, torch.float32)
+    assert {*rows} == {*costs.PASSES} and all(len(raced) == 6 for raced in rows.values())
+    found = calibrate_epilogue.fit_epilogues(rows)
+    given = rates.read(RATES[0]).epilogues["float32"]
+    for name, ways in found.items():
+        for way, terms in ways.items():
+            assert terms.keys() == given[name][way].keys() and all(rate >= 0 for rate in terms.values())
 
 
 def test_rates_are_found_again():

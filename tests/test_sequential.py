@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from collections import OrderedDict
 
@@ -410,7 +411,7 @@ def test_epilogues_of_a_chain(monkeypatch, name, training):
 
     ran = []
     run_program = chain.run_program
-    monkeypatch.setattr(chain, "_EPILOGUE_US", 0)
+    monkeypatch.setattr(chain, "_EPILOGUE_US", -math.inf)
     monkeypatch.setattr(chain, "run_program", lambda *args: ran.append(args) or run_program(*args))
     make, shape = BEHIND[name]
     plain = nn.Sequential(*make()).train(training)
@@ -435,7 +436,7 @@ def test_what_a_chain_leaves_to_the_modules(monkeypatch):
     """Errors, hooks and strides are those of the modules."""
     from cnnlstm_fast.nn import chain
 
-    monkeypatch.setattr(chain, "_EPILOGUE_US", 0)
+    monkeypatch.setattr(chain, "_EPILOGUE_US", -math.inf)
     ours = cf.Sequential(nn.BatchNorm2d(4), nn.ReLU())
     with pytest.raises(ValueError, match="expected 4D input"):
         ours(torch.randn(3, 4, 5))

@@ -122,8 +122,9 @@ def _behind(chain: Sequence[Block | nn.Module], at: int) -> list[Any]:
 
 #: Dimensions of the inputs that a norm takes.
 _RANKS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-#: About how many microseconds an epilogue costs. One that saves less runs as PyTorch's operators.
-_EPILOGUE_US = limit("EPILOGUE_US", 60, 0)
+#: Microseconds that an epilogue must save, beside what it costs itself; one that saves less runs as PyTorch's
+#: operators.
+_EPILOGUE_US = limit("EPILOGUE_US", 20, 0)
 
 
 def _run_behind(modules: list[Any], x: Any) -> Any:

@@ -446,6 +446,8 @@ COUNTS: Mapping[str, tuple[Callable[[ConvProblem], Counts], Callable[[ConvProble
 }
 
 
+#: Terms that some convolutions of their kind pay and others do not; they count as if all did.
+FEARED = ("weight loops",)
 #: Terms that take as long however many threads there are.
 SERIAL = ("calls", "folds", "library calls", "patch calls", "steps", "input steps")
 
