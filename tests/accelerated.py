@@ -13,7 +13,11 @@ import cnnlstm_fast as cf
 
 
 class Kinks(TorchFunctionMode):
-    """Notes how near to zero arguments of ReLUs and the like come, where rounding decides on gradients."""
+    """Notes how near a program comes to where rounding decides on gradients.
+
+    That is where arguments of ReLUs and the like are nearly zero, and the largest values of a window are
+    nearly the same. Values that are quite the same have the same winner everywhere.
+    """
 
     NAMES = ("relu", "relu_", "leaky_relu", "leaky_relu_", "hardtanh", "hardtanh_")
 
@@ -24,11 +28,24 @@ class Kinks(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", None) in self.NAMES and args[0].numel():
             self.least = min(self.least, args[0].detach().abs().min().item())
+        if function in (F.max_pool2d, torch.max_pool2d):
+            self.least = min(self.least, least_gap(*args, **(kwargs or {})))
         return function(*args, **(kwargs or {}))
 
     @property
     def near(self) -> bool:
         return self.least < 1e-5
+
+
+def least_gap(x: Tensor, kernel_size, stride=None, padding=0, *_, **__) -> float:
+    """Between the largest values of a window of a pool that differ."""
+    k, s, p = (value if isinstance(value, (tuple, list)) else (value, value) for value in (
+        kernel_size, stride or kernel_size, padding
+    ))  # fmt: skip
+    padded = F.pad(x.detach(), (p[1], p[1], p[0], p[0]), value=float("-inf"))
+    windows = padded.unfold(-2, k[0], s[0]).unfold(-2, k[1], s[1]).flatten(-2)
+    gaps = windows.topk(2).values.diff().abs()
+    return min(gaps[gaps > 0].tolist(), default=float("inf"))
 
 
 def settle(module: nn.Module, *inputs) -> None:

@@ -153,6 +153,37 @@ def test_a_mode_entered_in_between():
     assert seen.count(torch.ops.aten.neg.default) == 12 and torch._C._len_torch_dispatch_stack() == 0
 
 
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("steps", ["inside", "across", "read inside"])
+def test_inference_mode_in_between(steps, outer):
+    """It puts back PyTorch's note of whether there are modes, as it found it; ours may have come or gone."""
+
+    class Inside(Block):
+        def forward(self, x):
+            if steps == "across":
+                with torch.inference_mode():
+                    y = self.conv(x)
+                y = F.relu(self.bn(y) if outer else y.clone())
+            else:
+                y = self.conv(x)
+                with torch.inference_mode():
+                    y = self.bn(y) if steps == "inside" else y * (2 if self.calls == 3 else 1)
+                    y = F.relu(y)
+                    y = y.neg()
+            self.calls += 1
+            self.log.append(y.clone().sum().isfinite())
+            return torch.ones(3) * y.mean()
+
+    plain, fast = pair(Inside().eval())
+    for _ in range(5):
+        x = grid(2, 3, 8, 6)
+        with torch.inference_mode(outer):
+            close(fast(x), plain(x))
+        assert torch._C._len_torch_dispatch_stack() == 0
+        assert not torch._C._dispatch_tls_is_dispatch_key_included("Python")
+        torch.ones(2).add_(1)
+
+
 def test_a_weight_put_back():
     class Scaled(Block):
         def forward(self, x):

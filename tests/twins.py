@@ -25,7 +25,8 @@ def on_grid(module: nn.Module) -> nn.Module:
     """Put the parameters of convolutions and batch norms, and their statistics, on a grid; in place.
 
     The biases of norms lie between the points that a norm of running statistics maps a convolution's values
-    to, so that nothing behind one is zero, where rounding would decide what a ReLU lets pass.
+    to, so that nothing behind one is zero, where rounding would decide what a ReLU lets pass. Their weights
+    are not zero: of a constant channel rounding decides which value a max pool takes behind an exponential.
     """
     for m in module.modules():
         if isinstance(m, (nn.Conv1d, nn.Conv2d)):
@@ -35,7 +36,8 @@ def on_grid(module: nn.Module) -> nn.Module:
             m.eps = 2.0**-10
             m.running_mean.copy_(grid(m.num_features))
             m.running_var.copy_(4.0 ** torch.randint(-1, 2, (m.num_features,)) - m.eps)
-            m.weight.copy_(grid(m.num_features, step=0.5, top=1.0))
+            weight = grid(m.num_features, step=0.5, top=1.0)
+            m.weight.copy_(weight.where(weight != 0, 0.5))
             m.bias.copy_(grid(m.num_features) + 2.0**-9)
     return module
 

@@ -48,6 +48,8 @@ class WriteWatch(TorchDispatchMode):
         watched: by token, the speculated call, its plan, and the number of operators when its result was
             released, or None before that.
         operators: how many the mode has seen.
+        inference: inference mode was active when the mode was pushed.
+        multithreading: whether autograd was allowed several threads then.
     """
 
     supports_higher_order_operators = True
@@ -56,6 +58,7 @@ class WriteWatch(TorchDispatchMode):
         super().__init__()
         self.watched: dict[weakref.ref[Token], tuple[weakref.ref[Speculated], FusionPlan, int | None]] = {}
         self.operators = 0
+        self.inference = self.multithreading = False
         self.thread = threading.get_ident()
 
     def begin(self, speculation: Speculated) -> tuple[Token, weakref.ref[Token]]:
@@ -63,6 +66,7 @@ class WriteWatch(TorchDispatchMode):
         token = Token()
         ref = weakref.ref(token, self.end)
         if not self.watched and not self._is_active():  # it may have come back, see `_leave`
+            self._note_inference_mode()
             torch._C._push_on_torch_dispatch_stack(self)
         self.watched[ref] = weakref.ref(speculation), speculation.plan, None
         return token, ref
@@ -84,8 +88,25 @@ class WriteWatch(TorchDispatchMode):
         _, plan, since = found
         if since is not None and self.operators - since > PATIENCE:
             plan.lingers = True
-        if not self.watched:
+        if not (self.watched or self._must_stay()):
             self._leave()
+
+    def _note_inference_mode(self) -> None:
+        """Note in which inference mode the mode is pushed, for :meth:`_must_stay`."""
+        self.inference = torch.is_inference_mode_enabled()
+        if self.inference:
+            self.multithreading = torch._C._is_multithreading_enabled()
+            torch._C._set_multithreading_enabled(True)
+
+    def _must_stay(self) -> bool:
+        """Whether the mode may not leave the stack here, in another inference mode than it was pushed in.
+
+        ``torch.inference_mode`` puts the thread's dispatch keys back as they were when it was entered. They
+        say that there are modes, and PyTorch fails where the stack is empty then. An inference mode that is
+        entered in another one shows by autograd's threads, which it forbids, and which mean nothing there.
+        """
+        inference = torch.is_inference_mode_enabled()
+        return inference != self.inference or (inference and not torch._C._is_multithreading_enabled())
 
     def pause(self) -> bool:
         """Leave the stack while our own operators run, if the mode is on top of it; whether it was."""
@@ -96,14 +117,17 @@ class WriteWatch(TorchDispatchMode):
         return True
 
     def resume(self) -> None:
-        """Enter the stack again, if there is anything to watch."""
-        if self.watched:
+        """Enter the stack again, if there is anything to watch, or if the mode may not leave here."""
+        if self.watched or self._must_stay():
             torch._C._push_on_torch_dispatch_stack(self)
 
     def close(self) -> None:
         """Stop watching, at the end of a session."""
         self.watched.clear()
         self._leave()
+        if torch._C._len_torch_dispatch_stack() == 0 and _expects_modes():  # see `_must_stay`
+            torch._C._push_on_torch_dispatch_stack(self)
+            torch._C._pop_torch_dispatch_stack(None)
 
     def _is_active(self) -> bool:
         for at in range(torch._C._len_torch_dispatch_stack()):
@@ -112,10 +136,16 @@ class WriteWatch(TorchDispatchMode):
         return False
 
     def _leave(self) -> None:
-        """Leave the stack, wherever in it the mode is; the program may have entered modes since.
+        """Leave the stack for good.
 
         While the mode handles an operator, PyTorch takes it off the stack, and puts it back afterwards.
         """
+        self._pop()
+        if self.inference and torch.is_inference_mode_enabled():
+            torch._C._set_multithreading_enabled(self.multithreading)
+
+    def _pop(self) -> None:
+        """Take the mode off the stack, wherever in it it is; the program may have entered modes since."""
         if threading.get_ident() != self.thread or not self._is_active():
             return
         above = []
@@ -140,7 +170,7 @@ class WriteWatch(TorchDispatchMode):
                 try:
                     speculation.materialize()
                 finally:
-                    self._leave()
+                    self._pop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -151,6 +181,11 @@ class WriteWatch(TorchDispatchMode):
             self._materialize(_tensors(_WRITTEN[function], args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():  # a placeholder answers in its __torch_dispatch__
             return function(*args, **kwargs)
+
+
+def _expects_modes() -> bool:
+    """Whether PyTorch takes the stack of modes for not empty."""
+    return torch._C._dispatch_tls_is_dispatch_key_included("Python")
 
 
 #: By operator, position and name of each argument that it writes to.
