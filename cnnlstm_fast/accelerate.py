@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from cnnlstm_fast import reference
 from cnnlstm_fast.copying import copy_sharing_tensors, held_modules
 from cnnlstm_fast.fusion.match import members
 from cnnlstm_fast.fusion.observe import Observation
@@ -89,7 +90,9 @@ def _convolves(module: nn.Module) -> bool:
 
 def _chain_of(module: nn.Module) -> list[nn.Module]:
     """The modules in one of this package's containers, which fuses them by itself."""
-    if not type(module).__module__.startswith(__package__ + ".") or isinstance(module, nn.RNNBase):
+    where = type(module).__module__
+    ours = where.startswith(__package__ + ".") and where != reference.__name__  # which holds plain models
+    if not ours or isinstance(module, nn.RNNBase):
         return []
     return members(module.children())
 
