@@ -279,6 +279,21 @@ def _gain(monkeypatch, percent: int):
 
 
 @pytest.fixture
+def known_rates(monkeypatch):
+    """Choices as on one kind of processor, whatever runs the tests."""
+    from cnnlstm_fast.functional.conv_block import _known_calls
+    from cnnlstm_fast.planning import choose, rates
+
+    given = rates.read("avx512-amd")
+    monkeypatch.setattr(rates, "here", lambda: given)
+    choose.cheapest.cache_clear()
+    _known_calls.clear()
+    yield
+    choose.cheapest.cache_clear()
+    _known_calls.clear()
+
+
+@pytest.fixture
 def tuning(tmp_path, monkeypatch):
     """The folder of the tuner's files, still empty; nothing has been timed in this process."""
     from cnnlstm_fast.functional.conv_block import _known_calls

@@ -35,7 +35,7 @@ import cnnlstm_fast as cf
 from cnnlstm_fast.functional import conv_block
 from cnnlstm_fast.ops import conv_fft as op
 from cnnlstm_fast.ops.conv_block import PLANS, backward_op, forward_op
-from cnnlstm_fast.planning import choose, rates
+from cnnlstm_fast.planning import choose
 from cnnlstm_fast.spec import BlockSpec
 
 pytestmark = needs_extension
@@ -474,16 +474,6 @@ def test_a_call_under_inference_mode_leaves_nothing_that_training_cannot_use():
 
 
 # ---------------------------------------------------------------- the choice
-
-
-@pytest.fixture
-def known_rates(monkeypatch):
-    """Choices as on one kind of processor, whatever runs the tests."""
-    given = rates.read("avx512-amd")
-    monkeypatch.setattr(rates, "here", lambda: given)
-    choose.cheapest.cache_clear()
-    yield
-    choose.cheapest.cache_clear()
 
 
 def _planned(shape, weight_shape, stride=(1, 1), padding=(0, 0), dtype=torch.float32, **spec) -> str:

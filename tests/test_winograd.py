@@ -370,6 +370,7 @@ def test_gradient_bits_depend_on_no_thread():
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+@pytest.mark.usefixtures("known_rates")
 def test_it_is_chosen_and_explained():
     model = cf.Sequential(nn.Conv2d(64, 96, 3, padding=1), nn.BatchNorm2d(96), nn.ReLU())
     x = torch.randn(2, 64, 20, 24)
@@ -388,9 +389,8 @@ def test_what_it_does_not_take(change):
         conv_block(*half, plan=PLAN)
 
 
-@pytest.mark.parametrize(
-    ("channels", "size", "chosen"), [(64, 3, False), (64, 8, False), (64, 32, True), (4, 32, False)]
-)
+@pytest.mark.usefixtures("known_rates")
+@pytest.mark.parametrize(("channels", "size", "chosen"), [(64, 32, True), (4, 32, False)])
 def test_it_is_chosen_where_it_pays(channels, size, chosen):
     weight = torch.randn(64, channels, 3, 3)
     spec, _ = make_spec(weight.shape, False, 1, 1, 1, 1, None, "relu", None, "channels_first")
