@@ -17,7 +17,7 @@ test: $(VENV)/built
 	$(MAKE) -j 2 --output-sync lint lint-project docs sanitize-subset compile-some-kernels
 	MALLOC_PERTURB_=128 $(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
-# Half of the variants for one architecture each, which ones the seed decides; below all for all three: minutes.
+# A quarter of the variants for one architecture each, which ones the seed decides; below all for all three: minutes.
 compile-some-kernels: $(VENV)/built
 	$(BIN)/python tests/native/compile_some.py
 
@@ -133,10 +133,11 @@ lint-project: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
 
+# What is imported is compiled then; compiling all files of all packages would take a minute.
 $(VENV)/installed: requirements-dev.txt requirements-data.txt requirements-docs.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt -r requirements-docs.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-data.txt
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -r requirements-dev.txt -r requirements-docs.txt
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r requirements-data.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

@@ -52,7 +52,8 @@ from triton_blocks import (
     plans,
 )
 
-pytestmark = pytest.mark.usefixtures("float32_means_float32")
+# In the interpreter a case takes a tenth of a second or more.
+pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10)]
 
 
 class Kernels:

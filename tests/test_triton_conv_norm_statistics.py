@@ -16,7 +16,8 @@ from test_conv_norm import OUTLIERS
 from triton_blocks import PLANS, _op_args, plans
 from triton_norms import SMALL, _forward, modes, norm_kernels
 
-pytestmark = pytest.mark.usefixtures("float32_means_float32")
+# In the interpreter a case takes a tenth of a second or more.
+pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10)]
 
 
 @interpreter_and_cuda

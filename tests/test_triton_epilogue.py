@@ -37,6 +37,7 @@ def kernels(request):
             yield
 
 
+@pytest.mark.some(40)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ["image", "channels", "signal", "rows", "volume"])

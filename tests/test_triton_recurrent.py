@@ -16,7 +16,8 @@ from interpreted import interpreter_and_cuda, kernels_of, launch_in_bounds, no_l
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs Triton")
-pytestmark = pytest.mark.usefixtures("float32_means_float32")
+# In the interpreter a case takes a tenth of a second or more.
+pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10)]
 
 MODES = {"LSTM": 0, "GRU": 1}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
