@@ -48,7 +48,6 @@ sources = [
     "csrc/recurrent_stack.cpp",
     "csrc/recurrent_steps.cpp",
     "csrc/recurrent_stream.cpp",
-    "csrc/team.cpp",
     "csrc/tensors.cpp",
     "csrc/winograd_conv.cpp",
     "csrc/cpu/bfloat16/dispatch.cpp",

@@ -9,7 +9,6 @@
 #include <unordered_map>
 
 #include "op.h"
-#include "team.h"
 
 namespace cnnlstm_fast {
 
@@ -206,7 +205,6 @@ std::vector<Tensor> program_run(int64_t number, std::vector<Tensor> inputs) {
     STD_TORCH_CHECK(found != programs.end(), "program_run: there is no program ", number);
     program = found->second;
   }
-  const OnTeam team;
   return program->run(inputs);
 }
 

@@ -7,8 +7,6 @@
 #include <cstdint>
 #include <exception>
 
-#include "team.h"
-
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -86,21 +84,14 @@ class FirstError {
   std::exception_ptr error_;
 };
 
-// What all parallel work goes through: torch's parallel_for, or the team of a frozen program, with denormals flushed.
-// Errors keep their text.
+// What all parallel work goes through: torch's parallel_for, with denormals flushed, whose errors keep their text.
 template <class F>
 void in_parallel(int64_t begin, int64_t end, int64_t grain, const F& run) {
   FirstError error;
-  auto part = [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
     const FlushDenormals flush;
     error.free_of([&] { run(first, last); });
-  };
-  if (on_team())
-    run_on_team(
-        begin, end, grain,
-        [](void* of, int64_t first, int64_t last) { (*static_cast<decltype(part)*>(of))(first, last); }, &part);
-  else
-    torch::stable::parallel_for(begin, end, grain, part);
+  });
   error.rethrow();
 }
 

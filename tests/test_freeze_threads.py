@@ -1,11 +1,8 @@
-"""The threads of frozen programs: shared by callers, begun anew in forked children, as many as torch has."""
+"""The threads of frozen programs: many callers at a time, as many as torch has."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -64,31 +61,3 @@ def test_many_callers_at_a_time(frozen):
     for caller in callers:
         caller.join()
     assert not wrong
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork here")
-@torch.no_grad()
-def test_a_forked_child():
-    """A child has none of its parent's threads. (PyTorch's own operators may not run on several there.)"""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    frozen = cf.freeze(
-        nn.Sequential(nn.Linear(300, 130), nn.LSTM(130, 128, 2)).eval(), torch.randn(40, 1, 300)
-    )
-    x = torch.randn(60, 1, 300)
-    expected = frozen(x)[0].numpy()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if (frozen(x)[0].numpy() == expected).all() else 1)
-    for _ in range(400):
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        status = 1 << 8
-    torch.set_num_threads(before)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert (frozen(x)[0].numpy() == expected).all()
