@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cnnlstm_fast.fusion.speculate import Speculation
+from cnnlstm_fast.fusion.context import Context
+from cnnlstm_fast.fusion.plan import FusionPlan
+
+
+class SpeculatedCall(Protocol):
+    """What the graph asks of a speculation."""
+
+    context: Context
+    plan: FusionPlan
+
+    def make_placeholders(self, slots: list[int], policy: str) -> Sequence[Any]: ...
+
+    def run_steps_from(self, at: int, value: Tensor) -> Tensor: ...
 
 
 class SpeculatedGraph:
@@ -26,11 +38,11 @@ class SpeculatedGraph:
         given: by slot, the gradient that :class:`PlaceholdersToResult` gave in the backward that runs now.
     """
 
-    def __init__(self, speculation: Speculation, operands: tuple):
-        self.speculation: Speculation | None = speculation
+    def __init__(self, speculation: SpeculatedCall, operands: tuple):
+        self.speculation: SpeculatedCall | None = speculation
         self.needs = [t is not None and t.requires_grad for t in operands]
         self.operands: tuple = ()
-        self.true: dict[int, tuple[Speculation, int, Tensor]] = {}
+        self.true: dict[int, tuple[SpeculatedCall, int, Tensor]] = {}
         self.given: dict[int, Tensor] = {}
 
 
@@ -91,7 +103,7 @@ class PlaceholdersToResult(torch.autograd.Function):
         return None, grad, *(given.get(slot) for slot in ctx.slots)
 
 
-def _gradient_at(speculation: Speculation, at: int, value: Tensor, grad: Tensor) -> Tensor:
+def _gradient_at(speculation: SpeculatedCall, at: int, value: Tensor, grad: Tensor) -> Tensor:
     again = torch.is_grad_enabled()
     with speculation.context.entered(value.device.type):
         if not again:
