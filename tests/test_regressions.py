@@ -285,7 +285,9 @@ def test_the_fuzzer_reaches_every_op():
     copies = {"copy_contents", "same_contents"}  # tests/test_fusion_writes.py has wrong calls
     products = {"bfloat16_dot"}  # tests/test_bfloat16.py has wrong calls
     assert of.keys() == ops - without_tensors - in_python - programs - packed - copies - products
-    assert all(counts["accepted"] > 5 and counts["refused"] for counts in of.values()), of
+    takes_nearly_all = {"fingerprint"}  # of tensors of any kind
+    least = {op: 0 if op in takes_nearly_all else 5 for op in of}
+    assert all(counts["accepted"] > 5 and counts["refused"] > least[op] for op, counts in of.items()), of
 
 
 @pytest.mark.parametrize(
