@@ -254,8 +254,18 @@ def outcome(program, parts, leaf, grad):
     return about, tensors, grads
 
 
+def outcome_tensors(results):
+    """The tensors of an :func:`outcome`, in float64: values, then the gradients that there are."""
+    _, tensors, grads = results
+    return [t.double() for t in (*tensors, *(g for g in grads or () if isinstance(g, torch.Tensor)))]
+
+
 def assert_same_outcome(program, parts, x, grad, tolerance, **options):
-    """The same outcome plain and under the backend; where plain PyTorch raises, nothing is asked."""
+    """The same outcome plain and under the backend; where plain PyTorch raises, nothing is asked.
+
+    Where a sum cancels (the gradient of a bias in front of a norm is zero, its terms are not), PyTorch's
+    own result is all error: twice its distance from the program in float64 is allowed, as elsewhere.
+    """
     try:
         about, tensors, grads = outcome(program, parts, x, grad)
     except RuntimeError:
@@ -264,15 +274,19 @@ def assert_same_outcome(program, parts, x, grad, tolerance, **options):
     compiled = torch.compile(program, backend="cnnlstm_fast", **options)
     got = outcome(compiled, parts, x, grad)
     assert got[0] == about
-    pairs = list(zip(got[1], tensors, strict=True))
     if isinstance(grads, tuple):
         assert isinstance(got[2], tuple), got[2]
         assert [g is None for g in got[2]] == [g is None for g in grads]
-        pairs += [(a, b) for a, b in zip(got[2], grads, strict=True) if b is not None]
-    for a, b in pairs:
-        a, b = a.double(), b.double()
+    ours, plain = outcome_tensors(got), outcome_tensors((about, tensors, grads))
+    exact = None
+    for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
         assert torch.equal(a.isnan(), b.isnan())
-        assert (a - b).nan_to_num().norm() <= tolerance * (1 + b.nan_to_num().norm())
+        error, allowed = (a - b).nan_to_num().norm(), tolerance * (1 + b.nan_to_num().norm())
+        if error > allowed and x.dtype == torch.float32:
+            double = copy.deepcopy(parts).double(), x.double()
+            exact = exact or outcome_tensors(outcome(program, *double, grad))
+            error, allowed = (a - exact[i]).nan_to_num().norm(), 2 * (b - exact[i]).nan_to_num().norm()
+        assert error <= allowed
 
 
 @pytest.mark.some(30)
