@@ -18,9 +18,9 @@ namespace cnnlstm_fast {
 namespace {
 
 // Inputs and sums of one item: what a second-level cache holds beside a panel of weights.
-const int64_t kItemFloats = limit("FROZEN_ITEM_FLOATS", 96 * 1024, 1);
+const int64_t kFrozenItemFloats = limit("FROZEN_ITEM_FLOATS", 96 * 1024, 1);
 // Multiply-adds that one thread does sooner than another is woken.
-const int64_t kItemWork = limit("FROZEN_ITEM_WORK", int64_t{1} << 19, 1);
+const int64_t kFrozenItemWork = limit("FROZEN_ITEM_WORK", int64_t{1} << 19, 1);
 // Taps of a panel that pass at a time, of convolutions and of products: weights stay in the second-level cache, and
 // sums are not too long.
 const int64_t kDepth = limit("FROZEN_DEPTH", 2048, 1);
@@ -29,10 +29,6 @@ const int64_t kProductDepth = limit("FROZEN_PRODUCT_DEPTH", 512, 1);
 constexpr int64_t kFewPlanes = 8;
 // Positions of a part of a row, at least, if it is not to be short of full tiles.
 constexpr int64_t kLeastColumns = 56;
-
-int64_t round_up(int64_t a, int64_t to) {
-  return ceil_div(a, to) * to;
-}
 
 void check_description(const FrozenConvDescription& d) {
   auto in_range = [](const Ints& values, auto may_be_zero) {
@@ -220,12 +216,14 @@ void FrozenConv::Plan::set_call() {
 void FrozenConv::Plan::divide() {
   const int64_t all_panels = panels_of(b), threads = torch::stable::get_num_threads();
   const int64_t work = b.n * b.oh * b.ow * b.co * b.taps;
-  const int64_t most = std::max<int64_t>(1, work / kItemWork), wanted = threads > 1 ? std::min(4 * threads, most) : 1;
+  const int64_t most = std::max<int64_t>(1, work / kFrozenItemWork),
+                wanted = threads > 1 ? std::min(4 * threads, most) : 1;
   images = 1, rows = b.out_h, columns = b.out_w;
-  while (columns > kLeastColumns && floats_of(1, columns) > kItemFloats) columns = ceil_div(columns, 2);
-  for (int64_t parts = 1; rows > 1 && floats_of(rows, columns) > kItemFloats; ++parts) rows = ceil_div(b.out_h, parts);
+  while (columns > kLeastColumns && floats_of(1, columns) > kFrozenItemFloats) columns = ceil_div(columns, 2);
+  for (int64_t parts = 1; rows > 1 && floats_of(rows, columns) > kFrozenItemFloats; ++parts)
+    rows = ceil_div(b.out_h, parts);
   if (rows == b.out_h && columns == b.out_w)
-    images = std::clamp<int64_t>(std::min(kItemFloats / floats_of(rows, columns), b.n / wanted), 1, b.n);
+    images = std::clamp<int64_t>(std::min(kFrozenItemFloats / floats_of(rows, columns), b.n / wanted), 1, b.n);
   auto count = [&] { return ceil_div(b.n, images) * ceil_div(b.out_h, rows) * ceil_div(b.out_w, columns); };
   const int64_t parts = std::min(all_panels, ceil_div(wanted, count()));
   panels = ceil_div(all_panels, parts);

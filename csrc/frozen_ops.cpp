@@ -36,7 +36,7 @@ Tensor frozen_conv_pack(Tensor weight, std::optional<Tensor> bias, Ints conv, In
   return packed;
 }
 
-MapStrides strides_of(const Tensor& t) {
+MapStrides map_strides(const Tensor& t) {
   return {{t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
 
@@ -59,7 +59,7 @@ Tensor frozen_conv(Tensor x, Tensor packed, std::optional<Tensor> added, Ints si
   const Tensor out = new_output(x, ordered, ScalarType::Float);
   if (n == 0) return out;
   FrozenConvCall call{n, h, w, floats(x), mutable_floats(out)};
-  call.x_strides = strides_of(x);
+  call.x_strides = map_strides(x);
   call.method = static_cast<FrozenMethod>(method);
   if (added) {
     FrozenConvDescription map = d;
@@ -67,7 +67,7 @@ Tensor frozen_conv(Tensor x, Tensor packed, std::optional<Tensor> added, Ints si
     const std::vector<int64_t> map_size = FrozenConv(map, floats(packed)).out_size(h, w);
     check_argument("frozen_conv", "added", added, {n, d.out_channels, map_size[0], map_size[1]}, ScalarType::Float);
     call.added = floats(*added);
-    call.added_strides = strides_of(*added);
+    call.added_strides = map_strides(*added);
   }
   const int64_t bytes = kernel.scratch_bytes(call);
   kernel.run(call, thread_scratch(bytes / static_cast<int64_t>(sizeof(float))), bytes);

@@ -14,6 +14,7 @@
 
 #include "limits.h"
 #include "op.h"
+#include "threads.h"
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -35,10 +36,6 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kMostElements = int64_t{1} << 40;
 const int64_t kKeptBytes = limit("SCRATCH_BYTES", int64_t{16} << 20, 0);
-
-int64_t round_up(int64_t bytes, int64_t to) {
-  return (bytes + to - 1) / to * to;
-}
 
 int64_t elements_of(const char* what, const int64_t* sizes, int64_t count) {
   int64_t left = kMostElements, found = 1;
@@ -189,10 +186,10 @@ Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarTyp
 // of our memory could be neither resized nor emptied. Only PyTorch knows how many hold one (ops/outputs.py). At most
 // 256 MiB are tracked, whether others hold them or not. A storage that is dropped from here belongs to its result
 // alone.
-class Outputs {
+class OutputPool {
  public:
-  static Outputs& outputs() {
-    static Outputs* const all = new Outputs;
+  static OutputPool& outputs() {
+    static OutputPool* const all = new OutputPool;
     return *all;
   }
 
@@ -203,7 +200,7 @@ class Outputs {
     if (!on_ || bytes > kMostTrackedBytes) return std::nullopt;
     std::vector<Tensor> same, dropped;
     {
-      const std::lock_guard<std::mutex> lock(forkable<Outputs>());
+      const std::lock_guard<std::mutex> lock(forkable<OutputPool>());
       for (size_t i = 0; i < tracked_.size();)
         if (tracked_[i].numel() == bytes)
           same.push_back(remove(i));
@@ -259,7 +256,7 @@ class Outputs {
   // What makes room is drawn by chance: a program that goes through more storages than there is room for, again and
   // again in the same order, would otherwise never find one of them. The caller drops it when the lock is open.
   void add(const Tensor& t, std::vector<Tensor>& dropped) {
-    const std::lock_guard<std::mutex> lock(forkable<Outputs>());
+    const std::lock_guard<std::mutex> lock(forkable<OutputPool>());
     while (!tracked_.empty() && (tracked_.size() == kMostTracked || bytes_ + t.numel() > kMostTrackedBytes)) {
       chance_ = chance_ * 6364136223846793005u + 1442695040888963407u;
       dropped.push_back(remove((chance_ >> 33) % tracked_.size()));
@@ -275,7 +272,7 @@ class Outputs {
 };
 
 // Made as the library is loaded, where no other thread can fork.
-[[maybe_unused]] const bool kOutputsMade = (Outputs::outputs(), &forkable<Outputs>());
+[[maybe_unused]] const bool kOutputsMade = (OutputPool::outputs(), &forkable<OutputPool>());
 
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& size) {
   std::vector<int64_t> stride(size.size(), 1);
@@ -284,7 +281,7 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& size) {
 }
 
 void recycle_outputs(bool on) {
-  Outputs::outputs().recycle(on);
+  OutputPool::outputs().recycle(on);
 }
 
 }  // namespace
@@ -292,7 +289,7 @@ void recycle_outputs(bool on) {
 Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
   const int64_t bytes = elements("a result", size) * bytes_of(dtype);
   if (bytes < kPooledBytes) return new_empty(like, size, dtype, bytes);
-  if (const std::optional<Tensor> memory = Outputs::outputs().take(like, bytes)) {
+  if (const std::optional<Tensor> memory = OutputPool::outputs().take(like, bytes)) {
     using torch::stable::detail::from;
     // By way of a tensor of today's mode, inference or not, whose version counts that it is set.
     const std::vector<int64_t> flat{bytes}, one{1}, strides = contiguous_strides(size);
@@ -305,7 +302,7 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& size, ScalarTy
     TORCH_ERROR_CODE_CHECK(aoti_torch__alloc_from_pool(set.get(), 0, torch::stable::detail::to<int32_t>(from(dtype)),
                                                        static_cast<int64_t>(size.size()), size.data(), strides.data(),
                                                        &result));
-    Outputs::outputs().track(*memory);
+    OutputPool::outputs().track(*memory);
     return Tensor(result);
   }
   const Tensor made = new_empty(like, size, dtype, bytes);

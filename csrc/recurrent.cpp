@@ -29,13 +29,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-// Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache
-// or two hold.
-const int64_t kChunkFloats = limit("RECURRENT_CHUNK_FLOATS", int64_t{1} << 20, 1);
 // Gradients of pre-activations that meet all weights of the inputs at a time.
 const int64_t kRowsFloats = limit("RECURRENT_ROWS_FLOATS", int64_t{1} << 16, 1);
-// Rows of a product that are worth an item.
-const int64_t kRowsOfItem = limit("RECURRENT_ROWS", 24, 1);
 
 // ---- Forward
 
@@ -154,7 +149,7 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
       std::copy_n(from + call.caller(q) * l.hidden, l.hidden, l.c + q * l.padded_hidden);
   }
   const bool fused = call.fused_inputs();
-  const std::vector<int64_t> bounds = cut_steps(call, fused ? call.rows + 1 : kChunkFloats / (4 * l.padded_hidden));
+  const std::vector<int64_t> bounds = cut_steps(call, fused ? call.rows + 1 : kStepFloats / (4 * l.padded_hidden));
   const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
   float* projected = fused ? nullptr : p.memory(h_n, 4 * l.padded_hidden * most_rows(call, bounds));
   std::vector<const float*> rows;
@@ -164,7 +159,7 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
       rows.clear();
       for (int64_t t = t0; t < t1; ++t)
         for (int64_t q = 0; q < call.active(t); ++q) rows.push_back(l.x + position(l, t, q, l.x_step, l.x_sequence));
-      const int64_t count = static_cast<int64_t>(rows.size()), parts = shares(count, kRowsOfItem, 32 * kRowsOfItem);
+      const int64_t count = static_cast<int64_t>(rows.size()), parts = shares(count, kProductRows, 32 * kProductRows);
       // Rows that are too few for all threads: these share the units as well.
       const UnitBlocks blocks(l.padded_hidden, parts < threads ? k.lanes : l.padded_hidden, 4);
       l.projected_x = projected, l.projected_rows = count, l.projected_first = call.starts[t0];
@@ -340,7 +335,7 @@ class DirectionBackward {
         bias_(ceil_div(gate_columns_, panel()) * panel()) {
     set_gradients();
     pack();
-    bounds_ = cut_steps(call, kChunkFloats / gate_columns_);
+    bounds_ = cut_steps(call, kStepFloats / gate_columns_);
     const int64_t most = most_rows(call, bounds_);
     const int64_t of_gates = ceil_div(gate_columns_, panel()) * panel() * most;
     b_.gates = p.memory(want.rows, of_gates);
@@ -500,7 +495,7 @@ class DirectionBackward {
     const int64_t m_items = of_m_ ? of_m_->items() : 0;
     const int64_t bias_items = want_.need_weights ? ceil_div(gate_columns_, k.panel) : 0;
     const int64_t row_items =
-        columns_x_ ? shares(count, kRowsOfItem, std::max<int64_t>(2 * kRowsOfItem, kRowsFloats / x_end)) : 0;
+        columns_x_ ? shares(count, kProductRows, std::max<int64_t>(2 * kProductRows, kRowsFloats / x_end)) : 0;
     for_each_item(x_items + h_items + m_items + bias_items + row_items, [&](int64_t i) {
       if (i < x_items) return of_x_->add(i, rows_.x.data(), b_.gates, count);
       if ((i -= x_items) < h_items) return of_h_->add(i, rows_.h.data(), b_.gates, count);

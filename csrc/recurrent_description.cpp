@@ -18,7 +18,7 @@ using Maybe = std::optional<Tensor>;
 
 namespace {
 
-constexpr const char* kOp = "recurrent_layer";
+constexpr const char* kLayerOp = "recurrent_layer";
 
 // Measured limits. More inputs than these, or these if sequences are few, are projected for many steps at
 // once instead of with the state. The bits are the same.
@@ -51,11 +51,11 @@ void set_weights(RecurrentCall& call, std::vector<DirectionWeights> directions) 
                   "recurrent_layer: w_hh must be square per gate unless an LSTM is projected, to no more units");
   const int64_t rows = call.gates * call.hidden;
   for (const DirectionWeights& d : directions) {
-    check_argument(kOp, "w_ih", d.w_ih, {rows, call.inputs}, call.dtype);
-    check_argument(kOp, "w_hh", d.w_hh, {rows, call.width}, call.dtype);
-    check_argument(kOp, "b_ih", d.b_ih, {rows}, call.dtype);
-    check_argument(kOp, "b_hh", d.b_hh, {rows}, call.dtype);
-    check_argument(kOp, "w_hr", d.w_hr, {call.width, call.hidden}, call.dtype);
+    check_argument(kLayerOp, "w_ih", d.w_ih, {rows, call.inputs}, call.dtype);
+    check_argument(kLayerOp, "w_hh", d.w_hh, {rows, call.width}, call.dtype);
+    check_argument(kLayerOp, "b_ih", d.b_ih, {rows}, call.dtype);
+    check_argument(kLayerOp, "b_hh", d.b_hh, {rows}, call.dtype);
+    check_argument(kLayerOp, "w_hr", d.w_hr, {call.width, call.hidden}, call.dtype);
     STD_TORCH_CHECK(d.w_hr.has_value() == projected && d.b_ih.has_value() == d.b_hh.has_value(),
                     "recurrent_layer: both directions and both biases must be given alike");
   }
@@ -74,8 +74,8 @@ void check_extent(const RecurrentCall& call, const Tensor& x) {
 void set_state(RecurrentCall& call, const Maybe& h0, const Maybe& c0) {
   const int64_t count = static_cast<int64_t>(call.directions.size());
   STD_TORCH_CHECK(call.mode == kLSTM || !c0, "recurrent_layer: a GRU has no c0");
-  check_argument(kOp, "h0", h0, {count, call.batch, call.width}, call.dtype);
-  check_argument(kOp, "c0", c0, {count, call.batch, call.hidden}, call.dtype);
+  check_argument(kLayerOp, "h0", h0, {count, call.batch, call.width}, call.dtype);
+  check_argument(kLayerOp, "c0", c0, {count, call.batch, call.hidden}, call.dtype);
   if (h0) call.h0 = as_contiguous_floats(*h0);
   if (c0) call.c0 = as_contiguous_floats(*c0);
 }
@@ -87,7 +87,7 @@ void set_lengths(RecurrentCall& call, const Maybe& lengths) {
     return;
   }
   const char* wrong_sum = "recurrent_layer: lengths of packed sequences must fall, and their sum be that of all steps";
-  check_argument(kOp, "lengths", lengths, {call.batch}, ScalarType::Long);
+  check_argument(kLayerOp, "lengths", lengths, {call.batch}, ScalarType::Long);
   call.lengths = torch::stable::contiguous(*lengths);
   const int64_t* values = static_cast<const int64_t*>(call.lengths->data_ptr());
   for (int64_t b = 0; b < call.batch; ++b) {
@@ -129,7 +129,7 @@ RecurrentCall describe_recurrent(const Tensor& x, const Maybe& h0, const Maybe& 
   set_weights(call, std::move(directions));
   check_extent(call, x);
   set_state(call, h0, c0);
-  check_argument(kOp, "reset", reset, batch_first ? Ints{call.batch, call.steps} : Ints{call.steps, call.batch},
+  check_argument(kLayerOp, "reset", reset, batch_first ? Ints{call.batch, call.steps} : Ints{call.steps, call.batch},
                  ScalarType::Bool);
   call.reset = reset;
   set_lengths(call, lengths);

@@ -23,14 +23,14 @@ using Maybe = std::optional<Tensor>;
 
 namespace {
 
-// Products of inputs that are kept for all steps, at most.
-const int64_t kChunkFloats = limit("RECURRENT_CHUNK_FLOATS", int64_t{1} << 20, 1);
 // Rows, steps times sequences, that a layer hands to the next one at a time.
 const int64_t kRowsTogether = limit("STACK_ROWS", 12, 1);
+// Sequences, for each thread, up to which threads share layers: a layer's weights are then read for all of them at
+// once.
+const int64_t kStackSequences = limit("STACK_SEQUENCES", 3, 1);
 // Multiply-adds of a layer's steps that are worth waking another thread, and of a product.
 const int64_t kStackWork = limit("STACK_WORK", int64_t{1} << 20, 0);
 const int64_t kProductWork = limit("STACK_PRODUCT_WORK", int64_t{1} << 19, 0);
-const int64_t kRowsOfItem = limit("RECURRENT_ROWS", 24, 1);
 // Chunks of products between a layer's projection and its steps.
 constexpr int64_t kRing = 2;
 
@@ -98,7 +98,7 @@ void project(Running& r, int64_t t0, int64_t t1) {
   if (!r.products)
     r.products.emplace(new_temporary(r.x, {4 * l.padded_hidden * count}, ScalarType::Float));  // the first is longest
   const std::vector<const float*> rows = input_rows(l, t0, t1);
-  const int64_t parts = shares(count, kRowsOfItem, 32 * kRowsOfItem);
+  const int64_t parts = shares(count, kProductRows, 32 * kProductRows);
   const bool alone = threads == 1 || count * l.inputs * r.call.gates * l.padded_hidden < kProductWork;
   const UnitBlocks blocks(l.padded_hidden, parts < threads && !alone ? k.lanes : l.padded_hidden, 4);
   auto run = [&](int64_t i) {
@@ -142,7 +142,7 @@ void run_units(const RecurrentLayer& l, int64_t t, int64_t begin, int64_t end) {
 // One layer after the other, whose sequences or units threads share; its state is scaled.
 void run_scaled(std::vector<Running>& layers, const Maybe& keep) {
   for (Running& r : layers) {
-    const int64_t most = r.fused ? r.call.rows + 1 : kChunkFloats / (4 * r.layer.padded_hidden);
+    const int64_t most = r.fused ? r.call.rows + 1 : kStepFloats / (4 * r.layer.padded_hidden);
     const std::vector<int64_t> bounds = cut_steps(r.call, most);
     for (size_t c = 0; c + 1 < bounds.size(); ++c) {
       const int64_t t0 = bounds[c], t1 = bounds[c + 1], batch = r.layer.batch;
@@ -259,9 +259,9 @@ class Pipeline {
 // Whether cores have more to do if they work on several layers at a time than if they share each one.
 bool overlaps(const std::vector<StackLayer>& layers, int64_t steps, int64_t batch) {
   const int64_t threads = torch::stable::get_num_threads();
-  if (layers.size() == 1 || threads == 1 || batch >= 2 * threads || batch > kMaxRows) return false;
+  if (layers.size() == 1 || threads == 1 || batch > std::min(kStackSequences * threads, kMaxRows)) return false;
   const int64_t rows = steps * batch;
-  if (rows * 4 * padded_units(layers[0].layer->hidden()) > kChunkFloats) return false;
+  if (rows * 4 * padded_units(layers[0].layer->hidden()) > kStepFloats) return false;
   return std::all_of(layers.begin(), layers.end(), [&](const StackLayer& one) {
     RecurrentLayer l{};
     l.width = one.layer->hidden(), l.padded_hidden = padded_units(l.width);

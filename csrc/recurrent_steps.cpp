@@ -10,6 +10,9 @@ const int64_t kSharedWeights = limit("SHARED_WEIGHTS", int64_t{1} << 18, 1), kMo
 
 }  // namespace
 
+const int64_t kStepFloats = limit("RECURRENT_CHUNK_FLOATS", int64_t{1} << 20, 1);
+const int64_t kProductRows = limit("RECURRENT_ROWS", 24, 1);
+
 int64_t shares(int64_t count, int64_t least, int64_t most) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = ceil_div(ceil_div(count, most), threads) * threads;

@@ -37,10 +37,10 @@ struct Parts {
   }
 };
 
-constexpr const char* kOp = "recurrent_stream";
+constexpr const char* kStreamOp = "recurrent_stream";
 
 void check_floats(const char* name, const Maybe& t, const Ints& shape) {
-  check_argument(kOp, name, t, shape, ScalarType::Float, Memory::kContiguous);
+  check_argument(kStreamOp, name, t, shape, ScalarType::Float, Memory::kContiguous);
 }
 
 Tensor recurrent_stream_pack(Tensor w_ih, Tensor w_hh, Maybe b_ih, Maybe b_hh, Maybe w_hr, int64_t mode) {
@@ -81,7 +81,7 @@ Tensor recurrent_stream_step(Tensor x, Tensor h, Tensor c, Tensor packed, Maybe 
   check_floats("x", x, {batch, inputs});
   check_floats("h", h, {layers, 2, batch, padded_units(width)});
   if (mode == kLSTM) check_floats("c", c, {layers, batch, padded_units(hidden)});
-  check_argument(kOp, "reset", reset, {batch}, ScalarType::Bool);
+  check_argument(kStreamOp, "reset", reset, {batch}, ScalarType::Bool);
   const Parts first(mode, inputs, hidden, width), other(mode, width, hidden, width);
   check_floats("packed", packed, {first.end + (layers - 1) * other.end});
   for (const Tensor* t : {&h, &c, &packed})  // as memory of PyTorch's is; their vectors are read whole

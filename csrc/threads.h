@@ -51,6 +51,9 @@ class FlushDenormals {
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
+inline int64_t round_up(int64_t a, int64_t to) {
+  return ceil_div(a, to) * to;
+}
 
 // Items of about equal length that keep every thread busy to the end.
 inline int64_t wanted_items() {

@@ -16,7 +16,7 @@ namespace {
 using torch::stable::Tensor;
 
 // Scratch of one item: what a second-level cache holds.
-const int64_t kItemFloats = limit("WINOGRAD_ITEM_FLOATS", 160 * 1024, 1);
+const int64_t kWinogradItemFloats = limit("WINOGRAD_ITEM_FLOATS", 160 * 1024, 1);
 // Every item reads all weights, which are larger than any item's inputs where there are many channels.
 const int64_t kLeastTiles = limit("WINOGRAD_TILES", 48, 1);
 // Weights that come from memory or nearly: for each item twice the tiles.
@@ -83,7 +83,7 @@ WinogradItems winograd_items(const Winograd& g, const Block& b) {
   const int64_t of_image = g.tiles_h * g.tiles_w, tiles = g.n * of_image;
   const int64_t per_tile = kWinogradPositions * (group_up(g.c) + k.width);
   const int64_t least = kWinogradPositions * group_up(g.co) * g.c > kLargeWeightFloats ? 2 * kLeastTiles : kLeastTiles;
-  const int64_t most = std::max(least, std::min(kItemFloats / per_tile, ceil_div(tiles, wanted_items())));
+  const int64_t most = std::max(least, std::min(kWinogradItemFloats / per_tile, ceil_div(tiles, wanted_items())));
   int64_t images = 1, rows = b.out_h;
   if (of_image <= most) {
     images = ceil_div(g.n, ceil_div(g.n, std::max<int64_t>(1, (most + of_image / 2) / of_image)));
