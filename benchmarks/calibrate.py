@@ -184,7 +184,10 @@ def draw(
             continue
         batch = max(batch_for(block, exp(rng.uniform(log(ms[0]), log(ms[1])))), 1)
         if batch <= 2048 and batch * block.out_channels * prod(block.conv_size) <= _MOST_ELEMENTS:
-            found.append((replace(block, batch=batch), len(block.size) == 2 and rng.random() < 0.3))
+            last = len(block.size) == 2 and rng.random() < 0.4
+            if last and rng.random() < 0.7:  # as maps that are carried
+                block = replace(block, layout="channels_last")
+            found.append((replace(block, batch=batch), last))
     return found
 
 
@@ -224,7 +227,7 @@ def race(
         x = x.to(memory_format=torch.channels_last)
     needs_x = training and block.channels > IMAGE_CHANNELS
     grad: Tensor | None = None
-    sides = {}
+    sides, grads = {}, {}
     for plan in PLANS:
         if plan == "fft" and max(block.kernel) < _LEAST_FFT_KERNEL:
             continue
@@ -234,8 +237,10 @@ def race(
                 y = side.call(x.detach().requires_grad_(needs_x), **side.weights)
         except ValueError:  # cannot run here
             continue
-        if training and grad is None:
-            grad = torch.randn(y.shape, generator=generator).to(dtype)
+        if training:
+            if grad is None:
+                grad = torch.randn(y.shape, generator=generator).to(dtype)
+            grads[plan] = torch.empty_like(y).copy_(grad)  # as the next layer's backward would lay it out
         sides[plan] = side
     forward: dict[str, list[float]] = {plan: [] for plan in sides}
     backward: dict[str, list[float]] = {plan: [] for plan in sides}
@@ -243,7 +248,7 @@ def race(
     for turn in range(_ROUNDS):
         first = turn % len(plans)
         for plan in plans[first:] + plans[:first]:
-            times = list(_turn(sides[plan], x, grad, needs_x, clock))[1:]
+            times = list(_turn(sides[plan], x, grads.get(plan), needs_x, clock))[1:]
             forward[plan] += [f for f, _ in times]
             backward[plan] += [b for _, b in times]
 

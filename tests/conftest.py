@@ -227,12 +227,14 @@ def constants_of_the_kernels(kernels, monkeypatch):
 
 @pytest.fixture
 def always_worth_it(monkeypatch):
-    """Small blocks too are speculated, and those for which no fused plan is the fastest."""
-    from cnnlstm_fast.fusion import plan
+    """Small blocks too are speculated, also where no fused plan is the fastest, on maps that are carried."""
+    from cnnlstm_fast.fusion import carry, plan
 
-    why_not = plan.FusionPlan._why_unfused
-    monkeypatch.setattr(plan.FusionPlan, "_why_unfused", lambda *args: why_not(*args[:-1], handed=True))
+    carries = plan.FusionPlan._carries
+    monkeypatch.setattr(plan.FusionPlan, "_why_unfused", lambda *args: None)
+    monkeypatch.setattr(plan.FusionPlan, "_carries", lambda *args: carries(*args[:-1], float("inf")))
     monkeypatch.setattr(plan, "OVERHEAD_US", 0)
+    monkeypatch.setattr(carry, "GAIN_PERCENT", -(10**6))
 
 
 @pytest.fixture

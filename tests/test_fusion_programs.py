@@ -250,3 +250,30 @@ def test_explanation_of_a_program():
     with torch.no_grad():
         stages = cf.explain(fast, torch.randn(8, 16, 32, 32)).stages
     assert [stage.plan for stage in stages if stage.op == "sum+ReLU"] == ["epilogue"]
+
+
+def test_the_gradient_of_a_sum_lies_as_its_operand():
+    """PyTorch's gradient of ``instance_norm`` is wrong where it gets a channels-last one."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Conv2d(2, 4, 5), nn.Conv2d(2, 4, 5)
+            self.inside, self.norm = nn.InstanceNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return F.relu(self.inside(self.left(x)) + self.norm(self.right(x)))
+
+    model = Sum()
+    fast, twin = cf.accelerate(copy.deepcopy(model)), copy.deepcopy(model).double()
+    for last in (False, False, True, True):
+        x = torch.randn(1, 2, 11, 8)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        out = [m(x.to(next(m.parameters()).dtype)) for m in (fast, twin)]
+        grad = torch.randn_like(out[1])
+        found = [
+            torch.autograd.grad(y, [m.left.weight, m.right.weight], grad.to(y.dtype))
+            for y, m in zip(out, (fast, twin), strict=True)
+        ]
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twins import grid
 
 import cnnlstm_fast as cf
+from cnnlstm_fast.fusion import carry
 from cnnlstm_fast.fusion.context import Contents
 
 pytestmark = pytest.mark.usefixtures("always_worth_it")
@@ -270,8 +271,9 @@ def changed_input(self, x):
 
 @pytest.mark.parametrize("looks", [False, True])
 @pytest.mark.parametrize("change", [Tensor.zero_, lambda x: x.numpy().fill(0)], ids=["operator", "numpy"])
-def test_input_changed_in_place_later(change, looks):
+def test_input_changed_in_place_later(change, looks, monkeypatch):
     """The block has run before that. What cannot be computed any more is an error, never another answer."""
+    monkeypatch.setattr(carry, "GAIN_PERCENT", 10**6)  # where maps are carried, the block has read a copy
 
     def forward(self, x):
         x = x * 1
@@ -323,7 +325,7 @@ def test_numpy_writes_before_an_unexpected_step(mode, normed, change, scale):
             assert "changed in place" in str(error) and not (change == "bias" and normed)
         else:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-            assert change == "bias" and normed
+            assert change == "input" or (change == "bias" and normed)  # of which there are copies
 
 
 def test_a_norm_flipped_behind_a_changed_bias():

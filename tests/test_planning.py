@@ -102,11 +102,12 @@ def test_counted_by_hand():
         "weights": 64 * taps, "x first": x, "x again": 2 * x, "out": out, "out across": out,
         "windows": 4 * out, "calls": 1,
     }  # fmt: skip
-    assert costs.reference_forward(problem) == {
-        "products image": places * 4 * taps, "broadcasts": places * taps, "tiles": 2 * 8 * 2 * 4 * taps,
+    seen = taps * (22 / 24) ** 2  # rows and columns at the edge see two of three
+    assert costs.reference_forward(problem) == pytest.approx({
+        "products image": places * 4 * seen, "broadcasts": places * seen, "tiles": 2 * 8 * 2 * 4 * seen,
         "weights": 64 * taps, "library calls": 1, "x first": x, "map first": 64 * places,
         "activation": 64 * places, "windows first": 4 * out, "out first": out, "calls": 2,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def kind_of(batch, channels, size, out_channels, kernel, *, groups=1, stride=1, last=False, mode="inference"):
@@ -139,12 +140,12 @@ def test_kinds_of_the_library():
 @files
 def test_wide_kernels_are_not_trained_channels_last(name):
     """The library has only loops over single elements for the gradient of such weights."""
-    block = calibrate.Block("", 2, 16, (28, 63), 48, (5, 31), (1, 1), (2, 15))
+    block = calibrate.Block("", 2, 16, (28, 63), 40, (5, 31), (1, 1), (2, 15))
     found = {}
     for last in (False, True):
         race = calibrate.Race(block, "training", last, True, "float32", {}, {}, threads=1)
         found[last] = costs.predict(race.problem(), rates.read(name), ("reference", "direct", "chunked"))
-    assert found[False]["chunked"] > 3 * found[False]["direct"]
+    assert found[False]["chunked"] > 2 * found[False]["direct"]
     assert found[True]["reference"] > 2 * found[False]["reference"]
 
 
@@ -442,3 +443,17 @@ def test_the_shortlist():
     assert tuner.shortlist(predicted) == ["reference", "direct", "chunked", "winograd"]
     assert tuner.shortlist({"reference": 1.0, "direct": 2.0}) == ["reference"]
     assert set(PLANS) == set(costs.COUNTS)
+
+
+def test_taps_beyond_the_image_are_not_counted():
+    """As often as a kernel of ones sees the image of ones."""
+    for _ in range(50):
+        kernel = random.choice((1, 2, 3, 7, 31)), random.choice((1, 3, 5))
+        stride, padding = random.choice(((1, 1), (2, 1))), random.choice(((0, 0), (3, 1), (15, 2)))
+        block = calibrate.Block("", 1, 16, (9, 8), 16, kernel, stride, padding)
+        if min(block.conv_size) < 1:
+            continue
+        p = calibrate.Race(block, "inference", False, False, "float32", {}, {}, threads=1).problem()
+        ones = torch.ones(1, 1, *kernel)
+        seen = torch.conv2d(torch.ones(1, 1, 9, 8), ones, stride=stride, padding=padding).mean() / ones.sum()
+        assert costs._seen(p, 0) * costs._seen(p, 1) == pytest.approx(seen.item())

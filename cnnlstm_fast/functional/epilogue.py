@@ -92,6 +92,23 @@ def moments_of(z: Tensor, program: Program) -> Tensor:
         return op.moments_op(op.as_map(z.detach()), program.stages, program.numbers)
 
 
+class _AsMap(torch.autograd.Function):
+    """A tensor with the strides of another one; its gradient has its own strides, as PyTorch's sum gives it.
+
+    PyTorch's gradient of ``instance_norm`` is wrong where it gets a channels-last one.
+    """
+
+    @staticmethod
+    def forward(ctx, t, like):
+        ctx.strides = t.stride()
+        return op.as_map(t, like=like)
+
+    @staticmethod
+    def backward(ctx, grad):
+        own = grad.new_empty_strided(grad.shape, ctx.strides)
+        return own.copy_(grad) if op.is_dense(own) else grad, None
+
+
 def run_program(
     z: Tensor, program: Program, added: Tensor | None = None, moments: Tensor | None = None
 ) -> Tensor:
@@ -105,8 +122,8 @@ def run_program(
     """
     norm = program.norm
     z = op.as_map(z)
-    if added is not None:
-        added = op.as_map(added, like=z)
+    if added is not None and added.stride() != z.stride():
+        added = _AsMap.apply(added, z)
     gamma = beta = mean = var = None
     eps, by_batch = 0.0, False
     if norm is not None:

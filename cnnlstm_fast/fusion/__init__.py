@@ -16,12 +16,12 @@ its ``_conv_forward``. The site gets the tensors that PyTorch's own method would
    *program*: a first call runs the convolution, and an epilogue the other steps
    (:mod:`cnnlstm_fast.ops.epilogue`). It waits for the program's sum, whose other operand may not exist
    before. A block that does not pay may pay as a program.
-3. *Hand on* (:mod:`~cnnlstm_fast.fusion.handoff`). A result that only convolutions and such sums read may lie
-   channels-last. It gets PyTorch's layout when anything else reads it.
+3. *Carry* (:mod:`~cnnlstm_fast.fusion.carry`). In a session that carries, maps lie channels-last from
+   convolution to convolution. One gets PyTorch's layout when anything else looks at it.
 
-Costs decide which way a site runs (:mod:`~cnnlstm_fast.fusion.plan`): as PyTorch's operators or as a block,
-whose input and result lie as PyTorch's or channels-last. The sites that read the result count too. Costs are
-predicted, or timed where :class:`cnnlstm_fast.tune` asks for it (:mod:`~cnnlstm_fast.fusion.timing`).
+Costs decide which way a site runs (:mod:`~cnnlstm_fast.fusion.plan`), as PyTorch's operators or as a block,
+and whether a session carries. Costs are predicted, or timed where :class:`cnnlstm_fast.tune` asks for it
+(:mod:`~cnnlstm_fast.fusion.timing`).
 
 All this happens only in a *session*, which is the outermost ``forward`` of the model. When the session ends,
 every special tensor that the program still holds becomes a plain one
@@ -29,7 +29,7 @@ every special tensor that the program still holds becomes a plain one
 
 The files, lowest first: ``match`` (what a block is), ``calls`` (function calls as parts of a block),
 ``layout`` (where PyTorch would put a result), ``run`` (one call of the block function), ``context`` (modes
-and operands of a call), ``tensors`` (what the Tensor subclasses share), ``ways`` (the ways to run a site),
-``plan`` (what is known of one chain), ``writes`` (watching for writes to operands), ``observe``, ``handoff``,
+and operands of a call), ``tensors`` (what the Tensor subclasses share), ``carry``, ``ways`` (the ways to run
+a site), ``plan`` (what is known of one chain), ``writes`` (watching for writes to operands), ``observe``,
 ``graph`` (a speculated call for autograd), ``speculate``, ``timing`` (of the ways), ``site``.
 """

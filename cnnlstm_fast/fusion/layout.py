@@ -1,14 +1,8 @@
-"""How PyTorch would lay out a block's result in memory, and which convolutions read channels-last maps."""
+"""How PyTorch would lay out a block's result in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
 from torch import Tensor, nn
-
-from cnnlstm_fast.fusion.calls import Conv
 
 
 def eager_layout(
@@ -57,17 +51,3 @@ def like_channels_last(x: Tensor) -> bool:
             return False
         least = stride[d] * size[d] if size[d] > 1 else stride[d]
     return True
-
-
-def reads_channels_last(function: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is a convolution that should get its maps channels-last.
-
-    Grouped convolutions are slower on such maps. For a strided pointwise one with fewer than 16 channels,
-    oneDNN writes the weight's gradient beyond its memory.
-    """
-    if function is not torch.conv2d:
-        return False
-    given = dict(zip(Conv._fields, args[1:], strict=False)) | kwargs
-    _, channels, *kernel = (*getattr(given.get("weight"), "shape", ()), 0, 0)[:4]
-    strided = given.get("stride", 1) not in (1, (1, 1), [1, 1])
-    return given.get("groups", 1) == 1 and not (strided and channels < 16 and kernel == [1, 1])

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from cnnlstm_fast.fusion.calls import CONVS, Conv, Found, is_sum, read_call, read_sum
+from cnnlstm_fast.fusion.carry import CarriedMap
 from cnnlstm_fast.fusion.context import context_of, fingerprint
-from cnnlstm_fast.fusion.layout import reads_channels_last
 from cnnlstm_fast.fusion.match import follow
 from cnnlstm_fast.fusion.plan import FusionPlan, Step
 from cnnlstm_fast.fusion.session import Session
@@ -31,8 +31,6 @@ class Observation:
         values: weak references to the values between them; :func:`_no_value` where a step in place made one
             value of another.
         limit: number of the value at which the chain ends, because something else reads it too.
-        hands_on: that reader is a convolution.
-        reader: the number of the value that a site of the model has read, that site, and its plan's key.
         call: the convolution's.
         plan: the result of the observation, once the session has ended.
         repeats: observations of further calls of the same convolution in that session.
@@ -47,8 +45,6 @@ class Observation:
         self.call = ConvCall(function, Kind.of(conv.weight), bias, conv[2:])
         self.steps: list[Step] = []
         self.limit: int | None = None
-        self.hands_on = False
-        self.reader: tuple[int, weakref.ref, tuple] | None = None
         self.values: list[Callable[[], Any]] = []
         self.dtypes: list[torch.dtype] = []
         self.context = context_of(x)
@@ -92,10 +88,10 @@ class Observation:
                 return None
         return read_sum(function, value, args, kwargs)
 
-    def end_at(self, at: int, hands_on: bool = False) -> None:
-        """End the chain at value ``at``; ``hands_on`` says that a convolution reads it."""
+    def end_at(self, at: int) -> None:
+        """End the chain at value ``at``."""
         if self.limit is None or at < self.limit:
-            self.limit, self.hands_on = at, hands_on
+            self.limit = at
         self.operands = None
 
     def close(self) -> None:
@@ -105,10 +101,9 @@ class Observation:
             if type(value) is ObservedTensor:
                 value.close()
         end = len(self.steps) if self.limit is None else self.limit
-        reader = self.reader[1:] if self.reader is not None and self.reader[0] == end else None
         while end and self.steps[end - 1].kind == "identity":
             end -= 1
-        self.plan = FusionPlan(self.call, self.steps[:end], self.dtypes[: end + 1], self.hands_on, reader)
+        self.plan = FusionPlan(self.call, self.steps[:end], self.dtypes[: end + 1])
         self.operands = None
 
     def common_plan(self) -> FusionPlan | None:
@@ -117,7 +112,6 @@ class Observation:
         for repeat in self.repeats:
             if repeat.plan is None or repeat.plan.calls() != self.plan.calls():
                 return None
-            self.plan.hands_on &= repeat.plan.hands_on
         return self.plan
 
 
@@ -139,15 +133,14 @@ class ObservedTensor(Tensor):
             first, step = _extended(function, args, kwargs)
             for value in tree_iter((args, kwargs)):
                 if type(value) is ObservedTensor and (step is None or value is not first):
-                    # The other operand of a sum may lie as the sum does.
-                    value.close(step is not None or reads_channels_last(function, args, kwargs))
+                    value.close()
+                elif type(value) is CarriedMap:
+                    value.leave()
             if first is None or step is None:
                 return function(*args, **kwargs)
             observation = first._observation
             if not step.same_object:  # what autograd saves is not held by the program
                 args = tuple([alias(first) if value is first else value for value in args])
-            if step.kind == "sum":  # an operand that was handed on, in PyTorch's layout
-                args = tuple(map(_in_layout, args))
             result = function(*args, **kwargs)
             observation.steps.append(step)
             if result is first:  # a step in place, or an identity
@@ -158,18 +151,12 @@ class ObservedTensor(Tensor):
                 return result
             return observation.observe(result)
 
-    def note_site(self, site: object, key: tuple) -> None:
-        """Note that a site of the model reads this value next; ``key`` is that of its plan."""
-        observation = self._observation
-        if observation.reader is None or self._at < observation.reader[0]:
-            observation.reader = self._at, weakref.ref(site), key
-
-    def close(self, hands_on: bool = False) -> None:
+    def close(self) -> None:
         """Become a plain tensor: the chain ends here."""
         observation, at = self._observation, self._at
         self.__class__ = Tensor  # type: ignore[assignment]  # its type before it was observed
         del self._observation, self._at
-        observation.end_at(at, hands_on)
+        observation.end_at(at)
 
 
 def _extended(function, args, kwargs) -> tuple[ObservedTensor | None, Step | None]:
@@ -180,11 +167,6 @@ def _extended(function, args, kwargs) -> tuple[ObservedTensor | None, Step | Non
             if step is not None:
                 return value, step
     return None, None
-
-
-def _in_layout(value: Tensor) -> Tensor:
-    """A value in PyTorch's layout; one that was handed on is contiguous there."""
-    return value.contiguous() if hasattr(value, "_map") else value
 
 
 def _no_value() -> None:

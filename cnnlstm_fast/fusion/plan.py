@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +11,9 @@ from torch import Tensor, nn
 from cnnlstm_fast.functional.epilogue import Program, Sum, program_of, why_not_epilogue
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Found, Norm
-from cnnlstm_fast.fusion.layout import eager_layout
+from cnnlstm_fast.fusion.layout import eager_layout, like_channels_last
 from cnnlstm_fast.fusion.match import SLOTS, is_program
-from cnnlstm_fast.fusion.ways import Clock, ConvCall, Kind, Place, Way, as_handed, as_pytorch
+from cnnlstm_fast.fusion.ways import Clock, ConvCall, Place, Way, channels_last_like, contiguous_like
 from cnnlstm_fast.limits import limit
 from cnnlstm_fast.planning import choose, costs, rates, tuner
 from cnnlstm_fast.planning.support import folds, records_gradients
@@ -74,11 +72,11 @@ class ShapePlan(NamedTuple):
         conv: the weight's shape and strides, and the convolution's arguments that are not tensors.
         shapes: shape and strides of all values; empty where PyTorch's operators run the block.
         layout: of the block's result.
-        hands_on: the result lies channels-last where PyTorch's is contiguous.
-        converts: the block gets a channels-last copy of its contiguous input.
+        carried: input and result lie channels-last where PyTorch's are contiguous.
         head: how many of the steps run in one call with the convolution; all of them in a block.
-        pays: it is faster than PyTorch's operators; otherwise these run it, on a map that was handed on.
         program: the other steps, which an epilogue runs; None where there are none.
+        pytorch_us: microseconds of PyTorch's operators.
+        saves_us: how many fewer the block takes.
     """
 
     plan: str
@@ -86,11 +84,28 @@ class ShapePlan(NamedTuple):
     conv: tuple
     shapes: list[tuple]
     layout: str
-    hands_on: bool
-    converts: bool
+    carried: bool
     head: int
-    pays: bool
     program: Program | None = None
+    pytorch_us: float = 0.0
+    saves_us: float = 0.0
+
+
+class CarriedSite(NamedTuple):
+    """How a site runs in a session that carries.
+
+    Attributes:
+        plan, shape_plan: the block, which PyTorch's operators run where it has no shapes.
+        leaves: the site runs as without carrying, on what PyTorch gives.
+        plain_us: microseconds that it takes without carrying.
+        saves_us: how many fewer it takes here; conversions are not counted.
+    """
+
+    plan: FusionPlan
+    shape_plan: ShapePlan
+    leaves: bool
+    plain_us: float
+    saves_us: float
 
 
 class FusionPlan:
@@ -102,13 +117,12 @@ class FusionPlan:
         call: the convolution's, as it was observed.
         steps: behind the convolution.
         dtypes: of all values.
-        hands_on: only another convolution reads the last value.
-        reader: that convolution's site, and the key of its plan there.
         norm: the norm's arguments in the last call, or None without a norm.
         own_values: numbers of the values that are tensors of their own, without the last one; a step in place
             returns the tensor of the value before it. A sum in place has another place in the graph.
-        by_shape: by an input's shape and strides, whether it was handed on, and whether ways are timed.
-        outlooks: by an input's kind and the same two, microseconds of this site and its readers.
+        by_shape: by an input's shape and strides, whether it is carried, and whether ways are timed.
+        carried: by a carried input's shape, and whether ways are timed.
+        carries: whether the last call was in a session that carries.
         lingers: the program keeps values between the steps in variables that it does not read.
         is_program: the convolution and an epilogue run the steps, and not one block.
         sum_at: which step is a sum, or None.
@@ -117,11 +131,9 @@ class FusionPlan:
     """
 
     def __init__(
-        self, call: ConvCall, steps: list[Step], dtypes: list[torch.dtype], hands_on: bool,
-        reader: tuple[weakref.ref, tuple] | None, as_program: bool = False,
-    ):  # fmt: skip
-        self.call, self.steps, self.dtypes, self.hands_on = call, steps, dtypes, hands_on
-        self.reader = reader
+        self, call: ConvCall, steps: list[Step], dtypes: list[torch.dtype], as_program: bool = False
+    ):
+        self.call, self.steps, self.dtypes = call, steps, dtypes
         kinds = [step.kind for step in steps]
         self.is_program = as_program or is_program(kinds)
         self.sum_at = kinds.index("sum") if "sum" in kinds else None
@@ -132,7 +144,8 @@ class FusionPlan:
             0, *(i + 1 for i, step in enumerate(steps[:-1]) if not step.same_object or step.kind == "sum")
         ]  # fmt: skip
         self.by_shape: dict[tuple, ShapePlan] = {}
-        self.outlooks: dict[tuple, float] = {}
+        self.carried: dict[tuple, CarriedSite] = {}
+        self.carries = False
         self.lingers = False
         self.others = [] if as_program else self._others(kinds)
 
@@ -150,11 +163,7 @@ class FusionPlan:
 
     def _first(self, end: int, as_program: bool = False) -> FusionPlan:
         """The plan of the steps before ``end``."""
-        whole = end == len(self.steps)
-        hands_on, reader = whole and self.hands_on, self.reader if whole else None
-        return FusionPlan(
-            self.call, self.steps[:end], self.dtypes[: end + 1], hands_on, reader, as_program=as_program
-        )
+        return FusionPlan(self.call, self.steps[:end], self.dtypes[: end + 1], as_program=as_program)
 
     def calls(self) -> list[tuple]:
         """Functions of the steps, and their arguments."""
@@ -180,123 +189,132 @@ class FusionPlan:
         return found
 
     def for_shape(
-        self, x: Tensor, conv: Conv, source: FusionPlan | None, clock: Clock | None = None
+        self, x: Tensor, conv: Conv, carried: bool = False, clock: Clock | None = None
     ) -> ShapePlan:
         """How the block runs for ``x``.
 
         Args:
             x, conv: input of the convolution and its other arguments.
-            source: the plan that handed ``x`` on, where PyTorch's own is contiguous.
+            carried: ``x`` lies channels-last, where PyTorch's own is contiguous.
             clock: times the ways to run the block; they are predicted without one.
         """
-        key = x.shape, x.stride(), source is not None, clock is not None
+        key = x.shape, x.stride(), carried, clock is not None
         found = self.by_shape.get(key)
         if found is None or found.conv != (conv.weight.shape, conv.weight.stride(), conv[2:]):
             if len(self.by_shape) > MEMORY:
                 self.by_shape.clear()
-            found = self.by_shape[key] = self._plan_shape(x, conv, source, clock)
+            found = self.by_shape[key] = self._plan_shape(x, conv, carried, clock)
         return found
 
     def best_for(
-        self, x: Tensor, conv: Conv, source: FusionPlan | None, clock: Clock | None = None
+        self, x: Tensor, conv: Conv, carried: bool = False, clock: Clock | None = None
     ) -> tuple[FusionPlan, ShapePlan]:
-        """This plan or one of the others, and how it runs for ``x``: the first that pays, or runs at all."""
-        found = [(self, self.for_shape(x, conv, source, clock))]
-        for other in self.others:
-            if found[-1][1].pays:
+        """This plan or one of the others, and how it runs for ``x``: the first that pays."""
+        found = []
+        for plan in (self, *self.others):
+            found.append((plan, plan.for_shape(x, conv, carried, clock)))
+            if found[-1][1].shapes:
                 break
-            found.append((other, other.for_shape(x, conv, source, clock)))
         return _first_that_pays(found)
 
+    def carried_site(self, x: Tensor, conv: Conv, clock: Clock | None = None) -> CarriedSite:
+        """How the site runs for an image ``x`` that is carried, or will be."""
+        key = x.shape, clock is not None
+        found = self.carried.get(key)
+        if found is None or found.shape_plan.conv != (conv.weight.shape, conv.weight.stride(), conv[2:]):
+            if len(self.carried) > MEMORY:
+                self.carried.clear()
+            found = self.carried[key] = self._plan_carried(x, conv, clock)
+        return found
+
+    def _plan_carried(self, x: Tensor, conv: Conv, clock: Clock | None) -> CarriedSite:
+        contiguous, x = contiguous_like(x, clock is not None), channels_last_like(x, clock is not None)
+        _, plain = self.best_for(contiguous, conv, False, clock)
+        plain_us = self.for_shape(contiguous, conv, False, clock).pytorch_us - plain.saves_us
+        plan, shape_plan = self.best_for(x, conv, True, clock)
+        saves_us = plain_us - (self.for_shape(x, conv, True, clock).pytorch_us - shape_plan.saves_us)
+        leaves = not self._carries(contiguous, x, conv, bool(shape_plan.shapes), saves_us)
+        return CarriedSite(plan, shape_plan, leaves, plain_us, 0.0 if leaves else saves_us)
+
+    def _carries(self, contiguous: Tensor, x: Tensor, conv: Conv, as_block: bool, saves_us: float) -> bool:
+        """Whether the site takes carried maps, rather than having them converted and giving PyTorch's."""
+        try:
+            shapes = self.value_shapes(contiguous, conv)
+        except (RuntimeError, ValueError):  # PyTorch's operators will raise their own error
+            return False
+        if like_channels_last(conv.weight):  # then PyTorch's result lies so, too
+            return False
+        if not as_block and _is_faulty(x, conv, shapes[0][0]):
+            return False
+        trained, threads = records_gradients(), torch.get_num_threads()
+        return saves_us > -sum(
+            costs.conversion_us(shape.numel(), x.dtype, trained, rates.here(), threads)
+            for shape in (x.shape, shapes[-1][0])
+        )
+
     def seen(self) -> list[tuple[FusionPlan, ShapePlan]]:
-        """What :meth:`best_for` found for each shape."""
+        """What :meth:`best_for` found for each shape, on maps that lie as those of the last call."""
         plans = (self, *self.others)
         return [
             _first_that_pays([(plan, plan.by_shape[key]) for plan in plans if key in plan.by_shape])
-            for key in self.by_shape
+            for key, found in self.by_shape.items()
+            if found.carried == self.carries
         ]
 
-    def _plan_shape(self, x: Tensor, conv: Conv, source: FusionPlan | None, clock: Clock | None) -> ShapePlan:
-        plan, shapes, layout, hands_on, converts = "reference", [], "channels_first", False, False
-        head = len(self.steps)
-        program: Program | None = None
-        handed = source is not None
-        first = as_pytorch(x, clock is not None) if handed else x
-        place = Place(self.call.function, conv, first, x if handed else None, clock is not None)
+    def _plan_shape(self, x: Tensor, conv: Conv, carried: bool, clock: Clock | None) -> ShapePlan:
+        why: str | None
+        timed, key = clock is not None, (conv.weight.shape, conv.weight.stride(), conv[2:])
+        place = Place(self.call.function, conv, x, carried, timed)
+        plain = Way("channels_first", None, 0.0)
         try:
-            place = place._replace(shapes=self.value_shapes(place))
-            way, why = self._best(place, handed, clock)
-            if source is not None and source.reader_plan() is not self:  # it did not reckon with this site
-                other, _ = self._best(place, False, clock)
-                if other.total_us < way.total_us:
-                    way, why = other, f"faster on its input as PyTorch lays it out: {why}"
-            if way.call is not None and way.handed == handed:
-                plan, layout, hands_on, converts = way.call.plan, way.layout, way.hands_on, way.converts
-                shapes, head = place.shapes, way.head
+            shapes = self.value_shapes(contiguous_like(x, False) if carried else x, conv)
+            place = place._replace(shapes=shapes)
+            why = self._why_no_program(place) if self.is_program else None
+            ways = self._ways(place, why is None)
+            seconds = None if clock is None or len(ways) == 1 else clock(self, place, ways)
+            if seconds is not None:
+                timed_ways = zip(ways, seconds, strict=True)
+                ways = [way._replace(us=1e6 * s, overhead_us=0.0) for way, s in timed_ways]
+            plain, block = ways[0], ways[-1]
+            if block is not plain:
+                why = self._why_unfused(plain, block, seconds is not None)
+            elif why is None:
+                why = "the library's convolutions of such channels-last maps have faults"
+            if why is None and block.call is not None:
+                why, program = block.reason(plain, seconds is not None), None
                 if self.is_program:
-                    program = self.program(head, conv, x)
-                    names = ", ".join(map(str, self.steps[head:]))
+                    program = self.program(block.head, conv, x)
+                    names = ", ".join(map(str, self.steps[block.head :]))
                     why = f"{names} in one pass behind the convolution: {why}"
+                how = block.call.plan, why, key, shapes, block.layout, carried, block.head, program
+                return ShapePlan(*how, plain.us, plain.us - block.total_us)
         except (RuntimeError, ValueError) as error:  # PyTorch's operators will raise their own error
-            why, shapes = str(error), []
-        key = conv.weight.shape, conv.weight.stride(), conv[2:]
-        timed = clock is not None
-        pays = bool(shapes) and (self.is_program or timed or plan != "reference" or not handed)
-        return ShapePlan(plan, why, key, shapes, layout, hands_on, converts, head, pays, program)
+            why = str(error)
+        return ShapePlan("reference", why or "", key, [], plain.layout, carried, 0, None, plain.us)
 
-    def _best(
-        self, place: Place, handed: bool, clock: Clock | None, before: tuple[FusionPlan, ...] = ()
-    ) -> tuple[Way, str]:
-        """The best way to run the site for an input that is ``handed`` on or not, and the reason in words."""
-        why_not = self._why_no_program(place) if self.is_program else None
-        ways = self._ways(place) if why_not is None else [Way("channels_first", None, 0.0)]
-        seconds = None if clock is None or len(ways) == 1 else clock(self, place, ways)
-        if seconds is None:
-            ways = [way for way in ways if not way.converts]
-        else:
-            ways = [way._replace(us=1e6 * s, overhead_us=0.0) for way, s in zip(ways, seconds, strict=True)]
-        ways = self._with_readers(place, ways, clock, before)
-        plain, blocks = ways[0], [way for way in ways[1:] if way.handed == handed]
-        if not blocks:
-            return plain, why_not or "the library's convolutions of such channels-last maps have faults"
-        block = min(blocks, key=lambda way: way.total_us)
-        why = self._why_unfused(plain, block, seconds is not None, handed)
-        return (block, block.reason(plain, seconds is not None)) if why is None else (plain, why)
-
-    def _ways(self, place: Place) -> list[Way]:
+    def _ways(self, place: Place, with_block: bool) -> list[Way]:
         """The ways to run the site, PyTorch's operators first, with their predicted costs."""
-        conv, x = place.conv, place.x
+        conv, x, carried = place.conv, place.x, place.carried
         saves_us, head = 0.0, len(self.steps)
-        if self.is_program:
+        if self.is_program and with_block:
             head = self._head(conv, x.dim())
             saves_us = self._program_saves_us(place, head)
         norm, activation = self.head_parts(head, conv, x)
         pool = None if self.is_program else self.pool
-        layout = eager_layout(x, conv.weight, pool is not None, norm, activation)
-        layouts = [layout]
-        if self.hands_on and layout == "channels_first" and x.dim() == 4 and x.is_cpu and self.reader_plan():
-            layouts.append("channels_last")
-        found: list[Way] = []
-        for given, handed, converts in place.inputs():
-            for number, written in enumerate(layouts):
-                hands_on, last, joined = number > 0, handed or converts, head
-                call = run.plan_block(given, conv, norm, activation, pool, written)
-                if self.is_program and head and call.plan == "reference":
-                    # PyTorch's operators would run each step alone; the epilogue runs all of them.
-                    joined, call = 0, run.plan_block(given, conv, None, None, None, written)
-                us = call.choice.us
-                if not found:
-                    found.append(Way(layout, None, us + call.choice.saves_us + saves_us))
-                    overhead = self._overhead_us(place)
-                if self.is_program and joined == len(self.steps):
-                    continue  # no step is left for an epilogue
-                if call.plan == "reference":
-                    if _is_faulty(given, conv, place.shapes[0][0]) if last else hands_on:
-                        continue
-                    if hands_on or last or not self.is_program:  # channels-last too must promise to gain
-                        us *= 1 + max(choose.GAIN_PERCENT, 0) / 100
-                found.append(Way(written, call, us, overhead, handed, converts, hands_on, head=joined))
-        return found
+        layout = (
+            "channels_last" if carried else eager_layout(x, conv.weight, pool is not None, norm, activation)
+        )
+        call = run.plan_block(x, conv, norm, activation, pool, layout)
+        if self.is_program and head and call.plan == "reference":
+            # PyTorch's operators would run each step alone; the epilogue runs all of them.
+            head, call = 0, run.plan_block(x, conv, None, None, None, layout)
+        us = call.choice.us
+        plain = Way(layout, None, us + call.choice.saves_us + saves_us, carried=carried)
+        if not with_block or (self.is_program and head == len(self.steps)):  # no step is left for an epilogue
+            return [plain]
+        if carried and call.plan == "reference" and _is_faulty(x, conv, place.shapes[0][0]):
+            return [plain]
+        return [plain, Way(layout, call, us, self._overhead_us(place), carried, head)]
 
     def head_parts(self, head: int, conv: Conv, x: Tensor, norm: Norm | None = None) -> tuple[Any, Any]:
         """Norm and activation among the first ``head`` steps; ``norm`` is the norm's call if it ran."""
@@ -348,44 +366,6 @@ class FusionPlan:
         sizes = shape.numel(), self.dtypes[0]
         return costs.epilogue_saves(*sizes, kinds, of_batch, trained, rates.here(), threads)
 
-    def _with_readers(
-        self, place: Place, ways: list[Way], clock: Clock | None, before: tuple[FusionPlan, ...]
-    ) -> list[Way]:
-        """``ways`` with what the sites take that read their result, where that depends on the way."""
-        reader = self.reader_plan()
-        if reader is None or reader in (*before, self) or not any([way.hands_on for way in ways]):
-            return ways
-        shape, _ = place.shapes[-1]
-        result = Kind(shape, None, self.dtypes[-1], self.needs_graph(place))
-        behind = [reader.outlook(result, last, clock, (*before, self)) for last in (False, True)]
-        return [way._replace(behind_us=behind[way.hands_on]) for way in ways]
-
-    def outlook(self, x: Kind, handed: bool, clock: Clock | None, before: tuple[FusionPlan, ...]) -> float:
-        """Microseconds that this site and its readers take.
-
-        Args:
-            x: the input as PyTorch lays it out.
-            handed: it is handed on channels-last instead.
-            clock: times the ways to run a site; they are predicted without one.
-            before: the plans of the sites in front of this one.
-        """
-        key = x, handed, clock is not None
-        if key not in self.outlooks:
-            if len(self.outlooks) > MEMORY:
-                self.outlooks.clear()
-            filled = clock is not None
-            function, weight, bias, rest = self.call
-            first = x.tensor(filled)
-            conv = Conv(weight.tensor(filled), None if bias is None else bias.tensor(filled), *rest)
-            place = Place(function, conv, first, as_handed(first, filled), filled)
-            place = place._replace(shapes=self.value_shapes(place))
-            way, _ = self._best(place, handed, clock, before)
-            found = way.total_us if way.handed == handed else math.inf
-            if way.call is None and self.others:
-                found = min(found, self.others[0].outlook(x, handed, clock, before))
-            self.outlooks[key] = found
-        return self.outlooks[key]
-
     def needs_graph(self, place: Place) -> bool:
         """Whether the result needs a gradient, where any is recorded."""
         operands = (place.x, *place.conv[:2], *(() if self.norm is None else self.norm[2:4]))
@@ -396,37 +376,25 @@ class FusionPlan:
         more = _WITH_NORM if self.norm is not None else 1.0
         return OVERHEAD_US * more * (_WITH_GRAPH if self.needs_graph(place) else 1.0)
 
-    def reader_plan(self) -> FusionPlan | None:
-        """The plan of the site that reads the last value, where that is another convolution alone."""
-        site, key = self.reader or (None, None)
-        found = None if site is None else site()
-        known = None if found is None else found.known.get(key)
-        if known is None or type(known) is FusionPlan:
-            return known
-        return None if known.plan is None else known.common_plan()
-
-    def _why_unfused(self, plain: Way, block: Way, timed: bool, handed: bool) -> str | None:
+    def _why_unfused(self, plain: Way, block: Way, timed: bool) -> str | None:
         """Why PyTorch's operators run the block, or None where it runs as one call."""
         assert block.call is not None
-        saved = max(plain.total_us - block.total_us + block.overhead_us, 0.0)
         same_conv = self.is_program and block.call.plan == "reference"
-        if not (handed or block.converts or same_conv):  # channels-last PyTorch may gain too
-            least = choose.GAIN_PERCENT / 100 * plain.us
-            if block.call.plan == "reference" or (saved < least and not timed):
-                return block.call.reason
-        if block.handed and not self.is_program:
-            return None
+        if block.call.plan == "reference" and not same_conv:
+            return block.call.reason
         if timed:
             return None if block.total_us <= tuner.TIE * plain.total_us else block.reason(plain, timed)
-        if plain.us and saved < block.overhead_us:  # on CUDA microseconds are not predicted
+        least = 0.0 if same_conv else choose.GAIN_PERCENT / 100 * plain.us
+        if plain.us and plain.us - block.us < least:  # on CUDA microseconds are not predicted
+            return block.call.reason
+        if plain.us and plain.us - block.total_us < least:
             return f"calling it as a block costs more than it saves: {block.call.reason}"
         return None
 
-    def value_shapes(self, place: Place) -> list[tuple]:
+    def value_shapes(self, x: Tensor, conv: Conv) -> list[tuple]:
         """Shape and strides that PyTorch's operators give all values."""
-        x, conv = place.x, place.conv
         with torch.no_grad():
-            y = place.function(
+            y = self.call.function(
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"),
                 torch.empty_like(conv.weight, dtype=x.dtype, device="meta"),
                 None, *conv[2:],
@@ -440,10 +408,9 @@ class FusionPlan:
 
 
 def _first_that_pays(found: list[tuple[FusionPlan, ShapePlan]]) -> tuple[FusionPlan, ShapePlan]:
-    for wanted in (lambda shape_plan: shape_plan.pays, lambda shape_plan: shape_plan.shapes):
-        for plan, shape_plan in found:
-            if wanted(shape_plan):
-                return plan, shape_plan
+    for plan, shape_plan in found:
+        if shape_plan.shapes:
+            return plan, shape_plan
     return next((one for one in found if not one[0].is_program), found[0])
 
 

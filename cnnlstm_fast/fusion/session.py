@@ -9,12 +9,15 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cnnlstm_fast.fusion.writes import WriteWatch
+
+if TYPE_CHECKING:
+    from cnnlstm_fast.fusion.carry import Carry, Decisions
 
 #: The key of our hooks in a module's dictionaries. It is a string, because PyTorch's own keys are numbers
 #: from a counter that starts again in each process.
@@ -34,17 +37,21 @@ class Session:
         entered: the models whose ``forward`` runs, the outermost first.
         observations: calls that are observed.
         speculations: weak references to calls that are speculated.
-        handed: weak references to maps that were handed on channels-last.
+        carry: of a session whose maps lie channels-last (:mod:`~cnnlstm_fast.fusion.carry`), or None.
+        decisions: who decides whether such sessions carry, and the kind of this one; None before an image.
+        settled: every convolution had a plan.
         writes: watches for writes to the operands of speculated calls.
     """
 
-    __slots__ = ("entered", "handed", "observations", "speculations", "writes")
+    __slots__ = ("carry", "decisions", "entered", "observations", "settled", "speculations", "writes")
 
     def __init__(self) -> None:
         self.entered: list[nn.Module] = []
         self.observations: list[Unfinished] = []
         self.speculations: list[weakref.ref] = []
-        self.handed: list[weakref.ref] = []
+        self.carry: Carry | None = None
+        self.decisions: tuple[Decisions, tuple] | None = None
+        self.settled = True
         self.writes = _local.writes
 
     def close(self) -> None:
@@ -56,10 +63,11 @@ class Session:
             speculation = ref()
             if speculation is not None:
                 speculation.close()
-        for ref in self.handed:
-            value = ref()
-            if value is not None and type(value) is not Tensor:
-                value.close()
+        if self.carry is not None:
+            self.carry.close()
+        if self.decisions is not None:
+            decisions, kind = self.decisions
+            decisions.end(self, kind)
 
 
 class _Local(threading.local):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,11 @@ from torch.autograd import forward_ad
 
 from cnnlstm_fast.fusion import session
 from cnnlstm_fast.fusion.calls import Conv
-from cnnlstm_fast.fusion.context import context_of, has_saved_tensor_hooks
-from cnnlstm_fast.fusion.handoff import ChannelsLastHandoff
+from cnnlstm_fast.fusion.carry import CarriedMap, Carry, Decisions, in_pytorchs_layout, is_image
+from cnnlstm_fast.fusion.context import Context, context_of, has_saved_tensor_hooks
 from cnnlstm_fast.fusion.observe import Observation, ObservedTensor
 from cnnlstm_fast.fusion.plan import MEMORY, FusionPlan, ShapePlan
 from cnnlstm_fast.fusion.speculate import Speculation
-from cnnlstm_fast.fusion.tensors import alias, no_function
 from cnnlstm_fast.fusion.timing import seconds_of_ways
 from cnnlstm_fast.planning import observer, tuner
 from cnnlstm_fast.planning.support import global_hooks, records_gradients
@@ -26,7 +26,7 @@ from cnnlstm_fast.planning.support import global_hooks, records_gradients
 MOST_MISPREDICTIONS = 3
 
 _PLAIN = (Tensor, nn.Parameter)
-_ACCEPTED = (Tensor, nn.Parameter, ObservedTensor, ChannelsLastHandoff)
+_ACCEPTED = (Tensor, nn.Parameter, ObservedTensor, CarriedMap)
 
 #: By type: ``_conv_forward``, and the name, Python function and built-in that it calls, if it is not patched.
 _OWN: dict[type, tuple] = {
@@ -43,6 +43,7 @@ class ConvSite:
     Attributes:
         known: an observation or a plan by training mode, dtype, device and
             :class:`~cnnlstm_fast.fusion.context.Context`.
+        decisions: whether sessions carry that begin with this convolution.
         left_to_pytorch: keys (:func:`_call_key`) of calls that are known to run as PyTorch's.
         why_disabled: why all calls run as PyTorch's from now on, or None.
         why_unfused: why the last call ran as PyTorch's.
@@ -51,6 +52,7 @@ class ConvSite:
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
         self.known: dict[tuple, Observation | FusionPlan] = {}
+        self.decisions = Decisions()
         self.left_to_pytorch: set[tuple] = set()
         self.mispredictions = 0
         self.why_disabled: str | None = None
@@ -62,15 +64,17 @@ class ConvSite:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         module: Any = self.module()
         kind: Any = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
+        running = session.current()
+        if running is not None and running.decisions is None and not torch.compiler.is_compiling():
+            self.decisions.begin(running, x, module.training)
         if (
             torch.compiler.is_compiling()
             or self.why_disabled
             or observer.current is not None
-            or self.left_to_pytorch
+            or (self.left_to_pytorch and (running is None or running.carry is None))
         ):
             if self._is_left_to_pytorch(module, x):
                 return kind._conv_forward(module, x, weight, bias)
-        running = session.current()
         why = self._why_unfused(module, kind, x, weight, running)
         if why is None and running is None:
             why = "is called outside of the model's forward"
@@ -136,8 +140,7 @@ class ConvSite:
         known = self.known.get(key)
         if known is None or (type(known) is Observation and known.plan is None):
             self.note_unfused("is being observed: the first call in this mode")
-            if type(x) is ObservedTensor:
-                x.note_site(self, key)
+            running.settled = False
             y = function(x, *conv)
             if type(y) is Tensor and (known is None or len(known.repeats) < Observation.MOST):
                 observation = Observation(running, function, x, conv)
@@ -154,39 +157,68 @@ class ConvSite:
                 return function(x, *conv)
             known = self.known[key] = plan
         assert type(known) is FusionPlan
-        given = x if type(x) is ChannelsLastHandoff else None
-        if given is not None:
-            with no_function():  # with its place in the autograd graph, where it has one
-                x = alias(given) if context.grad and given.requires_grad else given._map
-        known, shape_plan = self._best_plan(running, known, x, conv, given)
+        carry = running.carry
+        if carry is not None and function is torch.conv2d and not context.autocast and carry.may_pass():
+            return self._convolve_carried(running, carry, known, context, function, x, conv)
+        if isinstance(x, CarriedMap):
+            x.leave()
+        known.carries = False
+        known, shape_plan = self._planned(running, known.best_for, x, conv, False)
         if not shape_plan.shapes:
-            if given is not None:
-                given.cancel()
-                x = given
-            elif module.padding_mode == "zeros":
+            if module.padding_mode == "zeros":
                 self._leave_to_pytorch(module, x)  # otherwise x is not the module's input, or it is cast
             self.note_unfused(shape_plan.why)
             return function(x, *conv)
+        return self._speculate(running, known, shape_plan, context, function, x, conv, None)
+
+    def _convolve_carried(
+        self, running: session.Session, carry: Carry, known: FusionPlan, context: Context, function,
+        x: Tensor, conv: Conv,
+    ) -> Tensor:  # fmt: skip
+        """A call in a session whose maps lie channels-last."""
+        if type(x) is ObservedTensor:
+            x.close()
+        result_of: Carry | None = None
+        known.carries = False
+        plan, shape_plan = known, None
+        if is_image(x):
+            site = self._planned(running, known.carried_site, carry.memory(x), conv)
+            carry.plain_us, carry.saved_us = carry.plain_us + site.plain_us, carry.saved_us + site.saves_us
+            if not site.leaves:
+                x, result_of = carry.read(x), carry
+                if not carry.rehearses:
+                    known.carries = True
+                    plan, shape_plan = site.plan, site.shape_plan
+        if isinstance(x, CarriedMap):
+            x.leave()
+        if shape_plan is None:
+            plan, shape_plan = self._planned(running, known.best_for, x, conv, False)
+        if shape_plan.shapes:
+            return self._speculate(running, plan, shape_plan, context, function, x, conv, result_of)
+        self.note_unfused(shape_plan.why)
+        if result_of is None:
+            return function(x, *conv)
+        carry.calls()
+        return carry.hold(function(x, *conv), changeable=True)
+
+    def _speculate(
+        self, running: session.Session, known: FusionPlan, shape_plan: ShapePlan, context: Context, function,
+        x: Tensor, conv: Conv, carry: Carry | None,
+    ) -> Tensor:  # fmt: skip
         try:
-            converts, last = shape_plan.converts, given is not None or shape_plan.converts
-            read = x.contiguous(memory_format=torch.channels_last) if converts else x
-            speculation = Speculation(self, running, known, shape_plan, context, function, read, conv, last)
+            speculation = Speculation(self, running, known, shape_plan, context, function, x, conv, carry)
         except Exception as error:  # PyTorch's operators raise their own error, if they do
             self.disable(f"its block raises {type(error).__name__}: {error}")
-            return function(x if given is None else given.contiguous(), *conv)
+            return function(in_pytorchs_layout(x) if shape_plan.carried else x, *conv)
         return speculation.start()
 
-    def _best_plan(
-        self, running: session.Session, known: FusionPlan, x: Tensor, conv: Conv,
-        given: ChannelsLastHandoff | None,
-    ) -> tuple[FusionPlan, ShapePlan]:  # fmt: skip
-        """The steps that run as one, and how, for ``x``: what was ``given``, if that was handed on."""
-        source = None if given is None else given._plan
+    def _planned(self, running: session.Session, find: Callable, x: Tensor, conv: Conv, *args) -> Any:
+        """What a method of a plan finds for ``x``; under ``cnnlstm_fast.tune`` ways are timed."""
         if not (tuner.enabled and x.is_cpu):
-            return known.best_for(x, conv, source)
+            return find(x, conv, *args)
         watching = running.writes.pause()  # nothing is timed while a mode is active
         try:
-            return known.best_for(x, conv, source, seconds_of_ways)
+            return find(x, conv, *args, seconds_of_ways)
         finally:
             if watching:
                 running.writes.resume()

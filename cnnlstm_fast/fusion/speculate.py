@@ -14,13 +14,20 @@ from torch.utils._pytree import tree_iter, tree_map
 from cnnlstm_fast.functional.epilogue import Program, moments_of, run_program
 from cnnlstm_fast.fusion import run
 from cnnlstm_fast.fusion.calls import Conv, Norm, is_sum
+from cnnlstm_fast.fusion.carry import CarriedMap, Carry, in_pytorchs_layout
 from cnnlstm_fast.fusion.context import Contents, Context, context_of, has_saved_tensor_hooks, hash_of
 from cnnlstm_fast.fusion.graph import OperandsToPlaceholders, PlaceholdersToResult, SpeculatedGraph
-from cnnlstm_fast.fusion.handoff import ChannelsLastHandoff, hand_on
 from cnnlstm_fast.fusion.observe import ObservedTensor
 from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan, Step
 from cnnlstm_fast.fusion.session import Session
-from cnnlstm_fast.fusion.tensors import METADATA, alias, alias_by, no_function, unversioned_alias
+from cnnlstm_fast.fusion.tensors import (
+    METADATA,
+    alias,
+    alias_by,
+    no_function,
+    outside_of_transforms,
+    unversioned_alias,
+)
 from cnnlstm_fast.fusion.writes import Token
 from cnnlstm_fast.planning import observer
 
@@ -31,7 +38,7 @@ class Speculation:
     Attributes:
         site: of the convolution; it is told when the program does something else than the plan.
         function, x, conv: the convolution, its input and its other arguments.
-        handed: ``x`` was handed on channels-last.
+        carry: that of the session, where the result is a carried map.
         position: how many steps the program has taken.
         result: of the block, until the last step returns it; None before the sum of a program with one.
         head: what a program's first steps give, until its sum runs.
@@ -52,19 +59,19 @@ class Speculation:
     """
 
     __slots__ = (
-        "__weakref__", "added", "added_then", "answers_metadata", "batch_statistics", "bias_hash",
-        "contents", "context", "conv", "done", "function", "graph", "handed", "head", "moments", "norm",
+        "__weakref__", "added", "added_then", "answers_metadata", "batch_statistics", "bias_hash", "carry",
+        "contents", "context", "conv", "done", "function", "graph", "head", "moments", "norm",
         "placeholders", "plan", "position", "result", "session", "shape_plan", "site", "token", "unreleased",
         "versions", "x",
     )  # fmt: skip
 
     def __init__(
         self, site, session: Session, plan: FusionPlan, shape_plan: ShapePlan, context: Context, function,
-        x: Tensor, conv: Conv, handed: bool,
+        x: Tensor, conv: Conv, carry: Carry | None,
     ):  # fmt: skip
         self.site, self.session, self.context = site, session, context
         self.plan, self.shape_plan = plan, shape_plan
-        self.function, self.x, self.conv, self.handed = function, x, conv, handed
+        self.function, self.x, self.conv, self.carry = function, x, conv, carry
         self.position = 0
         self.norm: Norm | None = plan.norm
         self.contents: Contents | None = None
@@ -110,7 +117,7 @@ class Speculation:
             module = norm.module(conv.weight.shape[0], x.dim())
         parts = module, self.plan.activation, self.plan.pool
         result = run.run_block(x, conv, *parts, layout=self.shape_plan.layout)
-        if self.shape_plan.hands_on and result.is_contiguous():  # one position or channel: PyTorch's strides
+        if self.shape_plan.carried and result.is_contiguous():  # one position or channel: PyTorch's strides
             result = result.flatten().view(result.shape)
         return result, statistics
 
@@ -273,21 +280,23 @@ class Speculation:
 
     def _added_operand(self, other: Any) -> Tensor | None:
         """The other operand of the sum, if the epilogue may read it as it lies in memory now."""
-        handed = type(other) is ChannelsLastHandoff
+        carried = type(other) is CarriedMap
         if type(other) is ObservedTensor:
             other.close()
-        if not handed and type(other) not in (Tensor, nn.Parameter):
+        if not carried and type(other) not in (Tensor, nn.Parameter):
             return None
         shape, strides = self.shape_plan.shapes[self.position]
         dtype, device = self.plan.dtypes[self.position], self.x.device
         with no_function():
             if (other.shape, other.dtype, other.device) != (shape, dtype, device) or other.is_neg():
                 return None
-            if not handed:
-                return other if other.layout is torch.strided and other.stride() == strides else None
-            if torch.empty(shape, device="meta").stride() != strides:
+            if not carried and (other.layout is not torch.strided or other.stride() != strides):
                 return None
-            return alias(other) if self.context.records and other.requires_grad else other._map
+            if carried and torch.empty(shape, device="meta").stride() != strides:
+                return None
+        if carried:
+            return other._carry.memory(other)
+        return other if self.carry is None else self.carry.read(other)
 
     def _confirm_norm(self, args, kwargs) -> bool:
         """Whether a norm's call reads what the block has read; if it does, update its running statistics."""
@@ -324,15 +333,15 @@ class Speculation:
                 result = PlaceholdersToResult.apply(self.graph, result, *self._pending())
         elif result._is_view():  # results of PyTorch's operators are no views
             result = unversioned_alias(result)
-        hands_on = self.shape_plan.hands_on and not result.is_contiguous()
-        if hands_on:
-            result = hand_on(result, self.plan)
+        if self.carry is not None:
+            result = self.carry.hold(result)
         if value is not None:
-            if not _exchange(value, result if self.graph is not None or hands_on else result.detach()):
+            plain = self.graph is None and self.carry is None
+            if not _exchange(value, result.detach() if plain else result):
                 return None
             result = value
-        if hands_on:
-            self.session.handed.append(weakref.ref(result))
+        if type(result) is CarriedMap:
+            result._carry.note(result)
         self.result, self.done, self.position = None, True, len(self.plan.steps)
         if self.graph is not None:
             self.graph.speculation = None
@@ -367,6 +376,13 @@ class Speculation:
         Before the result has been returned, each placeholder becomes its value. Later, and for C code
         (``below``), a placeholder keeps its place in the autograd graph and only gets the value's memory.
         """
+        if torch._C._are_functorch_transforms_active():
+            with outside_of_transforms():
+                self._materialize(below)
+        else:
+            self._materialize(below)
+
+    def _materialize(self, below: bool) -> None:
         if self.token is not None:
             self.session.writes.end(self.token)
         late, running = self.done and self.graph is not None, not self.done
@@ -390,7 +406,7 @@ class Speculation:
                     self.added = alias(self.added)
                     operands.append(self.added)
                 graph.operands = tuple(operands)
-            y = self.function(x.contiguous() if self.handed else x, *conv)
+            y = self.function(in_pytorchs_layout(x) if self.shape_plan.carried else x, *conv)
             for at in range(max(held, default=-1) + 1):
                 if at:
                     y = self._step(at - 1, y, norm)
@@ -605,8 +621,8 @@ def _materialize_all(args, kwargs, below: bool = False) -> None:
     for value in tree_iter((args, kwargs)):
         if type(value) is Placeholder and not hasattr(value, "_value"):
             value._speculation.materialize(below)
-        elif type(value) is ChannelsLastHandoff and not below:
-            value.cancel()
+        elif type(value) is CarriedMap and not below:
+            value.leave()
         elif type(value) is ObservedTensor and not below:
             value.close()
 

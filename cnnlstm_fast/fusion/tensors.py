@@ -1,12 +1,15 @@
-"""What the Tensor subclasses of this package share: observed tensors, placeholders and handed-on maps."""
+"""What the Tensor subclasses of this package share: observed tensors, placeholders and carried maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 no_function = torch._C.DisableTorchFunctionSubclass
 
@@ -53,6 +56,16 @@ def alias_by(x: Tensor, make: Callable[[Any], Tensor]) -> Tensor:
 
 def _data(x: Tensor) -> Tensor:
     return x.data
+
+
+@contextlib.contextmanager
+def outside_of_transforms() -> Iterator[None]:
+    """While this is entered, no transform of ``torch.func`` and no dispatch mode sees an operator.
+
+    A tensor that a transform has wrapped must not become another one's memory: PyTorch crashes.
+    """
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
 
 
 def awaits_sum(args: tuple) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cnnlstm_fast import backends
 from cnnlstm_fast.fusion.calls import Norm
+from cnnlstm_fast.fusion.carry import Carry
 from cnnlstm_fast.fusion.context import Context, context_of
 from cnnlstm_fast.fusion.plan import FusionPlan, ShapePlan, Step
 from cnnlstm_fast.fusion.session import Session
@@ -68,10 +69,7 @@ class _Nobody:
 
 def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
     """Run a site once, as a program would: the convolution, then its steps, then the backward."""
-    x = place.given if way.handed else place.x
-    x, weight, bias = (_leaf(t) for t in (x, *place.conv[:2]))
-    if way.converts:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x, weight, bias = (_leaf(t) for t in (place.x, *place.conv[:2]))
     conv = place.conv._replace(weight=weight, bias=bias)
     norm = None if plan.norm is None else plan.norm._replace(
         running_mean=_copy(plan.norm.running_mean), running_var=_copy(plan.norm.running_var),
@@ -90,25 +88,20 @@ def _run(plan: FusionPlan, place: Place, way: Way, context: Context) -> None:
         copied = copy.copy(plan)
         copied.norm = norm
         program = plan.program(way.head, conv, x) if plan.is_program else None
-        how = way.call.plan, "", (), shapes, way.layout, False, False, way.head, True, program
+        how = way.call.plan, "", (), shapes, way.layout, way.carried, way.head, program
         shape_plan = ShapePlan(*how)
         session = Session()
         session.writes = WriteWatch()
+        carry = Carry(session.writes) if way.carried else None
         y = Speculation(
-            _Nobody(),
-            session,
-            copied,
-            shape_plan,
-            context,
-            place.function,
-            x,
-            conv,
-            handed=way.handed or way.converts,
+            _Nobody(), session, copied, shape_plan, context, place.function, x, conv, carry
         ).start()
     for step, other in zip(plan.steps, others, strict=True):
         y = step.run(y, other) if step.kind != "norm" else step.function(y, *cast(Norm, norm))
     if session is not None:
         session.close()
+        if carry is not None:
+            carry.close()
     if y.requires_grad:
         y.backward(torch.ones_like(y))
 

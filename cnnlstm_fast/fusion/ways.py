@@ -1,8 +1,8 @@
-"""The ways to run a site: as PyTorch's operators, or as a block, with maps that lie one way or the other."""
+"""The ways to run a site: as PyTorch's operators, or as a block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,29 +52,18 @@ class Place(NamedTuple):
     Attributes:
         function: the convolution.
         conv: its arguments behind the input.
-        x: the input as PyTorch lays it out. Its values are not read unless the ways are timed.
-        given: the same, handed on channels-last; None where that is not asked.
-        timed: the ways are timed. Only then the site may convert its input: no prediction knows what that is
-            worth.
+        x: the input as it is read. Its values are not read unless the ways are timed.
+        carried: it lies channels-last, where PyTorch's is contiguous, and so do the results.
+        timed: the ways are timed.
         shapes: shape and strides that PyTorch's operators give all values of the site.
     """
 
     function: Callable[..., Tensor]
     conv: Conv
     x: Tensor
-    given: Tensor | None
+    carried: bool
     timed: bool
     shapes: list[tuple] = []  # noqa: RUF012  # never changed
-
-    def inputs(self) -> Iterator[tuple[Tensor, bool, bool]]:
-        """What a block may get, and whether it is handed on, or converted by the site."""
-        yield self.x, False, False
-        if self.given is not None:
-            yield self.given, True, False
-        if self.timed and self.x.dim() == 4 and self.x.is_contiguous():
-            last = as_handed(self.x, True)
-            if not last.is_contiguous():
-                yield last, False, True
 
 
 class Way(NamedTuple):
@@ -85,10 +74,7 @@ class Way(NamedTuple):
         call: the block's plan; None where PyTorch's operators run.
         us: microseconds of this site, predicted or timed.
         overhead_us: those of speculating it, where that is not part of ``us``.
-        handed: the input is handed on channels-last, where PyTorch's is contiguous.
-        converts: the block gets a channels-last copy of its contiguous input.
-        hands_on: the result is handed on channels-last, where PyTorch's is contiguous.
-        behind_us: microseconds of the sites that read its result.
+        carried: input and result lie channels-last, where PyTorch's are contiguous.
         head: how many of the steps run in one call with the convolution; an epilogue runs the others.
     """
 
@@ -96,23 +82,18 @@ class Way(NamedTuple):
     call: CallPlan | None
     us: float
     overhead_us: float = 0.0
-    handed: bool = False
-    converts: bool = False
-    hands_on: bool = False
-    behind_us: float = 0.0
+    carried: bool = False
     head: int = 0
 
     @property
     def total_us(self) -> float:
-        return self.us + self.overhead_us + self.behind_us
+        return self.us + self.overhead_us
 
     @property
     def name(self) -> str:
         """For the tuner's files."""
-        if self.call is None:
-            return "PyTorch"
-        given = "handed" if self.handed else "converted" if self.converts else "as it lies"
-        return f"{self.call.plan}, {given}, {self.layout}"
+        name = "PyTorch" if self.call is None else self.call.plan
+        return f"{name}, carried" if self.carried else name
 
     def reason(self, plain: Way, timed: bool) -> str:
         """What decided, in words."""
@@ -120,25 +101,24 @@ class Way(NamedTuple):
         if not timed:
             return self.call.reason
         times = [in_words(1e3 * way.total_us) for way in (self, plain)]
-        where = "with what reads it" if self.behind_us else "where it stands"
-        return f"timed {where}: {times[0]} as a block by {self.call.plan}, {times[1]} by PyTorch"
+        return f"timed where it stands: {times[0]} as a block by {self.call.plan}, {times[1]} by PyTorch"
 
 
 #: Seconds of each of some ways, timed in turn: ``clock(plan, place, ways)``. None where nothing can be timed.
 Clock = Callable[[Any, Place, Sequence[Way]], "list[float] | None"]
 
 
-def as_pytorch(x: Tensor, filled: bool) -> Tensor:
-    """``x`` as a contiguous tensor, with its values if it is to be ``filled``."""
+def contiguous_like(x: Tensor, filled: bool) -> Tensor:
+    """A contiguous tensor like ``x``, with its values if it is to be ``filled``."""
     if filled:
         return x.detach().contiguous().requires_grad_(x.requires_grad)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
 
 
-def as_handed(x: Tensor, filled: bool) -> Tensor:
-    """``x`` as a channels-last tensor, with its values if it is to be ``filled``."""
+def channels_last_like(x: Tensor, filled: bool) -> Tensor:
+    """A channels-last image like ``x``, with its values if it is to be ``filled``."""
+    n, c, h, w = x.shape
+    last = torch.empty((n, h, w, c), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
     if filled:
-        last = x.detach().contiguous(memory_format=torch.channels_last)
-    else:
-        last = torch.empty_like(x, memory_format=torch.channels_last)
-    return last.detach().requires_grad_(x.requires_grad)
+        last.copy_(x.detach())
+    return last.requires_grad_(x.requires_grad)

@@ -238,9 +238,10 @@ def update_running(norm, bias: Tensor | None, mean: Tensor, var: Tensor, count: 
         return
     with torch.no_grad():
         mean = mean if bias is None else mean + bias
-        for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-            # PyTorch's update does not count for a version either: a graph may have saved the tensor.
-            running.data.copy_(running * (1 - momentum) + found * momentum)
+        # PyTorch's update does not count for a version either: a graph may have saved the tensors.
+        running = [norm.running_mean.data, norm.running_var.data]
+        found = [t.to(norm.running_mean.dtype) for t in (mean, var * (count / (count - 1)))]
+        torch._foreach_lerp_(running, found, momentum)
 
 
 # Statistics from products of taps are the CPU's alone.

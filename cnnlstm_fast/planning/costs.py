@@ -107,9 +107,24 @@ def _kind(p: ConvProblem) -> str:
     return "dense"
 
 
+def _seen(p: ConvProblem, axis: int) -> float:
+    """The share of a kernel's taps along an axis that lie within the image, over all positions."""
+    size, kernel, count = (p.height, p.width)[axis], p.kernel[axis], p.conv[axis]
+    stride, padding, dilation = p.spec.stride[axis], p.spec.padding[axis], p.spec.dilation[axis]
+    if padding == 0 or count == 0:
+        return 1.0
+    found = 0
+    for first in range(-padding, -padding + kernel * dilation, dilation):  # what a tap sees at position 0
+        begin, end = -(-max(-first, 0) // stride), -(-max(size - first, 0) // stride)
+        found += max(min(end, count) - begin, 0)
+    return found / (kernel * count)
+
+
 def _library_products(p: ConvProblem, kind: str) -> Counts:
     """Vectors of multiply-adds, broadcasts and weight vectors of the library's convolution, or columns."""
-    groups, area = p.spec.groups, p.kernel[0] * p.kernel[1]
+    groups, area = p.spec.groups, float(p.kernel[0] * p.kernel[1])
+    if kind != "columns":  # its loops leave out the taps beyond the image
+        area *= _seen(p, 0) * _seen(p, 1)
     positions = p.batch * p.conv[0] * p.conv[1]
     per_group, deep = p.out_channels // groups, p.channels // groups
     if kind == "columns":
@@ -151,12 +166,12 @@ def _library_gradients(counts: Counts, p: ConvProblem, calls: float, last: bool)
 
     Args:
         last: the gradient of the map lies channels-last. Then the gradient of wide kernels of several rows
-            comes from loops over single elements.
+            comes from loops over single elements, unless the output channels fill vectors.
     """
     kind, wide = _kind(p), _is_wide(p)
     for name in _library_products(p, kind):
         del counts[name]
-    if wide and last and p.kernel[0] > 1 and p.channels > 1:
+    if wide and last and p.kernel[0] > 1 and p.channels > 3 and p.out_channels % _LANES:
         counts["weight loops"] = p.batch * p.conv[0] * p.conv[1] * p.out_channels * p.taps
     else:
         done = _library_products(p, "columns" if wide else kind)
@@ -180,7 +195,7 @@ def _is_copy(p: ConvProblem) -> bool:
     """Whether PyTorch's operators copy their result into the layout of the block."""
     layout = p.spec.layout
     if layout in ("channels_first", "features"):
-        return layout == "features" and p.channels_last
+        return p.channels_last
     return layout != "channels_last" or not p.channels_last
 
 
@@ -532,3 +547,11 @@ def epilogue_saves(
         counts = shared(count(elements, dtype.itemsize, kinds, of_batch), share)
         took[way] = sum(nanoseconds(counts, one) for one in rates.behind(dtype, way)[: 1 + training])
     return (took["steps"] - took["epilogue"]) / 1000
+
+
+def conversion_us(elements: int, dtype: torch.dtype, training: bool, rates: Rates, threads: int) -> float:
+    """Microseconds of an image's copy in another layout, with the one of its gradient when ``training``."""
+    counts: Counts = {"calls": 1}
+    _passes(counts, "copied", elements, dtype.itemsize)
+    counts = shared(counts, rates.threads / threads)
+    return sum(nanoseconds(counts, one) for one in rates.of(dtype, "reference")[: 1 + training]) / 1000
