@@ -23,7 +23,8 @@ std::vector<int64_t> cut_steps(const RecurrentCall& call, int64_t most);
 // The rows of the stretch that has most of them.
 int64_t most_rows(const RecurrentCall& call, const std::vector<int64_t>& bounds);
 
-// Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache or two hold.
+// Pre-activations, or their gradients, of the steps that are worked on at a time: what a second-level cache or two
+// hold.
 extern const int64_t kStepFloats;
 // Rows of a product that are worth an item.
 extern const int64_t kProductRows;
