@@ -289,6 +289,19 @@ def test_the_whole_model_decides(us, conversion_us, carries, monkeypatch):
     assert decision == carries
 
 
+def test_images_of_a_new_size_are_taken_for_like_the_last_ones(monkeypatch):
+    """As text of any width is; what is added up then decides for that size."""
+    ruled(monkeypatch, lambda c, last: 100 - 40 * last)
+    model = Carried(lambda self, y, z: F.relu(y + z)).eval()
+    fast = cf.accelerate(model)
+    decisions = fast.conv._conv_forward.decisions.by_kind
+    with torch.no_grad():
+        for width in (8, 8, 8, 8, 9, 10):
+            x = torch.randn(2, 3, 9, width)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [*decisions.values()] == [True] * 3 and fast.given[-1] is CarriedMap
+
+
 def test_a_model_whose_maps_are_looked_at_no_longer_carries(monkeypatch):
     ruled(monkeypatch, lambda c, last: 100 - 40 * last, 30)
 

@@ -190,6 +190,7 @@ class Decisions:
 
     def __init__(self) -> None:
         self.by_kind: dict[tuple, bool | None] = {}  # None: to be rehearsed
+        self.latest: dict[tuple, bool] = {}  # by kind without the shape: images of another size are alike
 
     def begin(self, session: Session, x: Tensor, training: bool) -> None:
         """Let a session carry, or not, at the first image that a convolution gets."""
@@ -198,7 +199,8 @@ class Decisions:
         if x.dim() != 4:
             return
         session.decisions = self, (x.shape, training, records_gradients(), tuner.enabled)
-        found = self.by_kind.get(session.decisions[1], False)
+        kind = session.decisions[1]
+        found = self.by_kind.get(kind, self.latest.get(kind[1:], False))
         if found is not False and is_image(x) and x.numel():
             session.carry = Carry(session.writes, rehearses=found is None)
 
@@ -209,7 +211,7 @@ class Decisions:
         if len(self.by_kind) > _MEMORY:
             self.by_kind.clear()
         if session.carry is not None and session.carry.plain_us:
-            self.by_kind[kind] = session.carry.gains
+            self.by_kind[kind] = self.latest[kind[1:]] = session.carry.gains
         elif kind not in self.by_kind:
             self.by_kind[kind] = None
 
