@@ -49,8 +49,8 @@ def make(spec):
             t = torch.where(pick < 5, special[pick.clamp(max=4)], t)
         return t.to(dtype)
 
-    if how == "vast":
-        return values([1 if s in VAST else s for s in size]).expand(size)
+    if how == "vast" or max(size, default=0) >= VAST[0]:
+        return values([1 if s >= VAST[0] else s for s in size]).expand(size)
     if how == "sliced" and size:
         return values([*size[:-1], 2 * size[-1] + 1])[..., 1::2]
     if how == "permuted" and len(size) > 1:
