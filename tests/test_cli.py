@@ -154,7 +154,7 @@ def test_freeze(plain_file, tmp_path):
 @pytest.mark.parametrize("training", [False, True])
 def test_profile(training, plain_file, tmp_path):
     trace = tmp_path / "new folder" / "trace.json"
-    args = ("profile", f"{plain_file}:Net", "--input", "4x1x8x60", "--rounds", "2", "--trace", str(trace))
+    args = ("profile", f"{plain_file}:Net", "--input", "256x1x8x60", "--rounds", "2", "--trace", str(trace))
     args += ("--training",) if training else ()
     found = call(*args, "--json")
     assert found.exit_code == 0, found.output
