@@ -60,10 +60,32 @@ sources = [
 ]
 
 
+#: Files that the sources beside csrc/cpu are compiled as: most time goes into the headers that they share.
+JOINED = 4
+
+
+def joined(sources, folder):
+    """The sources, those of csrc itself as a few files that include them."""
+    alike = [source for source in sources if os.path.dirname(source) == "csrc"]
+    os.makedirs(folder, exist_ok=True)
+    files = [os.path.join(folder, f"joined_{i}.cpp") for i in range(JOINED)]
+    for i, file in enumerate(files):
+        text = "".join(f'#include "{os.path.abspath(source)}"\n' for source in alike[i::JOINED])
+        if not os.path.exists(file) or open(file).read() != text:  # an old one is not compiled again
+            with open(file, "w") as new:
+                new.write(text)
+    return files + [source for source in sources if source not in alike]
+
+
 def extension():
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class OptionalBuild(BuildExtension):
+        def build_extensions(self):
+            for module in self.extensions:
+                module.sources = joined(module.sources, os.path.join(self.build_temp, "joined"))
+            super().build_extensions()
+
         def run(self):
             try:
                 super().run()

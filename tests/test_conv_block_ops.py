@@ -328,7 +328,7 @@ def test_fake_kernels_know_the_shapes(block, keep):
             assert [tuple(g.shape) for g in grads] == [tuple(fake["x"].shape), (0,), (c,)]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @plans
 def test_no_graph_break(plan, layout="columns_time_major"):
     """fullgraph, forward and backward, and again at another batch size."""

@@ -240,7 +240,7 @@ def test_the_same_bits_as_the_unfrozen_model_by_the_same_plan():
 
 
 @torch.no_grad()
-@pytest.mark.some(24)
+@pytest.mark.some(16)
 @pytest.mark.parametrize("plan", BLOCK_PLANS)
 @pytest.mark.parametrize("number", range(12))
 def test_blocks_by_every_plan(plan, number):

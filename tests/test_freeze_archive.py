@@ -134,6 +134,7 @@ def test_damaged_files_are_refused_in_words(saved, tmp_path):
         cf.load_frozen(tmp_path / "missing.cf")
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -38,7 +38,7 @@ def inputs_of(kind, shape):
 
 
 @pytest.mark.first
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", [*FIELD, *PUBLIC])
 @torch.no_grad()
 def test_models_of_the_field(name):
@@ -66,6 +66,7 @@ def test_models_of_the_field(name):
         assert torch.equal(value, before[key]), key
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("kind", ["Simple", "1DConv", "TimeDistributed"])
 @pytest.mark.parametrize("whose", [cf, cf.reference])
 @torch.no_grad()

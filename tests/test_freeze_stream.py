@@ -69,6 +69,7 @@ class TimeMajor(nn.Module):
 SHAPES = {Causal: (4, None), Valid: (4, None), LastStep: (4, None)}
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("kind", [Causal, Valid, LastStep, TimeMajor])
 @pytest.mark.parametrize("draw", range(2))
 @torch.no_grad()

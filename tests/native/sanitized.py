@@ -24,9 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 ISAS = ("baseline", "avx2", "avx512")
 
-#: Files that the sources outside csrc/cpu are compiled as.
-JOINED = 4
-
 #: kind -> (compiler flags, sanitizer runtime, helper that is loaded beside it)
 KINDS = {
     "address": (
@@ -52,18 +49,6 @@ def baseline_only() -> bool:
 
 def folder_of(kind: str) -> Path:
     return ROOT / "build" / (f"sanitize-{kind}-baseline" if baseline_only() else f"sanitize-{kind}")
-
-
-def joined(sources: list[str], folder: Path) -> list[str]:
-    """The sources, those beside the kernels as a few: most of the time goes into the headers they share."""
-    alike = [s for s in sources if Path(s).parent == Path("csrc")]
-    folder.mkdir(exist_ok=True)
-    files = [folder / f"joined_{i}.cpp" for i in range(JOINED)]
-    for i, file in enumerate(files):
-        text = "".join(f'#include "{ROOT / source}"\n' for source in alike[i::JOINED])
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
-    return [*map(str, files), *(s for s in sources if s not in alike)]
 
 
 def build(kind: str) -> None:
@@ -100,7 +85,6 @@ def build(kind: str) -> None:
             others = ("csrc/cpu/kernels_avx2.cpp", "csrc/cpu/kernels_avx512.cpp")
             module.sources = [s for s in module.sources if s not in others]
             module.sources.append("tests/native/baseline_only.cpp")
-        module.sources = joined(module.sources, folder / "sources")
         module.extra_compile_args += [
             "-O1",
             "-g1",
