@@ -368,6 +368,7 @@ def regret(
     models: Annotated[
         bool, typer.Option("--models", help="Race models too: accelerated, eager, channels-last eager.")
     ] = False,
+    autocast: Annotated[bool, typer.Option("--autocast", help="Those under bfloat16 autocast.")] = False,
     output: Annotated[Path | None, typer.Option(help="Result file, as JSON.")] = None,
     one_thread: OneThread = False,
 ) -> None:
@@ -396,13 +397,9 @@ def regret(
     for name, mode in [(n, m) for n in MODELS if models for m in ("inference", "training")]:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["CNNLSTM_FAST_CACHE"] = cache
-            ran = race_model(name, mode, seed=max(seed, 0), tune=tune, clock=clock)
+            ran = race_model(name, mode, seed=max(seed, 0), tune=tune, autocast=autocast, clock=clock)
         report.models.append(ran)
-        ratio = ran.ratio
-        console.print(
-            f"{name}, {mode}: {ratio.p50:.2f} ({ratio.p20:.2f} to {ratio.p80:.2f}) times as fast as the "
-            f"better of eager ({ran.eager_ms:.1f} ms) and channels-last ({ran.channels_last_ms:.1f} ms)"
-        )
+        console.print(ran.describe())
     if output is not None:
         report.write(output)
     if any(found.mean > most for found in report.regrets):

@@ -449,15 +449,17 @@ def content(
         device: in words.
         prior: other rates, where the races leave a term open.
     """
-    raced = sorted({race.dtype for race in races})
     threads = max(race.problem().threads for race in races)
-    given = {} if prior is None else prior.plans
-    plans = {
-        dtype: fit_plans([race for race in races if race.dtype == dtype], given.get(dtype, {}), threads)
-        if dtype in raced
-        else given[dtype]
-        for dtype in sorted({*raced, *given})
-    }
+    usual = rates.here()
+    given = usual.plans if prior is None and usual.name == rates.name_here() else {}
+    if prior is not None:
+        given = prior.plans
+    plans = dict(given)
+    for dtype in sorted({race.dtype for race in races}):
+        kind = rates.kind(getattr(torch, dtype))
+        begin = {} if prior is None else given.get(kind, {})
+        plans[kind] = fit_plans([race for race in races if race.dtype == dtype], begin, threads)
+    passes = {rates.kind(getattr(torch, dtype)): fit_epilogues(rows) for dtype, rows in epilogues.items()}
     return {
         "schema": rates.SCHEMA,
         "device": device,
@@ -465,12 +467,9 @@ def content(
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "races": len(races),
-        "tilings": fit_tilings(tilings, rates.here().tilings) if tilings else rates.here().tilings,
-        "epilogues": {
-            dtype: fit_epilogues(epilogues[dtype]) if dtype in epilogues else usual
-            for dtype, usual in rates.here().epilogues.items()
-        },
-        "plans": plans,
+        "tilings": fit_tilings(tilings, usual.tilings) if tilings else usual.tilings,
+        "epilogues": usual.epilogues | passes,
+        "plans": dict(sorted(plans.items())),
     }
 
 

@@ -45,10 +45,11 @@ class ModelRace:
 
     Attributes:
         name, mode: of the model; ``"inference"`` or ``"training"``.
-        ratio: time of the better eager way over the fast model's, by round.
+        ratio: time of the best eager way over the fast model's, by round.
         eager_ms, channels_last_ms, fast_ms: medians.
         tuned: the fast model ran under ``cnnlstm_fast.tune``.
         lines: what became of each site, in words.
+        float32_ms: median of eager in float32, where the others ran under bfloat16 autocast.
     """
 
     name: str
@@ -59,6 +60,15 @@ class ModelRace:
     fast_ms: float
     tuned: bool
     lines: list[str]
+    float32_ms: float | None = None
+
+    def describe(self) -> str:
+        """The race in a line."""
+        peers = {"eager": self.eager_ms, "channels-last": self.channels_last_ms, "float32": self.float32_ms}
+        times = ", ".join(f"{peer} ({ms:.1f} ms)" for peer, ms in peers.items() if ms is not None)
+        low = "" if self.float32_ms is None else ", bfloat16 autocast"
+        spread = f"{self.ratio.p50:.2f} ({self.ratio.p20:.2f} to {self.ratio.p80:.2f})"
+        return f"{self.name}, {self.mode}{low}: {spread} times as fast as the best of {times}"
 
 
 def race_model(
@@ -68,9 +78,10 @@ def race_model(
     seed: int,
     rounds: int = 7,
     tune: bool = False,
+    autocast: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> ModelRace:
-    """Run a model three ways in turn, on the same fresh inputs.
+    """Run a model three ways in turn, or four, on the same fresh inputs.
 
     Args:
         name: in :data:`MODELS`.
@@ -78,6 +89,7 @@ def race_model(
         seed: of weights and inputs.
         rounds: in each of which every way runs three times; the faster of the last two counts.
         tune: whether the fast model runs under ``cnnlstm_fast.tune``.
+        autocast: whether they run under bfloat16 autocast; then eager in float32 is a fourth way.
         clock: seconds, of the wall or of this process's own work.
     """
     torch.manual_seed(seed)
@@ -98,21 +110,22 @@ def race_model(
         "fast": fast,
     }
     models = {"eager": plain, "channels_last": last, "fast": fast}
-    grad: Tensor | None = None
+    if autocast:
+        ways["float32"] = models["float32"] = copy.deepcopy(plain)
+    x = torch.randn(shape)
+    grad = torch.randn(plain(x).shape) if training else torch.empty(0)
 
     def call(way: str, x: Tensor) -> float:
         models[way].zero_grad(set_to_none=True)
         start = clock()
         with torch.inference_mode(not training):
-            y = ways[way](x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and way != "float32"):
+                y = ways[way](x)
             if training:
-                y.backward(grad)
+                y.backward(grad.to(y.dtype))
         del y
         return clock() - start
 
-    x = torch.randn(shape)
-    if training:
-        grad = torch.randn(plain(x).shape)
     with cf.tune(tune):
         for way in models:
             for _ in range(3):
@@ -123,16 +136,16 @@ def race_model(
         try:
             for turn in range(rounds):
                 x = torch.randn(shape)
-                for way in names[turn % 3 :] + names[: turn % 3]:
+                for way in names[turn % len(names) :] + names[: turn % len(names)]:
                     time.sleep(PAUSE_S)
                     call(way, x)
                     times[way].append(min(call(way, x) for _ in range(2)))
         finally:
             gc.enable()
     ms = {way: 1e3 * median(found) for way, found in times.items()}
-    better = min(("eager", "channels_last"), key=ms.__getitem__)
-    ratios = [theirs / ours for theirs, ours in zip(times[better], times["fast"], strict=True)]
+    best = min((way for way in names if way != "fast"), key=ms.__getitem__)
+    ratios = [theirs / ours for theirs, ours in zip(times[best], times["fast"], strict=True)]
     return ModelRace(
         name, mode, Spread.of(ratios), ms["eager"], ms["channels_last"], ms["fast"], tune,
-        str(fast.report()).splitlines(),
+        str(fast.report()).splitlines(), ms.get("float32"),
     )  # fmt: skip

@@ -43,7 +43,7 @@ double fma_peak(double seconds) {
 
 // Of products of bfloat16 with sums in float32, by a unit of the processor; 0 if it has none.
 double bfloat16_peak(double seconds) {
-  return bfloat16_kernels() ? peak(bfloat16_kernels()->dot_burst, 1000, seconds) : 0.0;
+  return bfloat16_kernels() ? peak(bfloat16_kernels()->product_burst, 1000, seconds) : 0.0;
 }
 
 }  // namespace

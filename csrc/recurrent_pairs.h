@@ -10,8 +10,9 @@ namespace cnnlstm_fast {
 // The kernels of a layer that is bfloat16 and not projected, if the processor has a unit for them; else null.
 const BFloat16Table* low_kernels(const RecurrentCall& call);
 
-// A bfloat16 tensor whose rows are whole words: contiguous in the last dimension, which a zero makes even.
-torch::stable::Tensor as_word_rows(const torch::stable::Tensor& t);
+// A bfloat16 tensor whose rows are whole words: contiguous in the last dimension, which zeros make a multiple of
+// `row_words` words.
+torch::stable::Tensor as_word_rows(const torch::stable::Tensor& t, int64_t row_words);
 
 // As pack_gate_weight, of as_word_rows of a weight.
 void pack_gate_words(const torch::stable::Tensor& words, int64_t mode, bool of_inputs, const BFloat16Table& low,

@@ -142,8 +142,9 @@ def test_committed_results_are_read(path):
     assert any(kinds) and not found.failures
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_a_model_races_against_both_ways_of_eager(monkeypatch, mode, tuning):
+def test_a_model_races_against_all_ways_of_eager(monkeypatch, mode, autocast, tuning):
     made = []
 
     def make():
@@ -152,9 +153,13 @@ def test_a_model_races_against_both_ways_of_eager(monkeypatch, mode, tuning):
 
     monkeypatch.setitem(models.MODELS, "small", (make, (2, 3, 9, 8)))
     ticks = iter(range(10**6))
-    found = models.race_model("small", mode, seed=1, rounds=3, tune=True, clock=lambda: 1e-3 * next(ticks))
+    found = models.race_model(
+        "small", mode, seed=1, rounds=3, tune=True, autocast=autocast, clock=lambda: 1e-3 * next(ticks)
+    )
     assert (found.ratio.p20, found.ratio.p80) == pytest.approx((1.0, 1.0))
     assert found.tuned and len(made) == 1
     assert found.eager_ms == found.channels_last_ms == found.fast_ms == pytest.approx(1.0)
+    assert found.float32_ms == (pytest.approx(1.0) if autocast else None)
+    assert ("float32 (1.0 ms)" in found.describe()) == autocast
     assert any("Conv2d+ReLU" in line for line in found.lines)
     assert all(weight.is_contiguous() for weight in made[0].parameters())

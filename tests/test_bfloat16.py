@@ -39,58 +39,90 @@ def flushed(value: np.float32) -> np.float32:
     return value if abs(value) >= np.finfo(np.float32).tiny else np.float32(0)
 
 
-def pair_added(total, a, b) -> np.float32:
-    """What one unit gives: the second product is added first, each sum rounded once."""
-    total = flushed(np.float32(total))
-    for i in (1, 0):
-        x, y = (flushed(np.float32(float(t[i]))) for t in (a, b))
-        total = rounded(Fraction(float(total)) + Fraction(float(x)) * Fraction(float(y)))
-    return total
+def multiplied_and_added(total: np.float32, x: float, y: float) -> np.float32:
+    x, y = (flushed(np.float32(f)) for f in (x, y))
+    return rounded(Fraction(float(total)) + Fraction(float(x)) * Fraction(float(y)))
 
 
-def numbers(count: int, spread: float) -> torch.Tensor:
-    return torch.randn(count) * torch.exp2(torch.randint(-1, 2, (count,)) * spread)
+def by_pairs(total: float, a: list[float], b: list[float]) -> np.float32:
+    """AVX512_BF16's VDPBF16PS: of a pair the second product is added first, each sum rounded once."""
+    result = np.float32(0)
+    for k in range(0, len(a), 2):
+        result = multiplied_and_added(result, a[k + 1], b[k + 1])
+        result = multiplied_and_added(result, a[k], b[k])
+    return result + np.float32(total)
 
 
-@needs_unit
-@pytest.mark.parametrize("spread", [0.0, 12.0, 62.0])
-def test_a_product_rounds_as_defined(spread):
+def by_tiles(total: float, a: list[float], b: list[float]) -> np.float32:
+    """AMX's TDPBF16PS: for 32 products at a time, those of even and of odd places are summed apart."""
+    result = flushed(np.float32(total))
+    for begin in range(0, len(a), 32):
+        halves = [np.float32(0), np.float32(0)]
+        for k in range(begin, min(begin + 32, len(a))):
+            halves[k % 2] = multiplied_and_added(halves[k % 2], a[k], b[k])
+        result = flushed(np.float32(result + flushed(np.float32(halves[0] + halves[1]))))
+    return result
+
+
+BY_DEFINITION = {"avx512_bf16": by_pairs, "emulated": by_pairs, "amx": by_tiles, "emulated_amx": by_tiles}
+
+
+def numbers(shape: tuple[int, ...], spread: float) -> torch.Tensor:
+    return torch.randn(shape) * torch.exp2(torch.randint(-1, 2, shape) * spread)
+
+
+def draw_product(shape: tuple[int, int, int], spread: float) -> tuple[torch.Tensor, ...]:
+    """a (M, K), b (K, N) and sums (M, N) for ``shape`` (M, K, N)."""
+    m, k, n = shape
+    return numbers((m, k), spread).bfloat16(), numbers((k, n), spread).bfloat16(), numbers((m, n), 2 * spread)
+
+
+def assert_as_defined(unit: str, a: torch.Tensor, b: torch.Tensor, sums: torch.Tensor, found: torch.Tensor):
     """Against exact fractions: products are not rounded, sums are, and denormal numbers are zero."""
-    a, b = numbers(6000, spread).bfloat16(), numbers(6000, spread).bfloat16()
-    total = numbers(3000, 2 * spread)
-    found = torch.ops.cnnlstm_fast.bfloat16_dot(a, b, total)
-    pairs = zip(total, a.view(-1, 2), b.view(-1, 2), strict=True)
-    true = torch.tensor([float(pair_added(*pair)) for pair in pairs])
-    assert torch.equal(found, true)
+    rows, columns = a.tolist(), b.T.tolist()
+    true = [
+        [float(BY_DEFINITION[unit](float(sums[m, n]), row, column)) for n, column in enumerate(columns)]
+        for m, row in enumerate(rows)
+    ]
+    assert torch.equal(found, torch.tensor(true))
+
+
+#: Rows, products of a sum and columns: of parts of a tile, of whole ones and of both.
+PRODUCTS = [(1, 2, 16), (19, 34, 21), (16, 64, 16), (3, 70, 5), (70, 6, 3)]
 
 
 @needs_unit
-@pytest.mark.parametrize("count", [1, 15, 16, 33])
-def test_infinities_and_nans(count):
-    a, b = torch.ones(2 * count).bfloat16(), torch.ones(2 * count).bfloat16()
-    total = torch.zeros(count)
-    a[0], b[-1] = float("inf"), float("nan")
-    found = torch.ops.cnnlstm_fast.bfloat16_dot(a, b, total)
-    assert found[-1].isnan()
-    if count > 1:
-        assert found[0] == float("inf") and (found[1:-1] == 2).all()
-    a[0], b[0] = float("inf"), 0
-    assert torch.ops.cnnlstm_fast.bfloat16_dot(a, b, total)[0].isnan()
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@pytest.mark.parametrize("spread", [0.0, 12.0, 62.0])
+def test_products_round_as_defined(shape, spread):
+    given = draw_product(shape, spread)
+    assert_as_defined(UNIT, *given, torch.ops.cnnlstm_fast.bfloat16_product(*given))
 
 
 @needs_unit
-@pytest.mark.parametrize("wrong", ["short", "float32", "strided"])
+def test_infinities_and_nans():
+    a, b, sums = torch.ones(17, 34).bfloat16(), torch.ones(34, 18).bfloat16(), torch.zeros(17, 18)
+    a[0, 0], a[16, 33] = float("inf"), float("nan")
+    found = torch.ops.cnnlstm_fast.bfloat16_product(a, b, sums)
+    assert (found[0] == float("inf")).all() and found[16].isnan().all() and (found[1:16] == 34).all()
+    b[0, 3] = 0
+    found = torch.ops.cnnlstm_fast.bfloat16_product(a, b, sums)
+    assert found[0, 3].isnan() and found[0, 4] == float("inf")
+
+
+@needs_unit
+@pytest.mark.parametrize("wrong", ["short", "odd", "float32", "strided"])
 def test_wrong_products_are_refused(wrong):
-    a, b, total = torch.ones(8).bfloat16(), torch.ones(8).bfloat16(), torch.zeros(4)
-    a = {"short": a[:6], "float32": a.float(), "strided": torch.ones(16).bfloat16()[::2]}[wrong]
-    with pytest.raises(RuntimeError, match="bfloat16_dot: a does not fit"):
-        torch.ops.cnnlstm_fast.bfloat16_dot(a, b, total)
+    a, b, sums = draw_product((3, 8, 5), 0.0)
+    a = {"short": a[:, :6].clone(), "odd": a[:, :5].clone(), "float32": a.float(), "strided": a[:, ::2]}[wrong]
+    with pytest.raises(RuntimeError, match="bfloat16_product: "):
+        torch.ops.cnnlstm_fast.bfloat16_product(a, b, sums)
 
 
 _PRODUCTS = """
 import sys, torch, cnnlstm_fast as cf
 given = torch.load(sys.argv[1])
-found = {"dot": torch.ops.cnnlstm_fast.bfloat16_dot(*given["dot"])}
+found = {"products": [torch.ops.cnnlstm_fast.bfloat16_product(*product) for product in given["products"]]}
 for kind, weights, x, reset in given["layers"]:
     function = getattr(cf.functional, kind.lower())
     found[kind] = function(x, None, weights, reset=reset, plan="fused")[0]
@@ -98,28 +130,34 @@ torch.save((torch.ops.cnnlstm_fast.bfloat16_unit(), found), sys.argv[2])
 """
 
 
-def _in_emulation(given: dict, tmp_path: Path) -> dict:
+def _by(unit: str, given: dict, tmp_path: Path) -> dict:
     files = [str(tmp_path / "given"), str(tmp_path / "found")]
     torch.save(given, files[0])
-    ran = run_python(f"import sys; sys.argv[1:] = {files!r}\n{_PRODUCTS}", CNNLSTM_FAST_BFLOAT16="emulated")
+    ran = run_python(f"import sys; sys.argv[1:] = {files!r}\n{_PRODUCTS}", CNNLSTM_FAST_BFLOAT16=unit)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    unit, found = torch.load(files[1])
-    assert unit == "emulated"
+    used, found = torch.load(files[1])
+    assert used == unit
     return found
 
 
-def test_the_emulation_rounds_as_defined(tmp_path):
+@pytest.mark.parametrize("unit", ["emulated", "emulated_amx"])
+def test_emulations_round_as_defined(unit, tmp_path):
     """So that what CI tests on any processor is the arithmetic of the unit."""
-    a, b, total = numbers(2000, 50).bfloat16(), numbers(2000, 50).bfloat16(), numbers(1000, 90)
-    found = _in_emulation({"dot": (a, b, total), "layers": []}, tmp_path)["dot"]
-    pairs = zip(total, a.view(-1, 2), b.view(-1, 2), strict=True)
-    assert torch.equal(found, torch.tensor([float(pair_added(*pair)) for pair in pairs]))
+    given = [draw_product(shape, 50) for shape in PRODUCTS]
+    found = _by(unit, {"products": given, "layers": []}, tmp_path)["products"]
+    for product, result in zip(given, found, strict=True):
+        assert_as_defined(unit, *product, result)
 
 
-@needs_unit
-def test_the_unit_and_its_emulation_give_the_same(tmp_path):
+#: The units of the processor, and what emulates them.
+EMULATIONS = {"avx512_bf16": "emulated", "amx": "emulated_amx"}
+UNITS = [unit for unit in EMULATIONS if unit == UNIT or UNIT == "amx"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_unit_and_its_emulation_give_the_same(unit, tmp_path):
     """Products to the bit; layers but for the roundings of their gates, which can turn one of an output."""
-    a, b, total = numbers(4000, 30).bfloat16(), numbers(4000, 30).bfloat16(), numbers(2000, 60)
+    products = [draw_product(shape, 30) for shape in PRODUCTS]
     layers = []
     for kind in ("LSTM", "GRU"):
         layer = getattr(nn, kind)(9, 21).bfloat16()
@@ -127,12 +165,13 @@ def test_the_unit_and_its_emulation_give_the_same(tmp_path):
         layers.append(
             (kind, [p.detach() for p in layer.parameters()], torch.randn(7, 13, 9).bfloat16(), reset)
         )
-    emulated = _in_emulation({"dot": (a, b, total), "layers": layers}, tmp_path)
-    assert torch.equal(emulated["dot"], torch.ops.cnnlstm_fast.bfloat16_dot(a, b, total))
-    for kind, weights, x, reset in layers:
-        function = getattr(cf.functional, kind.lower())
-        ours = function(x, None, weights, reset=reset, plan="fused")[0]
-        apart = (ours.float() - emulated[kind].float()).abs() > 2**-8 * ours.float().abs() + 1e-6
+    given = {"products": products, "layers": layers}
+    native, emulated = (_by(name, given, tmp_path) for name in (unit, EMULATIONS[unit]))
+    for ours, expected in zip(native["products"], emulated["products"], strict=True):
+        assert torch.equal(ours, expected)
+    for kind, *_ in layers:
+        ours, expected = native[kind].float(), emulated[kind].float()
+        apart = (ours - expected).abs() > 2**-8 * ours.abs() + 1e-6
         assert apart.float().mean() < 0.01
 
 
@@ -162,14 +201,19 @@ def test_many_sequences(case):
     assert_case(drawn, drawn.ours, {n: g.bfloat16() for n, g in result_gradients(drawn).items()})
 
 
+#: What stands for the units that this process does not use: themselves, where the processor has them.
+OTHERS = [unit if unit in UNITS else emulation for unit, emulation in EMULATIONS.items() if unit != UNIT]
+
+
 @pytest.mark.first
-def test_layers_by_the_emulation():
-    """The tests above, and those of bfloat16 elsewhere, where the kernels are the emulation."""
+@pytest.mark.parametrize("unit", OTHERS)
+def test_layers_by_other_units(unit):
+    """The tests above, and those of bfloat16 elsewhere, by the kernels that this process does not use."""
     if os.environ.get("CNNLSTM_FAST_BFLOAT16"):
-        pytest.skip("this run is itself in emulation")
+        pytest.skip("this run is itself by another unit")
     root = Path(cf.__file__).parents[1]
     env = os.environ | {
-        "CNNLSTM_FAST_BFLOAT16": "emulated", "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128",
+        "CNNLSTM_FAST_BFLOAT16": unit, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128",
         "CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "3"),
     }  # fmt: skip
     files = ("tests/test_bfloat16.py", "tests/test_recurrent.py", "tests/test_recurrent_ops.py")
@@ -261,8 +305,9 @@ def test_autocast_is_as_exact_as_pytorchs(kind, packed, at_any_size):
 
 
 @needs_unit
-def test_small_layers_are_not_rounded():
+def test_small_layers_are_not_rounded(monkeypatch):
     """Rounding weights costs more than it saves there: float32 comes out, in the dtype that PyTorch gives."""
+    monkeypatch.setattr(planning, "_LIBRARY_HAS_AMX", False)  # it would be oneDNN's beside a lower unit
     layer = cf.LSTM(8, 8)
     x = torch.randn(3, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):

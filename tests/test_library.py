@@ -68,7 +68,7 @@ def test_amx_gets_all_else_as_it_is():
 
 
 def test_amx_multiplies_plain_lstms_in_bfloat16():
-    """oneDNN has units for them that our kernels do not use; what it does not run stays ours."""
+    """Where our kernels use a lower unit than oneDNN; what oneDNN does not run stays ours."""
     code = """
 import torch
 import cnnlstm_fast as cf
@@ -79,4 +79,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
     ways = {"CNNLSTM_FAST_LIBRARY_ISA": "amx"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
     for way, expected in zip(ways, ("library library fused fused", "fused fused fused fused"), strict=True):
+        way["CNNLSTM_FAST_BFLOAT16"] = "avx512_bf16"
         assert run_python(code, **way).stdout.splitlines() == [expected, "fused fused fused fused"]
+    alike = {"CNNLSTM_FAST_LIBRARY_ISA": "amx", "CNNLSTM_FAST_BFLOAT16": "emulated_amx"}
+    assert run_python(code, **alike).stdout.splitlines() == ["fused fused fused fused"] * 2

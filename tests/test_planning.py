@@ -63,19 +63,33 @@ def test_no_rule_is_a_list_of_thresholds():
 @files
 def test_every_term_has_a_rate(name):
     given = rates.read(name)
-    for dtype in ("float32", "bfloat16"):
-        for plan, ways in given.plans[dtype].items():
+    assert given.plans.keys() == given.epilogues.keys() >= {"float32", "bfloat16"}
+    for kind, plans in given.plans.items():
+        for plan, ways in plans.items():
             for terms in ways.values():
                 assert all(rate >= 0 and math.isfinite(rate) for rate in terms.values()), plan
         for kinds in (("norm", "activation"), ("sum", "activation"), ("norm", "sum", "activation")):
             for way, count in costs.PASSES.items():
                 for of_batch in (False, True):
-                    for rate in given.behind(getattr(torch, dtype), way):
+                    for rate in given.epilogues[kind][way].values():
                         assert count(1e7, 4, kinds, of_batch).keys() <= rate.keys()
-        for problem in problems(100, dtype):
-            for plan in given.plans[dtype]:
-                for way, counts in zip(given.of(problem.dtype, plan), costs.COUNTS[plan], strict=True):
-                    assert counts(problem).keys() <= way.keys()
+        for problem in problems(100, kind.partition(" ")[0]):
+            for plan, ways in plans.items():
+                for rate, counts in zip(ways.values(), costs.COUNTS[plan], strict=True):
+                    assert counts(problem).keys() <= rate.keys()
+
+
+def test_bfloat16_by_amx_has_rates_of_its_own(monkeypatch):
+    """Where oneDNN has it; a file without them has those of bfloat16."""
+    given = rates.read("avx512-intel")
+    both = [given.plans[kind]["reference"]["forward"] for kind in ("bfloat16", "bfloat16 by amx")]
+    for amx in (False, True):
+        monkeypatch.setattr(rates, "_library_has_amx", lambda amx=amx: amx)
+        assert given.of(torch.bfloat16, "reference")[0] is both[amx]
+        assert given.of(torch.float32, "reference")[0] is given.plans["float32"]["reference"]["forward"]
+        other = rates.read("avx512-amd")
+        assert other.of(torch.bfloat16, "direct")[0] is other.plans["bfloat16"]["direct"]["forward"]
+    assert both[0] != both[1]
 
 
 @files

@@ -374,7 +374,8 @@ def test_autocast_gives_the_dtypes_of_torch(kind, more, state, dtype):
 @pytest.mark.parametrize("kind, inputs", [("LSTM", 5), ("GRU", 300)])
 def test_autocast_rounds_nothing_that_our_kernels_read(kind, inputs, monkeypatch):
     """Without a unit for bfloat16 they compute in float32: only results become bfloat16."""
-    monkeypatch.setattr(planning, "_WE_HAVE_BFLOAT16", False)
+    monkeypatch.setattr(planning, "_OUR_UNIT", "")
+    monkeypatch.setattr(planning, "_LIBRARY_HAS_AMX", False)
     monkeypatch.setattr(planning, "_LIBRARY_HAS_BFLOAT16", False)
     layer = getattr(cf, kind)(inputs, 7, 2, bidirectional=True)
     x = torch.randn(6, 3, inputs)

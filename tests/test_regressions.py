@@ -283,7 +283,7 @@ def test_the_fuzzer_reaches_every_op():
     programs = {"program_new", "program_run", "program_free"}  # tests/test_freeze_archive.py has crafted ones
     packed = {"frozen_conv", "frozen_conv_pack"}  # tests/test_frozen_conv.py has wrong calls
     copies = {"copy_contents", "same_contents"}  # tests/test_fusion_writes.py has wrong calls
-    products = {"bfloat16_dot"}  # tests/test_bfloat16.py has wrong calls
+    products = {"bfloat16_product"}  # tests/test_bfloat16.py has wrong calls
     assert of.keys() == ops - without_tensors - in_python - programs - packed - copies - products
     takes_nearly_all = {"fingerprint"}  # of tensors of any kind
     least = {op: 0 if op in takes_nearly_all else 5 for op in of}

@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_iter
 
 from cnnlstm_fast.functional.epilogue import Program, program_of, run_program
 from cnnlstm_fast.fusion.calls import Found, Norm, is_sum, read_call
-from cnnlstm_fast.fusion.context import has_saved_tensor_hooks
+from cnnlstm_fast.fusion.context import why_watched
 from cnnlstm_fast.fusion.layout import like_channels_last
 from cnnlstm_fast.fusion.tensors import (
     METADATA,
@@ -39,7 +38,6 @@ from cnnlstm_fast.planning import costs, rates, tuner
 from cnnlstm_fast.planning.support import records_gradients, why_not_norm_tensors
 
 if TYPE_CHECKING:
-    from cnnlstm_fast.fusion.session import Session
     from cnnlstm_fast.fusion.writes import WriteWatch
 
 #: Percent of the convolutions' time that carrying must save, where times are predicted.
@@ -157,13 +155,7 @@ class Carry:
     def may_pass(self) -> bool:
         """Whether nobody would see that other operators run than PyTorch's."""
         return (
-            torch._C._len_torch_function_stack() == 0
-            and self.writes.alone()
-            and torch.is_inference_mode_enabled() == self.inference
-            and not has_saved_tensor_hooks()
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-            and not torch.jit.is_tracing()
+            torch.is_inference_mode_enabled() == self.inference and why_watched(self.writes.alone()) is None
         )
 
     def close(self) -> None:
@@ -192,26 +184,29 @@ class Decisions:
         self.by_kind: dict[tuple, bool | None] = {}  # None: to be rehearsed
         self.latest: dict[tuple, bool] = {}  # by kind without the shape: images of another size are alike
 
-    def begin(self, session: Session, x: Tensor, training: bool) -> None:
-        """Let a session carry, or not, at the first image that a convolution gets."""
-        if type(x) is not Tensor or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-            return
-        if x.dim() != 4:
-            return
-        session.decisions = self, (x.shape, training, records_gradients(), tuner.enabled)
-        kind = session.decisions[1]
-        found = self.by_kind.get(kind, self.latest.get(kind[1:], False))
-        if found is not False and is_image(x) and x.numel():
-            session.carry = Carry(session.writes, rehearses=found is None)
+    def begin(self, x: Tensor, training: bool, writes: WriteWatch) -> tuple[tuple | None, Carry | None]:
+        """The kind of a session by its first convolution's input, and what it carries with, if it does.
 
-    def end(self, session: Session, kind: tuple) -> None:
-        """Learn from a session."""
-        if not session.settled:
-            return
+        Args:
+            x: the input; the kind is None where it is no image.
+            training: of the convolution.
+            writes: the session's watch for writes.
+        """
+        if type(x) is not Tensor or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+            return None, None
+        if x.dim() != 4:
+            return None, None
+        kind = x.shape, training, records_gradients(), tuner.enabled
+        found = self.by_kind.get(kind, self.latest.get(kind[1:], False))
+        carries = found is not False and is_image(x) and x.numel() > 0
+        return kind, Carry(writes, rehearses=found is None) if carries else None
+
+    def learn(self, kind: tuple, carry: Carry | None) -> None:
+        """Learn from a session in which every convolution had a plan."""
         if len(self.by_kind) > _MEMORY:
             self.by_kind.clear()
-        if session.carry is not None and session.carry.plain_us:
-            self.by_kind[kind] = self.latest[kind[1:]] = session.carry.gains
+        if carry is not None and carry.plain_us:
+            self.by_kind[kind] = self.latest[kind[1:]] = carry.gains
         elif kind not in self.by_kind:
             self.by_kind[kind] = None
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Context(NamedTuple):
@@ -57,6 +58,25 @@ def _outside_transforms() -> contextlib.AbstractContextManager:
 def has_saved_tensor_hooks() -> bool:
     """Whether hooks on saved tensors are active. Checkpoints have them, and count what is saved."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def why_watched(alone: bool) -> str | None:
+    """Who would see that other operators run than PyTorch's, as a sentence; None where nobody would.
+
+    Args:
+        alone: no mode is active that sees operators (``__torch_dispatch__``), but for our own watch for writes.
+    """
+    if torch.jit.is_tracing():
+        return "is being traced"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are being computed"
+    if has_saved_tensor_hooks():
+        return "hooks on saved tensors are active (checkpointing)"
+    if not alone or torch._C._len_torch_function_stack() > 0:
+        return "a mode that watches PyTorch's functions is active"
+    return None
 
 
 def _itself(x: Tensor) -> Tensor:

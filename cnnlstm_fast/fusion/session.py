@@ -65,9 +65,9 @@ class Session:
                 speculation.close()
         if self.carry is not None:
             self.carry.close()
-        if self.decisions is not None:
+        if self.decisions is not None and self.settled:
             decisions, kind = self.decisions
-            decisions.end(self, kind)
+            decisions.learn(kind, self.carry)
 
 
 class _Local(threading.local):

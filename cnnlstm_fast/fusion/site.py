@@ -9,12 +9,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from cnnlstm_fast.fusion import session
 from cnnlstm_fast.fusion.calls import Conv
 from cnnlstm_fast.fusion.carry import CarriedMap, Carry, Decisions, in_pytorchs_layout, is_image
-from cnnlstm_fast.fusion.context import Context, context_of, has_saved_tensor_hooks
+from cnnlstm_fast.fusion.context import Context, context_of, why_watched
 from cnnlstm_fast.fusion.observe import Observation, ObservedTensor
 from cnnlstm_fast.fusion.plan import MEMORY, FusionPlan, ShapePlan
 from cnnlstm_fast.fusion.speculate import Speculation
@@ -66,7 +65,8 @@ class ConvSite:
         kind: Any = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv1d
         running = session.current()
         if running is not None and running.decisions is None and not torch.compiler.is_compiling():
-            self.decisions.begin(running, x, module.training)
+            shape_kind, running.carry = self.decisions.begin(x, module.training, running.writes)
+            running.decisions = None if shape_kind is None else (self.decisions, shape_kind)
         if (
             torch.compiler.is_compiling()
             or self.why_disabled
@@ -121,18 +121,9 @@ class ConvSite:
             return "its input is not a plain tensor"
         if type(weight) not in _PLAIN or x.dim() != weight.dim():
             return "its weight is a Tensor subclass or its input has no batch dimension"
-        if torch.jit.is_tracing():
-            return "is being traced"
-        if torch._C._are_functorch_transforms_active():
-            return "a torch.func transform is active"
-        if forward_ad._current_level >= 0:
-            return "forward-mode derivatives are being computed"
-        if has_saved_tensor_hooks():
-            return "hooks on saved tensors are active (checkpointing)"
-        alone = torch._C._len_torch_dispatch_stack() == 0 if running is None else running.writes.alone()
-        if not alone or torch._C._len_torch_function_stack() > 0:
-            return "a mode that watches PyTorch's functions is active"
-        return None
+        return why_watched(
+            torch._C._len_torch_dispatch_stack() == 0 if running is None else running.writes.alone()
+        )
 
     def _convolve(self, running: session.Session, module, function, x: Tensor, conv: Conv) -> Tensor:
         context = context_of(x)
@@ -182,10 +173,11 @@ class ConvSite:
         known.carries = False
         plan, shape_plan = known, None
         if is_image(x):
-            site = self._planned(running, known.carried_site, carry.memory(x), conv)
+            as_it_lies = carry.memory(x)
+            site = self._planned(running, known.carried_site, as_it_lies, conv)
             carry.plain_us, carry.saved_us = carry.plain_us + site.plain_us, carry.saved_us + site.saves_us
             if not site.leaves:
-                x, result_of = carry.read(x), carry
+                x, result_of = as_it_lies if type(x) is CarriedMap else carry.read(x), carry
                 if not carry.rehearses:
                     known.carries = True
                     plan, shape_plan = site.plan, site.shape_plan

@@ -18,7 +18,8 @@ RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
 _LIBRARY_HAS_BFLOAT16 = _ext.loaded and torch.ops.cnnlstm_fast.library_has_bfloat16()
 _LIBRARY_HAS_AMX = _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
-_WE_HAVE_BFLOAT16 = _ext.loaded and bool(torch.ops.cnnlstm_fast.bfloat16_unit())
+#: Our kernels' unit for products of bfloat16; empty if they have none.
+_OUR_UNIT = torch.ops.cnnlstm_fast.bfloat16_unit() if _ext.loaded else ""
 
 #: Steps of all sequences, and products of all layers, from which rounding float32 weights to bfloat16 costs
 #: less than its products save.
@@ -33,7 +34,7 @@ def rounds_to_bfloat16(x: Tensor, params: Sequence[Tensor], projected: bool) -> 
     They multiply bfloat16 by a unit of the processor, with sums, state and gates in float32. Where there is
     none, and for projected layers, they would widen it again.
     """
-    if not _WE_HAVE_BFLOAT16 or projected:
+    if not _OUR_UNIT or projected:
         return False
     if torch.compiler.is_compiling():  # sizes would become guards
         return True
@@ -61,9 +62,9 @@ def why_library(
     if gru and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         if weight.numel() > _LARGE_WEIGHT and x.numel() <= _FEW_ROWS * x.shape[-1]:
             return "few rows meet a weight that no cache holds, which PyTorch reads once less"
-    if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_AMX:
+    if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_AMX and not _OUR_UNIT.endswith("amx"):
         return "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
-    if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_BFLOAT16 and not _WE_HAVE_BFLOAT16:
+    if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_BFLOAT16 and not _OUR_UNIT:
         return "oneDNN multiplies bfloat16 by units of the processor, which our kernels do not"
     return None
 

@@ -18,6 +18,15 @@ _NEAREST = {"avx512": "avx512-amd", "avx2": "avx2-amd", "baseline": "baseline"}
 _MAKES = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 
 
+def kind(dtype: torch.dtype) -> str:
+    """The name under which files have the rates of a dtype: bfloat16 has others where oneDNN multiplies by AMX."""
+    return str(dtype)[6:] + " by amx" * (dtype == torch.bfloat16 and _library_has_amx())
+
+
+def _library_has_amx() -> bool:
+    return _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
+
+
 class Rates(NamedTuple):
     """Nanoseconds of one count of each term of :mod:`cnnlstm_fast.planning.costs`, for a kind of processor.
 
@@ -25,8 +34,8 @@ class Rates(NamedTuple):
         name: of the file.
         device: the processor that was measured.
         threads: how many it ran with.
-        plans: by dtype, plan and way (``"forward"`` or ``"backward"``).
-        epilogues: by dtype, by what runs the steps behind a convolution
+        plans: by :func:`kind` of dtype, plan and way (``"forward"`` or ``"backward"``).
+        epilogues: by the same, by what runs the steps behind a convolution
             (:data:`cnnlstm_fast.planning.costs.PASSES`), and way.
         tilings: of the terms of :func:`cnnlstm_fast.ops.conv_fft.counts`, by which ``fft`` cuts its work.
     """
@@ -40,13 +49,17 @@ class Rates(NamedTuple):
 
     def of(self, dtype: torch.dtype, plan: str) -> tuple[dict[str, float], dict[str, float]]:
         """The rates of a plan's forward and backward."""
-        ways = self.plans[str(dtype)[6:]][plan]
+        ways = _of_dtype(self.plans, dtype)[plan]
         return ways["forward"], ways["backward"]
 
     def behind(self, dtype: torch.dtype, what: str) -> tuple[dict[str, float], dict[str, float]]:
         """The rates of what runs the steps behind a convolution, forward and backward."""
-        ways = self.epilogues[str(dtype)[6:]][what]
+        ways = _of_dtype(self.epilogues, dtype)[what]
         return ways["forward"], ways["backward"]
+
+
+def _of_dtype(given: dict[str, dict], dtype: torch.dtype) -> dict:
+    return given.get(kind(dtype)) or given[str(dtype)[6:]]
 
 
 def read(name: str) -> Rates:

@@ -1,5 +1,5 @@
-// Kernels whose products are of bfloat16, with sums in float32. They are compiled apart from all others, for units that
-// multiply pairs of bfloat16 (AVX512_BF16) and in plain C++ that rounds as these do.
+// Kernels whose products are of bfloat16, with sums in float32. They are compiled apart from all others: for units that
+// multiply pairs of bfloat16 (AVX512_BF16) or tiles of pairs (AMX), and in plain C++ that rounds as either does.
 //
 // A word is two bfloat16 that lie side by side, the first in its lower half. Rows of an odd length end with a zero.
 #pragma once
@@ -10,7 +10,8 @@ namespace cnnlstm_fast {
 // One direction of a layer, not projected. State, gates and sums are float32 as in RecurrentLayer; `x`, `packed_x` and
 // `packed_h` point to words, and `inputs`, `x_step` and `x_sequence` count words. `out` is not written.
 struct PairLayer : RecurrentLayer {
-  uint32_t* h_pairs;  // [2][B][padded P / 2]: `h` rounded to bfloat16
+  int64_t h_words;    // of a row of the state: as many as packed_h has, a multiple of row_words
+  uint32_t* h_pairs;  // [2][B][h_words]: `h` rounded to bfloat16
   uint16_t* out_low;  // as `out`, with its strides
 };
 
@@ -22,23 +23,28 @@ struct PairBackward : RecurrentBackward {
 
 struct BFloat16Table {
   const char* name;
+  int64_t row_words;  // rows of inputs, of states and of their packed weights are zeros up to a multiple of so many
   // As the other sets' tables. Layers are PairLayers, or of the backward PairBackwards, and all weights are packed;
   // pack_gates packs words, and pack_columns a bfloat16 matrix. Projected layers are not taken.
   RecurrentTable recurrent;
   // Rounds to bfloat16.
   void (*narrow_row)(const float* from, int64_t count, uint16_t* to);
-  // sums[i] += the products of pairs i of a and b, for `count` pairs: what every product here is made of.
-  void (*dot_pairs)(const uint32_t* a, const uint32_t* b, int64_t count, float* sums);
+  // c[r][n] += sum over k of a[r][k] * panel[k][n], words of `rows` rows and a panel of as many columns as lanes: what
+  // every product here is made of.
+  void (*multiply)(const uint32_t* a, int64_t rows, int64_t words, const uint32_t* panel, float* c);
   // Multiplies pairs at full rate; returns the number of operations, two for a product.
-  double (*dot_burst)(int64_t rounds);
+  double (*product_burst)(int64_t rounds);
 };
 
 // One per file; null where the compiler's target has no such unit.
 const BFloat16Table* avx512_bf16_kernels();
-const BFloat16Table* emulated_bf16_kernels();
+const BFloat16Table* amx_kernels();
+const BFloat16Table* emulated_kernels();
+const BFloat16Table* emulated_amx_kernels();
 
 // The kernels that this process uses, chosen at the first call; null if the processor has no unit for them.
-// CNNLSTM_FAST_BFLOAT16=emulated chooses those in plain C++, which are slow; a forced CNNLSTM_FAST_ISA chooses none.
+// CNNLSTM_FAST_BFLOAT16 chooses others by their names: avx512_bf16 where it would be amx, emulated and emulated_amx in
+// plain C++, which are slow. A forced CNNLSTM_FAST_ISA chooses none of the processor's.
 const BFloat16Table* bfloat16_kernels();
 
 }  // namespace cnnlstm_fast

@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace cnnlstm_fast {
 namespace {
@@ -21,14 +25,28 @@ bool cpu_has_avx512_bf16() {
 #endif
 }
 
-bool is(const char* name, const char* value) {
-  const char* told = std::getenv(name);
-  return !std::strcmp(told ? told : "", value);
+// Linux gives a process tiles when it asks for them, once for all of its threads.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) || !(d & kTiles)) return false;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 const BFloat16Table* choose() {
-  if (is("CNNLSTM_FAST_BFLOAT16", "emulated")) return emulated_bf16_kernels();
-  return is("CNNLSTM_FAST_ISA", "") && cpu_has_avx512_bf16() ? avx512_bf16_kernels() : nullptr;
+  const char* told = std::getenv("CNNLSTM_FAST_BFLOAT16");
+  auto is = [told](const char* name) { return told && !std::strcmp(told, name); };
+  if (is("emulated")) return emulated_kernels();
+  if (is("emulated_amx")) return emulated_amx_kernels();
+  const char* isa = std::getenv("CNNLSTM_FAST_ISA");
+  if ((isa && *isa) || !cpu_has_avx512_bf16()) return nullptr;
+  if (amx_kernels() && !is("avx512_bf16") && may_use_tiles()) return amx_kernels();
+  return avx512_bf16_kernels();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#define CNNLSTM_FAST_SET avx512
+#define CNNLSTM_FAST_SET avx512_bf16
 #define CNNLSTM_FAST_VECTOR 16
 #define CNNLSTM_FAST_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,bmi2"
 #define CNNLSTM_FAST_BF16_UNIT
