@@ -72,8 +72,7 @@ Tensor bfloat16_product(Tensor a, Tensor b, Tensor sums) {
         panel[k * lanes + n] =
             from[2 * k * columns + first + n] | static_cast<uint32_t>(from[(2 * k + 1) * columns + first + n]) << 16;
     AlignedFloats part(rows * lanes);
-    for (int64_t r = 0; r < rows; ++r)
-      std::copy_n(floats(sums) + r * columns + first, some, part.data() + r * lanes);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(floats(sums) + r * columns + first, some, part.data() + r * lanes);
     low->multiply(static_cast<const uint32_t*>(a.data_ptr()), rows, words, panel.data(), part.data());
     for (int64_t r = 0; r < rows; ++r)
       std::copy_n(part.data() + r * lanes, some, mutable_floats(found) + r * columns + first);

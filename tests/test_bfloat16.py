@@ -114,7 +114,9 @@ def test_infinities_and_nans():
 @pytest.mark.parametrize("wrong", ["short", "odd", "float32", "strided"])
 def test_wrong_products_are_refused(wrong):
     a, b, sums = draw_product((3, 8, 5), 0.0)
-    a = {"short": a[:, :6].clone(), "odd": a[:, :5].clone(), "float32": a.float(), "strided": a[:, ::2]}[wrong]
+    a = {"short": a[:, :6].clone(), "odd": a[:, :5].clone(), "float32": a.float(), "strided": a[:, ::2]}[
+        wrong
+    ]
     with pytest.raises(RuntimeError, match="bfloat16_product: "):
         torch.ops.cnnlstm_fast.bfloat16_product(a, b, sums)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerated import Kinks, ReluInside, assert_alike, assert_same_gradients, close, module_with, pair
+from helpers import assert_close_as_torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -164,7 +165,10 @@ WATCHED = {
 
 
 def assert_calls_alike(call, mode: str, kind: type) -> tuple[nn.Module, nn.Module]:
-    """Five calls as PyTorch's: results, strides, gradients and buffers. In the last one ``call`` gets a ``kind``."""
+    """Five calls as PyTorch's: results, strides, gradients and buffers.
+
+    The last one gives a ``kind``.
+    """
     model = Carried(call).train(mode == "train")
     fast, twin = cf.accelerate(copy.deepcopy(model)), copy.deepcopy(model)
     for _ in range(5):
@@ -194,6 +198,34 @@ def test_what_carries_a_map_on(call, mode):
             x = torch.randn(2, 3, 9, 8)
             torch.testing.assert_close(fast(x), twin(x), rtol=1e-4, atol=1e-4)
     assert fast.given[-1] is CarriedMap
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("call", CARRY)
+def test_what_carries_a_map_on_under_autocast(call, mode):
+    """In bfloat16: dtypes and strides as PyTorch's, and errors by the numbers rule."""
+    model = Carried(CARRY[call]).train(mode == "train")
+    fast, twin, exact = (
+        cf.accelerate(copy.deepcopy(model)),
+        copy.deepcopy(model),
+        copy.deepcopy(model).double(),
+    )
+    found = {}
+    for _ in range(5):
+        x = torch.randn(4, 3, 19, 18)
+        for way, net, given in (("fast", fast, x), ("twin", twin, x), ("exact", exact, x.double())):
+            net.given = []
+            given = given.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=way != "exact"):
+                out = net(given)
+            leaves = [given, *net.parameters()]
+            grads = torch.autograd.grad(out.double().square().sum(), leaves, allow_unused=True)
+            found[way] = out, torch.cat([grad.flatten() for grad in grads if grad is not None])
+        (got, _), (expected, _) = found["fast"], found["twin"]
+        assert got.dtype == expected.dtype == torch.bfloat16 and got.stride() == expected.stride()
+        for name, *values in zip(("result", "gradients"), *found.values(), strict=True):
+            assert_close_as_torch(*values, name)
+    assert fast.given[-1] is CarriedMap and twin.given[-1] is Tensor
 
 
 def test_one_channel_that_is_computed_again():
@@ -239,14 +271,15 @@ def test_statistics_of_carried_batches_are_as_exact_as_pytorchs():
     fast, error = cf.accelerate(copy.deepcopy(model)), {}
     for _ in range(5):
         x = torch.randn(16, 3, 60, 40)
-        expected = exact(x.double())
+        exact(x.double())
         for way, found in (("fast", fast), ("plain", plain)):
-            error[way] = [(found(x) - expected).norm()]
+            found(x)
+            error[way] = []
             for name in ("running_mean", "running_var"):
                 ours, theirs = (dict(m.named_buffers())[f"norm.{name}"] for m in (found, exact))
                 error[way].append((ours - theirs).abs().max())
     assert fast.given[-1] is CarriedMap
-    assert all(a <= 2 * b + 1e-5 for a, b in zip(error["fast"], error["plain"], strict=True))
+    assert all(a <= 2 * b + 4e-6 for a, b in zip(error["fast"], error["plain"], strict=True))
 
 
 def ruled(monkeypatch, us, conversion_us=0.0):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 
 from cnnlstm_fast.functional.epilogue import Program, program_of, run_program
 from cnnlstm_fast.fusion.calls import Found, Norm, is_sum, read_call
-from cnnlstm_fast.fusion.context import why_watched
+from cnnlstm_fast.fusion.context import context_of, why_watched
 from cnnlstm_fast.fusion.layout import like_channels_last
 from cnnlstm_fast.fusion.tensors import (
     METADATA,
@@ -43,9 +43,11 @@ if TYPE_CHECKING:
 #: Percent of the convolutions' time that carrying must save, where times are predicted.
 GAIN_PERCENT = limit("CARRY_GAIN", 3, -(10**6))
 #: Microseconds of a call on carried maps, and how many times as much it is with a graph of gradients.
-_CALL_US, _WITH_GRAPH = 20.0, 3.0
+_CALL_US, _WITH_GRAPH = 35.0, 4.0
 #: How many shapes of inputs a convolution remembers.
 _MEMORY = 256
+#: Of images that are carried.
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Entering(torch.autograd.Function):
@@ -196,9 +198,9 @@ class Decisions:
             return None, None
         if x.dim() != 4:
             return None, None
-        kind = x.shape, training, records_gradients(), tuner.enabled
+        kind = x.shape, training, records_gradients(), tuner.enabled, x.dtype, context_of(x).autocast
         found = self.by_kind.get(kind, self.latest.get(kind[1:], False))
-        carries = found is not False and is_image(x) and x.numel() > 0
+        carries = found is not False and is_image(x) and x.numel() > 0 and kind[-1] in (None, *_DTYPES)
         return kind, Carry(writes, rehearses=found is None) if carries else None
 
     def learn(self, kind: tuple, carry: Carry | None) -> None:
@@ -316,6 +318,8 @@ def _read_arithmetic(function: Callable, args: tuple, kwargs: dict[str, Any]) ->
             return None
         if t.shape != shapes[0] and (t.shape[1] != shapes[0][1] or t.shape[2:].numel() > 1):
             return None
+        if inplace and torch.promote_types(t.dtype, args[0].dtype) != args[0].dtype:
+            return None
     if inplace:
         function = Tensor.add
     return Passage(partial(function, **kwargs), args, inplace)
@@ -325,7 +329,7 @@ def is_image(value: Any) -> bool:
     """Whether a value is a carried map, or a tensor that lies as PyTorch's maps do where it is carried."""
     if type(value) is CarriedMap:
         return True
-    if type(value) not in (Tensor, nn.Parameter) or value.dim() != 4 or value.dtype != torch.float32:
+    if type(value) not in (Tensor, nn.Parameter) or value.dim() != 4 or value.dtype not in _DTYPES:
         return False
     if not value.is_cpu or value.layout is not torch.strided or not value.is_contiguous():
         return False

@@ -244,7 +244,7 @@ class FusionPlan:
             return False
         if like_channels_last(conv.weight):  # then PyTorch's result lies so, too
             return False
-        if not as_block and _is_faulty(x, conv, shapes[0][0]):
+        if not as_block and _is_faulty(x, self.dtypes[0], conv, shapes[0][0]):
             return False
         trained, threads = records_gradients(), torch.get_num_threads()
         return saves_us > -sum(
@@ -312,7 +312,7 @@ class FusionPlan:
         plain = Way(layout, None, us + call.choice.saves_us + saves_us, carried=carried)
         if not with_block or (self.is_program and head == len(self.steps)):  # no step is left for an epilogue
             return [plain]
-        if carried and call.plan == "reference" and _is_faulty(x, conv, place.shapes[0][0]):
+        if carried and call.plan == "reference" and _is_faulty(x, self.dtypes[0], conv, place.shapes[0][0]):
             return [plain]
         return [plain, Way(layout, call, us, self._overhead_us(place), carried, head)]
 
@@ -414,13 +414,20 @@ def _first_that_pays(found: list[tuple[FusionPlan, ShapePlan]]) -> tuple[FusionP
     return next((one for one in found if not one[0].is_program), found[0])
 
 
-def _is_faulty(x: Tensor, conv: Conv, map_shape: torch.Size) -> bool:
-    """Whether PyTorch's convolution must not get ``x`` channels-last (csrc/library_limits.h says why)."""
-    if x.dtype != torch.float32 or not x.is_cpu:
-        return x.dtype != torch.float32
+def _is_faulty(x: Tensor, dtype: torch.dtype, conv: Conv, map_shape: torch.Size) -> bool:
+    """Whether PyTorch's convolution in ``dtype`` must not get ``x`` channels-last.
+
+    csrc/library_limits.h says why.
+    """
+    if not x.is_cpu:
+        return False
     # Stride, padding, dilation and groups as in the schema of conv_block; nothing depends on the padding.
     args = [*_pair(conv.stride), 0, 0, *_pair(conv.dilation), conv.groups]
-    return any(torch.ops.cnnlstm_fast.library_limits(x, conv.weight, args, map_shape[-1]))
+    given = x.new_empty((), dtype=dtype).expand(x.shape)
+    contiguous, contiguous_grad, _ = torch.ops.cnnlstm_fast.library_limits(
+        given, conv.weight, args, map_shape[-1]
+    )
+    return contiguous or (contiguous_grad and records_gradients())
 
 
 def _pair(value: int | Sequence[int]) -> Sequence[int]:

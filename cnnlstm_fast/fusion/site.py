@@ -149,7 +149,7 @@ class ConvSite:
             known = self.known[key] = plan
         assert type(known) is FusionPlan
         carry = running.carry
-        if carry is not None and function is torch.conv2d and not context.autocast and carry.may_pass():
+        if carry is not None and function is torch.conv2d and carry.may_pass():
             return self._convolve_carried(running, carry, known, context, function, x, conv)
         if isinstance(x, CarriedMap):
             x.leave()

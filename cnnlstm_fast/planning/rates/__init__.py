@@ -19,7 +19,7 @@ _MAKES = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 
 
 def kind(dtype: torch.dtype) -> str:
-    """The name under which files have the rates of a dtype: bfloat16 has others where oneDNN multiplies by AMX."""
+    """The name under which files have the rates of a dtype: with AMX, those of bfloat16 are others."""
     return str(dtype)[6:] + " by amx" * (dtype == torch.bfloat16 and _library_has_amx())
 
 
