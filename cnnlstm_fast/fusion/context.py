@@ -61,7 +61,7 @@ def has_saved_tensor_hooks() -> bool:
 
 
 def why_watched(alone: bool) -> str | None:
-    """Who would see that other operators run than PyTorch's, as a sentence; None if nobody would.
+    """Who sees that other operators run than PyTorch's, as a sentence; None if nobody does.
 
     Args:
         alone: no mode is active that sees operators (``__torch_dispatch__``), but for our own watch for writes.
