@@ -64,7 +64,7 @@ def why_watched(alone: bool) -> str | None:
     """Who sees that other operators run than PyTorch's, as a sentence; None if nobody does.
 
     Args:
-        alone: no mode is active that sees operators (``__torch_dispatch__``), but for our own watch for writes.
+        alone: no mode sees operators (``__torch_dispatch__``), but for our own watch for writes.
     """
     if torch.jit.is_tracing():
         return "is being traced"
