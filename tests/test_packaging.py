@@ -163,7 +163,8 @@ def test_every_kernel_file_includes_what_it_needs(tmp_path):
     native = shutil.which(os.environ.get("CXX", "g++"))
     if native and platform.machine() in ("x86_64", "AMD64"):
         for source in KERNELS.glob("kernels_*.cpp"):
-            shuffled = random.sample(kernels, len(kernels))
+            together = [k for k in kernels if k.name != "tiles.inc"]  # dot.inc stands in its place
+            shuffled = random.sample(together, len(together))
             calls.append([native, *check, str(including(source, shuffled, tmp_path / source.name))])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda call: run(*call), calls))
