@@ -216,7 +216,7 @@ def test_layers_by_other_units(unit):
     root = Path(cf.__file__).parents[1]
     env = os.environ | {
         "CNNLSTM_FAST_BFLOAT16": unit, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128",
-        "CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "3"),
+        "CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "6"),
     }  # fmt: skip
     files = ("tests/test_bfloat16.py", "tests/test_recurrent.py", "tests/test_recurrent_ops.py")
     ran = subprocess.run(
