@@ -451,13 +451,12 @@ def content(
     """
     threads = max(race.problem().threads for race in races)
     usual = rates.here()
-    given = usual.plans if prior is None and usual.name == rates.name_here() else {}
-    if prior is not None:
-        given = prior.plans
-    plans = dict(given)
+    own = usual if usual.name == rates.name_here() else None
+    kept = prior or own  # with rates of dtypes that were not raced
+    plans = {} if kept is None else dict(kept.plans)
     for dtype in sorted({race.dtype for race in races}):
         kind = rates.kind(getattr(torch, dtype))
-        begin = {} if prior is None else given.get(kind, {})
+        begin = {} if prior is None else prior.plans.get(kind, {})
         plans[kind] = fit_plans([race for race in races if race.dtype == dtype], begin, threads)
     passes = {rates.kind(getattr(torch, dtype)): fit_epilogues(rows) for dtype, rows in epilogues.items()}
     return {

@@ -9,12 +9,9 @@
 #include <tuple>
 
 #include "cpu/conv_block/block.h"
+#include "cpu/processor.h"
 #include "op.h"
 #include "tensors.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace cnnlstm_fast {
 namespace {
@@ -23,27 +20,6 @@ using torch::headeronly::ScalarType;
 
 // Columns of a kernel; with 15 the first calls that never end were seen.
 constexpr int64_t kMostDepthwiseWidth = 12;
-
-bool cpu_has_amx() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;
-  return (d & kBFloat16Tiles) && (d & kTiles);
-#else
-  return false;
-#endif
-}
-
-bool cpu_has_avx512_bf16() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBFloat16 = 1u << 5;
-  return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBFloat16);
-#else
-  return false;
-#endif
-}
 
 // Whether the library may use a set with one of these words in its name. It reads the name once, in capitals or not.
 bool allowed(std::initializer_list<const char*> words) {
@@ -62,7 +38,7 @@ bool allowed(std::initializer_list<const char*> words) {
 bool library_has_amx() {
   static const bool has = [] {
     const char* told = std::getenv("CNNLSTM_FAST_LIBRARY_ISA");
-    return (told && std::string(told) == "amx") || (cpu_has_amx() && allowed({"AMX"}));
+    return (told && std::string(told) == "amx") || (cpu_has_amx_bf16() && allowed({"AMX"}));
   }();
   return has;
 }

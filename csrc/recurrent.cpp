@@ -88,7 +88,7 @@ void pack_weights(const RecurrentCall& call, int64_t d, Prepared& p) {
   const DirectionWeights& w = call.directions[d];
   auto pack = [&](const Tensor& weight, bool of_inputs) {
     if (p.low) {
-      const Tensor words = as_word_rows(weight, p.low->row_words);
+      const Tensor words = as_word_rows(weight, *p.low);
       float* packed = p.memory(weight, gate_floats(call.mode, l.hidden, words.size(1) / 2));
       pack_gate_words(words, call.mode, of_inputs, *p.low, packed);
       return packed;
@@ -118,10 +118,9 @@ void pack_weights(const RecurrentCall& call, int64_t d, Prepared& p) {
 // Makes a described layer one of words: of its input, its state and its output.
 void use_words(const RecurrentCall& call, int64_t d, const Tensor& out, Prepared& p) {
   PairLayer& l = p.layer;
-  const int64_t multiple = p.low->row_words;
-  l.inputs = ceil_div(call.inputs, 2 * multiple) * multiple, l.x_step /= l.x_step == kPacked ? 1 : 2, l.x_sequence /= 2;
+  l.inputs = row_words(call.inputs, *p.low), l.x_step /= l.x_step == kPacked ? 1 : 2, l.x_sequence /= 2;
   l.out_low = static_cast<uint16_t*>(out.data_ptr()) + d * call.width;
-  l.h_words = ceil_div(call.width, 2 * multiple) * multiple;
+  l.h_words = row_words(call.width, *p.low);
   l.h_pairs = reinterpret_cast<uint32_t*>(p.zeros(2 * l.batch * l.h_words));
 }
 
@@ -230,7 +229,7 @@ LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved
   call.weights_packed = packed != nullptr;
   number_sequences(call);
   if (call.batch == 0) return results;
-  const Tensor from = low ? as_word_rows(x, low->row_words) : as_float_rows(x);
+  const Tensor from = low ? as_word_rows(x, *low) : as_float_rows(x);
   for (int64_t d = 0; d < directions; ++d) {
     Prepared p(low);
     describe_layer(call, d, from, results.out, saved, p);

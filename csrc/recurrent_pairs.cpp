@@ -23,8 +23,8 @@ const BFloat16Table* low_kernels(const RecurrentCall& call) {
   return suits ? bfloat16_kernels() : nullptr;
 }
 
-Tensor as_word_rows(const Tensor& t, int64_t row_words) {
-  const int64_t last = t.dim() - 1, size = t.size(last), padded = ceil_div(size, 2 * row_words) * 2 * row_words;
+Tensor as_word_rows(const Tensor& t, const BFloat16Table& low) {
+  const int64_t last = t.dim() - 1, size = t.size(last), padded = 2 * row_words(size, low);
   bool words = size == padded && t.stride(last) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 4 == 0;
   for (int64_t i = 0; i < last; ++i) words &= t.stride(i) % 2 == 0 || t.size(i) <= 1;
   if (words) return t;

@@ -4,15 +4,20 @@
 
 #include "cpu/bfloat16/bfloat16.h"
 #include "recurrent_description.h"
+#include "threads.h"
 
 namespace cnnlstm_fast {
 
 // The kernels of a layer that is bfloat16 and not projected, if the processor has a unit for them; else null.
 const BFloat16Table* low_kernels(const RecurrentCall& call);
 
-// A bfloat16 tensor whose rows are whole words: contiguous in the last dimension, which zeros make a multiple of
-// `row_words` words.
-torch::stable::Tensor as_word_rows(const torch::stable::Tensor& t, int64_t row_words);
+// Words of a row of so many numbers, with the zeros behind it.
+inline int64_t row_words(int64_t size, const BFloat16Table& low) {
+  return ceil_div(size, 2 * low.row_words) * low.row_words;
+}
+
+// A bfloat16 tensor whose rows are whole words: contiguous in the last dimension, which is as long as row_words says.
+torch::stable::Tensor as_word_rows(const torch::stable::Tensor& t, const BFloat16Table& low);
 
 // As pack_gate_weight, of as_word_rows of a weight.
 void pack_gate_words(const torch::stable::Tensor& words, int64_t mode, bool of_inputs, const BFloat16Table& low,

@@ -84,7 +84,7 @@ def test_bfloat16_by_amx_has_rates_of_its_own(monkeypatch):
     given = rates.read("avx512-intel")
     both = [given.plans[kind]["reference"]["forward"] for kind in ("bfloat16", "bfloat16 by amx")]
     for amx in (False, True):
-        monkeypatch.setattr(rates, "_library_has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(rates, "library_has_amx", lambda amx=amx: amx)
         assert given.of(torch.bfloat16, "reference")[0] is both[amx]
         assert given.of(torch.float32, "reference")[0] is given.plans["float32"]["reference"]["forward"]
         other = rates.read("avx512-amd")

@@ -198,10 +198,12 @@ class Decisions:
             return None, None
         if x.dim() != 4:
             return None, None
-        kind = x.shape, training, records_gradients(), tuner.enabled, x.dtype, context_of(x).autocast
+        autocast = context_of(x).autocast
+        kind = x.shape, training, records_gradients(), tuner.enabled, x.dtype, autocast
         found = self.by_kind.get(kind, self.latest.get(kind[1:], False))
-        carries = found is not False and is_image(x) and x.numel() > 0 and kind[-1] in (None, *_DTYPES)
-        return kind, Carry(writes, rehearses=found is None) if carries else None
+        if found is False or autocast not in (None, *_DTYPES) or not x.numel() or not is_image(x):
+            return kind, None
+        return kind, Carry(writes, rehearses=found is None)
 
     def learn(self, kind: tuple, carry: Carry | None) -> None:
         """Learn from a session in which every convolution had a plan."""

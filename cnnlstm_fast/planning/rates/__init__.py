@@ -15,15 +15,18 @@ from cnnlstm_fast import _ext
 SCHEMA = 3
 #: By instruction set, the file for processors of a make that has no file of its own.
 _NEAREST = {"avx512": "avx512-amd", "avx2": "avx2-amd", "baseline": "baseline"}
+_BY_AMX = " by amx"
 _MAKES = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
 
 
 def kind(dtype: torch.dtype) -> str:
     """The name under which files have the rates of a dtype: with AMX, those of bfloat16 are others."""
-    return str(dtype)[6:] + " by amx" * (dtype == torch.bfloat16 and _library_has_amx())
+    return str(dtype)[6:] + _BY_AMX * (dtype == torch.bfloat16 and library_has_amx())
 
 
-def _library_has_amx() -> bool:
+@lru_cache(maxsize=1)
+def library_has_amx() -> bool:
+    """Whether PyTorch's library multiplies bfloat16 by AMX."""
     return _ext.loaded and torch.ops.cnnlstm_fast.library_has_amx()
 
 
@@ -59,7 +62,8 @@ class Rates(NamedTuple):
 
 
 def _of_dtype(given: dict[str, dict], dtype: torch.dtype) -> dict:
-    return given.get(kind(dtype)) or given[str(dtype)[6:]]
+    plain = str(dtype)[6:]
+    return given.get(kind(dtype)) or given.get(plain) or given[plain + _BY_AMX]
 
 
 def read(name: str) -> Rates:

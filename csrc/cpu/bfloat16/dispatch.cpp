@@ -1,11 +1,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../processor.h"
 #include "bfloat16.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,25 +12,11 @@
 namespace cnnlstm_fast {
 namespace {
 
-bool cpu_has_avx512_bf16() {
-#if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
-#else
-  return false;
-#endif
-}
-
 // Linux gives a process tiles when it asks for them, once for all of its threads.
 bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) || !(d & kTiles)) return false;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return cpu_has_amx_bf16() && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
   return false;
 #endif

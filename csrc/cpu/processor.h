@@ -1,0 +1,31 @@
+// Units of the processor that the compiler's __builtin_cpu_supports has no name for.
+#pragma once
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace cnnlstm_fast {
+
+inline bool cpu_has_avx512_bf16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+#else
+  return false;
+#endif
+}
+
+// Tiles, and products of bfloat16 by them.
+inline bool cpu_has_amx_bf16() {
+#if defined(__x86_64__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBFloat16) && (d & kTiles);
+#else
+  return false;
+#endif
+}
+
+}  // namespace cnnlstm_fast
