@@ -9,7 +9,7 @@
 // |                           | (bfloat16)                                          |                   |            |
 // | everywhere                | bfloat16, channels-last, depthwise, a wide kernel   | never ends        | contiguous |
 // | AMX (tiles of bfloat16)   | bfloat16, input or map one column wide, or a kernel | reads unwritten   | float32    |
-// |                           | longer than the image                               | memory, NaN       |            |
+// |                           | longer than the image                               | memory, crash     |            |
 //
 // In that order: tests/test_regressions.py::test_maps_of_one_column,
 // ::test_the_weight_gradient_of_a_strided_pointwise_convolution, ::test_a_depthwise_convolution_of_a_wide_kernel and

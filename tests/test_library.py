@@ -83,3 +83,26 @@ for dtype in (torch.bfloat16, torch.float32):
         assert run_python(code, **way).stdout.splitlines() == [expected, "fused fused fused fused"]
     alike = {"CNNLSTM_FAST_LIBRARY_ISA": "amx", "CNNLSTM_FAST_BFLOAT16": "emulated_amx"}
     assert run_python(code, **alike).stdout.splitlines() == ["fused fused fused fused"] * 2
+
+
+def test_amx_is_never_chosen_where_it_fails():
+    """The plan for these is ours: PyTorch's convolution reads unwritten memory there, or crashes."""
+    code = """
+import torch, torch.nn.functional as F
+from cnnlstm_fast.functional import conv_block
+for n, c, co, groups, size, kernel, stride, padding, dilation in (CASES):
+    options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    x, weight = torch.randn(n, c, *size), torch.randn(co, c // groups, *kernel)
+    true = F.relu(F.conv2d(x.bfloat16().double(), weight.bfloat16().double(), **options))
+    low = conv_block(x.bfloat16(), weight.bfloat16(), activation="relu", **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = [conv_block(x, weight, activation="relu", **options) for _ in range(2)]
+    for found in (low, *cast):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - true).norm() <= 2 * torch.finfo(torch.bfloat16).eps * true.norm()
+print("the end")
+"""
+    crashes = (3, 128, 16, 16, (1, 16), (3, 3), (2, 1), (3, 0), (2, 2))
+    cases = "".join(f"{case}, " for case in (*COLUMNS.values(), crashes))
+    ran = run_python(code.replace("CASES", cases), CNNLSTM_FAST_LIBRARY_ISA="amx", MALLOC_PERTURB_="128")
+    assert ran.stdout == "the end\n", f"exit status {ran.returncode}: {ran.stderr[-2000:]}"

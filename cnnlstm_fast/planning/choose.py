@@ -207,6 +207,10 @@ def cheapest(
     problem = conv_problem(sizes, training, needs_x, channels_last, threads)
     if sizes.device == "cuda":
         return _on_cuda(problem, tf32)
+    if problem.faulty and rates.library_has_amx():
+        found = costs.predict(problem, rates.here(), _able(sizes, transforms))
+        ns, name = min((ns, name) for name, ns in found.items() if name != "reference")
+        return Choice(name, name, "PyTorch's convolution of such an image by AMX has faults", ns / 1e3)
     choice = least(costs.predict(problem, rates.here(), _able(sizes, transforms)))
     if not transforms and PLANS[least(costs.predict(problem, rates.here(), _able(sizes))).forward].transforms:
         choice = choice._replace(reason=choice.reason + "; cnnlstm_fast.backends.allow_transforms is False")
@@ -229,6 +233,8 @@ def _likely(*call) -> list[str]:
     if why_not_sizes(sizes):
         return ["reference"]
     problem = conv_problem(sizes, training, needs_x, channels_last, threads)
+    if problem.faulty and rates.library_has_amx():
+        return [cheapest(*call).forward]
     return tuner.shortlist(costs.predict(problem, rates.here(), _able(sizes, transforms)))
 
 

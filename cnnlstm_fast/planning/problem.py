@@ -73,6 +73,15 @@ class ConvProblem(NamedTuple):
         return self.channels // self.spec.groups * self.kernel[0] * self.kernel[1]
 
     @property
+    def faulty(self) -> bool:
+        """Whether PyTorch's convolution by AMX reads unwritten memory or crashes (csrc/library_limits.h)."""
+        if self.dtype != torch.bfloat16:
+            return False
+        sides = zip((self.height, self.width), self.kernel, self.spec.dilation, strict=True)
+        longer = any([dilation * (taps - 1) >= size for size, taps, dilation in sides])
+        return longer or 1 in (self.width, self.conv[1])
+
+    @property
     def depthwise(self) -> bool:
         return self.spec.groups == self.channels > 1
 
