@@ -38,7 +38,11 @@ class Frozen(nn.Module):
         import cnnlstm_fast as cf
 
         if self.frozen is None:
-            self.frozen = cf.freeze(self.model, x.clone())
+            try:
+                self.frozen = cf.freeze(self.model, x.clone())
+            except Exception:
+                self.model(x)  # what raises may have written to its input before
+                raise
             self.whole = self.frozen.version_of((x,)) is not None  # it is one call into C++
         return self.frozen(x)
 
@@ -76,6 +80,8 @@ def lines(nodes: tuple[Node, ...], indent: int, each: str = "") -> Iterator[str]
         yield from put(each)
 
 
+#: How a program begins that is frozen: as frozen models always are.
+EVAL = "model.eval()"
 #: What a program does that a frozen model, which runs none of its Python, need not do again.
 STATEFUL = re.compile(r"self\.(calls|kept|held|running|done)|\b(keep|see)\b|\braise\b|weakref|\.tag\b")
 
@@ -127,7 +133,7 @@ class Program:
             return None
         inputs = [n for n in self.drive if n.text.startswith("x = ")]
         call = Node("with caught():", "", (Node("with torch.no_grad():\n    see('out', model(x))"),))
-        drive = [Node("model.eval()"), *(n for given in inputs for n in (given, call, Node('see("x", x)')))]
+        drive = [Node(EVAL), *(n for given in inputs for n in (given, call, Node('see("x", x)')))]
         return replace(self, init=(), forward=forward, drive=tuple(drive), counts=False)
 
     def script(self, mode: str) -> str:

@@ -43,7 +43,7 @@ if __name__ == "__main__":  # who imports this for its judge keeps the usual siz
 
 import torch
 import torch._dynamo  # here, so that no child has to
-from program_writer import PRELUDE_CODE, Frozen, Program, Writer, begin_at_any_size, labels
+from program_writer import EVAL, PRELUDE_CODE, Frozen, Program, Writer, begin_at_any_size, labels
 from torch import nn
 
 import cnnlstm_fast as cf
@@ -252,6 +252,8 @@ class Runner:
     def fails(self, program: Program, mode: str, seeds: int = 2) -> tuple[str, str] | None:
         """How a program differs under a mode, if it does so with every drawing of its data."""
         source = program.source()
+        if mode == "freeze" and EVAL not in source:  # a frozen model is always in eval mode
+            return None
         try:
             code = compile(source, "<program>", "exec")
         except SyntaxError:  # of something shrunk
