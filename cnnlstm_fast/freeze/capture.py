@@ -77,9 +77,12 @@ def capture(model: nn.Module, args: tuple, kwargs: dict) -> Capture:
         opened, kwargs_opened, larger = _with_open_sizes(model, args, kwargs, fixed)
         program = _exported(model, opened, kwargs_opened)
         again = {at for at in larger if _is_fixed(program, *at)}
+        if not again and not _takes(program, args, kwargs):
+            again = set(larger)
         if not again:
             break
-        fixed |= again  # a size that the model fixes, as a loop over steps does, is that of the call
+        # Sizes that the model fixes, as a loop over steps does, or decides by, are those of the call.
+        fixed |= again
     signature = program.graph_signature
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         raise NotCaptured("it writes to its buffers or inputs")
@@ -147,6 +150,12 @@ def _is_fixed(program: torch.export.ExportedProgram, tensor: int, dim: int) -> b
     if not isinstance(size, torch.SymInt):
         return True
     return bool(size.node.shape_env.replace(size.node.expr).is_number)
+
+
+def _takes(program: torch.export.ExportedProgram, args: tuple, kwargs: dict) -> bool:
+    """Whether a graph, which may be of larger sizes, is one for this call, too."""
+    sizes = _sizes([node.meta["val"] for node in _inputs_of(program)])
+    return sizes.checker().values([t.shape for t in tensors_of(args, kwargs)]) is not None
 
 
 def _check_hooks(model: nn.Module) -> None:
