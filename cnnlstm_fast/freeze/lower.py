@@ -116,7 +116,8 @@ class _Lowering:
         results = [
             r for r in output.args[0] if isinstance(r, fx.Node) and isinstance(r.meta.get("val"), Tensor)
         ]
-        outputs = [self._output(result) for result in results]
+        names = {result: self._output(result) for result in dict.fromkeys(results)}
+        outputs = [names[result] for result in results]
         program = {
             "inputs": list(self.captured.inputs),
             "state": self.state,
@@ -226,7 +227,7 @@ class _Lowering:
         elif not self._view(node) and not self._sum(node):
             self._other(node)
 
-    def _append(self, op: str, out: str, **fields: Any) -> None:
+    def _append(self, op: str, out: str | list[str], **fields: Any) -> None:
         self.nodes.append({"op": op, **fields, "out": out})
 
     def _block(self, node: GraphNode) -> None:
@@ -261,7 +262,8 @@ class _Lowering:
         """Whether the node is a view, or a copy that only orders memory."""
         target, args = node.target, node.args
         if target is aten.clone.default or target is aten.contiguous.default:
-            ordered = node.kwargs.get("memory_format", torch.contiguous_format) is torch.contiguous_format
+            format = torch.contiguous_format if target is aten.contiguous.default else None
+            ordered = node.kwargs.get("memory_format", format) is torch.contiguous_format
             base = base_of(node.args[0])
             if not ordered or base.op == "placeholder" or base in self.constant:
                 return False
@@ -399,7 +401,11 @@ class _Lowering:
     def _output(self, node: GraphNode) -> str:
         """A result, ordered in memory as PyTorch would have it."""
         value, base = node.meta["val"], base_of(node)
-        if value.dim() < 3 or base.op == "placeholder" or base in self.constant or base.target is recurrent:
+        if base in self.constant:  # a caller may write to what it gets
+            name = self._name(node.name)
+            self._append("call", [name], name="aten::clone", args=[{"ref": node.name}, None])
+            return name
+        if value.dim() < 3 or base.op == "placeholder" or base.target is recurrent:
             return node.name
         strides = list(value.stride())
         hints = [int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in strides]

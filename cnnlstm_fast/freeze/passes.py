@@ -123,9 +123,21 @@ def argument(node: GraphNode, at: int, name: str, default: Any = None) -> Any:
 
 def base_of(node: GraphNode) -> GraphNode:
     """The node in whose memory the result of ``node`` lies."""
-    while node.target in VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while (source := _seen_by(node)) is not None:
+        node = source
     return node
+
+
+def _seen_by(node: GraphNode) -> GraphNode | None:
+    """The node whose memory a view sees; None of any other node."""
+    if node.target is operator.getitem:
+        node = node.args[0]  # a part of several views
+    target = node.target
+    if target not in VIEWS:
+        arguments = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
+        if not arguments or arguments[0].alias_info is None:
+            return None
+    return node.args[0] if isinstance(node.args[0], fx.Node) else None
 
 
 def _drop_copies(graph: Graph) -> None:
@@ -142,8 +154,10 @@ def _drop_copies(graph: Graph) -> None:
         if node.kwargs.get("memory_format") not in (None, torch.preserve_format):
             continue
         base = base_of(source)
-        if node in returned and (base.op == "placeholder" or base in returned):
-            continue
+        if node in returned:
+            if base.op == "placeholder" or base in returned:
+                continue
+            returned.add(base)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
 
@@ -177,8 +191,8 @@ def _returned(graph: Graph) -> set[GraphNode]:
     found: set[GraphNode] = set()
     for node in output.all_input_nodes:
         found.add(node)
-        while node.target in VIEWS and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
+        while (source := _seen_by(node)) is not None:
+            node = source
             found.add(node)
     return found
 
