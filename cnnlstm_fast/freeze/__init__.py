@@ -5,7 +5,8 @@
   :mod:`.sizes` for open sizes.
 - :mod:`.plans` times plans of blocks; :mod:`.program` runs the nodes.
 - :mod:`.versions` is a program with what it holds for; :mod:`.module` the module that chooses among them, and
-  :mod:`.pieces` what runs where there is no program of the whole.
+  :mod:`.pieces` what runs where there is no program of the whole. :mod:`.trials` finds whether a program does
+  what the model does.
 - :mod:`.archive` keeps it in a file; :mod:`.stream` runs it chunk by chunk.
 """
 

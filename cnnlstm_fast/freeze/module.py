@@ -21,7 +21,8 @@ from cnnlstm_fast.freeze import archive
 from cnnlstm_fast.freeze.capture import NotCaptured
 from cnnlstm_fast.freeze.lower import NotLowered
 from cnnlstm_fast.freeze.pieces import freeze_pieces
-from cnnlstm_fast.freeze.versions import Version, make_version, resized, same_results, signature_of
+from cnnlstm_fast.freeze.trials import Trial, copied
+from cnnlstm_fast.freeze.versions import Version, make_version, resized, signature_of
 
 if TYPE_CHECKING:
     from cnnlstm_fast.freeze.stream import FrozenStream
@@ -247,7 +248,13 @@ class Frozen(nn.Module):
             return _AS_PLAIN
         if self._plain is None:
             return _RunStrided(version, None)
-        return _RunStrided(version, self._plain(*args, **kwargs))
+        try:
+            trial = Trial(self._plain, args, kwargs)
+        except Exception:  # the model's own error is raised where the call runs as plain
+            return _AS_PLAIN
+        route = _RunStrided(version, trial.results)
+        # Copies cannot give what lies in the caller's memory, nor what the model decides by strides.
+        return route if trial.gave(route(self, trial.tensors, trial.args, trial.kwargs)) else _AS_PLAIN
 
     def _version_for(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Version | None:
         """A program for a call, captured now where there is none."""
@@ -260,15 +267,16 @@ class Frozen(nn.Module):
             broken = version.checker.broken(values)
             if broken <= version.broken:
                 return version
-            return version if self._holds(version, tensors, args, kwargs) else None
+            return version if self._holds(version, args, kwargs) else None
         if self._plain is None or len(self._versions) + len(self.why_not) >= _MOST_VERSIONS:
             return None
-        return self._new_version(signature, tensors, args, kwargs)
+        with torch.random.fork_rng(devices=()):  # the call draws what it would have drawn
+            return self._new_version(signature, *copied(args, kwargs))
 
-    def _new_version(self, signature: Any, tensors: list, args: tuple, kwargs: dict) -> Version | None:
+    def _new_version(self, signature: Any, args: tuple, kwargs: dict) -> Version | None:
         try:
-            version = make_version(self._model, self._state(), signature, tensors, args, kwargs)
-            if not self._holds(version, tensors, args, kwargs):
+            version = make_version(self._model, self._state(), signature, args, kwargs)
+            if not self._holds(version, args, kwargs):
                 raise NotCaptured("its program gives other results than the model")
             self._try_sizes(version, args, kwargs)
         except (NotCaptured, NotLowered) as error:
@@ -280,17 +288,18 @@ class Frozen(nn.Module):
         self._versions.append(version)
         return version
 
-    def _holds(self, version: Version, tensors: list[Tensor], args: tuple, kwargs: dict) -> bool:
-        """Whether a program gives the results of the model in this call."""
+    def _holds(self, version: Version, args: tuple, kwargs: dict) -> bool:
+        """Whether a program does what the model does in this call."""
         if self._plain is None:
             return False
         try:
-            expected = self._plain(*args, **kwargs)
-            holds = same_results(version.results_of(tensors), expected)
+            trial = Trial(self._plain, args, kwargs)
+            values = version.checker.values([t.shape for t in trial.tensors])
+            holds = values is not None and trial.gave(version.results_of(trial.tensors))
         except Exception:  # the model's own error is raised where the call runs as plain
             return False
-        if holds:
-            version.broken |= version.checker.broken(version.checker.values([t.shape for t in tensors]) or {})
+        if holds and values is not None:
+            version.broken |= version.checker.broken(values)
         return holds
 
     def _try_sizes(self, version: Version, args: tuple, kwargs: dict) -> None:
@@ -313,7 +322,7 @@ class Frozen(nn.Module):
                 values = version.checker.values([t.shape for t in tensors])
                 if values is None or not self._takes(*tried):
                     continue
-                holds = self._holds(version, tensors, *tried)
+                holds = self._holds(version, *tried)
                 if not holds and not version.checker.broken(values):
                     raise NotCaptured(f"its program does not hold for other values of the size {name}")
                 if size is not None:
@@ -321,13 +330,13 @@ class Frozen(nn.Module):
                     break
         tensors = [leaf for leaf in pytree.tree_leaves(least) if isinstance(leaf, Tensor)]
         if version.checker.values([t.shape for t in tensors]) is not None:
-            self._holds(version, tensors, *least)
+            self._holds(version, *least)
 
     def _takes(self, args: tuple, kwargs: dict) -> bool:
         """Whether the model runs such a call."""
         assert self._plain is not None
         try:
-            self._plain(*args, **kwargs)
+            Trial(self._plain, args, kwargs)
         except Exception:  # whatever a model raises
             return False
         return True
@@ -338,11 +347,11 @@ class Frozen(nn.Module):
         Args:
             args, kwargs: of the call.
         """
-        kwargs = kwargs or {}
-        with torch.no_grad():
+        args, kwargs = copied(args, kwargs or {})
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
             self(*args, **kwargs)
             if not self._versions and self._plain is not None and self._pieces is None:
-                with self._lock:
+                with self._lock, torch.inference_mode(False):
                     pieces = freeze_pieces(self._plain, self._model, args, kwargs, _frozen_piece)
                     self.__dict__["_pieces"] = pieces
 

@@ -8,15 +8,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from cnnlstm_fast.freeze.capture import capture, size_text
+from cnnlstm_fast.freeze.capture import capture, size_text, tensors_of
 from cnnlstm_fast.freeze.lower import lower
 from cnnlstm_fast.freeze.nodes import Node, names_in
 from cnnlstm_fast.freeze.plans import PACKED, choose_plans
 from cnnlstm_fast.freeze.program import Program
 from cnnlstm_fast.freeze.sizes import Sizes, compiled
-
-#: Errors of a result that are rounding: relative to its largest value.
-_ROUNDING = 1e-3
 
 
 class Version:
@@ -107,7 +104,6 @@ def make_version(
     model: nn.Module,
     state: dict[str, Tensor],
     signature: Any,
-    tensors: list[Tensor],
     args: tuple,
     kwargs: dict,
 ) -> Version:
@@ -127,7 +123,7 @@ def make_version(
             results.append(("size", size_text(value.meta["val"])))
     program, others = lower(captured)
     values = {name: state[key] for name, key in program["state"].items()}
-    choose_plans(program, {**values, **others}, tensors)
+    choose_plans(program, {**values, **others}, tensors_of(args, kwargs))
     return Version(program, others, state, captured.sizes, signature, results, captured.out_spec)
 
 
@@ -156,33 +152,3 @@ def signature_of(leaves: list, spec: Any) -> tuple:
         for leaf in leaves
     ]
     return (spec, *parts)
-
-
-def same_results(found: Any, expected: Any) -> bool:
-    """Whether two results agree but for rounding: structure, shapes, dtypes, strides, and values."""
-    a, of_a = pytree.tree_flatten(found)
-    b, of_b = pytree.tree_flatten(expected)
-    return of_a == of_b and all(map(_same, a, b))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not isinstance(b, Tensor):
-        return type(a) is type(b) and a == b
-    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype or not _same_order(a, b):
-        return False
-    if not b.is_floating_point():
-        return torch.equal(a, b)
-    a, b = a.detach().double(), b.detach().double()
-    finite = b.isfinite()
-    if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a[b.isinf()], b[b.isinf()]):
-        return False
-    scale = b[finite].abs().max().item() if finite.any() else 0.0
-    return bool(((a - b)[finite].abs() <= _ROUNDING * scale).all())
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether strides are the same where a size of 1 does not make them free."""
-    return (
-        all(s == t or n == 1 for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True))
-        or a.numel() == 0
-    )
