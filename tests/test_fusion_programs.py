@@ -252,6 +252,51 @@ def test_explanation_of_a_program():
     assert [stage.plan for stage in stages if stage.op == "sum+ReLU"] == ["epilogue"]
 
 
+#: What may follow a sum.
+BEHIND = {
+    "nothing": lambda y: y,
+    "relu": F.relu,
+    "relu in place": F.relu_,
+    "leaky": lambda y: F.leaky_relu(y, 0.3),
+    "nothing else": lambda y: F.dropout(y, 0.5, False),
+}
+
+
+@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("how", ["in place", "first", "second"])
+def test_a_gradient_that_only_the_other_operand_needs(programs, how, behind, image):
+    """The result needs one, too. Images are carried."""
+
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            conv = nn.Conv2d if image else nn.Conv1d
+            self.entry, self.main, self.short = (conv(c, 6, 3, padding=1) for c in (2, 6, 6))
+
+        def forward(self, x):
+            x = self.entry(x)
+            y, short = self.main(x), self.short(x)
+            if how == "in place":
+                y += short
+            else:
+                y = y + short if how == "first" else short + y
+            return BEHIND[behind](y)
+
+    model = Shortcut()
+    for conv in (model.entry, model.main):
+        conv.requires_grad_(False)
+    fast = cf.accelerate(copy.deepcopy(model))
+    for _ in range(4):
+        x = torch.randn(3, 2, *((9, 8) if image else (9,)))
+        found, grad = [], torch.randn_like(model(x))
+        for m in (fast, model):
+            out = m(x)
+            found.append([out.detach(), *torch.autograd.grad(out, [*m.short.parameters()], grad)])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert any(added for _, added in programs)
+
+
 def test_the_gradient_of_a_sum_lies_as_its_operand():
     """PyTorch's gradient of ``instance_norm`` is wrong where it gets a channels-last one."""
 

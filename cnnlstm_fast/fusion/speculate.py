@@ -336,8 +336,7 @@ class Speculation:
         if self.carry is not None:
             result = self.carry.hold(result)
         if value is not None:
-            plain = self.graph is None and self.carry is None
-            if not _exchange(value, result.detach() if plain else result):
+            if not _exchange(value, result):
                 return None
             result = value
         if type(result) is CarriedMap:
