@@ -297,6 +297,34 @@ def test_a_gradient_that_only_the_other_operand_needs(programs, how, behind, ima
     assert any(added for _, added in programs)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("other", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("behind", [True, False])
+def test_sums_of_channels_last_maps_lie_as_pytorchs(programs, behind, other, batch):
+    """As the first operand, where one lies otherwise; then no epilogue runs them."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)
+
+        def forward(self, x):
+            y, z = self.left(x).contiguous(memory_format=other), F.relu(self.right(x))
+            y = y + z if behind else z + y
+            return y, torch.empty_like(y)
+
+    model = Sum()
+    fast = cf.accelerate(copy.deepcopy(model))
+    for last in (False, True, True):
+        x = torch.randn(batch, 3, 7, 8)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        programs.clear()
+        (got, like), (expected, _) = fast(x), model(x)
+        torch.testing.assert_close(got, expected)
+        assert like.stride() == got.stride() == expected.stride()
+    assert [added for _, added in programs] == [True] * (other is torch.channels_last)
+
+
 def test_the_gradient_of_a_sum_lies_as_its_operand():
     """PyTorch's gradient of ``instance_norm`` is wrong where it gets a channels-last one."""
 

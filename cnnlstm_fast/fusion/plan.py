@@ -399,6 +399,9 @@ class FusionPlan:
                 torch.empty_like(conv.weight, dtype=x.dtype, device="meta"),
                 None, *conv[2:],
             )  # fmt: skip
+            if eager_layout(x, conv.weight, False, None, None) == "channels_last":
+                at = y.dim() - conv.weight.dim() + 1  # meta convolutions are contiguous, whatever they read
+                y = y.new_empty(y.movedim(at, -1).shape).movedim(-1, at)
             found = [(y.shape, y.stride())]
             for step in self.steps:
                 if step.kind in ("pool", "max_pool"):
