@@ -200,6 +200,25 @@ def test_second_derivatives(program, last):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("program", ["+r", "+l", "n+r"])
+@pytest.mark.parametrize("needed", ["z", "added", "both"])
+def test_second_derivatives_of_zero_are_there_where_pytorchs_are(program, needed):
+    """Hooks are called with them, and optimizers take a gradient of zero otherwise than none."""
+    tensors, found = [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)], []
+    norm = norm_of(tensors[0].shape, False).requires_grad_(False)
+    for fn in (eager, ours):
+        z, added = (
+            t.clone().requires_grad_(needed in (name, "both"))
+            for name, t in zip(("z", "added"), tensors, strict=True)
+        )
+        wanted = [t for t in (z, added) if t.requires_grad]
+        first = torch.autograd.grad(
+            fn(z, stages_of(program, norm, 0.5), added).sum(), wanted, create_graph=True
+        )
+        found.append([torch.autograd.grad(t.sum(), wanted, retain_graph=True) for t in first])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 5, 5), (3, 4, 0, 5), (0, 4)])
 def test_empty(shape):
     for program in ("+r", "n+r", "r"):

@@ -137,5 +137,6 @@ def run_program(
     else:
         out, _, stats = op.forward_op(*args, False)
     if by_batch and moments is None:
-        conv_norm.update_running(norm, None, stats[0], stats[1], z.numel() // z.shape[1])
+        mean, var = stats.detach()[:2]
+        conv_norm.update_running(norm, None, mean, var, z.numel() // z.shape[1])
     return out

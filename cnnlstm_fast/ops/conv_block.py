@@ -252,7 +252,7 @@ def _recomputed_backward(grad, x, weight, bias, args, needs):
     return [next(found) if need else None for need in needs]
 
 
-class _WithZeros(torch.autograd.Function):
+class WithZeros(torch.autograd.Function):
     """A tensor as it is, on which others depend with derivatives of zero, and not with none."""
 
     @staticmethod
@@ -275,7 +275,7 @@ def _differentiable_backward(grad, x, weight, bias, codes, args, needs):
         grad, codes, map_size(x.shape[2:], weight.shape[2:], conv), weight.shape[0], pool, order
     )
     if activation or pool:  # as PyTorch's second derivatives of those give zeros
-        grad_map = _WithZeros.apply(grad_map, x, weight, bias)
+        grad_map = WithZeros.apply(grad_map, x, weight, bias)
     return conv_backward_by_args(grad_map, x, weight, conv, needs)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnlstm_fast.ops.conv_block import Unchecked
+from cnnlstm_fast.ops.conv_block import Unchecked, WithZeros
 from cnnlstm_fast.ops.cuda import register_cuda
 from cnnlstm_fast.reference import epilogue_by_args
 from cnnlstm_fast.spec import (
@@ -144,33 +144,38 @@ register_cuda("epilogue_backward", "epilogue", "backward", x_at=0)
 
 
 class EpilogueFunction(torch.autograd.Function):
-    """Autograd around the op; gives the result and the statistics."""
+    """Autograd around the op; gives the result and the statistics.
+
+    These are the result's place in the graph, too: PyTorch's gradients of an activation depend on its
+    argument, with second derivatives of zero where it has two slopes.
+    """
 
     @staticmethod
     def forward(ctx, z, gamma, beta, mean, var, moments, added, stages, numbers, eps):
         needs = ctx.needs_input_grad
         out, passed, stats = forward_op(z, gamma, beta, mean, var, moments, added, stages, numbers, eps, True)
         ctx.args = stages, numbers, eps
-        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.beta = Unchecked(beta)
         last = len(stages) - 2 if keeps_bits(stages) else len(stages)
         before = [stage for stage in stages[:last] if stage != ADD_STAGE]
         # Without a norm and a curve before the sum no gradient depends on z, and PyTorch keeps none either.
         reads_z = any(needs[i] for i in (0, 1, 2)) and bool(before)
-        ctx.like = z.stride()
+        ctx.shape, ctx.like, ctx.dtype = z.shape, z.stride(), z.dtype
         ctx.save_for_backward(z if reads_z else None, gamma, mean, var, passed, stats)
         return out, stats
 
     @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
+    def backward(ctx, grad, zeros):
+        if grad is None and zeros is None:
             return (None,) * 10
         z, gamma, mean, var, passed, stats = ctx.saved_tensors
         stages, numbers, eps = ctx.args
         needs = ctx.needs_input_grad[:7]
+        if grad is None:
+            grad = zeros.new_zeros(ctx.shape, dtype=ctx.dtype)
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
-            return *_differentiable(ctx, grad, z, gamma, mean, var, passed, needs), None, None, None
+            return *_differentiable(ctx, grad, z, gamma, mean, var, passed, stats, needs), None, None, None
         grad = _as_strides(grad, ctx.like)
         dz, dadded, sums = backward_op(
             grad, z, passed, stats, stages, numbers, eps, mean is not None, needs[0], needs[6]
@@ -209,7 +214,7 @@ def bits_as_mask(passed: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
-def _differentiable(ctx, grad, z, gamma, mean, var, passed, needs) -> tuple[Any, ...]:
+def _differentiable(ctx, grad, z, gamma, mean, var, passed, stats, needs) -> tuple[Any, ...]:
     """Gradients through plain PyTorch."""
     stages, numbers, eps = ctx.args
     found: list[Tensor | None] = [None] * 7
@@ -217,7 +222,7 @@ def _differentiable(ctx, grad, z, gamma, mean, var, passed, needs) -> tuple[Any,
     if keeps_bits(stages):
         like = torch.empty_strided(grad.shape, ctx.like, dtype=grad.dtype, device=grad.device)
         mask, leaky = bits_as_mask(passed, like), stages[-1] - FIRST_ACTIVATION == ACTIVATIONS["leaky_relu"]
-        grad = grad.where(mask, grad * numbers[-2] if leaky else 0)
+        grad = WithZeros.apply(grad.where(mask, grad * numbers[-2] if leaky else 0), stats)
         before, of_numbers = before[:-1], of_numbers[:-2]
     if before and before[-1] == ADD_STAGE:
         if needs[6]:
