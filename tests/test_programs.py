@@ -205,6 +205,40 @@ def test_what_pytorch_refuses_may_go_on_to_another_error(one_thread):
     assert judge.difference(seen[2]) == ("raises", "AttributeError is raised where RuntimeError was")
 
 
+#: A norm whose backward gets a gradient that lies channels-last where its input is contiguous.
+NORM = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return self.norm(x).transpose(1, 2).flatten(2)
+
+def drive(wrap):
+    model, x = wrap(build()), rand(2, 2, 2, 1).requires_grad_()
+    total(model(x)).backward()
+    see("gradient of x", x.grad)
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_gradients_that_pytorch_has_wrong_are_not_compared(wrong, one_thread):
+    """And others are."""
+
+    def contiguous_gradients(model):
+        model.norm.register_forward_hook(
+            lambda m, x, y: y.register_hook(lambda g: g.contiguous() * (1 + wrong)) and None
+        )
+        return model
+
+    source = NORM.replace("transpose(1, 2).", "") if wrong else NORM
+    code = compile(source, "<program>", "exec")
+    judge = programs.Judge(code, SEED, False, source)
+    difference = judge.difference(programs.execute(code, contiguous_gradients, SEED))
+    assert difference and difference[0] == "other values" if wrong else difference is None
+
+
 def test_the_same_seed_writes_the_same_program():
     for one, two in zip(some_programs(count=5), some_programs(count=5), strict=True):
         assert one.script("compile") == two.script("compile")
