@@ -613,3 +613,23 @@ def test_dropout_between_layers(kind):
     run()
     assert_same(got, twin(x))
     assert_same(ours.eval()(x), twin.eval()(x))
+
+
+@kinds
+@needs_extension
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_gradient_of_a_transposed_input_lies_as_it(kind, batch):
+    """PyTorch's backward of a norm is wrong for a gradient that lies otherwise than its map."""
+    norm, theirs = nn.BatchNorm2d(6).eval(), getattr(nn, kind)(6, 4)
+    ours = getattr(cf, kind)(6, 4)
+    ours.load_state_dict(theirs.state_dict())
+    x, found = torch.randn(batch, 6, 2, 5), []
+    for layer in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        if layer is theirs:
+            y.register_hook(lambda grad: grad.contiguous())
+        out, _ = layer(y.flatten(2).permute(2, 0, 1))
+        (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

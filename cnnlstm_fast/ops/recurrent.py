@@ -166,7 +166,21 @@ class RecurrentLayerFunction(torch.autograd.Function):
                 *grads_in, *inputs, reset, lengths, out, saved, ctx.mode, ctx.batch_first,
                 need_x, need_state, need_weights,
             )  # fmt: skip
+            if need_x:
+                grads = _as_it_lies(grads[0], inputs[0]), *grads[1:]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def _as_it_lies(grad: Tensor, x: Tensor | None) -> Tensor:
+    """The gradient of ``x`` with the strides of ``x``, if that is dense.
+
+    PyTorch's backward of a norm is wrong for a gradient that lies otherwise than the norm's map, which ``x``
+    may be a view of.
+    """
+    if x is None or torch.compiler.is_compiling() or x.is_contiguous() or grad.stride() == x.stride():
+        return grad
+    like = torch.empty_like(x)
+    return like.copy_(grad) if like.stride() == x.stride() else grad
 
 
 def _reads(needs: Sequence[bool], mode: int, many_steps: bool) -> list[bool]:
