@@ -334,12 +334,22 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="File of rates; without it the package's own for this processor.")
     ] = None,
+    only_epilogues: Annotated[
+        bool, typer.Option(help="Race what runs behind convolutions alone; the file keeps all else.")
+    ] = False,
     one_thread: OneThread = False,
 ) -> None:
     """Race every plan of random blocks and fit the rates by which plans are chosen on this processor."""
     tilings: list[list[calibration.Cut]] = []
     epilogues: dict[str, dict[str, list[Row]]] = {}
     clock = _clock(one_thread)
+    path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
+    if only_epilogues:
+        seed = seed if seed >= 0 else secrets.randbelow(2**31)
+        epilogues = {str(d)[6:]: race_epilogues(count, seed, d, clock) for d in _DTYPES}
+        calibration.write(path, calibration.with_epilogues(json.loads(path.read_text()), epilogues))
+        console.print(f"{count} races of epilogues in each dtype; written: {path}")
+        return
     if races:
         raced = [one for path in races for one in calibration.read_races(path)]
     else:
@@ -348,7 +358,6 @@ def calibrate(
         tilings = calibration.race_tilings(count // 10, seed, clock)
         epilogues = {str(d)[6:]: race_epilogues(count // 2, seed, d, clock) for d in _DTYPES}
     here = Device.here()
-    path = output or Path(rates.__file__).parent / f"{rates.name_here()}.json"
     device = f"{here.cpu}, {here.cores} cores, {here.our_isa}"
     given = None if prior is None else rates.read(prior)
     calibration.write(path, calibration.content(raced, tilings, epilogues, device, given))

@@ -458,8 +458,7 @@ def content(
         kind = rates.kind(getattr(torch, dtype))
         begin = {} if prior is None else prior.plans.get(kind, {})
         plans[kind] = fit_plans([race for race in races if race.dtype == dtype], begin, threads)
-    passes = {rates.kind(getattr(torch, dtype)): fit_epilogues(rows) for dtype, rows in epilogues.items()}
-    return {
+    found = {
         "schema": rates.SCHEMA,
         "device": device,
         "threads": threads,
@@ -467,9 +466,18 @@ def content(
         "torch": torch.__version__,
         "races": len(races),
         "tilings": fit_tilings(tilings, usual.tilings) if tilings else usual.tilings,
-        "epilogues": usual.epilogues | passes,
+        "epilogues": usual.epilogues,
         "plans": dict(sorted(plans.items())),
     }
+    return with_epilogues(found, epilogues) if epilogues else found
+
+
+def with_epilogues(content: dict[str, Any], epilogues: dict[str, dict[str, list[Row]]]) -> dict[str, Any]:
+    """A file's content with the rates of other races of epilogues."""
+    passes = {rates.kind(getattr(torch, dtype)): fit_epilogues(rows) for dtype, rows in epilogues.items()}
+    return content | {
+        "epilogues": content["epilogues"] | passes, "epilogues_date": date.today().isoformat()
+    }  # fmt: skip
 
 
 def write_races(path: Path, races: Iterable[Race]) -> None:

@@ -21,7 +21,8 @@ from cnnlstm_fast.planning import costs
 #: Kinds of steps, as people write them.
 _PROGRAMS = (
     ("norm",), ("norm", "activation"), ("activation", "norm"), ("sum", "activation"), ("norm", "sum"),
-    ("norm", "sum", "activation"),
+    ("norm", "sum", "activation"), ("norm", "curve"), ("curve", "norm"), ("slow curve",),
+    ("slow curve", "norm"),
 )  # fmt: skip
 #: Elements of a map: between these.
 _LEAST, _MOST = 3e3, 6e6
@@ -51,11 +52,12 @@ def race_epilogues(
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for turn in range(_ROUNDS):
             for name in [*ways][:: 1 if turn % 2 else -1]:
-                times[name] += [_seconds(ways[name], clock) for _ in range(_CALLS)][1:]
+                with torch.set_grad_enabled(training):
+                    times[name] += [_seconds(ways[name], clock) for _ in range(_CALLS)][1:]
         sizes = batch * channels * side * side, dtype.itemsize
         for name, count in costs.PASSES.items():
             forward, backward = (1e9 * min(t[way] for t in times[name]) for way in range(2))
-            found[name].append((count(*sizes, kinds, of_batch), (forward, backward)))
+            found[name].append((count(*sizes, kinds, of_batch, training), (forward, backward)))
     return found
 
 
@@ -66,7 +68,10 @@ def _ways(
     lies = torch.channels_last if last else torch.contiguous_format
     x, added = (torch.randn(shape).to(dtype).contiguous(memory_format=lies) for _ in range(2))
     x.requires_grad_(training), added.requires_grad_(training)
-    modules = {"norm": nn.BatchNorm2d(shape[1]).train(training), "activation": nn.ReLU(), "sum": Sum()}
+    modules = {
+        "norm": nn.BatchNorm2d(shape[1]).train(training), "activation": nn.ReLU(), "sum": Sum(),
+        "curve": nn.SiLU(), "slow curve": nn.Tanh(),
+    }  # fmt: skip
     stages = [modules[kind] for kind in kinds]
     program = program_of(stages)  # type: ignore[arg-type]
     assert not isinstance(program, str)
@@ -83,8 +88,7 @@ def _ways(
 def _seconds(run: Callable[[], Tensor], clock: Clock) -> tuple[float, float]:
     """Seconds forward and backward."""
     start = clock()
-    with torch.set_grad_enabled(True):
-        y = run()
+    y = run()
     between = clock()
     if not y.requires_grad:
         return between - start, 0.0
@@ -98,8 +102,8 @@ def fit_epilogues(rows: dict[str, list[Row]]) -> dict[str, dict[str, dict[str, f
     """Rates by what ran (``steps`` or ``epilogue``) and way, for as many threads as ran."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, raced in rows.items():
-        terms = {term for kinds in _PROGRAMS for term in costs.PASSES[name](_LARGE, 1, kinds, True)}
-        terms |= {term for kinds in _PROGRAMS for term in costs.PASSES[name](_LARGE, 1, kinds, False)}
+        count = partial(costs.PASSES[name], _LARGE, 1)
+        terms = {term for kinds in _PROGRAMS for batch in (True, False) for term in count(kinds, batch, True)}
         found[name] = {}
         for i, way in enumerate(("forward", "backward")):
             rates = fit([(done, ns[i]) for done, ns in raced if ns[i]], {})

@@ -9,7 +9,8 @@
 // |                           | (bfloat16)                                          |                   |            |
 // | everywhere                | bfloat16, channels-last, depthwise, a wide kernel   | never ends        | contiguous |
 // | AMX (tiles of bfloat16)   | bfloat16, input or map one column wide, or a kernel | reads unwritten   | float32    |
-// |                           | longer than the image                               | memory, crash     |            |
+// |                           | longer than the image that has more than 3 taps,    | memory, crash     |            |
+// |                           | dilation or a padding as long as itself             |                   |            |
 //
 // In that order: tests/test_regressions.py::test_maps_of_one_column,
 // ::test_the_weight_gradient_of_a_strided_pointwise_convolution, ::test_a_depthwise_convolution_of_a_wide_kernel and

@@ -154,11 +154,10 @@ def faulty_in_bfloat16(block: Block, x: Tensor) -> bool:
     """Whether PyTorch's own convolution reads unwritten memory here, or crashes: AMX has such shapes."""
     if x.dtype != torch.bfloat16 or not x.is_cpu or not _ext.loaded or not library_has_amx():
         return False
-    reaches = [d * (k - 1) for d, k in zip(block.dilation, block.kernel, strict=True)]
-    sizes = zip(block.size, block.padding, block.stride, reaches, strict=True)
-    outputs = [(size + 2 * pad - reach - 1) // stride + 1 for size, pad, stride, reach in sizes]
-    longer = any(reach >= size for reach, size in zip(reaches, block.size, strict=True))
-    return longer or 1 in (block.size[-1], outputs[-1])
+    sides = [*zip(block.size, block.kernel, block.dilation, block.padding, block.stride, strict=True)]
+    longer = any(d * (k - 1) >= size and (k > 3 or d > 1 or pad >= k) for size, k, d, pad, _ in sides)
+    size, k, d, pad, stride = sides[-1]
+    return longer or 1 in (size, (size + 2 * pad - d * (k - 1) - 1) // stride + 1)
 
 
 def our_activation(block: Block) -> str | nn.Module | None:

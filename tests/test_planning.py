@@ -68,11 +68,11 @@ def test_every_term_has_a_rate(name):
         for plan, ways in plans.items():
             for terms in ways.values():
                 assert all(rate >= 0 and math.isfinite(rate) for rate in terms.values()), plan
-        for kinds in (("norm", "activation"), ("sum", "activation"), ("norm", "sum", "activation")):
+        for kinds in (("norm", "activation"), ("norm", "sum", "slow curve"), ("norm", "curve")):
             for way, count in costs.PASSES.items():
                 for of_batch in (False, True):
                     for rate in given.epilogues[kind][way].values():
-                        assert count(1e7, 4, kinds, of_batch).keys() <= rate.keys()
+                        assert count(1e7, 4, kinds, of_batch, True).keys() <= rate.keys()
         for problem in problems(100, kind.partition(" ")[0]):
             for plan, ways in plans.items():
                 for rate, counts in zip(ways.values(), costs.COUNTS[plan], strict=True):

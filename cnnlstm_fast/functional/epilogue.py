@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cnnlstm_fast.functional.arguments import fused_activation
 from cnnlstm_fast.ops import conv_norm
 from cnnlstm_fast.ops import epilogue as op
+from cnnlstm_fast.planning import costs
 from cnnlstm_fast.planning.support import (
     needs_gradient,
     norm_tensors,
@@ -22,6 +23,10 @@ from cnnlstm_fast.planning.support import (
 )
 from cnnlstm_fast.spec import ACTIVATIONS, ADD_STAGE, FIRST_ACTIVATION, NORM_STAGE
 
+_KINDS = {
+    NORM_STAGE: "norm", ADD_STAGE: "sum",
+    **{FIRST_ACTIVATION + number: costs.activation_kind(name) for name, number in ACTIVATIONS.items()},
+}  # fmt: skip
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -42,6 +47,11 @@ class Program(NamedTuple):
     stages: list[int]
     numbers: list[float]
     norm: nn.Module | None
+
+    @property
+    def kinds(self) -> list[str]:
+        """The stages' kinds, by which :func:`cnnlstm_fast.planning.costs.epilogue_saves` counts them."""
+        return [_KINDS[stage] for stage in self.stages]
 
 
 def program_of(stages: Sequence[nn.Module | Sum]) -> Program | str:

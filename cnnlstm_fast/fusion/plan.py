@@ -361,9 +361,9 @@ class FusionPlan:
         """Microseconds that one pass behind the convolution saves, over a pass for each step."""
         shape, _ = place.shapes[0]
         of_batch = self.norm is not None and self.norm.training
-        kinds = [step.kind for step in self.steps[head:]]
         trained, threads = self.needs_graph(place), torch.get_num_threads()
         sizes = shape.numel(), self.dtypes[0]
+        kinds = self.program(head, place.conv, place.x).kinds
         return costs.epilogue_saves(*sizes, kinds, of_batch, trained, rates.here(), threads)
 
     def needs_graph(self, place: Place) -> bool:

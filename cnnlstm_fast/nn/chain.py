@@ -144,13 +144,12 @@ def _fits(modules: list[Any], x: Tensor) -> bool:
         ranks = _RANKS.get(type(module))
         if ranks is not None and (x.dim() not in ranks or x.shape[1] != module.num_features):
             return False
-    trained = records_gradients()
-    if why_not_epilogue(x, program_of(modules), trained) is not None or not is_dense(x):
+    trained, program = records_gradients(), program_of(modules)
+    if isinstance(program, str) or why_not_epilogue(x, program, trained) is not None or not is_dense(x):
         return False
-    kinds = ["norm" if type(module) in NORMS else "activation" for module in modules]
     by_batch = any(type(module) in NORMS and of_batch(module) for module in modules)
     threads = torch.get_num_threads()
-    saved = costs.epilogue_saves(x.numel(), x.dtype, kinds, by_batch, trained, rates.here(), threads)
+    saved = costs.epilogue_saves(x.numel(), x.dtype, program.kinds, by_batch, trained, rates.here(), threads)
     return saved >= _EPILOGUE_US
 
 

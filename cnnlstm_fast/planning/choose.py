@@ -6,6 +6,7 @@ PyTorch's operators by a margin.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -208,9 +209,8 @@ def cheapest(
     if sizes.device == "cuda":
         return _on_cuda(problem, tf32)
     if problem.faulty and rates.library_has_amx():
-        found = costs.predict(problem, rates.here(), _able(sizes, transforms))
-        ns, name = min((ns, name) for name, ns in found.items() if name != "reference")
-        return Choice(name, name, "PyTorch's convolution of such an image by AMX has faults", ns / 1e3)
+        choice = least(costs.predict(problem, rates.here(), _able(sizes, transforms)), gain=-math.inf)
+        return choice._replace(reason=choice.reason + ", whose convolution of such images by AMX has faults")
     choice = least(costs.predict(problem, rates.here(), _able(sizes, transforms)))
     if not transforms and PLANS[least(costs.predict(problem, rates.here(), _able(sizes))).forward].transforms:
         choice = choice._replace(reason=choice.reason + "; cnnlstm_fast.backends.allow_transforms is False")

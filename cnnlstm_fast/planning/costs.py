@@ -464,7 +464,7 @@ COUNTS: Mapping[str, tuple[Callable[[ConvProblem], Counts], Callable[[ConvProble
 #: Terms that some convolutions of their kind pay and others do not; they count as if all did.
 FEARED = ("weight loops",)
 #: Terms that take as long however many threads there are.
-SERIAL = ("calls", "folds", "library calls", "patch calls", "steps", "input steps")
+SERIAL = ("calls", "recorded calls", "folds", "library calls", "patch calls", "steps", "input steps")
 
 
 def shared(counts: Counts, share: float) -> Counts:
@@ -490,9 +490,11 @@ def predict(problem: ConvProblem, rates: Rates, plans: Iterable[str]) -> dict[st
     return found
 
 
-def _behind(elements: float, size: int, names: Iterable[str], calls: float) -> Counts:
+def _behind(elements: float, size: int, names: Iterable[str], calls: float, recorded: bool) -> Counts:
     """Passes of these names over maps of ``elements``, in ``calls`` calls."""
     counts: Counts = {"calls": calls}
+    if recorded:
+        counts["recorded calls"] = calls
     for name in names:
         once: Counts = {}
         _passes(once, name, elements, size)
@@ -501,27 +503,43 @@ def _behind(elements: float, size: int, names: Iterable[str], calls: float) -> C
     return counts
 
 
-def steps_counts(elements: float, size: int, kinds: Sequence[str], of_batch: bool) -> Counts:
+def activation_kind(activation: str | None) -> str:
+    """The kind of step that an activation is: ``"activation"``, a ``"curve"``, or one slow in PyTorch."""
+    if activation not in _CURVED:
+        return "activation"
+    return "slow curve" if activation in _SLOW else "curve"
+
+
+def steps_counts(elements: float, size: int, kinds: Sequence[str], of_batch: bool, recorded: bool) -> Counts:
     """Steps behind a convolution by PyTorch's operators, a pass each; forward and backward have one count.
 
     Args:
         elements, size: of the map; bytes of one.
-        kinds: of the steps (:class:`cnnlstm_fast.fusion.match.Part`).
+        kinds: of the steps: ``"norm"``, ``"sum"``, or of :func:`activation_kind`.
         of_batch: the norm reads the statistics of the batch.
+        recorded: a graph of gradients is built.
     """
     norm = "norm batch" if of_batch else "norm given"
     names = [{"norm": norm, "sum": "sum"}.get(kind, "activation") for kind in kinds]
-    return _behind(elements, size, names, len(names))
+    counts = _behind(elements, size, names, len(names), recorded)
+    for kind in kinds:
+        if kind.endswith("curve"):
+            counts[kind] = counts.get(kind, 0.0) + elements
+    return counts
 
 
-def epilogue_counts(elements: float, size: int, kinds: Sequence[str], of_batch: bool) -> Counts:
-    """The same steps as one epilogue; what it computes in registers is taken to cost nothing."""
+def epilogue_counts(
+    elements: float, size: int, kinds: Sequence[str], of_batch: bool, recorded: bool
+) -> Counts:
+    """The same steps as one epilogue; sums and products in registers are taken to cost nothing."""
     names = ["map"] + ["sum"] * ("sum" in kinds) + ["norm batch"] * of_batch
-    return _behind(elements, size, names, 1)
+    counts = _behind(elements, size, names, 1, recorded)
+    curves = sum([kind.endswith("curve") for kind in kinds])
+    return counts | {"curve": curves * elements} if curves else counts
 
 
 #: What runs the steps behind a convolution, and what it does in a forward or backward call.
-PASSES: Mapping[str, Callable[[float, int, Sequence[str], bool], Counts]] = {
+PASSES: Mapping[str, Callable[[float, int, Sequence[str], bool, bool], Counts]] = {
     "steps": steps_counts,
     "epilogue": epilogue_counts,
 }
@@ -540,11 +558,10 @@ def epilogue_saves(
         rates: of this processor.
         threads: how many may run.
     """
-    kinds = [kind for kind in kinds if kind != "identity"]
     share = rates.threads / threads
     took = {}
     for way, count in PASSES.items():
-        counts = shared(count(elements, dtype.itemsize, kinds, of_batch), share)
+        counts = shared(count(elements, dtype.itemsize, kinds, of_batch, training), share)
         took[way] = sum(nanoseconds(counts, one) for one in rates.behind(dtype, way)[: 1 + training])
     return (took["steps"] - took["epilogue"]) / 1000
 

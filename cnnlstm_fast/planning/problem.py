@@ -13,6 +13,8 @@ from cnnlstm_fast.spec import BlockSpec
 #: Sizes that are assumed under a compiler where the true ones vary: images of a batch, and rows or columns.
 #: Asking for the true ones would compile for just those.
 NOMINAL_BATCH, NOMINAL_EXTENT = 16, 64
+#: As in csrc/library_limits.cpp.
+_SHORT_KERNEL = 3
 
 
 class Sizes(NamedTuple):
@@ -77,8 +79,13 @@ class ConvProblem(NamedTuple):
         """Whether PyTorch's convolution by AMX reads unwritten memory or crashes (csrc/library_limits.h)."""
         if self.dtype != torch.bfloat16:
             return False
-        sides = zip((self.height, self.width), self.kernel, self.spec.dilation, strict=True)
-        longer = any([dilation * (taps - 1) >= size for size, taps, dilation in sides])
+        given = zip(
+            (self.height, self.width), self.kernel, self.spec.dilation, self.spec.padding, strict=True
+        )
+        longer = any([
+            dilation * (taps - 1) >= size and (taps > _SHORT_KERNEL or dilation > 1 or padding >= taps)
+            for size, taps, dilation, padding in given
+        ])  # fmt: skip
         return longer or 1 in (self.width, self.conv[1])
 
     @property
