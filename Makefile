@@ -7,6 +7,10 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu lint lint-project docs sanitize sanitize-subset sanitized-build sanitized-calls sanitized-kernels fuzz package properties programs soak versions clean
 .DELETE_ON_ERROR:
 
+# Python keeps what it compiles, also where the environment says otherwise (images of containers often do): tests start
+# many processes, and each would compile PyTorch's own files again, more than half of its start.
+export PYTHONDONTWRITEBYTECODE :=
+
 demo: $(VENV)/built
 	$(BIN)/python -m cnnlstm_fast demo
 

@@ -32,6 +32,9 @@ def pytest_configure(config):
         "markers", "some(count): each case takes seconds; so many run, and the seed decides which"
     )
     config.addinivalue_line(
+        "markers", "share(of): of each test's cases one in so many runs; the seed decides which"
+    )
+    config.addinivalue_line(
         "markers", "instruction_sets: repeated in a process of its own for every forced instruction set"
     )
 
@@ -105,15 +108,17 @@ def _take_combinations(config, items):
 
 
 def _take_some(config, items):
-    """Of a test that is marked ``some``, as many cases as its marker says: which ones, the seed decides.
+    """Of a test marked ``some`` as many cases as its marker says, of one marked ``share`` that share of them.
 
-    CNNLSTM_FAST_EVERY_CASE=1 takes all; cases for a GPU are always taken.
+    Which ones, the seed decides. CNNLSTM_FAST_EVERY_CASE=1 takes all; cases for a GPU are always taken.
     """
-    here = [item for item in items if item.get_closest_marker("some") and not item.get_closest_marker("gpu")]
+    marked = [i for i in items if i.get_closest_marker("some") or i.get_closest_marker("share")]
     left_out = set()
-    for (path, name), cases in _cases_of_tests(here).items():
+    for (path, name), cases in _cases_of_tests(i for i in marked if not i.get_closest_marker("gpu")).items():
+        some, share = (cases[0].get_closest_marker(of) for of in ("some", "share"))
+        count = min(some.args[0], len(cases)) if some else len(cases)
         random.Random(f"{SEED} {path.name} {name}").shuffle(cases)
-        left_out.update(cases[cases[0].get_closest_marker("some").args[0] :])
+        left_out.update(cases[-(-count // share.args[0]) if share else count :])
     _keep(config, items, [item for item in items if item not in left_out])
 
 

@@ -37,7 +37,7 @@ def kernels(request):
             yield
 
 
-@pytest.mark.some(40)
+@pytest.mark.some(16)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ["image", "channels", "signal", "rows", "volume"])

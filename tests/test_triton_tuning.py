@@ -144,7 +144,7 @@ def kernels(request):
     yield from kernels_of("conv_block", request.param, lambda module, device: (module, device))
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
