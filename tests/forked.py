@@ -1,6 +1,7 @@
 """Programs in processes of their own that are forked from one that has imported torch: each saves 2 seconds.
 
-For settings that are read when torch is loaded (OpenMP's, malloc's) there is :func:`helpers.run_python`.
+What malloc returns is poisoned there. For settings that are read when torch is loaded (OpenMP's, malloc's)
+there is :func:`helpers.run_python`; what is read later (oneDNN's), ``code`` itself may set.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def _server() -> subprocess.Popen:
     import cnnlstm_fast
 
     root = Path(cnnlstm_fast.__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
     server = subprocess.Popen(
-        [sys.executable, __file__], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root,
+        [sys.executable, __file__], env=env, cwd=root,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
     )  # fmt: skip
     atexit.register(server.communicate)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import needs_extension, run_python
+from forked import run_forked
+from helpers import needs_extension
 from sequences import assert_case, kinds, random_cases, result_gradients
 from torch import nn
 
@@ -136,7 +137,7 @@ torch.save((torch.ops.cnnlstm_fast.bfloat16_unit(), found), sys.argv[2])
 def _by(unit: str, given: dict, tmp_path: Path) -> dict:
     files = [str(tmp_path / "given"), str(tmp_path / "found")]
     torch.save(given, files[0])
-    ran = run_python(f"import sys; sys.argv[1:] = {files!r}\n{_PRODUCTS}", CNNLSTM_FAST_BFLOAT16=unit)
+    ran = run_forked(f"import sys; sys.argv[1:] = {files!r}\n{_PRODUCTS}", CNNLSTM_FAST_BFLOAT16=unit)
     assert ran.returncode == 0, ran.stderr[-2000:]
     used, found = torch.load(files[1])
     assert used == unit
@@ -211,7 +212,10 @@ OTHERS = [unit if unit in UNITS else emulation for unit, emulation in EMULATIONS
 @pytest.mark.first
 @pytest.mark.parametrize("unit", OTHERS)
 def test_layers_by_other_units(unit):
-    """The tests above, and those of bfloat16 elsewhere, by the kernels that this process does not use."""
+    """The tests above, and those of bfloat16 elsewhere, by the kernels that this process does not use.
+
+    Not those that choose a unit themselves.
+    """
     if os.environ.get("CNNLSTM_FAST_BFLOAT16"):
         pytest.skip("this run is itself by another unit")
     root = Path(cf.__file__).parents[1]
@@ -219,10 +223,11 @@ def test_layers_by_other_units(unit):
         "CNNLSTM_FAST_BFLOAT16": unit, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128",
         "CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "6"),
     }  # fmt: skip
+    among = "layers or ahead or many_sequences or test_bfloat16 or as_exact"
     files = ("tests/test_bfloat16.py", "tests/test_recurrent.py", "tests/test_recurrent_ops.py")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider",
-         "-k", "layers or ahead or many_sequences or test_bfloat16 or as_exact", *files],
+         "-k", f"({among}) and not emulation and not lower_set", *files],
         env=env, cwd=root, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, f"{ran.stdout[-4000:]}{ran.stderr[-2000:]}"
@@ -322,4 +327,4 @@ def test_a_lower_set_has_no_unit():
     """``CNNLSTM_FAST_ISA`` forbids it as the sets above that it names."""
     code = "import torch, cnnlstm_fast; print(repr(torch.ops.cnnlstm_fast.bfloat16_unit()))"
     for isa in ("avx512", "avx2", "baseline"):
-        assert run_python(code, CNNLSTM_FAST_ISA=isa, CNNLSTM_FAST_BFLOAT16="").stdout.strip() == "''"
+        assert run_forked(code, CNNLSTM_FAST_ISA=isa, CNNLSTM_FAST_BFLOAT16="").stdout.strip() == "''"

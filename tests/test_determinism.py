@@ -13,7 +13,8 @@ import random
 
 import pytest
 import torch
-from helpers import needs_extension, run_python
+from forked import run_forked
+from helpers import needs_extension
 from torch import nn
 
 import cnnlstm_fast as cf
@@ -156,7 +157,7 @@ def digest(name: str) -> str:
 
 def test_process_to_process():
     """The same bits in a fresh process, whatever was computed here before."""
-    ran = run_python(_DIGEST)
+    ran = run_forked(_DIGEST)
     assert ran.returncode == 0, ran.stderr
     torch.set_num_threads(2)
     here = []

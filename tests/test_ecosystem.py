@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import needs_extension, run_python
+from forked import run_forked
+from helpers import needs_extension
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -68,7 +69,7 @@ print("the end")
 @needs_extension
 def test_fully_sharded(tmp_path):
     """FSDP2 over two processes: gradients and results are those of one."""
-    ran = run_python(f"import sys; sys.argv[1:] = [{str(tmp_path / 'store')!r}]\n{_FSDP}")
+    ran = run_forked(f"import sys; sys.argv[1:] = [{str(tmp_path / 'store')!r}]\n{_FSDP}")
     assert ran.stdout.endswith("the end\n"), ran.stderr[-3000:]
 
 

@@ -72,7 +72,7 @@ def freshen(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("number", range(12))
 @torch.no_grad()
 def test_random_models_at_sizes_never_seen(number):
@@ -240,7 +240,7 @@ def test_the_same_bits_as_the_unfrozen_model_by_the_same_plan():
 
 
 @torch.no_grad()
-@pytest.mark.some(16)
+@pytest.mark.some(8)
 @pytest.mark.parametrize("plan", BLOCK_PLANS)
 @pytest.mark.parametrize("number", range(12))
 def test_blocks_by_every_plan(plan, number):

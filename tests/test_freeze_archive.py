@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from helpers import needs_extension, run_python
+from forked import run_forked
+from helpers import needs_extension
 from torch import nn
 
 import cnnlstm_fast as cf
@@ -90,7 +91,7 @@ def test_a_loaded_model_needs_no_code_of_the_model_and_loads_at_once(saved):
     code = (
         f"import torch, cnnlstm_fast as cf; print(cf.load_frozen({str(path)!r})(torch.ones(2, 3, 9)).shape)"
     )
-    done = run_python(code)
+    done = run_forked(code)
     assert "torch.Size([2, 7, 4])" in done.stdout, done.stderr
     big = cf.freeze(nn.LSTM(512, 500).eval(), torch.randn(1, 1, 512))  # 8 MB
     big.save(path)

@@ -52,6 +52,7 @@ class Layers(nn.Module):
         return x, found
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("kind", "batch_first"), [(nn.LSTM, False), (nn.GRU, True)])
 @pytest.mark.parametrize(("batch", "with_state"), [(1, False), (6, True)])
 @torch.no_grad()
@@ -128,6 +129,7 @@ class Loop(nn.Module):
 WAYS = ["keep", "keep late", "cat", "stack", "keep last state", "one"]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     ("way", "kind"), [(way, (nn.LSTM, nn.GRU)[i % 3 == 1]) for i, way in enumerate(WAYS)]
 )

@@ -68,6 +68,7 @@ class Sums(nn.Module):
         return self.first(y) + y.mean(1, keepdim=True)  # not of the same size
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("signal", [True, False])
 @pytest.mark.parametrize(("activation", "pool"), [(nn.ReLU(), True), (nn.GELU(), False), (nn.ELU(0.7), True)])
 @torch.no_grad()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import needs_extension, run_python
 
 import cnnlstm_fast
@@ -79,6 +80,7 @@ def test_needs_no_library_but_torchs_and_the_systems():
 
 
 @needs_extension
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", ["kernels_avx512.cpp", "bfloat16/kernels_avx512_bf16.cpp"])
 def test_kernels_of_instruction_sets_share_no_function(name, tmp_path):
     """A weak symbol of an AVX-512 file could be the copy that the linker keeps for all processors."""
@@ -318,6 +320,11 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+def from_folder(folder: Path) -> str:
+    """What makes a program import the package from there, whatever is installed."""
+    return f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+
+
 @pytest.mark.some(2)
 @pytest.mark.parametrize(
     "missing",
@@ -339,10 +346,8 @@ def test_without(missing):
 @pytest.mark.parametrize("extension", ["0", "1"])
 def test_without_a_compiler(extension, tmp_path):
     """Nothing is compiled at import or in a call: an empty PATH, and no place to write."""
-    ran = run_python(
-        _SMOKE, PATH=str(tmp_path), CC="none", CXX="none", HOME=str(tmp_path / "nowhere"),
-        CNNLSTM_FAST_NO_EXTENSION=extension,
-    )  # fmt: skip
+    lacks = {"PATH": str(tmp_path), "CC": "none", "CXX": "none", "HOME": str(tmp_path / "nowhere")}
+    ran = run_forked(f"import os; os.environ |= {lacks}\n{_SMOKE}", CNNLSTM_FAST_NO_EXTENSION=extension)
     assert ran.returncode == 0, ran.stderr[-2000:]
     said = ran.stdout.splitlines()[1]
     assert ("CNNLSTM_FAST_NO_EXTENSION" in said) == (extension == "1")
@@ -355,9 +360,7 @@ def test_a_broken_library_is_not_fatal(tmp_path):
         Path(cnnlstm_fast.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "*.so")
     )
     (package / "_C.abi3.so").write_bytes(b"\x7fELF" + bytes(60))
-    ran = run_python(
-        _SMOKE.replace(", cnnlstm_fast.kernels", ""), PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1"
-    )
+    ran = run_forked(from_folder(tmp_path) + _SMOKE.replace(", cnnlstm_fast.kernels", ""))
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert str(tmp_path) in ran.stdout and "_C.abi3.so does not load" in ran.stdout
 
@@ -423,22 +426,22 @@ print([str(w.message) for w in imported if "cnnlstm_fast" in str(w.message)])
 print([str(w.message) for w in called if "cnnlstm_fast" in str(w.message)])
 print(cf.doctor.report()["CPU kernels"].mend)
 """
-    ran = run_python(code, PYTHONPATH=str(unbuilt), PYTHONSAFEPATH="1", CNNLSTM_FAST_NO_EXTENSION="0")
+    code = from_folder(unbuilt) + code
+    ran = run_forked(code, CNNLSTM_FAST_NO_EXTENSION="0")
     assert ran.returncode == 0, ran.stderr[-2000:]
     imported, called, mend = ran.stdout.splitlines()
     assert imported == "[]"
     (said,) = ast.literal_eval(called)
     assert "no compiled CPU kernels" in said and "pip install --no-build-isolation" in said
     assert said.rpartition("To get them: ")[2] in mend
-    ran = run_python(code, PYTHONPATH=str(unbuilt), PYTHONSAFEPATH="1", CNNLSTM_FAST_NO_EXTENSION="1")
+    ran = run_forked(code, CNNLSTM_FAST_NO_EXTENSION="1")
     assert ran.stdout.splitlines()[1] == "[]", "who forbids them knows"
 
 
 @needs_extension
 def test_a_call_with_kernels_does_not_warn():
-    ran = run_python(
-        f"import torch, cnnlstm_fast as cf; {_BLOCK}; {_LAYER}", PYTHONWARNINGS="error::UserWarning"
-    )
+    refuse = "import warnings; warnings.simplefilter('error', UserWarning)"
+    ran = run_forked(f"{refuse}; import torch, cnnlstm_fast as cf; {_BLOCK}; {_LAYER}")
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
