@@ -1,4 +1,4 @@
-"""Half a minute of random programs (tests/programs.py), and whether their judge sees faults and nothing else."""
+"""Half a minute of random programs (programs.py), and whether their judge sees faults and nothing else."""
 
 from __future__ import annotations
 

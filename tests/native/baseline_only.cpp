@@ -1,4 +1,6 @@
-// In place of the other instruction sets' kernels, whose compilation takes most of a sanitized build.
+// In place of the other instruction sets' kernels, and of those of bfloat16 units, which the baseline does not call:
+// their compilation takes most of a sanitized build.
+#include "../../csrc/cpu/bfloat16/bfloat16.h"
 #include "../../csrc/cpu/kernels.h"
 
 namespace cnnlstm_fast {
@@ -6,6 +8,18 @@ const Kernels* avx2_kernels() {
   return nullptr;
 }
 const Kernels* avx512_kernels() {
+  return nullptr;
+}
+const BFloat16Table* avx512_bf16_kernels() {
+  return nullptr;
+}
+const BFloat16Table* amx_kernels() {
+  return nullptr;
+}
+const BFloat16Table* emulated_kernels() {
+  return nullptr;
+}
+const BFloat16Table* emulated_amx_kernels() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast
