@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from copies import Counter, Net, assert_like_deepcopy, fingerprint, images
+from forked import run_forked
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -171,21 +172,34 @@ def test_data_parallel():
     assert_like_deepcopy(nn.DataParallel(Net()))
 
 
+_DISTRIBUTED = """
+import os, sys
+sys.path.insert(0, "tests")
+import test_copying_modules as t
+t.train_distributed({store!r})
+print("the end", flush=True)
+os._exit(0)
+"""
+
+
+def train_distributed(store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    model = nn.parallel.DistributedDataParallel(Net())
+    twin, fast = copy.deepcopy(model), cf.accelerate(model)
+    for m in (twin, fast):
+        for _ in range(3):
+            torch.manual_seed(1)
+            m.zero_grad()
+            m(images()).sum().backward()
+    for ours, theirs in zip(fast.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    assert next(fast.parameters()) is next(model.parameters())
+
+
 def test_distributed_data_parallel(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(Net())
-        twin, fast = copy.deepcopy(model), cf.accelerate(model)
-        for m in (twin, fast):
-            for _ in range(3):
-                torch.manual_seed(1)
-                m.zero_grad()
-                m(images()).sum().backward()
-        for ours, theirs in zip(fast.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-        assert next(fast.parameters()) is next(model.parameters())
-    finally:
-        dist.destroy_process_group()
+    """In a process that just ends: gloo's group waits, with the GIL, for a thread that may wait for the GIL."""
+    ran = run_forked(_DISTRIBUTED.format(store=str(tmp_path / "store")))
+    assert ran.stdout == "the end\n", ran.stderr[-2000:]
 
 
 REPARAMETRIZED = {
