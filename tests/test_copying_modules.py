@@ -197,7 +197,7 @@ def train_distributed(store: str) -> None:
 
 
 def test_distributed_data_parallel(tmp_path):
-    """In a process that just ends: gloo's group waits, with the GIL, for a thread that may wait for the GIL."""
+    """In a process that just ends: gloo's group waits with the GIL for a thread that may wait for it."""
     ran = run_forked(_DISTRIBUTED.format(store=str(tmp_path / "store")))
     assert ran.stdout == "the end\n", ran.stderr[-2000:]
 
