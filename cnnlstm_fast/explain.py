@@ -240,7 +240,7 @@ class Recorder:
         if not reason and type(module) in (nn.LSTM, nn.GRU):
             reason = f"cf.{call.op} takes its place, with the same keys; cf.accelerate puts it there"
         self.add(Stage(call.name, call.op, tuple(y.shape), layout, call.plan, reason, ms, memory))
-        self.last = y
+        self.last = y.detach()  # the object itself may be given another memory
         self._last_map = call.map or tuple(y.shape[1:])
 
     def way_to(self, name: str, x: Tensor | None) -> None:
@@ -258,6 +258,8 @@ class Recorder:
 
     def fail(self, error: Exception) -> str | None:
         """Add the row of the stage that failed; returns how to mend it, where that is known."""
+        if not self._running:
+            return None
         call = self._running[-1]
         mend = _hint(call, error, self._last_map)
         self.way_to(call.name, call.x)

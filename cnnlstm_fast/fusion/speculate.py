@@ -336,7 +336,9 @@ class Speculation:
         if self.carry is not None:
             result = self.carry.hold(result)
         if value is not None:
-            if not _exchange(value, result):
+            # Who watches may hold the block's own object.
+            plain = self.graph is None and self.carry is None and not result.requires_grad
+            if not _exchange(value, result.detach() if plain else result):
                 return None
             result = value
         if type(result) is CarriedMap:
