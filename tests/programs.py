@@ -134,14 +134,26 @@ UNSEEN_BY_OPERATORS = re.compile(r"numpy\(\)\[|\.data = ")
 
 
 class MisreadNorms(TorchDispatchMode):
-    """Notes whether PyTorch's own backward of a norm is wrong, as for gradients of some other strides."""
+    """Notes whether PyTorch's own backward of a norm is wrong.
 
-    happened = False
+    It is for gradients of some other strides, and where running statistics have changed since the forward
+    that read them: counting a batch moves no version.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.happened = False
+        self.given: dict[int, torch.Tensor] = {}  # statistics by where they lie, as a forward first read them
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.native_batch_norm.default and not args[5]:
+            for t in args[3:5]:
+                self.given.setdefault(t.data_ptr(), t.clone())
         if function is torch.ops.aten.native_batch_norm_backward.default:
             grad, x, *rest = args
+            if not rest[5]:
+                self.happened |= any(not torch.equal(self.given.get(t.data_ptr(), t), t) for t in rest[1:3])
             right = function(torch.empty_like(x).copy_(grad), x, *rest)
             pairs = [(a, b) for a, b in zip(found, right, strict=True) if a is not None]
             self.happened |= any(far(a, b) > 0.01 * b.double().norm() for a, b in pairs)

@@ -239,6 +239,42 @@ def test_gradients_that_pytorch_has_wrong_are_not_compared(wrong, one_thread):
     assert difference and difference[0] == "other values" if wrong else difference is None
 
 
+#: Its backward reads running statistics that have changed since the forward read them.
+LATE_STATISTICS = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2).eval()
+
+    def forward(self, x):
+        y = self.norm(x)
+        F.batch_norm(x.detach(), self.norm.running_mean, self.norm.running_var, training=True)
+        return y
+
+def drive(wrap):
+    model, x = wrap(build()), rand(2, 2, 3, 3).requires_grad_()
+    total(model(x)).backward()
+    see("gradient of x", x.grad)
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_by_late_statistics_are_not_compared(late, one_thread):
+    """And others are."""
+
+    def as_read(model):
+        model.norm.forward = lambda x: nn.functional.batch_norm(
+            x, *(t.clone() for t in (model.norm.running_mean, model.norm.running_var)),
+            model.norm.weight * (1 if late else 2), model.norm.bias,
+        )  # fmt: skip
+        return model
+
+    source = LATE_STATISTICS if late else LATE_STATISTICS.replace("training=True", "training=False")
+    judge = programs.Judge(compile(source, "<program>", "exec"), SEED, False, source)
+    difference = judge.difference(programs.execute(judge.code, as_read, SEED))
+    assert difference is None if late else difference[0] == "other values"
+
+
 def test_the_same_seed_writes_the_same_program():
     for one, two in zip(some_programs(count=5), some_programs(count=5), strict=True):
         assert one.script("compile") == two.script("compile")
