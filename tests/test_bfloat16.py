@@ -18,7 +18,6 @@ from sequences import assert_case, kinds, random_cases, result_gradients
 from torch import nn
 
 import cnnlstm_fast as cf
-from cnnlstm_fast.planning import rates
 from cnnlstm_fast.planning import recurrent as planning
 
 UNIT = torch.ops.cnnlstm_fast.bfloat16_unit() if cf._ext.loaded else ""
@@ -315,7 +314,7 @@ def test_autocast_is_as_exact_as_pytorchs(kind, packed, at_any_size):
 @needs_unit
 def test_small_layers_are_not_rounded(monkeypatch):
     """Rounding weights costs more than it saves there: float32 comes out, in the dtype that PyTorch gives."""
-    monkeypatch.setattr(rates, "library_has_amx", lambda: False)  # it would be oneDNN's beside a lower unit
+    monkeypatch.setattr(planning, "_LIBRARY_HAS_AMX", False)  # it would be oneDNN's beside a lower unit
     layer = cf.LSTM(8, 8)
     x = torch.randn(3, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):

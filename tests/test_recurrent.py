@@ -25,7 +25,6 @@ from sequences import (
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
-from cnnlstm_fast.planning import rates
 from cnnlstm_fast.planning import recurrent as planning
 
 
@@ -376,7 +375,7 @@ def test_autocast_gives_the_dtypes_of_torch(kind, more, state, dtype):
 def test_autocast_rounds_nothing_that_our_kernels_read(kind, inputs, monkeypatch):
     """Without a unit for bfloat16 they compute in float32: only results become bfloat16."""
     monkeypatch.setattr(planning, "_OUR_UNIT", "")
-    monkeypatch.setattr(rates, "library_has_amx", lambda: False)
+    monkeypatch.setattr(planning, "_LIBRARY_HAS_AMX", False)
     monkeypatch.setattr(planning, "_LIBRARY_HAS_BFLOAT16", False)
     layer = getattr(cf, kind)(inputs, 7, 2, bidirectional=True)
     x = torch.randn(6, 3, inputs)

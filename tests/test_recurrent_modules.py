@@ -501,6 +501,16 @@ def test_one_op_per_layer(kind, reset):
 # ---------------------------------------------------------------- compilers and exporters
 
 
+@needs_extension
+@kinds
+def test_compile_whole_in_bfloat16(kind):
+    """Plain, so that oneDNN's layer is thought of."""
+    torch._dynamo.reset()
+    layer, x = getattr(cf, kind)(5, 7).bfloat16(), r(6, 3, 5).bfloat16()
+    out, state = torch.compile(layer, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close((out, state), layer(x))
+
+
 @pytest.mark.some(2)
 @kinds
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -16,6 +16,8 @@ from cnnlstm_fast.planning.support import library_differentiates, why_not_fused_
 #: ``fused`` is our kernels, ``library`` PyTorch's own LSTM and GRU, ``reference`` the loop over steps.
 RECURRENT_PLANS = ("auto", "fused", "library", "reference")
 
+#: Constants, because a compiler cannot trace an op that answers with a bool.
+_LIBRARY_HAS_AMX = rates.library_has_amx()
 _LIBRARY_HAS_BFLOAT16 = _ext.loaded and torch.ops.cnnlstm_fast.library_has_bfloat16()
 #: Our kernels' unit for products of bfloat16; empty if they have none.
 _OUR_UNIT = torch.ops.cnnlstm_fast.bfloat16_unit() if _ext.loaded else ""
@@ -61,7 +63,7 @@ def why_library(
     if gru and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         if weight.numel() > _LARGE_WEIGHT and x.numel() <= _FEW_ROWS * x.shape[-1]:
             return "few rows meet a weight that no cache holds, which PyTorch reads once less"
-    if onednn_dtype == torch.bfloat16 and rates.library_has_amx() and not _OUR_UNIT.endswith("amx"):
+    if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_AMX and not _OUR_UNIT.endswith("amx"):
         return "oneDNN multiplies bfloat16 by AMX, which our kernels do not"
     if onednn_dtype == torch.bfloat16 and _LIBRARY_HAS_BFLOAT16 and not _OUR_UNIT:
         return "oneDNN multiplies bfloat16 by units of the processor, which our kernels do not"
