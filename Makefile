@@ -2,39 +2,49 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+READY := $(VENV)/installed $(VENV)/built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu lint lint-project docs sanitize sanitize-subset sanitized-build sanitized-calls sanitized-kernels fuzz package properties programs soak versions clean
+.PHONY: demo test compile-some-kernels compile-kernels compile-kernels-newest bench gpu checks coverage lint lint-project docs sanitize sanitize-subset sanitized-build sanitized-calls sanitized-kernels fuzz package properties programs soak versions clean
 .DELETE_ON_ERROR:
 
 # Python keeps what it compiles, also where the environment says otherwise (images of containers often do): tests start
 # many processes, and each would compile PyTorch's own files again, more than half of its start.
 export PYTHONDONTWRITEBYTECODE :=
 
-demo: $(VENV)/built
+demo:
+	$(MAKE) -j 2 $(READY)
 	$(BIN)/python -m cnnlstm_fast demo
 
-# Coverage is that of one case of every test (tests/conftest.py), in this process alone: what runs in processes
-# of its own (the demo, the examples) is not counted. Its tracer would otherwise add minutes.
 # What malloc returns is poisoned, as fresh tensors are: the kernels' scratch memory too.
-test: $(VENV)/built
-	$(MAKE) -j 2 --output-sync lint lint-project docs sanitize-subset compile-some-kernels
-	MALLOC_PERTURB_=128 $(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal --cov --cov-report=term:skip-covered
+PYTEST = MALLOC_PERTURB_=128 $(BIN)/python -m pytest -q -rfEs -n 2 --dist worksteal
+test:
+	$(MAKE) -j 3 --output-sync checks
+	$(PYTEST)
+
+# All of `test` but the tests. More at once than there are cores: installing waits for the network, and compiling ends
+# with one long file.
+checks: $(READY) lint lint-project docs sanitize-subset compile-some-kernels
+
+# Apart from `test`, of which the tracer would be a seventh. It counts what runs in the processes of pytest alone, not in
+# those that tests start (the demo, the examples).
+coverage: $(READY)
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 # A twelfth of the variants for one architecture each, which ones the seed decides; below all for all three: minutes.
-compile-some-kernels: $(VENV)/built
+compile-some-kernels: $(READY)
 	$(BIN)/python tests/native/compile_some.py
 
-compile-kernels: $(VENV)/built
+compile-kernels: $(READY)
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
 
 # By another Triton than torch's own, in a folder of its own that comes before it.
 NEWEST_TRITON ?= 3.9.0
-compile-kernels-newest: $(VENV)/built
+compile-kernels-newest: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target build/triton triton==$(NEWEST_TRITON)
 	PYTHONPATH=$(CURDIR)/build/triton $(BIN)/python -m cnnlstm_fast doctor --compile-kernels
 
-bench: $(VENV)/built
+bench: $(READY)
 	mkdir -p build
 	$(BIN)/python -m benchmarks run --quick --output build/quick.json
 	$(BIN)/python -m benchmarks plot build/quick.json
@@ -67,21 +77,21 @@ HAS_SANITIZER := $${CXX:-g++} -print-file-name=libasan.so | grep -q /
 BASELINE := CNNLSTM_FAST_ISA=baseline CNNLSTM_FAST_CASES=10
 sanitize-subset: sanitized-calls sanitized-kernels
 
-sanitized-build: $(VENV)/installed
+sanitized-build: $(VENV)/build-tools
 	@if $(HAS_SANITIZER); then \
 		$(BASELINE) $(BIN)/python tests/native/sanitized.py address; \
 	else \
 		echo "left out: the compiler $${CXX:-g++} has no AddressSanitizer (libasan.so)"; \
 	fi
 
-sanitized-calls: sanitized-build
+sanitized-calls: sanitized-build $(VENV)/installed
 	@if $(HAS_SANITIZER); then \
 		export $(BASELINE); \
 		$(BIN)/python tests/native/sanitized.py --built address $(SANITIZED) tests/test_properties.py tests/test_wrong_calls.py && \
 		$(BIN)/python tests/native/sanitized.py --built address tests/native/fuzz.py --seconds 5; \
 	fi
 
-sanitized-kernels: sanitized-build
+sanitized-kernels: sanitized-build $(VENV)/installed
 	@if $(HAS_SANITIZER); then \
 		export $(BASELINE) CNNLSTM_FAST_LEAST=1 CNNLSTM_FAST_FENCES=1 CNNLSTM_FAST_SHARE=$(SHARE); \
 		$(BIN)/python tests/native/sanitized.py --built address $(SANITIZED) $(KERNEL_TESTS) -k "$(LEFT_OUT)"; \
@@ -93,22 +103,22 @@ fuzz: $(VENV)/installed
 	rm -f build/fuzz.json
 	$(BIN)/python tests/native/sanitized.py address tests/native/fuzz.py --seconds $(FUZZ_SECONDS) --journal $(CURDIR)/build/fuzz-call.json --output $(CURDIR)/build/fuzz.json
 
-package: $(VENV)/built
+package: $(READY)
 	CNNLSTM_FAST_LONG=1 $(BIN)/python -m pytest -q tests/test_packaging.py
 
 CASES ?= 20000
-properties: $(VENV)/built
+properties: $(READY)
 	$(BIN)/python tests/properties.py --cases $(CASES)
 
 PROGRAMS ?= 20000
-programs: $(VENV)/built
+programs: $(READY)
 	$(BIN)/python tests/programs.py --programs $(PROGRAMS)
 
-soak: $(VENV)/built
+soak: $(READY)
 	$(BIN)/python -m benchmarks soak
 
 # Interpreters with other versions of torch, as in PYTHONS="a/bin/python b/bin/python".
-versions: $(VENV)/built compile-kernels-newest
+versions: $(READY) compile-kernels-newest
 	$(BIN)/python tests/native/versions.py $(PYTHONS)
 
 lint: $(VENV)/installed
@@ -140,13 +150,19 @@ docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
 
 # What is imported is compiled then; compiling all files of all packages would take a minute.
-$(VENV)/installed: requirements-dev.txt requirements-data.txt requirements-docs.txt
+INSTALL := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check
+$(VENV)/build-tools: requirements-build.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -r requirements-dev.txt -r requirements-docs.txt
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps -r requirements-data.txt
+	$(INSTALL) -r requirements-build.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed $(SOURCES)
+# The kernels are compiled meanwhile, where make may do two things at once.
+$(VENV)/installed: $(VENV)/build-tools requirements-dev.txt requirements-data.txt requirements-docs.txt
+	$(INSTALL) -r requirements-dev.txt -r requirements-docs.txt
+	$(INSTALL) --no-deps -r requirements-data.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/build-tools $(SOURCES)
 	CNNLSTM_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 

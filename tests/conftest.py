@@ -23,7 +23,6 @@ SEED = int(os.environ.setdefault("CNNLSTM_FAST_SEED", str(random.SystemRandom().
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "not_measured: coverage is not measured")
     config.addinivalue_line("markers", "long: takes minutes; runs with CNNLSTM_FAST_LONG=1")
     config.addinivalue_line(
         "markers", "first: takes long; begins early, so that nothing waits for it at the end"
@@ -62,7 +61,6 @@ def pytest_collection_modifyitems(config, items):
         _take_some(config, items)
         _take_combinations(config, items)
     _take_share(config, items)
-    _measure_few(items)
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
@@ -129,31 +127,20 @@ def _take_share(config, items):
     _keep(config, items, [c for cases in tests for c in cases[SEED % min(share, len(cases)) :: share]])
 
 
-#: Of how many cases of every parametrized test coverage is measured.
-MEASURED_CASES = 1
-MEASURED = pytest.StashKey[bool]()
 #: How many modules there were when objects were last frozen.
 FROZEN_MODULES = pytest.StashKey[int]()
 
 
-def _measure_few(items):
-    """Under coverage Python takes up to twice as long, and more cases add nothing."""
-    for cases in _cases_of_tests(i for i in items if not i.get_closest_marker("skip")).values():
-        every = -(-len(cases) // MEASURED_CASES)
-        for item in cases[::every]:
-            item.stash[MEASURED] = not item.get_closest_marker("not_measured")
-
-
-def _coverage(config):
-    plugin = config.pluginmanager.get_plugin("_cov")
-    return plugin and getattr(plugin.cov_controller, "cov", None)
-
-
 def pytest_collection_finish(session):
-    """Imports are measured; from here on only the tests that are marked, not what pytest does in between."""
-    if coverage := _coverage(session.config):
-        coverage.stop()
     _freeze(session.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    try:
+        return (yield)
+    finally:
+        _freeze(item.config)
 
 
 def _freeze(config):
@@ -165,19 +152,6 @@ def _freeze(config):
         gc.collect()
         gc.freeze()
         config.stash[FROZEN_MODULES] = len(sys.modules)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    coverage = _coverage(item.config) if item.stash.get(MEASURED, False) else None
-    if coverage:
-        coverage.start()
-    try:
-        return (yield)
-    finally:
-        if coverage:
-            coverage.stop()
-        _freeze(item.config)
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ RETURNS = {
 
 
 @torch.no_grad()
+@pytest.mark.some(12)
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "with gaps", "expanded"])
 @pytest.mark.parametrize("name", RETURNS)
 def test_results_lie_in_memory_as_the_models(name, strides):
@@ -101,6 +102,7 @@ WRITES = {
 
 
 @torch.no_grad()
+@pytest.mark.some(6)
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "with gaps"])
 @pytest.mark.parametrize("name", WRITES)
 def test_inputs_are_written_to_once(name, strides):

@@ -27,7 +27,6 @@ SECONDS = os.environ.get("CNNLSTM_FAST_PROGRAM_SECONDS", "60")
 
 
 @pytest.mark.first
-@pytest.mark.not_measured
 def test_a_minute_of_programs(tmp_path):
     """Random programs do the same plain, accelerated and compiled; what does not is printed as a script.
 
@@ -141,7 +140,6 @@ def some_programs(seed: int = SEED, count: int = 1000):
     return (programs.Writer(seed * 10**6 + at).write() for at in range(count))
 
 
-@pytest.mark.not_measured
 @pytest.mark.parametrize("wrong", [late_operands, late_statistics, reused_memory], ids=lambda f: f.__name__)
 def test_planted_faults_are_found(wrong, one_thread):
     """Each is found, and what is left of a program that shows it is a short script, which runs."""
@@ -159,7 +157,6 @@ def test_planted_faults_are_found(wrong, one_thread):
     assert "values seen" in ran.stdout, ran.stderr
 
 
-@pytest.mark.not_measured
 def test_planted_faults_of_frozen_models_are_found(one_thread, monkeypatch):
     """A frozen model that is a little wrong is found, and a right one runs as one call into C++."""
     runner = programs.Runner()
@@ -179,7 +176,6 @@ def test_planted_faults_of_frozen_models_are_found(one_thread, monkeypatch):
     assert any(runner.fails(m, "freeze") == ("other values", ANY) for m in [model, *islice(plain_models, 5)])
 
 
-@pytest.mark.not_measured
 def test_rounding_is_no_fault(one_thread):
     """A model that rounds otherwise passes, in programs that change nothing behind autograd's back."""
     runner, ran = programs.Runner(rounded), 0
