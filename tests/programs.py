@@ -170,10 +170,18 @@ _TERMS = ("gradient", "parameter")
 
 
 class Judge:
-    """Compares what was seen with what a plain run sees."""
+    """Compares what was seen with what a plain run sees.
 
-    def __init__(self, code, seed: int, low: bool, source: str = ""):
-        self.code, self.seed, self.steps = code, seed, "optimizer.step" in source.partition("def drive")[2]
+    Args:
+        code, source: of the program.
+        seed: of its data.
+        low: it computes in low precision.
+        frozen: results may require no gradient where the model's do, as those of frozen models.
+    """
+
+    def __init__(self, code, seed: int, low: bool, source: str = "", frozen: bool = False):
+        self.code, self.seed, self.frozen = code, seed, frozen
+        self.steps = "optimizer.step" in source.partition("def drive")[2]
         # Without gradients what an optimizer's step leads to is no more to be compared.
         self.compares_gradients = UNSEEN_WRITES.search(source) is None
         self.may_refuse = UNSEEN_BY_OPERATORS.search(source) is not None
@@ -238,10 +246,9 @@ class Judge:
                 return "other values", f"{name}: {why}"
         return None
 
-    @staticmethod
-    def unlike(name: str, value: tuple, found: tuple) -> str | None:
+    def unlike(self, name: str, value: tuple, found: tuple) -> str | None:
         for what, one, two in (
-            ("needs a gradient", value[0], found[0]), ("dtype", value[2].dtype, found[2].dtype),
+            ("needs a gradient", value[0], found[0] or (self.frozen and value[0])), ("dtype", value[2].dtype, found[2].dtype),
             ("shape", value[2].shape, found[2].shape), ("strides", value[1], found[1]),
         ):  # fmt: skip
             # C code may see a map that is handed on in its own layout, which nobody can notice.
@@ -306,7 +313,7 @@ class Runner:
         wrap = {"accelerate": accelerated, "compile": compiled("cnnlstm_fast"), "freeze": frozen}[mode]
         difference = None
         for seed in range(program.seed, program.seed + seeds):
-            judge = Judge(code, seed, "bfloat16" in source, source)
+            judge = Judge(code, seed, "bfloat16" in source, source, mode == "freeze")
             difference = judge.difference(execute(code, wrap, seed))
             if models and seed == program.seed:
                 frozen = isinstance(models[0], Frozen)

@@ -262,6 +262,27 @@ def test_a_convolution_that_is_used_in_two_ways():
                 close(fast(x), plain(x))
 
 
+def test_views_in_inference_mode_require_what_pytorchs_do():
+    """A view says that it requires a gradient where what it views does, but not under a mode that watches."""
+
+    class Steps(Block):
+        def forward(self, x):
+            ys, views = [], []
+            for step in x.unbind(1):
+                views.append(step.reshape(step.shape))
+                ys.append(F.relu(self.conv(step)))
+                views.append(step[:1])
+            return torch.stack(ys), views
+
+    plain, fast = pair(Steps())
+    for _ in range(3):
+        x = grid(2, 4, 3, 8, 6).requires_grad_()
+        with torch.inference_mode():
+            (y, views), (own, own_views) = fast(x), plain(x)
+        close(y, own)
+        assert [v.requires_grad for v in views] == [v.requires_grad for v in own_views]
+
+
 def changed_input(self, x):
     x = x * 1
     y = self.conv(x)

@@ -235,6 +235,16 @@ def test_gradients_that_pytorch_has_wrong_are_not_compared(wrong, one_thread):
     assert difference and difference[0] == "other values" if wrong else difference is None
 
 
+VIEW = """
+class Net(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)
+
+def drive(wrap):
+    with torch.no_grad():
+        see("out", wrap(build())(rand(2, 3, 4).requires_grad_()))
+"""
+
 #: Its backward reads running statistics that have changed since the forward read them.
 LATE_STATISTICS = """
 class Net(nn.Module):
@@ -269,6 +279,19 @@ def test_gradients_by_late_statistics_are_not_compared(late, one_thread):
     judge = programs.Judge(compile(source, "<program>", "exec"), SEED, False, source)
     difference = judge.difference(programs.execute(judge.code, as_read, SEED))
     assert difference is None if late else difference[0] == "other values"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_frozen_results_may_require_no_gradient(frozen):
+    """And none may require one where the model's does not."""
+    judge = programs.Judge(compile(VIEW, "<program>", "exec"), SEED, False, VIEW, frozen)
+    outside = programs.execute(judge.code, lambda model: lambda x: model(x).detach(), SEED)
+    assert (judge.difference(outside) is None) == frozen
+    required = VIEW.replace("return", "x.requires_grad_()\n        return").replace(".requires_grad_())", ")")
+    without = VIEW.replace(".requires_grad_())", ")")
+    judge = programs.Judge(compile(without, "<program>", "exec"), SEED, False, without, frozen)
+    found = judge.difference(programs.execute(compile(required, "<program>", "exec"), programs.plain, SEED))
+    assert found is not None and "needs a gradient" in found[1]
 
 
 def test_the_same_seed_writes_the_same_program():

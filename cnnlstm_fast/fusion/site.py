@@ -121,6 +121,9 @@ class ConvSite:
             return "its input is not a plain tensor"
         if type(weight) not in _PLAIN or x.dim() != weight.dim():
             return "its weight is a Tensor subclass or its input has no batch dimension"
+        if x.requires_grad and torch.is_inference_mode_enabled():
+            # A view of it says so there, and not any more as soon as a mode watches.
+            return "its input requires a gradient in inference mode"
         return why_watched(
             torch._C._len_torch_dispatch_stack() == 0 if running is None else running.writes.alone()
         )
