@@ -247,8 +247,9 @@ class Judge:
         return None
 
     def unlike(self, name: str, value: tuple, found: tuple) -> str | None:
+        required = found[0] or (self.frozen and value[0])
         for what, one, two in (
-            ("needs a gradient", value[0], found[0] or (self.frozen and value[0])), ("dtype", value[2].dtype, found[2].dtype),
+            ("needs a gradient", value[0], required), ("dtype", value[2].dtype, found[2].dtype),
             ("shape", value[2].shape, found[2].shape), ("strides", value[1], found[1]),
         ):  # fmt: skip
             # C code may see a map that is handed on in its own layout, which nobody can notice.
