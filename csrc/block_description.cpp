@@ -13,6 +13,11 @@ namespace cnnlstm_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+size_t activation_numbers(int64_t activation) {
+  if (activation == kHardtanh || activation == kSoftplus) return 2;
+  return activation == kLeakyReLU || activation == kELU ? 1 : 0;
+}
+
 int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil) {
   if (!ceil && kernel - 1 > (size + 2 * padding - 1) / dilation) return 0;  // their product may overflow
   const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
@@ -89,9 +94,7 @@ void set_convolution(Block& b, const Tensor& x, const Tensor& weight, const Ints
 
 void set_activation(Block& b, int64_t activation, const Floats& act) {
   STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "conv_block: unknown activation ", activation);
-  const bool two = activation == kHardtanh || activation == kSoftplus;
-  const bool one = activation == kLeakyReLU || activation == kELU;
-  const size_t numbers = two ? 2 : one ? 1 : 0;
+  const size_t numbers = activation_numbers(activation);
   STD_TORCH_CHECK(act.size() == numbers, "conv_block: activation ", activation, " has ", numbers, " numbers, got ",
                   act.size());
   b.activation = static_cast<int32_t>(activation);

@@ -22,6 +22,9 @@ BlockDescription describe_block(const torch::stable::Tensor& x, const torch::sta
 BlockDescription describe_convolution(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
                                       const Ints& conv);
 
+// How many numbers an activation has, one of enum Activation.
+size_t activation_numbers(int64_t activation);
+
 // Positions of a window of `kernel` elements along one axis; 0 where none fits.
 int64_t out_length(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil);
 

@@ -48,12 +48,7 @@ void check_description(const FrozenConvDescription& d) {
                   "frozen_conv: no convolution of ", d.channels, " to ", d.out_channels,
                   " channels with groups=", d.conv[6]);
   elements("a weight", {d.out_channels, d.channels / d.conv[6], d.kernel_h, d.kernel_w});
-  const bool two = d.activation == kHardtanh || d.activation == kSoftplus;
-  const bool one = d.activation == kLeakyReLU || d.activation == kELU;
-  STD_TORCH_CHECK(d.activation >= 0 && d.activation < kActivations &&
-                      d.act.size() == (two   ? 2u
-                                       : one ? 1u
-                                             : 0u),
+  STD_TORCH_CHECK(d.activation >= 0 && d.activation < kActivations && d.act.size() == activation_numbers(d.activation),
                   "frozen_conv: no such activation");
   for (const Ints* order : {&d.in_order, &d.out_order}) {
     Ints sorted = *order;
