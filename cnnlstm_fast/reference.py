@@ -162,7 +162,8 @@ _BY_NUMBER = {
     for name, fn in {
         None: lambda y: y, "relu": F.relu, "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
         "tanh": F.tanh, "sigmoid": F.sigmoid, "silu": F.silu, "gelu": F.gelu,
-        "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "softplus": F.softplus,
+        "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "softplus": F.softplus, "mish": F.mish,
+        "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid,
     }.items()
 }  # fmt: skip
 

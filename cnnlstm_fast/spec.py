@@ -32,9 +32,11 @@ LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
 #: slopes 0 and 1 only, so that the backward needs only argmax codes.
 ACTIVATIONS: dict[str | None, int] = {
     None: 0, "relu": 1, "hardtanh": 2, "leaky_relu": 3, "elu": 4, "tanh": 5, "sigmoid": 6, "silu": 7,
-    "gelu": 8, "gelu_tanh": 9, "softplus": 10,
+    "gelu": 8, "gelu_tanh": 9, "softplus": 10, "mish": 11, "hardswish": 12, "hardsigmoid": 13,
 }  # fmt: skip
 CURVED = ACTIVATIONS["leaky_relu"]
+#: Curved activations where a slope of zero stops any gradient, be it infinite or NaN; the others multiply.
+STOPPING = frozenset(ACTIVATIONS[name] for name in ("hardswish", "hardsigmoid"))
 #: How many numbers an activation has; the others have none.
 ACTIVATION_NUMBERS = {
     ACTIVATIONS["hardtanh"]: 2, ACTIVATIONS["leaky_relu"]: 1, ACTIVATIONS["elu"]: 1,

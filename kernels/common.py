@@ -78,6 +78,11 @@ def log1p(x):
 
 
 @triton.jit
+def relu6(x):
+    return tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+
+
+@triton.jit
 def activate(y, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """(activation of ``y``, slope there) as PyTorch defines them; ACTIVATION is a number of spec.ACTIVATIONS.
 
@@ -119,7 +124,33 @@ def activate(y, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
         exp_y = tl.exp(scaled)
         slope = tl.where(scaled > B, 1.0, exp_y / (exp_y + 1.0))
         y = tl.where(scaled > B, y, log1p(exp_y) / A)
+    elif ACTIVATION == 11:  # Mish: tanh(ln(1 + e)) = n / (n + 2); above 40 it is 1
+        e = tl.exp(tl.where(y > 40, 40.0, y))
+        n = e * (e + 2.0)
+        inverse = 1.0 / (n + 2.0)
+        gate = n * inverse
+        slope = gate + y * (4.0 * (n - e) * (inverse * inverse))
+        y = y * gate
+    elif ACTIVATION == 12:  # Hardswish
+        slope = tl.where(y <= -3, 0.0, tl.where(y >= 3, 1.0, y / 3.0 + 0.5))
+        y = y * relu6(y + 3.0) / 6.0
+    elif ACTIVATION == 13:  # Hardsigmoid
+        slope = tl.where((y > -3) & (y < 3), 0.16666667, 0.0)
+        y = relu6(y + 3.0) / 6.0
     return y, slope
+
+
+@triton.jit
+def multiply_slope(grad, y, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """The gradient of a curved activation's argument ``y``.
+
+    A slope of zero of Hardswish and Hardsigmoid stops infinite gradients and NaN too, as in PyTorch.
+    """
+    _, slope = activate(y, ACTIVATION, A, B)
+    product = grad * slope
+    if ACTIVATION == 12 or ACTIVATION == 13:
+        product = tl.where(slope == 0, 0.0, product)
+    return product
 
 
 # ---------------------------------------------------------------- index arithmetic

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from cnnlstm_fast.kernels.common import (
-    activate,
     add,
     convolve,
     group_channels,
     load_float32,
     load_float64,
     max_unpool,
+    multiply_slope,
     round_to_type_of,
     split_position,
     tile_positions,
@@ -228,8 +228,7 @@ def _grad_of_argument(g, u, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.con
     elif ACTIVATION == 2:
         g = tl.where((u <= A) | (u >= B), 0.0, g)
     elif ACTIVATION >= 3:
-        _, slope = activate(u, ACTIVATION, A, B)
-        g = g * slope
+        g = multiply_slope(g, u, ACTIVATION, A, B)
     return g
 
 

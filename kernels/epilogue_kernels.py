@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cnnlstm_fast.kernels.common import activate, add, load_float32
+from cnnlstm_fast.kernels.common import activate, add, load_float32, multiply_slope
 
 
 @triton.jit
@@ -65,12 +65,11 @@ def grad_by_bits(grad, passed, ACTIVATION: tl.constexpr, A: tl.constexpr):
 
 @triton.jit
 def grad_through(grad, v, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """The gradient of an activation's argument ``v``; clamping ones select, the others multiply."""
+    """The gradient of an activation's argument ``v``; clamping ones select, the curved ones multiply."""
     if ACTIVATION == 1 or ACTIVATION == 2:
         grad = tl.where(passes(v, ACTIVATION, A, B), grad, 0.0)
     elif ACTIVATION > 0:
-        _, slope = activate(v, ACTIVATION, A, B)
-        grad = grad * slope
+        grad = multiply_slope(grad, v, ACTIVATION, A, B)
     return grad
 
 

@@ -11,23 +11,25 @@ from twins import grid, on_grid
 
 import cnnlstm_fast as cf
 
+#: Functions whose slopes jump, and the size of their arguments there.
+JUMPS = {"relu": 0, "leaky_relu": 0, "hardtanh": 0, "hardswish": 3, "hardsigmoid": 3}
+
 
 class Kinks(TorchFunctionMode):
     """Notes how near a program comes to where rounding decides on gradients.
 
-    That is where arguments of ReLUs and the like are nearly zero, and the largest values of a window are
-    nearly the same. Values that are quite the same have the same winner everywhere.
+    That is where slopes of ReLUs and the like jump, and where the largest values of a window are nearly the
+    same. Values that are quite the same have the same winner everywhere.
     """
-
-    NAMES = ("relu", "relu_", "leaky_relu", "leaky_relu_", "hardtanh", "hardtanh_")
 
     def __init__(self):
         super().__init__()
         self.least = float("inf")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", None) in self.NAMES and args[0].numel():
-            self.least = min(self.least, args[0].detach().abs().min().item())
+        jump = JUMPS.get(getattr(function, "__name__", "").removesuffix("_"))
+        if jump is not None and args[0].numel():
+            self.least = min(self.least, (args[0].detach().abs() - jump).abs().min().item())
         if function in (F.max_pool2d, torch.max_pool2d):
             self.least = min(self.least, least_gap(*args, **(kwargs or {})))
         return function(*args, **(kwargs or {}))

@@ -111,6 +111,20 @@ CHAINS = {
     "softplus_after_pool": (  # at its threshold it falls
         lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Softplus()], (2, 3, 9, 9), [2, 1],
     ),
+    "mish": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Mish(), nn.MaxPool2d(2)], (2, 3, 9, 9), [4],
+    ),
+    "mish_after_pool": (lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Mish()], (2, 3, 9, 9), [2, 1]),
+    "hardswish": (lambda: [nn.Conv1d(3, 8, 3), nn.Hardswish(), nn.MaxPool1d(2)], (2, 3, 19), [3]),
+    "hardswish_after_pool": (
+        lambda: [nn.Conv1d(3, 8, 3), nn.MaxPool1d(2), nn.Hardswish()], (2, 3, 19), [2, 1],
+    ),
+    "hardsigmoid": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.Hardsigmoid(inplace=True), nn.MaxPool2d(2)], (2, 3, 9, 9), [3],
+    ),
+    "hardsigmoid_after_pool": (
+        lambda: [nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Hardsigmoid()], (2, 3, 9, 9), [3],
+    ),
     "activation_after_average": (
         lambda: [nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.ReLU()], (2, 3, 9, 9), [2, 1],
     ),
@@ -124,7 +138,7 @@ CHAINS = {
         lambda: [nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU()], (2, 3, 9, 9), [2],
     ),
     "subclass": (lambda: [Tagged(3, 8, 3), nn.ReLU()], (2, 3, 9, 9), [1, 1]),
-    "other_activation": (lambda: [nn.Conv2d(3, 8, 3), nn.Mish()], (2, 3, 9, 9), [1, 1]),
+    "other_activation": (lambda: [nn.Conv2d(3, 8, 3), nn.Softsign()], (2, 3, 9, 9), [1, 1]),
     "other_flatten": (lambda: [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2)], (2, 3, 9, 9), [2, 1]),
     "no_block": (lambda: [nn.Flatten(), nn.Linear(27, 3)], (2, 3, 3, 3), [1, 1]),
     "nothing": (lambda: [], (2, 3), []),

@@ -193,9 +193,10 @@ ACTIVATIONS = (
     *("nn.ReLU()",) * 3, "nn.ReLU(inplace=True)", "nn.ReLU(True)", "nn.LeakyReLU(0.2)", "nn.LeakyReLU(-0.5)",
     "nn.LeakyReLU(0.1, inplace=True)", "nn.ELU()", "nn.ELU(0.5, inplace=True)", "nn.Hardtanh(-0.5, 0.7)",
     "nn.ReLU6()", "nn.Tanh()", "nn.Sigmoid()", "nn.SiLU()", "nn.SiLU(inplace=True)", "nn.GELU()",
-    "nn.GELU('tanh')", "nn.Identity()", "nn.Mish()", "nn.Softplus()", "nn.Softplus(2.5)", "nn.PReLU()",
-    "nn.Hardswish()", "nn.SELU()", "nn.CELU()", "nn.Softsign()", "nn.GLU(1)", "nn.LogSigmoid()",
-    "nn.Hardsigmoid()",
+    "nn.GELU('tanh')", "nn.Identity()", "nn.Mish()", "nn.Mish(inplace=True)", "nn.Softplus()",
+    "nn.Softplus(2.5)", "nn.Hardswish()", "nn.Hardswish(inplace=True)", "nn.Hardsigmoid()",
+    "nn.Hardsigmoid(inplace=True)", "nn.PReLU()", "nn.SELU()", "nn.CELU()", "nn.Softsign()", "nn.GLU(1)",
+    "nn.LogSigmoid()",
 )  # fmt: skip
 ACTIVATE = (
     *("y = F.relu(y)",) * 3, "y = torch.relu(y)", "y = y.relu()", "y = F.relu_(y)", "F.relu_(y)", "y.relu_()",
@@ -206,7 +207,9 @@ ACTIVATE = (
     "y = F.gelu(y, approximate='tanh')", "y = y.clamp(min=0)", "y.clamp_(min=0)", "y = y * torch.sigmoid(y)",
     "y = y.abs()", "y = F.softplus(y)", "y = F.softplus(y, beta=-0.5)", "y = F.threshold(y, 0.1, 0.0)",
     "y = torch.where(y > 0, y, 0.1 * y)",
-    "y = torch.maximum(y, torch.zeros_like(y))", "y = F.glu(y, 1)", "y = F.mish(y)", "y = -F.relu(-y)",
+    "y = torch.maximum(y, torch.zeros_like(y))", "y = F.glu(y, 1)", "y = -F.relu(-y)", "y = F.mish(y)",
+    "F.mish(y, inplace=True)", "y = F.hardswish(y)", "F.hardswish(y, inplace=True)", "y = F.hardsigmoid(y)",
+    "y = F.hardsigmoid(input=y, inplace=True)", "y = F.relu6(y + 3) / 6", "y = F.softsign(y)",
 )  # fmt: skip
 POOLS = (
     *("nn.MaxPool{d}d(2)",) * 3, "nn.MaxPool{d}d(3, 2, 1)", "nn.MaxPool{d}d(2, ceil_mode=True)",

@@ -83,6 +83,9 @@ ACTIVATIONS = {
     "gelu": Activation(nn.GELU()),
     "gelu_tanh": Activation(nn.GELU(approximate="tanh")),
     "softplus": Activation(nn.Softplus(8, 14)),  # straight above 1.75, an eps away from the curve
+    "mish": Activation(nn.Mish()),
+    "hardswish": Activation(nn.Hardswish(), (-3.0, 3.0)),
+    "hardsigmoid": Activation(nn.Hardsigmoid(), (-3.0, 3.0)),
 }
 CURVED = tuple(ACTIVATIONS)[4:]
 
@@ -162,7 +165,9 @@ def faulty_in_bfloat16(block: Block, x: Tensor) -> bool:
 
 def our_activation(block: Block) -> str | nn.Module | None:
     """The activation as functional.conv_block takes it: the plainest form there is."""
-    plain = block.activation in (None, "relu", "tanh", "sigmoid", "silu", "gelu", "relu6")
+    plain = block.activation in (
+        None, "relu", "tanh", "sigmoid", "silu", "gelu", "relu6", "mish", "hardswish", "hardsigmoid",
+    )  # fmt: skip
     return block.activation if plain else ACTIVATIONS[block.activation].module
 
 
@@ -540,8 +545,8 @@ def clear_winners(block: Block, y: Tensor, slack: Tensor, eps: float) -> Tensor:
     values = torch.where(inside, activate(block, z), -math.inf)
     top, place = values.topk(min(2, values.shape[-1]), dim=-1)
     won = z.gather(-1, place[..., :1])[..., 0]
-    # no activation here is steeper than 1.2
-    apart = 1.2 * slack + eps * top[..., 0].abs()
+    # no activation here is steeper than 1.5
+    apart = 1.5 * slack + eps * top[..., 0].abs()
     clear = top[..., 0] - top[..., -1] > apart if values.shape[-1] > 1 else torch.ones_like(slack).bool()
     for kink in kind.kinks:
         clear &= (won - kink).abs() > slack

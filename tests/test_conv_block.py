@@ -153,10 +153,16 @@ def test_activations_in_every_layout(plan, layout, activation):
 
 
 @plans
-@pytest.mark.parametrize("name", ["leaky_relu", "elu", "hardtanh", "relu6", "gelu", "softplus", "mish"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "leaky_relu", "elu", "hardtanh", "relu6", "gelu", "softplus", "mish", "hardswish", "hardsigmoid",
+        "softsign",
+    ],
+)  # fmt: skip
 def test_activations_by_name_have_the_functions_defaults(plan, name):
     x, w = torch.randn(2, 3, 6, 6), 3 * torch.randn(4, 3, 3, 3)
-    if name == "mish":
+    if name == "softsign":
         plan = "auto"
     torch.testing.assert_close(conv_block(x, w, activation=name, plan=plan), getattr(F, name)(F.conv2d(x, w)))
 
@@ -186,7 +192,7 @@ def test_activations_over_their_whole_range(plan, activation):
             subnormal = (x != 0) & (x.abs() < torch.finfo(x.dtype).smallest_normal)
             at_zero = mine[(x == 0).flatten()][:1]
             same |= subnormal.flatten() & (mine == at_zero)
-        if name == "x" and activation in ("hardtanh", "relu6", "elu"):
+        if name == "x" and activation in ("hardtanh", "relu6", "elu", "hardswish"):
             same |= x.flatten().isnan()  # PyTorch's vectors and its scalars differ
         assert same.all(), (name, x.flatten()[~same][:5], mine[~same][:5], their[~same][:5])
 
@@ -224,6 +230,27 @@ def test_softplus_of_any_numbers(plan, dtype, beta, threshold):
             assert_close_as_torch(mine, their, true[name], f"{name} {where}")
             # That is a rule of norms; sides of the threshold and tiny values need every element's own.
             torch.testing.assert_close(mine, their, rtol=8 * eps, atol=1e-37, equal_nan=True)
+
+
+@plans
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("activation", [nn.Hardswish(), nn.Hardsigmoid()], ids=str)
+def test_where_the_slope_is_zero_no_gradient_passes(plan, activation, normed):
+    """Infinite ones and NaN neither; beside the kinks and at them."""
+    at = [-math.inf, -4.0, -3.0, 3.0, 4.0, math.inf, *(3 + torch.arange(-4, 5) * 2**-22).tolist(), -1.0, 2.0]
+    x = torch.tensor([at, [-value for value in at]]).flatten().view(1, 1, 1, -1)
+    norm = nn.BatchNorm2d(1, eps=0).eval() if normed else None
+    for grad in (math.inf, -math.inf, math.nan, 2.0):
+        found = []
+        for fused in (True, False):
+            leaf, weight = x.clone().requires_grad_(), torch.ones(1, 1, 1, 1)
+            if fused:
+                out = conv_block(leaf, weight, norm=norm, activation=activation, plan=plan)
+            else:
+                out = activation(F.conv2d(leaf, weight))
+            out.backward(torch.full_like(x, grad))
+            found.append(leaf.grad)
+        torch.testing.assert_close(*found, rtol=1e-6, atol=0, equal_nan=True)
 
 
 @plans

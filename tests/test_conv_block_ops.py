@@ -385,8 +385,9 @@ def test_double_backward(plan, block):
 
 @plans
 @pytest.mark.parametrize("pool", [None, POOL_2X2], ids=["no pool", "pool"])
-@pytest.mark.parametrize("activation", CURVED)
+@pytest.mark.parametrize("activation", [name for name in CURVED if name != "hardsigmoid"])
 def test_double_backward_of_curved_activations(plan, activation, pool):
+    """Hardsigmoid has none in PyTorch."""
     block = replace(BLOCK, activation=activation, pool=pool)
     tensors = normal_tensors(block, torch.float32)
     assert_double_backward(plan, block, tensors, torch.randn(block.out_shape()) * decided(block, tensors))

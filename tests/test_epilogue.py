@@ -32,7 +32,7 @@ SHAPES = {
 ACTIVATIONS = {
     "r": nn.ReLU(), "h": nn.Hardtanh(-0.7, 0.9), "l": nn.LeakyReLU(0.1), "e": nn.ELU(0.8), "t": nn.Tanh(),
     "s": nn.SiLU(), "g": nn.GELU(), "p": nn.Softplus(1.3, 3.0), "i": nn.Sigmoid(),
-    "u": nn.GELU(approximate="tanh"),
+    "u": nn.GELU(approximate="tanh"), "m": nn.Mish(), "w": nn.Hardswish(), "d": nn.Hardsigmoid(),
 }  # fmt: skip
 PROGRAMS = [
     "n",
@@ -53,6 +53,9 @@ PROGRAMS = [
     "sg",
     "pn",
     "ui",
+    "mn",
+    "nw",
+    "wnd",
 ]
 
 

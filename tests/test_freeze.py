@@ -35,7 +35,8 @@ class Tagger(nn.Module):
         self.norm = nn.BatchNorm1d(channels)
         self.act = rng.choice(
             [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.ELU(0.7), nn.SiLU(), nn.GELU(), nn.GELU("tanh"),
-             nn.Tanh(), nn.Sigmoid(), nn.Softplus(2.0, 5.0), nn.Identity(), nn.Hardswish()]
+             nn.Tanh(), nn.Sigmoid(), nn.Softplus(2.0, 5.0), nn.Identity(),
+             nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(), nn.Softsign()]
         )  # fmt: skip
         self.mix = nn.Conv1d(
             channels, channels, 3, padding=1, groups=1 if channels != 8 else rng.choice([1, 2, 8])

@@ -16,7 +16,8 @@ pytestmark = needs_extension
 
 ACTIVATIONS = [
     nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.25), nn.LeakyReLU(0.3), nn.ELU(0.7), nn.Tanh(),
-    nn.Sigmoid(), nn.SiLU(), nn.Softplus(2.0, 5.0), nn.GELU(), nn.GELU("tanh"), nn.Hardswish(),
+    nn.Sigmoid(), nn.SiLU(), nn.Softplus(2.0, 5.0), nn.GELU(), nn.GELU("tanh"), nn.Mish(),
+    nn.Hardswish(), nn.Hardsigmoid(), nn.Softsign(),
 ]  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def ops_of(frozen) -> list[str]:
 @torch.no_grad()
 def test_layers_and_activations_of_all_kinds():
     """Odd sizes, one row to many, on one thread and two; NaN and infinities where PyTorch has them."""
-    sizes = [1, 7, 33, 130, 64, 97, 16, 3, 48, 31, 5, 65, 40, 600]
+    sizes = [1, 7, 33, 130, 64, 97, 16, 3, 48, 31, 5, 65, 40, 21, 17, 34, 600]
     layers = [
         part
         for i, (a, b) in enumerate(pairwise(sizes))
@@ -36,8 +37,9 @@ def test_layers_and_activations_of_all_kinds():
     ]
     model = nn.Sequential(*layers).eval()
     frozen = cf.freeze(model, torch.randn(3, 1))
-    assert ops_of(frozen).count("linear") == 13
-    assert not {"aten::relu", "aten::gelu"} & {n.get("name") for n in frozen._versions[0].data["nodes"]}
+    assert ops_of(frozen).count("linear") == 16
+    called = {n.get("name") for n in frozen._versions[0].data["nodes"]}
+    assert not {"aten::relu", "aten::gelu", "aten::mish", "aten::hardswish"} & called
     exact = copy.deepcopy(model).double()
     before = torch.get_num_threads()
     try:

@@ -125,6 +125,9 @@ TRAPS = {
     "silu_after_pool": lambda self, x: F.silu(F.max_pool2d(self.conv(x), 2)),
     "gelu_average": lambda self, x: F.adaptive_avg_pool2d(F.gelu(self.conv(x)), (3, 2)),
     "softplus": lambda self, x: F.max_pool2d(F.softplus(self.bn(self.conv(x)), beta=0.7), 2),
+    "mish": lambda self, x: F.max_pool2d(F.mish(self.bn(self.conv(x)), inplace=True), 2),
+    "hardswish_after_pool": lambda self, x: F.hardswish(F.max_pool2d(self.conv(x), 2)),
+    "hardsigmoid": lambda self, x: F.max_pool2d(F.hardsigmoid(self.bn(self.conv(x))), 2),
     "dropout": lambda self, x: F.max_pool2d(F.dropout(F.relu(self.conv(x)), 0.5, self.training), 2),
     "split": lambda self, x: torch.cat(self.conv(x).chunk(2, 1)[::-1], 1).relu(),
 }

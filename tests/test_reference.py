@@ -54,8 +54,12 @@ def test_norm_activation_and_pool_modules(training, layout):
 
 
 @pytest.mark.parametrize(
-    "name", ["relu", "gelu", "silu", "tanh", "elu", "leaky_relu", "hardtanh", "sigmoid", "softplus"]
-)
+    "name",
+    [
+        "relu", "gelu", "silu", "tanh", "elu", "leaky_relu", "hardtanh", "sigmoid", "softplus", "mish",
+        "hardswish", "hardsigmoid",
+    ],
+)  # fmt: skip
 def test_activations_by_name(name):
     x, weight = torch.randn(2, 3, 7, 7), torch.randn(4, 3, 3, 3)
     out = reference.conv_block(x, weight, activation=name)

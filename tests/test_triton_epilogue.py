@@ -42,7 +42,8 @@ def kernels(request):
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ["image", "channels", "signal", "rows", "volume"])
 @pytest.mark.parametrize(
-    "program", ["n", "nr", "n+r", "n+l", "n+h", "+r", "rn", "ln", "tn", "rnr", "en+l", "ns+", "gn"]
+    "program",
+    ["n", "nr", "n+r", "n+l", "n+h", "+r", "rn", "ln", "tn", "rnr", "en+l", "ns+", "gn", "mn", "wnd"],
 )
 def test_epilogue_as_torch(kernels, program, name, last, training):
     shape = SHAPES[name]
@@ -57,14 +58,15 @@ def test_epilogue_as_torch(kernels, program, name, last, training):
         assert_close_as_torch(found[k], torchs[k], exact[k], k)
 
 
-@pytest.mark.parametrize("program", ["n+r", "rn", "+l"])
+@pytest.mark.parametrize("program", ["n+r", "rn", "+l", "wn", "dn"])
 @pytest.mark.parametrize("last", [False, True])
 def test_specials(kernels, program, last):
     shape = (2, 5, 6, 7)
     z, added, grad = inside(shape, last), inside(shape, last), torch.randn(shape)
     z[0, 0, 0, 0], z[1, 1, 2, 3], added[0, 2, 1, 1] = float("nan"), float("inf"), float("nan")
     z[:, 4] = added[:, 4] = 0
-    grad[0, 4, 0, 0] = float("inf")
+    z[0, 3, 0, 0] = -5
+    grad[0, 3:, 0, 0] = float("inf")
     tensors = {"z": z} | ({"added": added} if "+" in program else {})
     norm = norm_of(shape, False)
     norm.bias.data[4] = 0

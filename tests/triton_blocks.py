@@ -33,6 +33,9 @@ ACTIVATION_ARGS = {
     "gelu": (8, []),
     "gelu_tanh": (9, []),
     "softplus": (10, [8.0, 14.0]),
+    "mish": (11, []),
+    "hardswish": (12, []),
+    "hardsigmoid": (13, []),
 }
 
 

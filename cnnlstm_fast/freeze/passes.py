@@ -63,6 +63,9 @@ _ACTIVATIONS: dict[Callable, tuple[str, tuple[tuple[int, float], ...]]] = {
     aten.sigmoid.default: ("sigmoid", ()),
     aten.silu.default: ("silu", ()),
     aten.softplus.default: ("softplus", ((1, 1.0), (2, 20.0))),
+    aten.mish.default: ("mish", ()),
+    aten.hardswish.default: ("hardswish", ()),
+    aten.hardsigmoid.default: ("hardsigmoid", ()),
 }
 
 _CONVS = {

@@ -130,13 +130,17 @@ ACTIVATION_MODULES: dict[type, tuple[str | None, tuple[str, ...]]] = {
     nn.SiLU: ("silu", ()),
     nn.GELU: ("gelu", ()),
     nn.Softplus: ("softplus", ("beta", "threshold")),
+    nn.Mish: ("mish", ()),
+    nn.Hardswish: ("hardswish", ()),
+    nn.Hardsigmoid: ("hardsigmoid", ()),
 }
 #: Names in ``torch.nn.functional`` of fused activations: the activation's name, and its default numbers.
 _ACTIVATION_NAMES: dict[str | None, tuple[str | None, tuple[float, ...]]] = {
     None: (None, ()), "relu": ("relu", ()), "hardtanh": ("hardtanh", (-1.0, 1.0)),
     "relu6": ("hardtanh", (0.0, 6.0)), "leaky_relu": ("leaky_relu", (0.01,)), "elu": ("elu", (1.0,)),
     "tanh": ("tanh", ()), "sigmoid": ("sigmoid", ()), "silu": ("silu", ()), "gelu": ("gelu", ()),
-    "softplus": ("softplus", (1.0, 20.0)),
+    "softplus": ("softplus", (1.0, 20.0)), "mish": ("mish", ()), "hardswish": ("hardswish", ()),
+    "hardsigmoid": ("hardsigmoid", ()),
 }  # fmt: skip
 
 

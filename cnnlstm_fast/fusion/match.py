@@ -137,6 +137,9 @@ PARTS: dict[type, Part] = {
     nn.SiLU: Part("activation"),
     nn.GELU: Part("activation"),
     nn.Softplus: Part("activation"),
+    nn.Mish: Part("activation"),
+    nn.Hardswish: Part("activation"),
+    nn.Hardsigmoid: Part("monotone"),
     nn.MaxPool2d: Part("max_pool", 4),
     nn.MaxPool1d: Part("max_pool", 3),
     nn.AdaptiveMaxPool2d: Part("max_pool", 4),
@@ -154,8 +157,7 @@ PARTS: dict[type, Part] = {
 
 #: Modules besides the parts that treat every sample of a batch alone and have no state.
 PER_SAMPLE: set[type] = {
-    nn.CELU, nn.GLU, nn.Hardsigmoid, nn.Hardswish, nn.Linear, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.SELU,
-    nn.Softsign,
+    nn.CELU, nn.GLU, nn.Linear, nn.LogSigmoid, nn.PReLU, nn.SELU, nn.Softsign,
 }  # fmt: skip
 
 #: Containers that do nothing but call their children in turn.

@@ -29,7 +29,7 @@ from torch import Tensor
 from cnnlstm_fast.ops import python_inside
 from cnnlstm_fast.ops.cuda import register_cuda
 from cnnlstm_fast.reference import conv_backward_by_args, conv_block_by_args
-from cnnlstm_fast.spec import CODE_GROUP, CURVED, codes_shape, map_size, pool_size, raw_shape
+from cnnlstm_fast.spec import CODE_GROUP, CURVED, STOPPING, codes_shape, map_size, pool_size, raw_shape
 
 PLANS = {"direct": 1, "chunked": 2, "winograd": 3, "fft": 4}
 
@@ -236,11 +236,17 @@ class ConvBlockFunction(torch.autograd.Function):
         else:
             conv, activation, act, pool, order = ctx.args
             if curved:
-                grad, activation, act = grad * curved[0], 0, []
+                grad = _through_slopes(grad, curved[0], activation)
+                activation, act = 0, []
             args = conv, activation, act, pool, order
             plan = ctx.backward_plan
             grads = caller(backward_op, plan)(grad, x, weight, codes, *args, plan, *needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
+
+
+def _through_slopes(grad, slopes, activation):
+    product = grad * slopes
+    return product.masked_fill_(slopes == 0, 0) if activation in STOPPING else product
 
 
 def _recomputed_backward(grad, x, weight, bias, args, needs):

@@ -43,12 +43,12 @@ MOST_TAPS_BY_PATCHES = 64
 #: Taps above which a pooled block under batch statistics keeps its map instead of computing it again.
 MOST_TAPS_COMPUTED_AGAIN = 384
 
-#: Activations that cost more than a comparison for each element.
-_CURVED = ("elu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus")
+#: Activations that cost more than a few comparisons and products for each element.
+_CURVED = ("elu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "softplus", "mish")
 #: Those that PyTorch computes by slow functions.
-_SLOW = ("elu", "tanh", "softplus")
-#: Activations that are not monotone, so that they cannot be computed behind the pool.
-_UNORDERED = ("silu", "gelu", "gelu_tanh", "softplus")
+_SLOW = ("elu", "tanh", "softplus", "mish")
+#: Those that are not monotone, so that they cannot be computed behind the pool.
+_UNORDERED = ("silu", "gelu", "gelu_tanh", "softplus", "mish")
 
 Counts = dict[str, float]
 

@@ -58,6 +58,12 @@ double activate(int activation, const float* act, double z) {
       return z * 0.5 * (1 + std::tanh(tanh_of));
     case kSoftplus:
       return act[0] * z > act[1] ? z : std::log1p(std::exp(act[0] * z)) / act[0];
+    case kMish:
+      return z * std::tanh(std::log1p(std::exp(z)));
+    case kHardswish:
+      return z * std::min(std::max(z + 3, 0.0), 6.0) / 6;
+    case kHardsigmoid:
+      return std::min(std::max(z + 3, 0.0), 6.0) / 6;
     default:
       return z;
   }

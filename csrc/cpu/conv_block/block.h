@@ -20,6 +20,9 @@ enum Activation : int32_t {
   kGELU = 8,
   kGELUTanh = 9,
   kSoftplus = 10,
+  kMish = 11,
+  kHardswish = 12,
+  kHardsigmoid = 13,
   kActivations
 };
 
