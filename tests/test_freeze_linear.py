@@ -97,6 +97,31 @@ def test_new_weights_and_other_dtypes():
         assert torch.equal(cf.freeze(other, x.to(dtype))(x.to(dtype)), other(x.to(dtype)))
 
 
+@torch.no_grad()
+def test_a_prelu_of_one_slope_is_part_of_its_layer(tmp_path):
+    """Its slope is a weight: a refresh reads it again, a file keeps it."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 5, 1), nn.PReLU(5),
+        nn.Flatten(), nn.Linear(45, 7), nn.PReLU(),
+    ).eval()  # fmt: skip
+    frozen = cf.freeze(model, torch.randn(2, 3, 8, 8))
+    assert ops_of(frozen).count("block") == 2
+    called = [n.get("name") for n in frozen._versions[0].data["nodes"]]
+    assert called.count("aten::prelu") == 1  # that of five slopes
+    x = torch.randn(4, 3, 8, 8)
+    x[0, 0, 0, 0], x[1, 2, 3, 4] = float("nan"), float("inf")
+    for slope in (0.25, -0.5, 0.0):
+        model[2].weight.fill_(slope), model[8].weight.fill_(0.5 - slope)
+        frozen.refresh()
+        expected, exact = model(x), copy.deepcopy(model).double()(x.double())
+        frozen.save(tmp_path / "model")
+        for fast in (frozen, cf.load_frozen(tmp_path / "model")):
+            found = fast(x)
+            assert torch.equal(found.isnan(), expected.isnan())
+            finite = expected.isfinite()
+            assert_close_as_torch(found[finite], expected[finite], exact[finite], f"slope {slope}")
+
+
 @pytest.mark.parametrize("plan", ["packed", "packed winograd"])
 @torch.no_grad()
 def test_blocks_keep_what_their_plan_reads(plan):

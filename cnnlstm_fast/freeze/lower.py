@@ -10,8 +10,8 @@ A program is a dict:
 
 A node is a dict with ``op``, a kind of :data:`cnnlstm_fast.ops.program.KINDS`, ``python`` (a call that the
 interpreter of programs cannot make) or ``folded`` (in the prelude). In its numbers a name stands for a number
-that an earlier node computes. Of a call, ``args`` are those of its schema, in order: ``{"ref": name}`` is a
-value, ``{"dtype": ...}`` and the like are what they say.
+that an earlier node computes, in ``act`` for a constant of one element. Of a call, ``args`` are those of its
+schema, in order: ``{"ref": name}`` is a value, ``{"dtype": ...}`` and the like are what they say.
 """
 
 from __future__ import annotations
@@ -234,13 +234,13 @@ class _Lowering:
         x, weight, bias, added = node.args
         self._append(
             "block", node.name, x=x.name, weight=weight.name, bias=None if bias is None else bias.name,
-            added=None if added is None else added.name, order=result_order(node), **node.kwargs,
+            added=None if added is None else added.name, order=result_order(node), **_options(node),
         )  # fmt: skip
 
     def _linear(self, node: GraphNode) -> None:
         x, weight, bias = node.args
         bias = None if bias is None else bias.name
-        self._append("linear", node.name, x=x.name, weight=weight.name, bias=bias, **node.kwargs)
+        self._append("linear", node.name, x=x.name, weight=weight.name, bias=bias, **_options(node))
 
     def _recurrent(self, node: GraphNode) -> None:
         x, h0, c0, reset, lengths, weights, mode, batch_first, keep = node.args
@@ -419,6 +419,12 @@ class _Lowering:
             self._append("view", out, kind=kind, x=name, numbers=numbers)
             name = out
         return name
+
+
+def _options(node: GraphNode) -> dict[str, Any]:
+    """What a block or a linear layer is beside its tensors, as data."""
+    act = [a.name if isinstance(a, fx.Node) else a for a in node.kwargs["act"]]
+    return {**node.kwargs, "act": act}
 
 
 def _permutation(node: GraphNode, rank: int) -> list[int]:

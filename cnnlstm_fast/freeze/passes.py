@@ -255,7 +255,7 @@ def _fuse_block(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None
     if conv is None:
         return
     end, activation = node, None
-    act: list[float] = []
+    act: list[Any] = []
     pool: list[int] = []
     new_weight, new_bias = weight, bias
     following = _only_user(end)
@@ -284,7 +284,8 @@ def _fuse_block(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None
     for _ in range(2):  # the pool may come first where the activation never falls
         if following is None or following.args[0] is not end:
             break
-        if activation is None and (found := _activation(following)) and (not pool or found[0] == "relu"):
+        found = None if activation else _activation(following, constant)
+        if found and (not pool or found[0] == "relu"):
             activation, act = found
         elif not pool and (window := _pool(following)):
             pool = window
@@ -321,7 +322,11 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _activation(node: GraphNode) -> tuple[str, list[float]] | None:
+def _activation(node: GraphNode, constant: set[GraphNode]) -> tuple[str, list[Any]] | None:
+    """Name and numbers of an activation; a number that is a weight is the weight's node."""
+    if node.target is aten.prelu.default:
+        slope = node.args[1]
+        return ("leaky_relu", [slope]) if slope in constant and value_of(slope).numel() == 1 else None
     if node.target is aten.gelu.default:
         tanh = node.kwargs.get("approximate", argument(node, 1, "approximate", "none")) == "tanh"
         return ("gelu_tanh" if tanh else "gelu"), []
@@ -368,11 +373,11 @@ def _fuse_linear(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> Non
     ):
         return
     end, activation = node, None
-    act: list[float] = []
+    act: list[Any] = []
     following = _only_user(node)
-    if following is not None and following.args[0] is node and (found := _activation(following)):
+    if following is not None and following.args[0] is node and (found := _activation(following, constant)):
         end, (activation, act) = following, found
-    with graph.inserting_before(node):
+    with graph.inserting_before(end):
         fused = graph.call_function(linear, (x, weight, bias), {"activation": activation, "act": act})
     fused.meta = dict(end.meta)
     end.replace_all_uses_with(fused)

@@ -131,7 +131,7 @@ def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) ->
 
 
 def _alone(node: Node, constants: dict[str, Tensor]) -> Program:
-    used = [node[key] for key in ("weight", "bias") if node[key] is not None]
+    used = [name for name in (node["weight"], node["bias"], *node["act"]) if isinstance(name, str)]
     if node["added"] == node["x"]:
         node = {**node, "added": node["x"] + " too"}
     program = {

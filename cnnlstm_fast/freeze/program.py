@@ -167,6 +167,11 @@ class _Encoder:
         self.floats.append(float(value))
         return len(self.floats) - 1
 
+    def _act(self, node: Node) -> list[int]:
+        """The numbers of an activation; a text names the weight that is one."""
+        values = [self.constants[a].item() if isinstance(a, str) else a for a in node["act"]]
+        return _list([self._float(value) for value in values])
+
     def _text(self, value: str) -> int:
         self.names.append(value)
         return len(self.names) - 1
@@ -204,7 +209,7 @@ class _Encoder:
             self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]),
             self._read(node["added"]), int(node["signal"]),
             *_list(node["conv"]), ACTIVATIONS[node["activation"]],
-            *_list([self._float(a) for a in node["act"]]), *_list(node["pool"]), *_list(node["order"]),
+            *self._act(node), *_list(node["pool"]), *_list(node["order"]),
             len(node["plans"]), *plans, self._written(node["out"]),
         ]  # fmt: skip
 
@@ -231,7 +236,7 @@ class _Encoder:
     def _linear(self, node: Node) -> list[int]:
         return [
             self.slots[node["x"]], self.slots[node["weight"]], self._read(node["bias"]),
-            ACTIVATIONS[node["activation"]], *_list([self._float(a) for a in node["act"]]),
+            ACTIVATIONS[node["activation"]], *self._act(node),
             self._written(node["out"]),
         ]  # fmt: skip
 
