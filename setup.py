@@ -32,6 +32,7 @@ sources = [
     "csrc/machine.cpp",
     "csrc/memory.cpp",
     "csrc/norm_statistics.cpp",
+    "csrc/packed_library.cpp",
     "csrc/packed_memory.cpp",
     "csrc/plan_chunked.cpp",
     "csrc/plan_direct.cpp",

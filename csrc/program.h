@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "frozen_conv.h"
+#include "packed_library.h"
 #include "packed_recurrent.h"
 #include "tensors.h"
 
@@ -82,13 +83,16 @@ class Code {
   std::shared_ptr<const FrozenConv> packed(const FrozenConvDescription& description,
                                            const torch::stable::Tensor& weight,
                                            const std::optional<torch::stable::Tensor>& bias);
+  std::shared_ptr<const PackedLibraryConv> packed(const Ints& conv, const torch::stable::Tensor& weight,
+                                                  const std::optional<torch::stable::Tensor>& bias);
 
  private:
   const Ints& values_;
   const Floats& floats_;
   const std::vector<std::string>& names_;
   size_t at_ = 0;
-  std::map<std::vector<int64_t>, std::shared_ptr<const FrozenConv>> packed_;
+  std::map<Ints, std::shared_ptr<const FrozenConv>> packed_;
+  std::map<Ints, std::shared_ptr<const PackedLibraryConv>> libraries_;
   std::vector<bool> written_, ints_written_;
   std::vector<int64_t> reads_;
 };

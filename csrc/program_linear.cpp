@@ -45,6 +45,16 @@ std::shared_ptr<const FrozenConv> Code::packed(const FrozenConvDescription& desc
   return found;
 }
 
+std::shared_ptr<const PackedLibraryConv> Code::packed(const Ints& conv, const Tensor& weight,
+                                                      const std::optional<Tensor>& bias) {
+  Ints key{reinterpret_cast<int64_t>(weight.data_ptr()), bias ? reinterpret_cast<int64_t>(bias->data_ptr()) : 0};
+  for (int64_t i = 0; i < weight.dim(); ++i) key.push_back(weight.size(i)), key.push_back(weight.stride(i));
+  key.insert(key.end(), conv.begin(), conv.end());
+  std::shared_ptr<const PackedLibraryConv>& found = libraries_[key];
+  if (!found) found = std::make_shared<const PackedLibraryConv>(conv, weight, bias);
+  return found;
+}
+
 namespace {
 
 // activation(x @ weight.T + bias), a convolution of one tap whose positions are the rows of x.

@@ -9,6 +9,7 @@
 #include "conv_plan.h"
 #include "frozen_conv.h"
 #include "memory.h"
+#include "packed_library.h"
 #include "packed_recurrent.h"
 #include "program.h"
 #include "recurrent_stack.h"
@@ -254,7 +255,7 @@ struct Measured {
 
 // Plans of a frozen program alone, below those of csrc/conv_plan.cpp: on weights that the program packs. BLOCK_PLANS of
 // cnnlstm_fast/ops/program.py has the same numbers.
-enum PackedPlan : int64_t { kPackedWinograd = -2, kPackedDirect = -1 };
+enum PackedPlan : int64_t { kPackedLibrary = -3, kPackedWinograd = -2, kPackedDirect = -1 };
 
 class BlockNode : public Node {
  public:
@@ -278,7 +279,8 @@ class BlockNode : public Node {
     STD_TORCH_CHECK(added_ < 0 || !has_plan([](int64_t plan) { return plan >= 0; }),
                     "program: only packed plans add a tensor");
     to_ = code.next_written();
-    if (has_plan([](int64_t plan) { return plan < 0; })) pack(code);
+    if (has_plan([](int64_t plan) { return plan == kPackedDirect || plan == kPackedWinograd; })) pack(code);
+    if (has_plan([](int64_t plan) { return plan == kPackedLibrary; })) library_ = code.packed(conv_, weight_, bias_);
   }
 
   void run(Frame& frame) const override {
@@ -287,15 +289,12 @@ class BlockNode : public Node {
     const BlockDescription description = describe_block(x, weight_, conv_, activation_, act_, pool_, order_);
     const Block& b = description.block;
     check_argument("a frozen block", "bias", bias_, {b.co}, x.scalar_type());
-    const Tensor out = new_output(x, result_shape(description), x.scalar_type());
-    if (b.n > 0) {
-      const int64_t plan = plan_of(b);
-      if (plan < 0)
-        run_packed(plan, b, x, added_ < 0 ? nullptr : &frame.tensor(added_), out);
-      else
-        run_plan(plan, description, x, out);
+    std::optional<Tensor> added;
+    if (added_ >= 0) {
+      added = signal_ ? with_height(frame.tensor(added_)) : frame.tensor(added_);
+      check_argument("a frozen block", "the tensor to add", *added, {b.n, b.co, b.oh, b.ow}, x.scalar_type());
     }
-    frame.tensors[to_] = as_given(out);
+    frame.tensors[to_] = as_given(result_of(description, x, added));
   }
 
  private:
@@ -312,6 +311,20 @@ class BlockNode : public Node {
     for (const Measured& m : plans_)
       if (distance(m) < distance(*nearest)) nearest = &m;
     return nearest->plan;
+  }
+
+  // (N, C, H, W) in the memory order `order_`, dimensions in that order.
+  Tensor result_of(const BlockDescription& description, const Tensor& x, const std::optional<Tensor>& added) const {
+    const Block& b = description.block;
+    const int64_t plan = plan_of(b);
+    if (plan == kPackedLibrary && b.n > 0) return library_->run(description, order_, x, added);
+    const Tensor out = new_output(x, result_shape(description), x.scalar_type());
+    if (b.n == 0) return out;
+    if (plan < 0)
+      run_packed(plan, x, added, out);
+    else
+      run_plan(plan, description, x, out);
+    return out;
   }
 
   void run_plan(int64_t plan, const BlockDescription& description, const Tensor& x, const Tensor& out) const {
@@ -340,15 +353,12 @@ class BlockNode : public Node {
     return std::any_of(plans_.begin(), plans_.end(), [&](const Measured& m) { return wanted(m.plan); });
   }
 
-  void run_packed(int64_t plan, const Block& b, const Tensor& x, const Tensor* given, const Tensor& out) const {
+  void run_packed(int64_t plan, const Tensor& x, const std::optional<Tensor>& added, const Tensor& out) const {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "a frozen block: its packed weights take float32 only");
     FrozenConvCall call{x.size(0), x.size(2), x.size(3), floats(x), mutable_floats(out)};
     call.x_strides = MapStrides{{x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
     call.method = plan == kPackedWinograd ? FrozenMethod::kWinograd : FrozenMethod::kDirect;
-    std::optional<Tensor> added;
-    if (given) {
-      added = signal_ ? with_height(*given) : *given;
-      check_argument("a frozen block", "the tensor to add", *added, {b.n, b.co, b.oh, b.ow}, ScalarType::Float);
+    if (added) {
       call.added = floats(*added);
       call.added_strides = MapStrides{{added->stride(0), added->stride(1), added->stride(2), added->stride(3)}};
     }
@@ -376,6 +386,7 @@ class BlockNode : public Node {
   const Ints pool_, order_;
   std::vector<Measured> plans_;
   std::shared_ptr<const FrozenConv> packed_;
+  std::shared_ptr<const PackedLibraryConv> library_;
   int64_t to_ = -1;
 };
 

@@ -12,6 +12,7 @@ from public_models import ResidualRecogniser
 from torch import Tensor, nn
 
 import cnnlstm_fast as cf
+from cnnlstm_fast.freeze.plans import PACKED
 
 pytestmark = needs_extension
 
@@ -28,7 +29,7 @@ def assert_equal_to(model: nn.Module, frozen: nn.Module, shapes: list[tuple[int,
         for threads in (1, 2):
             torch.set_num_threads(threads)
             for shape in shapes:
-                x = torch.randn(shape)
+                x = torch.randn(shape).to(next(model.parameters()).dtype)
                 got, plain = frozen(x), model(x)
                 assert got.stride() == plain.stride() or 1 in got.shape
                 assert_close_as_torch(got, plain, exact(x.double()), str(shape))
@@ -38,10 +39,14 @@ def assert_equal_to(model: nn.Module, frozen: nn.Module, shapes: list[tuple[int,
         torch.set_num_threads(before)
 
 
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@dtypes
 @torch.no_grad()
-def test_a_residual_recogniser():
-    model = freshen(ResidualRecogniser(width=16, hidden=5, classes=6)).eval()
-    frozen = cf.freeze(model, torch.randn(3, 1, 32, 24))
+def test_a_residual_recogniser(dtype):
+    model = freshen(ResidualRecogniser(width=16, hidden=5, classes=6)).eval().to(dtype)
+    frozen = cf.freeze(model, torch.randn(3, 1, 32, 24).to(dtype))
     adding = [node for node in blocks_of(frozen) if node["added"]]
     assert len(adding) == 4 and all(node["activation"] == "relu" for node in adding)
     assert not any(node["op"] == "sum" for node in frozen._versions[0].data["nodes"])
@@ -68,20 +73,25 @@ class Sums(nn.Module):
         return self.first(y) + y.mean(1, keepdim=True)  # not of the same size
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(4)
 @pytest.mark.parametrize("signal", [True, False])
 @pytest.mark.parametrize(("activation", "pool"), [(nn.ReLU(), True), (nn.GELU(), False), (nn.ELU(0.7), True)])
+@dtypes
 @torch.no_grad()
-def test_sums_of_all_kinds(signal, activation, pool):
-    model = freshen(Sums(signal, activation, pool)).eval()
+def test_sums_of_all_kinds(signal, activation, pool, dtype):
+    model = freshen(Sums(signal, activation, pool)).eval().to(dtype)
     image = (17,) if signal else (7, 9)
-    frozen = cf.freeze(model, torch.randn(2, 12, *image))
+    frozen = cf.freeze(model, torch.randn(2, 12, *image).to(dtype))
     assert sum(node["added"] is not None for node in blocks_of(frozen)) == 3
-    for plan in ("packed", "packed winograd"):
+    for plan in PACKED if dtype is torch.float32 else ["packed library"]:
         for node in blocks_of(frozen):
             node["plans"] = [[1.0, plan]]
         frozen.refresh()
-        assert_equal_to(model, frozen, [(2, 12, *image), (1, 12, *(s + 4 for s in image)), (5, 12, *image)])
+        assert_equal_to(
+            model,
+            frozen,
+            [(2, 12, *image), (1, 12, *(s + 4 for s in image)), (5, 12, *image), (2, 12, *image[1:], 1)],
+        )
 
 
 @torch.no_grad()

@@ -57,11 +57,11 @@ class Settings:
     rounds: int
     batch: int
     train_batch: int = 32
-    nudged_steps: int = 60
+    nudged_steps: int = 30
     unflushed_steps: int = 3
 
 
-FULL = Settings(steps=180, rounds=5, batch=128)
+FULL = Settings(steps=120, rounds=5, batch=128)
 QUICK = Settings(steps=10, rounds=2, batch=32)
 
 

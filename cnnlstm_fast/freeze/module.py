@@ -355,10 +355,13 @@ class Frozen(nn.Module):
                     pieces = freeze_pieces(self._plain, self._model, args, kwargs, _frozen_piece)
                     self.__dict__["_pieces"] = pieces
 
+    def cast(self, args: tuple) -> tuple:
+        """The arguments of a call as the model's program takes them."""
+        return args if self._dtype is None else _cast(args, self._dtype)
+
     def version_of(self, args: tuple) -> Version | None:
         """The program that runs a call, if one does."""
-        if self._dtype is not None:
-            args = _cast(args, self._dtype)
+        args = self.cast(args)
         leaves, spec = pytree.tree_flatten((args, {}))
         key: Any = (spec, *map(_key_of, leaves))
         if len(args) == 1 and type(args[0]) is Tensor:

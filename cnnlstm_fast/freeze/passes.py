@@ -247,7 +247,7 @@ def _fuse_block(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None
         weight not in constant
         or (bias is not None and bias not in constant)
         or value.dim() != rank + 2
-        or value.dtype is not torch.float32
+        or value.dtype not in (torch.float32, torch.bfloat16)
         or value.device.type != "cpu"
     ):
         return
@@ -313,7 +313,8 @@ def _addend(node: GraphNode, end: GraphNode) -> GraphNode | None:
         return None
     value, whole = value_of(other), value_of(end)
     same = value.dim() == whole.dim() and all(map(same_size, value.shape, whole.shape))
-    return other if same and value.dtype is torch.float32 and value.device.type == "cpu" else None
+    adds = value.dtype is torch.float32 or torch.backends.mkldnn.is_available()  # ours, or the library
+    return other if same and adds and value.dtype is whole.dtype and value.device.type == "cpu" else None
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -15,7 +15,7 @@ from cnnlstm_fast.ops.program import BLOCK_PLANS
 from cnnlstm_fast.spec import map_size
 
 #: Plans on packed weights, which alone add a tensor to a convolution's map.
-PACKED = ("packed", "packed winograd")
+PACKED = ("packed", "packed winograd", "packed library")
 #: Batches that are timed beside the examples' own, as multiples, while their inputs have at most so many
 #: elements.
 _LARGER, _MOST_ELEMENTS = 8, 2**21
@@ -35,16 +35,14 @@ def choose_plans(program: dict, values: dict[str, Tensor], inputs: list[Tensor] 
     blocks = [node for node in program["nodes"] if node["op"] == "block"]
     if not blocks:
         return
+    constants = compute_constants(program, values)
     if inputs is not None:
         for node in blocks:
-            node["plans"] = [[1.0, _any_plan(node)]]
+            node["plans"] = [[1.0, _any_plan(node, constants)]]
         names = list(dict.fromkeys(node["x"] for node in blocks))
         observed = Program({**program, "outputs": names}, values)
-        constants = observed.constants
         for node, t in zip(blocks, _inputs_of(blocks, names, observed.run(inputs)), strict=True):
             node["size"] = list(t.shape)
-    else:
-        constants = compute_constants(program, values)
     known: dict[Any, list] = {}
     for node in blocks:
         size = tuple(node["size"])
@@ -70,12 +68,14 @@ def _measured(node: Node, shape: tuple[int, ...], constants: dict[str, Tensor]) 
         plan = _fastest(node, size, constants)
         if plan is not None:
             found.append([float(_positions(node, size, constants)), plan])
-    return found or [[1.0, _any_plan(node)]]
+    return found or [[1.0, _any_plan(node, constants)]]
 
 
-def _any_plan(node: Node) -> str:
+def _any_plan(node: Node, constants: dict[str, Tensor]) -> str:
     """The plan of a block that was not timed: it takes all of them."""
-    return "chunked" if node["added"] is None else "packed"
+    if node["added"] is None:
+        return "chunked"
+    return "packed" if constants[node["weight"]].dtype is torch.float32 else "packed library"
 
 
 def _map_size(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> tuple[int, int]:
@@ -94,12 +94,13 @@ def _positions(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) 
 def _addend(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> Tensor:
     """A tensor that a block adds, channels-last as a block before writes it."""
     h, w = _map_size(node, size, constants)
-    added = torch.randn(size[0], h, w, constants[node["weight"]].shape[0]).permute(0, 3, 1, 2)
+    weight = constants[node["weight"]]
+    added = torch.randn(size[0], h, w, weight.shape[0]).to(weight.dtype).permute(0, 3, 1, 2)
     return added.squeeze(2) if node["signal"] else added
 
 
 def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> str | None:
-    x = torch.randn(size)
+    x = torch.randn(size).to(constants[node["weight"]].dtype)
     inputs = [x]
     if len(size) == 4 and node["order"] == [0, 2, 3, 1] and size[1] > 1:
         inputs = [x.contiguous(memory_format=torch.channels_last)]

@@ -32,7 +32,8 @@ def explain_frozen(frozen: Frozen, inputs: tuple) -> Report:
         version = frozen.version_of(inputs)
         if version is None:
             return Report(list(_without_program(frozen, inputs)), ms)
-        tensors = [x.contiguous() for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+        given = pytree.tree_leaves(frozen.cast(inputs))
+        tensors = [x.contiguous() for x in given if isinstance(x, Tensor)]
         return Report(list(_stages(version, tensors)), ms)
 
 

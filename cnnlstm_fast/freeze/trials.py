@@ -11,8 +11,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-#: Errors of a result that are rounding: relative to its largest value.
-_ROUNDING = 1e-3
+#: Errors of a result that are rounding, relative to its largest value: in float32 or float64, and else as a
+#: multiple of the dtype's precision.
+_ROUNDING, _ROUNDING_EPS = 1e-3, 8
 
 
 class Trial:
@@ -90,12 +91,13 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if not b.is_floating_point():
         return torch.equal(a, b)
+    eps = torch.finfo(b.dtype).eps
     a, b = a.detach().double(), b.detach().double()
     finite = b.isfinite()
     if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a[b.isinf()], b[b.isinf()]):
         return False
     scale = b[finite].abs().max().item() if finite.any() else 0.0
-    return bool(((a - b)[finite].abs() <= _ROUNDING * scale).all())
+    return bool(((a - b)[finite].abs() <= max(_ROUNDING, _ROUNDING_EPS * eps) * scale).all())
 
 
 def _same_order(a: Tensor, b: Tensor) -> bool:

@@ -43,7 +43,7 @@ ARGUMENTS = (
 )  # fmt: skip
 ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod", "max", "min", "size")
 #: Those of :mod:`cnnlstm_fast.ops.conv_block`, and those on weights that a program packs.
-BLOCK_PLANS = {**conv_block.PLANS, "packed": -1, "packed winograd": -2}
+BLOCK_PLANS = {**conv_block.PLANS, "packed": -1, "packed winograd": -2, "packed library": -3}
 VIEWS = ("reshape", "permute", "select", "slice", "squeeze", "unsqueeze", "expand", "contiguous")
 
 _lib = torch.library.Library("cnnlstm_fast", "FRAGMENT")
