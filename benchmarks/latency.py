@@ -23,14 +23,16 @@ from torch import Tensor, nn
 import cnnlstm_fast as cf
 from benchmarks import field
 from benchmarks.cases import SYSTEMS, Case, of_the_field, system
-from benchmarks.peers import PEERS, Forward
+from benchmarks.peers import PEERS, Forward, openvino
 from benchmarks.race import OURS, PEER_ERROR, WrongResult
 
 BATCHES = (1, 4, 16)
 THREADS = (1, 4, 16)
 #: Turns of each engine, and the pause before each, in which the others' threads stop spinning.
 TURNS, PAUSE_S = 10, 0.02
-ENGINES = (OURS, "accelerated", "eager", "inductor, frozen", "ONNX Runtime", "OpenVINO")
+#: Engines that compute in bfloat16, of float32 inputs and results.
+LOW = (f"{OURS}, bfloat16", "OpenVINO, bfloat16")
+ENGINES = (OURS, "accelerated", "eager", "inductor, frozen", "ONNX Runtime", "OpenVINO", *LOW)
 #: Those that are ready in seconds, for a run of everything.
 QUICK_ENGINES = (OURS, "eager", "ONNX Runtime", "OpenVINO")
 #: How long the calls of one model at one batch are counted, all engines together.
@@ -91,6 +93,8 @@ def prepare(engine: str, case: Case, model: nn.Module, x: Tensor) -> Forward:
     model = copy.deepcopy(model)
     if engine == OURS:
         return cf.freeze(model, x)
+    if engine == f"{OURS}, bfloat16":
+        return cf.freeze(model, x, dtype=torch.bfloat16)
     if engine == "accelerated":
         fast = cf.accelerate(model)
         fast(x), fast(x)
@@ -103,10 +107,13 @@ def prepare(engine: str, case: Case, model: nn.Module, x: Tensor) -> Forward:
             compiled = torch.compile(model, dynamic=False)
             compiled(x)
         return compiled
+    case = replace(case, head=None, features=_whole)
+    if engine == "OpenVINO, bfloat16":
+        return openvino(case, model, x, precision="bf16")
     why_not = PEERS[engine].why_not(case)
     if why_not:
         raise RuntimeError(why_not)
-    return PEERS[engine].prepare(replace(case, head=None, features=_whole), model, x)
+    return PEERS[engine].prepare(case, model, x)
 
 
 def _whole(model: nn.Module, x: Tensor) -> Tensor:
@@ -117,8 +124,10 @@ def _check(engine: str, forward: Forward, model: nn.Module, x: Tensor, true: Ten
     """Raise where a result is not right; ``true`` is that in float64."""
     norm = true.norm().item()
     error = (forward(x).double() - true).norm().item()
-    own = (model(x).double() - true).norm().item()
-    allowed = 2 * own + 16 * torch.finfo(x.dtype).eps * norm if engine == OURS else PEER_ERROR * norm
+    dtype = torch.bfloat16 if engine in LOW else torch.float32
+    own = (copy.deepcopy(model).to(dtype)(x.to(dtype)).double() - true).norm().item()
+    by_rule = engine == OURS or engine in LOW
+    allowed = 2 * own + 16 * torch.finfo(dtype).eps * norm if by_rule else PEER_ERROR * norm
     if not error <= allowed:
         raise WrongResult(f"{engine}: error {error:.2e} of {norm:.2e}, allowed {allowed:.2e}")
 
@@ -140,7 +149,7 @@ def engines_of(
             _check(engine, forward, model, x, true)
             ready[engine] = forward
         except WrongResult:
-            if engine == OURS:
+            if engine.startswith(OURS):
                 raise
             missing.append(Latency(name, engine, batch, why_not="its result is wrong"))
         except Exception as error:  # whatever an engine cannot compile

@@ -174,16 +174,18 @@ def onnx_runtime(case: Case, model: nn.Module, x: Tensor, *, lent: bool = False)
     return forward_into
 
 
-def openvino(case: Case, model: nn.Module, x: Tensor, *, lent: bool = False) -> Forward:
-    """OpenVINO with as many threads as torch, the latency hint, and float32 arithmetic.
+def openvino(
+    case: Case, model: nn.Module, x: Tensor, *, lent: bool = False, precision: str = "f32"
+) -> Forward:
+    """OpenVINO with as many threads as torch and the latency hint.
 
-    Left to itself it would compute in bfloat16 where the processor can.
+    Left to itself it would compute in bfloat16 where the processor can, as it does with ``precision="bf16"``.
     """
     import openvino as ov
 
     core = ov.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
