@@ -26,6 +26,7 @@ sources = [
     "csrc/fingerprint.cpp",
     "csrc/frozen_conv.cpp",
     "csrc/frozen_ops.cpp",
+    "csrc/int8_packing.cpp",
     "csrc/library_calls.cpp",
     "csrc/library_limits.cpp",
     "csrc/limits.cpp",
@@ -40,6 +41,7 @@ sources = [
     "csrc/plan_winograd.cpp",
     "csrc/program.cpp",
     "csrc/program_calls.cpp",
+    "csrc/program_int8.cpp",
     "csrc/program_linear.cpp",
     "csrc/program_nodes.cpp",
     "csrc/recurrent.cpp",
@@ -60,6 +62,8 @@ sources = [
     "csrc/cpu/kernels_baseline.cpp",
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",
+    "csrc/cpu/int8/dispatch.cpp",
+    "csrc/cpu/int8/kernels_avx512_vnni.cpp",
 ]
 
 

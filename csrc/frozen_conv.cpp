@@ -15,6 +15,12 @@
 #include "winograd_conv.h"
 
 namespace cnnlstm_fast {
+
+void check_activation(int64_t activation, const Floats& act) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivations && act.size() == activation_numbers(activation),
+                  "frozen_conv: no such activation");
+}
+
 namespace {
 
 // Inputs and sums of one item: what a second-level cache holds beside a panel of weights.
@@ -48,8 +54,7 @@ void check_description(const FrozenConvDescription& d) {
                   "frozen_conv: no convolution of ", d.channels, " to ", d.out_channels,
                   " channels with groups=", d.conv[6]);
   elements("a weight", {d.out_channels, d.channels / d.conv[6], d.kernel_h, d.kernel_w});
-  STD_TORCH_CHECK(d.activation >= 0 && d.activation < kActivations && d.act.size() == activation_numbers(d.activation),
-                  "frozen_conv: no such activation");
+  check_activation(d.activation, d.act);
   for (const Ints* order : {&d.in_order, &d.out_order}) {
     Ints sorted = *order;
     std::sort(sorted.begin(), sorted.end());

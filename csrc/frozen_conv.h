@@ -26,6 +26,9 @@ struct FrozenConvDescription {
   bool winograd = true;  // whether weights are kept for Winograd's method too, 16 floats for every 9
 };
 
+// Raises where there is no such activation, or not of so many numbers.
+void check_activation(int64_t activation, const Floats& act);
+
 // MapStrides in floats by (N, C, H, W).
 struct MapStrides {
   int64_t of[4];

@@ -19,10 +19,10 @@ struct PackedDirection {
 
 class PackedRecurrent {
  public:
-  // One direction or two, contiguous float32.
-  PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode);
+  // One direction or two, contiguous float32; packed in int8, if that is asked for, where they are not projected.
+  PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode, bool int8);
 
-  // (out, h_n, c_n) as the op recurrent_layer gives them, of the same bits.
+  // (out, h_n, c_n) as the op recurrent_layer gives them, of the same bits unless in int8.
   std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> run(
       const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h0,
       const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& reset,
@@ -36,9 +36,11 @@ class PackedRecurrent {
   bool has_one_direction() const { return directions_.size() == 1 && !directions_[0].w_hr; }  // not projected
   int64_t hidden() const { return directions_[0].w_hh.size(0) / gates_of(mode_); }
   const PackedDirection& packed(int64_t direction) const { return packed_[direction]; }
+  const Int8Unit* unit() const { return unit_; }  // null: float32
 
  private:
   const int64_t mode_;
+  const Int8Unit* const unit_;
   std::vector<DirectionWeights> directions_;
   std::vector<PackedDirection> packed_;
 };

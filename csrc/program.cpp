@@ -16,7 +16,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 constexpr int64_t kMostSlots = int64_t{1} << 24;
 constexpr int64_t kNoTensor = -1;
 
@@ -125,7 +125,7 @@ namespace {
 using Reader = std::unique_ptr<Node> (*)(Code&);
 // In the order of KINDS in cnnlstm_fast/ops/program.py.
 constexpr Reader kReaders[] = {read_call,      read_arithmetic, read_view,  read_block,
-                               read_recurrent, read_sum,        read_linear};
+                               read_recurrent, read_sum,        read_linear, read_int8_linear};
 constexpr int64_t kKinds = sizeof(kReaders) / sizeof(kReaders[0]);
 
 }  // namespace

@@ -85,6 +85,8 @@ class Code {
                                            const std::optional<torch::stable::Tensor>& bias);
   std::shared_ptr<const PackedLibraryConv> packed(const Ints& conv, const torch::stable::Tensor& weight,
                                                   const std::optional<torch::stable::Tensor>& bias);
+  // The same of a linear layer's weight in int8 (program_int8.cpp).
+  std::shared_ptr<const PackedFloats> packed_int8(const torch::stable::Tensor& weight);
 
  private:
   const Ints& values_;
@@ -93,11 +95,12 @@ class Code {
   size_t at_ = 0;
   std::map<Ints, std::shared_ptr<const FrozenConv>> packed_;
   std::map<Ints, std::shared_ptr<const PackedLibraryConv>> libraries_;
+  std::map<Ints, std::shared_ptr<const PackedFloats>> packed_int8_;
   std::vector<bool> written_, ints_written_;
   std::vector<int64_t> reads_;
 };
 
-// A node of each kind from its code (program_nodes.cpp, program_calls.cpp, program_linear.cpp).
+// A node of each kind from its code (program_nodes.cpp, program_calls.cpp, program_linear.cpp, program_int8.cpp).
 std::unique_ptr<Node> read_call(Code& code);
 std::unique_ptr<Node> read_arithmetic(Code& code);
 std::unique_ptr<Node> read_view(Code& code);
@@ -105,6 +108,7 @@ std::unique_ptr<Node> read_block(Code& code);
 std::unique_ptr<Node> read_recurrent(Code& code);
 std::unique_ptr<Node> read_sum(Code& code);
 std::unique_ptr<Node> read_linear(Code& code);
+std::unique_ptr<Node> read_int8_linear(Code& code);
 
 class Program {
  public:

@@ -453,7 +453,8 @@ class RecurrentNode : public Node {
       directions.push_back({w_ih, w_hh, b_ih, b_hh, code.next_maybe_constant()});
     }
     std::shared_ptr<const PackedRecurrent>& layer = code.layers[number];
-    if (!layer) layer = std::make_shared<const PackedRecurrent>(std::move(directions), mode_);
+    const bool int8 = code.next_bool();
+    if (!layer) layer = std::make_shared<const PackedRecurrent>(std::move(directions), mode_, int8);
     found.layer = layer;
     return found;
   }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "int8_packing.h"
 #include "limits.h"
 #include "memory.h"
 #include "op.h"
@@ -36,7 +37,13 @@ const int64_t kRowsFloats = limit("RECURRENT_ROWS_FLOATS", int64_t{1} << 16, 1);
 
 // A direction as the kernels see it, and the memory that it points to.
 struct Prepared {
-  explicit Prepared(const BFloat16Table* low) : low(low), kernels(low ? low->recurrent : recurrent_kernels()) {}
+  explicit Prepared(const BFloat16Table* low, const Int8Unit* unit = nullptr)
+      : low(low),
+        kernels(low    ? low->recurrent
+                : unit ? int8_kernels().recurrent
+                       : recurrent_kernels()) {
+    layer.unit = unit;
+  }
 
   const BFloat16Table* const low;  // null: products are of float32
   const RecurrentTable& kernels;
@@ -217,8 +224,7 @@ struct LayerResults {
 
 // The results, written but for those of no sequences. `saved` may have no elements; with `packed`, a direction each, no
 // weight of the call is read.
-LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved,
-                       const std::vector<PackedDirection>* packed) {
+LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved, const PackedRecurrent* packed) {
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Ints cells = call.mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0};
@@ -231,11 +237,11 @@ LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved
   if (call.batch == 0) return results;
   const Tensor from = low ? as_word_rows(x, *low) : as_float_rows(x);
   for (int64_t d = 0; d < directions; ++d) {
-    Prepared p(low);
+    Prepared p(low, packed ? packed->unit() : nullptr);
     describe_layer(call, d, from, results.out, saved, p);
     if (low) use_words(call, d, results.out, p);
     if (packed)
-      use_packed((*packed)[d], p);
+      use_packed(packed->packed(d), p);
     else
       pack_weights(call, d, p);
     run_forward(call, d, p, results.h_n, results.c_n);
@@ -608,20 +614,23 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
 
 }  // namespace
 
-PackedRecurrent::PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode)
-    : mode_(mode), directions_(std::move(directions)) {
+PackedRecurrent::PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode, bool int8)
+    : mode_(mode), unit_(int8 ? &int8_unit() : nullptr), directions_(std::move(directions)) {
+  const auto floats_of = unit_ ? int8_gate_floats : gate_floats;
+  const auto pack = unit_ ? pack_int8_gates : pack_gate_weight;
   for (DirectionWeights& w : directions_) {
     for (const Tensor* weight : {&w.w_ih, &w.w_hh})
       STD_TORCH_CHECK(weight->dim() == 2 && weight->scalar_type() == ScalarType::Float && weight->is_contiguous(),
                       "a packed recurrent layer: expected contiguous float32 weights of 2 dimensions");
     const int64_t hidden = w.w_hh.size(0) / gates_of(mode);
     auto memory = [&](int64_t size) { return new_packed(w.w_ih, size); };
-    PackedDirection packed{memory(gate_floats(mode, hidden, w.w_ih.size(1))),
-                           memory(gate_floats(mode, hidden, w.w_hh.size(1))),
+    STD_TORCH_CHECK(!unit_ || !w.w_hr, "a packed recurrent layer: a projected one has no int8");
+    PackedDirection packed{memory(floats_of(mode, hidden, w.w_ih.size(1))),
+                           memory(floats_of(mode, hidden, w.w_hh.size(1))),
                            memory(bias_floats(hidden)),
                            {}};
-    pack_gate_weight(w.w_ih, mode, true, mutable_floats(packed.x));
-    pack_gate_weight(w.w_hh, mode, false, mutable_floats(packed.h));
+    pack(w.w_ih, mode, true, mutable_floats(packed.x));
+    pack(w.w_hh, mode, false, mutable_floats(packed.h));
     if (w.b_ih) pack_bias(*w.b_ih, *w.b_hh, mode, mutable_floats(packed.bias));
     if (w.w_hr) {
       packed.r = memory(projection_floats(hidden, w.w_hr->size(0)));
@@ -636,7 +645,7 @@ std::tuple<Tensor, Tensor, Tensor> PackedRecurrent::run(const Tensor& x, const M
                                                         bool batch_first) const {
   RecurrentCall call = describe_recurrent(x, h0, c0, directions_, reset, lengths, mode_, batch_first);
   STD_TORCH_CHECK(call.dtype == ScalarType::Float, "a packed recurrent layer: expected a float32 input");
-  const LayerResults found = run_layer(call, x, no_elements(x), &packed_);
+  const LayerResults found = run_layer(call, x, no_elements(x), this);
   return {found.out, found.h_n, found.c_n};
 }
 

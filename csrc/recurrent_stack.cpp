@@ -65,6 +65,7 @@ void prepare(const StackLayer& given, const Tensor& x, bool last, Running& r) {
   l.out = mutable_floats(r.out), l.out_step = of_out.step, l.out_sequence = of_out.sequence;
   l.starts = call.starts.data();
   l.packed_x = floats(w.x), l.packed_h = floats(w.h), l.bias = floats(w.bias);
+  l.unit = given.layer->unit();
   l.zeros = r.state.emplace_back(std::max({l.padded_hidden, l.padded_width, l.inputs})).data();
   l.h = r.state.emplace_back(2 * l.batch * l.padded_width).data();
   copy_rows(call.h0, l.batch, l.width, l.h, l.padded_width);
@@ -92,8 +93,8 @@ std::vector<const float*> input_rows(const RecurrentLayer& l, int64_t t0, int64_
 
 // The products of the inputs of steps [t0, t1), shared by all threads.
 void project(Running& r, int64_t t0, int64_t t1) {
-  const RecurrentTable& k = recurrent_kernels();
   const RecurrentLayer& l = r.layer;
+  const RecurrentTable& k = kernels_of(l);
   const int64_t threads = torch::stable::get_num_threads(), count = (t1 - t0) * l.batch;
   if (!r.products)
     r.products.emplace(new_temporary(r.x, {4 * l.padded_hidden * count}, ScalarType::Float));  // the first is longest
@@ -124,7 +125,7 @@ void scale_state(const RecurrentLayer& l, const Tensor& keep, int64_t t, int64_t
 
 // Steps [t0, t1) of sequences [b0, b0 + n), n <= kMaxRows.
 void run_steps(const RecurrentLayer& l, const Maybe& keep, int64_t t0, int64_t t1, int64_t b0, int64_t n) {
-  const RecurrentTable& k = recurrent_kernels();
+  const RecurrentTable& k = kernels_of(l);
   float* scratch = thread_scratch(k.forward_scratch(l));
   for (int64_t t = t0; t < t1; ++t) {
     if (keep) scale_state(l, *keep, t, b0, n);
@@ -134,7 +135,7 @@ void run_steps(const RecurrentLayer& l, const Maybe& keep, int64_t t0, int64_t t
 
 // Units [begin, end) of a step of all sequences, and the scaling of all states before it.
 void run_units(const RecurrentLayer& l, int64_t t, int64_t begin, int64_t end) {
-  const RecurrentTable& k = recurrent_kernels();
+  const RecurrentTable& k = kernels_of(l);
   for (int64_t b = 0; b < l.batch; b += kMaxRows)
     k.forward_step(l, t, b, std::min(kMaxRows, l.batch - b), begin, end, thread_scratch(k.forward_scratch(l)));
 }
@@ -149,7 +150,7 @@ void run_scaled(std::vector<Running>& layers, const Maybe& keep) {
       if (!r.fused) r.products.reset(), project(r, t0, t1);
       const RecurrentLayer l = reading(r, (t1 - t0) * batch, t0 * batch);
       if (by_units(l, batch)) {
-        const UnitBlocks blocks(l.padded_hidden, recurrent_kernels().lanes, 4);
+        const UnitBlocks blocks(l.padded_hidden, kernels_of(l).lanes, 4);
         run_with_step_barrier(2 * (t1 - t0), blocks.count, [&](int64_t half, int64_t i) {
           const int64_t t = t0 + half / 2;
           if (half % 2)
@@ -244,7 +245,7 @@ class Pipeline {
       return run_steps(whole ? reading(r, r.call.rows, 0) : reading(r, rows, t0 * batch, place), keep_, t0, t1, 0,
                        batch);
     }
-    const RecurrentTable& k = recurrent_kernels();
+    const RecurrentTable& k = kernels_of(r.layer);
     k.project_inputs(r.layer, input_rows(r.layer, t0, t1).data(), rows, 0, rows, 0, r.layer.padded_hidden,
                      mutable_floats(*r.products) + place, thread_scratch(k.project_scratch(r.layer, rows)));
   }

@@ -210,6 +210,7 @@ def _built(metadata: dict, tensors: dict[str, Tensor], make: Make) -> Any:
             signature,
             results,
             pytree.treespec_loads(entry["structure"]),
+            dtype is torch.int8,
         )
         version.broken.update(entry["broken"])
         frozen._versions.append(version)

@@ -65,7 +65,8 @@ def freeze(model: nn.Module, *example_inputs: Any, dtype: torch.dtype | None = N
         example_inputs: arguments of one call, of usual sizes. Other sizes work too.
         dtype: a floating dtype to compute in, as ``torch.bfloat16``: the frozen model then has parameters of
             its own. Floating inputs are cast to it, and floating results back to the dtype of the first such
-            input.
+            input. ``torch.int8``: linear layers, LSTMs and GRUs multiply in int8, with scales for every
+            output of a weight and every row of inputs and states; all else stays float32.
 
     Returns:
         A module that is called as the model is and has the same ``state_dict`` keys.
@@ -75,7 +76,7 @@ def freeze(model: nn.Module, *example_inputs: Any, dtype: torch.dtype | None = N
         Inputs and results are those of ``model``.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``dtype`` not a floating dtype.
+        TypeError: ``model`` is not an ``nn.Module``, or ``dtype`` neither a floating dtype nor ``torch.int8``.
         ValueError: no example inputs are given.
 
     Example:
@@ -87,12 +88,15 @@ def freeze(model: nn.Module, *example_inputs: Any, dtype: torch.dtype | None = N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"got a {type(model).__name__}, expected an nn.Module")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"got dtype={dtype!r}, expected a floating dtype as torch.bfloat16, or None")
+    known = dtype is None or dtype is torch.int8
+    if not known and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"got dtype={dtype!r}, expected a floating dtype as torch.bfloat16, torch.int8, or None"
+        )
     if not example_inputs:
         raise ValueError("freeze needs example inputs, as cf.freeze(model, torch.randn(1, 3, 32, 100))")
     model = getattr(model, "_orig_mod", model)
-    if dtype is not None:
+    if dtype is not None and dtype is not torch.int8:
         model = copy.deepcopy(model).to(dtype)
     frozen = Frozen(for_capture(model), for_calls(model), dtype)
     frozen.prepare(example_inputs)
@@ -160,7 +164,8 @@ class Frozen(nn.Module):
     Args:
         model: whose program is captured: in eval mode, its recurrent layers this package's.
         plain: what runs where there is no program; None for a model from a file.
-        dtype: to compute in; None for that of the weights.
+        dtype: to compute in; None for that of the weights, ``torch.int8`` for that with linear and recurrent
+            layers in int8.
 
     Shapes:
         Inputs and results are those of the model.
@@ -188,13 +193,17 @@ class Frozen(nn.Module):
 
     def forward(self, *args, **kwargs):
         """As the model's; the arguments are those of the model."""
-        if self._dtype is None:
+        dtype = self._cast_to()
+        if dtype is None:
             return self._run(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         given = next((leaf.dtype for leaf in leaves if _is_floating(leaf)), None)
-        args, kwargs = _cast((args, kwargs), self._dtype)
+        args, kwargs = _cast((args, kwargs), dtype)
         results = self._run(args, kwargs)
         return results if given is None else _cast(results, given)
+
+    def _cast_to(self) -> torch.dtype | None:
+        return None if self._dtype is torch.int8 else self._dtype
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         key: Any
@@ -252,9 +261,10 @@ class Frozen(nn.Module):
             trial = Trial(self._plain, args, kwargs)
         except Exception:  # the model's own error is raised where the call runs as plain
             return _AS_PLAIN
-        route = _RunStrided(version, trial.results)
+        checked = _RunStrided(version.in_float32(), trial.results)
         # Copies cannot give what lies in the caller's memory, nor what the model decides by strides.
-        return route if trial.gave(route(self, trial.tensors, trial.args, trial.kwargs)) else _AS_PLAIN
+        gave = trial.gave(checked(self, trial.tensors, trial.args, trial.kwargs))
+        return _RunStrided(version, trial.results) if gave else _AS_PLAIN
 
     def _version_for(self, tensors: list[Tensor], args: tuple, kwargs: dict) -> Version | None:
         """A program for a call, captured now where there is none."""
@@ -279,6 +289,8 @@ class Frozen(nn.Module):
             if not self._holds(version, args, kwargs):
                 raise NotCaptured("its program gives other results than the model")
             self._try_sizes(version, args, kwargs)
+            if self._dtype is torch.int8:
+                version.quantize(self._state())
         except (NotCaptured, NotLowered) as error:
             self.why_not.append(str(error))
             return None
@@ -295,7 +307,7 @@ class Frozen(nn.Module):
         try:
             trial = Trial(self._plain, args, kwargs)
             values = version.checker.values([t.shape for t in trial.tensors])
-            holds = values is not None and trial.gave(version.results_of(trial.tensors))
+            holds = values is not None and trial.gave(version.in_float32().results_of(trial.tensors))
         except Exception:  # the model's own error is raised where the call runs as plain
             return False
         if holds and values is not None:
@@ -354,10 +366,13 @@ class Frozen(nn.Module):
                 with self._lock, torch.inference_mode(False):
                     pieces = freeze_pieces(self._plain, self._model, args, kwargs, _frozen_piece)
                     self.__dict__["_pieces"] = pieces
+                    for piece in self._frozen_pieces() if self._dtype is torch.int8 else ():
+                        piece._quantize()
 
     def cast(self, args: tuple) -> tuple:
         """The arguments of a call as the model's program takes them."""
-        return args if self._dtype is None else _cast(args, self._dtype)
+        dtype = self._cast_to()
+        return args if dtype is None else _cast(args, dtype)
 
     def version_of(self, args: tuple) -> Version | None:
         """The program that runs a call, if one does."""
@@ -384,6 +399,12 @@ class Frozen(nn.Module):
             for module in self._frozen_pieces():
                 module.refresh()
         return self
+
+    def _quantize(self) -> None:
+        """Compute in int8 from now on; programs were compared with the model before."""
+        self.__dict__["_dtype"] = torch.int8
+        for version in self._versions:
+            version.quantize(self._state())
 
     def _frozen_pieces(self) -> list[Frozen]:
         return [] if self._pieces is None else [m for m in self._pieces.modules() if isinstance(m, Frozen)]
@@ -455,7 +476,7 @@ class Frozen(nn.Module):
         if not self._versions:
             why = "; ".join(self.why_not) or "it has not been called on the CPU"
             raise ValueError(f"this model cannot run as a stream, since it has no program: {why}")
-        if self._dtype is not None:
+        if self._cast_to() is not None:
             raise ValueError("a model that was frozen with another dtype cannot run as a stream")
         return FrozenStream(self._versions[0], batch)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cnnlstm_fast.freeze.int8 import why_not_int8
 from cnnlstm_fast.freeze.nodes import Node, names_in, results_of
 from cnnlstm_fast.freeze.passes import fold
 from cnnlstm_fast.freeze.stacks import join_layers
@@ -144,7 +145,8 @@ def _list(values: Sequence[int]) -> list[int]:
 class _Encoder:
     """One stretch of nodes as the code of :mod:`cnnlstm_fast.ops.program`."""
 
-    def __init__(self, constants: dict[str, Tensor], inputs: Sequence[str]):
+    def __init__(self, constants: dict[str, Tensor], inputs: Sequence[str], int8: bool = False):
+        self.int8 = int8
         self.floats: list[float] = []
         self.names: list[str] = []
         self.constants = constants
@@ -157,11 +159,19 @@ class _Encoder:
     def program(self, nodes: Sequence[Node], outputs: Sequence[str]) -> tuple:
         for node in nodes:
             self.count += 1
-            self.code.append(op.KINDS.index("recurrent" if node["op"] == "stack" else node["op"]))
+            self.code.append(op.KINDS.index(self._kind(node)))
             self.code += getattr(self, "_" + node["op"])(node)
         code = [op.VERSION, len(self.slots), len(self.ints), len(self.inputs), self.count, *self.code]
         code += _list([self.slots[name] for name in outputs])
         return code, self.floats, self.names, list(self.constants.values())
+
+    def _kind(self, node: Node) -> str:
+        if node["op"] == "linear" and self._in_int8(node):
+            return "int8 linear"
+        return "recurrent" if node["op"] == "stack" else node["op"]
+
+    def _in_int8(self, node: Node) -> bool:
+        return self.int8 and why_not_int8(node, self.constants) is None
 
     def _float(self, value: float) -> int:
         self.floats.append(float(value))
@@ -224,7 +234,7 @@ class _Encoder:
             directions = 1 if weights[5] is None else 2
             code += [
                 self._read(layer["h0"]), self._read(layer["c0"]), layer["layer"], directions,
-                *(self._read(w) for w in weights[: 5 * directions]),
+                *(self._read(w) for w in weights[: 5 * directions]), int(self._in_int8(layer)),
             ]  # fmt: skip
         states = [name for layer in node["layers"] for name in layer["out"][1:]]
         return code + [self._written(name) for name in (node["layers"][-1]["out"][0], *states)]
@@ -335,10 +345,11 @@ class Program:
     Args:
         program: as :mod:`cnnlstm_fast.freeze.lower` says; blocks have ``plans``.
         values: of the names in ``state`` and ``tensors``.
+        int8: whether weights of linear and recurrent layers are packed in int8.
     """
 
-    def __init__(self, program: dict, values: dict[str, Tensor]):
-        self.program = program
+    def __init__(self, program: dict, values: dict[str, Tensor], int8: bool = False):
+        self.program, self.int8 = program, int8
         constants = compute_constants(program, values)
         read = set(names_in([program["nodes"], program["outputs"]]))
         constants = {name: t for name, t in constants.items() if name in read}
@@ -351,6 +362,10 @@ class Program:
             self.whole = first.number
         numbers = [s.number for s in self.stretches if isinstance(s, Compiled)]
         weakref.finalize(self, _free, numbers)
+
+    def in_float32(self) -> Program:
+        """The same program with nothing in int8: what can be compared with the model."""
+        return Program({**self.program, "prelude": []}, self.constants) if self.int8 else self
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """The results, in the order of ``outputs``."""
@@ -399,7 +414,8 @@ class Program:
             inputs = [name for name in known if name in read]
             outputs = [name for node in run for name in results_of(node) if name in later]
         read = {*_read_by(run, sizes), *outputs}
-        encoder = _Encoder({name: t for name, t in constants.items() if name in read}, inputs)
+        used = {name: t for name, t in constants.items() if name in read}
+        encoder = _Encoder(used, inputs, self.int8)
         encoded = encoder.program(list(_with_sizes(join_layers(run, later), sizes)), outputs)
         return Compiled(op.new_op(*encoded), list(inputs), list(outputs))
 

@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from cnnlstm_fast.freeze.int8 import why_not_int8
 from cnnlstm_fast.freeze.module import Frozen
 from cnnlstm_fast.freeze.nodes import Node, results_of
 from cnnlstm_fast.freeze.program import Compiled, Program
@@ -53,6 +54,7 @@ def _stages(version: Version, tensors: list[Tensor]) -> Iterator[Stage]:
         alone = Program(
             {"inputs": list(values), "state": {}, "prelude": [], "nodes": [*sizes, node], "outputs": outs},
             program.constants,
+            program.int8,
         )
         given, best = list(values.values()), float("inf")
         for _ in range(_ROUNDS):
@@ -65,7 +67,7 @@ def _stages(version: Version, tensors: list[Tensor]) -> Iterator[Stage]:
         if node["op"] != "view" or (moved and out.data_ptr() != values[node["x"]].data_ptr()):
             yield Stage(
                 outs[0], _name_of(node), tuple(out.shape), layout_of(out),
-                *_plan_of(node, id(node) in in_python), ms=best * 1e3, bytes=sum(t.nbytes for t in found),
+                *_plan_of(node, program, id(node) in in_python), ms=best * 1e3, bytes=sum(t.nbytes for t in found),
             )  # fmt: skip
 
 
@@ -84,12 +86,17 @@ def _name_of(node: Node) -> str:
     return node["name"].partition("::")[2] if "name" in node else "add"
 
 
-def _plan_of(node: Node, in_python: bool) -> tuple[str, str]:
+def _plan_of(node: Node, program: Program, in_python: bool) -> tuple[str, str]:
     if node["op"] == "block":
         plans = dict.fromkeys(plan for _, plan in node["plans"])
         return "/".join(plans), "timed when the model was frozen"
     if node["op"] in ("recurrent", "linear"):
-        return {"recurrent": "fused", "linear": "packed"}[node["op"]], "weights packed once"
+        plan, why_not = {"recurrent": "fused", "linear": "packed"}[node["op"]], None
+        if program.int8:
+            why_not = why_not_int8(node, program.constants)
+            if why_not is None:
+                return f"{plan} int8", "weights packed once, in int8"
+        return plan, "weights packed once" + (f"; no int8: {why_not}" if why_not else "")
     if in_python:
         return "PyTorch", "the interpreter of programs cannot call it: Python does"
     return "PyTorch", ""

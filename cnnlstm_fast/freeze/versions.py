@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,12 +28,14 @@ class Version:
         results: for each leaf of the results ``None`` (the program's next output), or a pair: "size" and an
             expression of sizes, or "value" and what it is.
         out_spec: how the results lie.
+        int8: whether weights of linear and recurrent layers are packed in int8.
     """
 
     def __init__(
         self, program: dict, tensors: dict[str, Tensor], state: dict[str, Tensor], sizes: Sizes,
-        signature: Any, results: list, out_spec: pytree.TreeSpec,
+        signature: Any, results: list, out_spec: pytree.TreeSpec, int8: bool = False,
     ):  # fmt: skip
+        self.int8 = int8
         self.data, self.tensors = program, tensors
         self.sizes, self.signature, self.results, self.out_spec = sizes, signature, results, out_spec
         self.checker = sizes.checker()
@@ -51,12 +54,23 @@ class Version:
             name: state[key].detach() if name in packed else state[key].detach().clone()
             for name, key in self.data["state"].items()
         }
-        self.program = Program(self.data, {**values, **self.tensors})
+        self.program = Program(self.data, {**values, **self.tensors}, self.int8)
+
+    def quantize(self, state: dict[str, Tensor]) -> None:
+        """Pack in int8 from now on, what the state has now."""
+        self.int8 = True
+        self.refresh(state)
+
+    def in_float32(self) -> Version:
+        """The same with nothing in int8: what can be compared with the model."""
+        twin = copy.copy(self)
+        twin.program = self.program.in_float32()
+        return twin
 
     def copied(self, state: dict[str, Tensor]) -> Version:
         """The same program over another state."""
         made = Version(
-            self.data, self.tensors, state, self.sizes, self.signature, self.results, self.out_spec
+            self.data, self.tensors, state, self.sizes, self.signature, self.results, self.out_spec, self.int8
         )
         made.broken |= self.broken
         return made

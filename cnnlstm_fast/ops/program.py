@@ -19,12 +19,13 @@ and:
   :mod:`cnnlstm_fast.ops.conv_block`, pairs of (positions of a map, plan), the slot. The plan is that of the
   nearest number of positions.
 - ``recurrent``: ``x``, ``keep``, ``reset``, ``lengths``, mode, ``batch_first``; layers one behind the other,
-  of each ``h0``, ``c0``, a number that nodes of the same weights share, directions, the weights of each; the
-  slot of ``out`` of the last layer, and of every layer those of ``h_n`` and ``c_n``. Terms are those of
+  of each ``h0``, ``c0``, a number that nodes of the same weights share, directions, the weights of each,
+  whether these are packed in int8; the slot of ``out`` of the last layer, and of every layer those of ``h_n``
+  and ``c_n``. Terms are those of
   :mod:`cnnlstm_fast.ops.recurrent`; states are multiplied by ``keep`` (T, B) before each step.
 - ``sum``: a, b and t of ``a + t * b``, the slot.
 - ``linear``: input, weight, bias, ``activation`` and ``act`` as in :mod:`cnnlstm_fast.ops.conv_block`, the
-  slot.
+  slot. ``int8 linear``: the same, its weight packed in int8.
 
 A number is ``0, value`` or ``1, int slot``. Lists begin with their length. -1 is no tensor.
 """
@@ -35,8 +36,8 @@ import torch
 
 from cnnlstm_fast.ops import conv_block
 
-VERSION = 2
-KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum", "linear")
+VERSION = 3
+KINDS = ("call", "arithmetic", "view", "block", "recurrent", "sum", "linear", "int8 linear")
 ARGUMENTS = (
     "null", "tensor", "int", "float", "bool", "ints", "tensors", "string", "floats", "bools", "dtype",
     "layout", "device", "memory_format", "maybe_tensors",

@@ -24,5 +24,12 @@ inline const EpilogueTable& epilogue_kernels() {
 inline const FrozenTable& frozen_kernels() {
   return chosen_kernels().frozen;
 }
+inline const Int8Table& int8_kernels() {
+  return chosen_kernels().int8;
+}
+// Those of a layer by its weights.
+inline const RecurrentTable& kernels_of(const RecurrentLayer& l) {
+  return l.unit ? int8_kernels().recurrent : recurrent_kernels();
+}
 
 }  // namespace cnnlstm_fast

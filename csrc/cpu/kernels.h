@@ -4,6 +4,7 @@
 #include "conv_fft/transform.h"
 #include "epilogue/epilogue.h"
 #include "frozen_conv/frozen.h"
+#include "int8/int8.h"
 #include "recurrent/recurrent.h"
 #include "winograd_conv/winograd.h"
 
@@ -16,6 +17,7 @@ struct Kernels {
   TransformTable transform;
   EpilogueTable epilogue;
   FrozenTable frozen;
+  Int8Table int8;
 };
 
 // One per file kernels_*.cpp; null where the compiler's target has no such instruction set.

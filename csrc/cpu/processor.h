@@ -17,6 +17,16 @@ inline bool cpu_has_avx512_bf16() {
 #endif
 }
 
+inline bool cpu_has_avx512_vnni() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 // Tiles, and products of bfloat16 by them.
 inline bool cpu_has_amx_bf16() {
 #if defined(__x86_64__)

@@ -5,6 +5,8 @@
 
 namespace cnnlstm_fast {
 
+struct Int8Unit;
+
 enum RecurrentMode : int32_t { kLSTM = 0, kGRU = 1 };
 
 constexpr int64_t kUnitGroup = 16;  // hidden units are padded to a multiple of this
@@ -42,6 +44,7 @@ struct RecurrentLayer {
   const float* packed_h;  // pack_gates of w_hh
   const float* packed_r;  // pack_columns of w_hr, transposed
   const float* bias;      // [unit / lanes][4][lanes]
+  const Int8Unit* unit;   // not null: packed_x and packed_h are panels of int8 (int8/int8.h)
 
   // Not null: project_inputs of projected_rows rows, of which projected_first come before (see `starts`).
   const float* projected_x;

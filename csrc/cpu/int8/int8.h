@@ -1,0 +1,57 @@
+// Products of rows and weights in int8, whose sums are exact in int32. What surrounds them is float32: scales, biases,
+// gates and states.
+//
+// A row is words of four int8 side by side, with zeros up to a multiple of Int8Unit::row_words. Its scale is its largest
+// size / 127: NaN where it holds a NaN or an infinity, and 0, as all its numbers are then, where that size is below
+// kLeastInt8Size. Weights are panels of columns, a word of each column at a time: first the scales of the columns, then
+// -128 times their sums, then their words.
+#pragma once
+#include "../recurrent/recurrent.h"
+
+namespace cnnlstm_fast {
+
+constexpr int64_t kInt8Heads = 2;             // rows of a panel before its words
+constexpr int64_t kMostInt8Inputs = 1 << 17;  // of a row: so many products of 127 * 127 fit an int32
+constexpr float kLeastInt8Size = 0x1p-100f;   // 127 over it is finite
+
+// What multiplies. All give the same sums.
+struct Int8Unit {
+  const char* name;
+  int64_t row_words;
+  uint32_t flip;  // rows are xored with it: 0x80808080 adds 128 to every number, for units that take them unsigned
+  // sums[r][n] = rows[r] * column n of a panel of `vectors` vectors. Rows of `words` words lie side by side; rows of
+  // sums are four vectors.
+  void (*multiply)(const uint32_t* rows, int64_t count, int64_t words, const uint32_t* panel, int64_t vectors,
+                   int32_t* sums);
+};
+
+// activation(x @ weight.T + bias). Panels are of four vectors, the last one of as few as it needs.
+struct Int8Linear {
+  const Int8Unit* unit;
+  int64_t outs, words;
+  const uint32_t* panels;
+  const float* bias;  // padded to whole vectors
+  int32_t activation;
+  float act[2];
+};
+
+struct Int8Table {
+  // Of layers whose `unit` is set and whose packed weights are panels, one for the gates of `lanes` units; forward only,
+  // not projected.
+  RecurrentTable recurrent;
+  Int8Unit plain;  // in C++ for any processor of the set
+  // Quantizes a row to `words` words; returns its scale.
+  float (*quantize_row)(const float* from, int64_t count, int64_t words, uint32_t flip, uint32_t* to);
+  // Panels [begin, end) of the results of `count` quantized rows; those of `to` are `outs` apart.
+  void (*linear)(const Int8Linear&, const uint32_t* rows, const float* scales, int64_t count, int64_t begin,
+                 int64_t end, float* to);
+};
+
+// The processor's unit; null where the compiler's target has none.
+const Int8Unit* avx512_vnni_unit();
+
+// What this process multiplies by, chosen at the first call: the processor's unit, or plain C++ of its instruction set.
+// CNNLSTM_FAST_INT8=emulated chooses plain C++ everywhere, as a forced CNNLSTM_FAST_ISA does.
+const Int8Unit& int8_unit();
+
+}  // namespace cnnlstm_fast
