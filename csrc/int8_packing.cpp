@@ -26,7 +26,7 @@ std::vector<float> quantized_rows(const Tensor& weight, int64_t padded) {
   for_each_item(weight.size(0), [&](int64_t i) {
     float* to = found.data() + i * row;
     std::vector<uint32_t> quantized(words);
-    to[0] = int8_kernels().quantize_row(floats(weight) + i * inputs, inputs, words, 0, quantized.data());
+    to[0] = int8_kernels().quantize_row(floats(weight) + i * inputs, inputs, words, {1, 0}, quantized.data());
     std::memcpy(to + kInt8Heads, quantized.data(), words * sizeof(float));
     int32_t sum = 0;
     const int8_t* numbers = reinterpret_cast<const int8_t*>(to + kInt8Heads);

@@ -68,16 +68,16 @@ class Int8LinearNode : public Node {
   // Rows are quantized first, once for all panels.
   void multiply(const Tensor& x, int64_t rows, float* out) const {
     const Int8Table& k = int8_kernels();
-    const Tensor memory = new_temporary(x, {rows * (layer_.words + 1)}, ScalarType::Float);
+    const int64_t row = layer_.unit->format.parts * layer_.words;
+    const Tensor memory = new_temporary(x, {rows * (row + 1)}, ScalarType::Float);
     uint32_t* quantized = reinterpret_cast<uint32_t*>(mutable_floats(memory));
-    float* scales = mutable_floats(memory) + rows * layer_.words;
+    float* scales = mutable_floats(memory) + rows * row;
     auto quantize = [&](int64_t first, int64_t some) {
       for (int64_t r = first; r < first + some; ++r)
-        scales[r] = k.quantize_row(floats(x) + r * in_, in_, layer_.words, layer_.unit->flip,
-                                   quantized + r * layer_.words);
+        scales[r] = k.quantize_row(floats(x) + r * in_, in_, layer_.words, layer_.unit->format, quantized + r * row);
     };
     auto run = [&](int64_t first, int64_t some, int64_t begin, int64_t end) {
-      k.linear(layer_, quantized + first * layer_.words, scales + first, some, begin, end, out + first * layer_.outs);
+      k.linear(layer_, quantized + first * row, scales + first, some, begin, end, out + first * layer_.outs);
     };
     const int64_t panels = ceil_div(layer_.outs, k.recurrent.panel), parts = ceil_div(rows, kInt8ItemRows);
     if (torch::stable::get_num_threads() == 1 || rows * layer_.outs * in_ < 2 * kInt8Work) {

@@ -14,13 +14,19 @@ constexpr int64_t kInt8Heads = 2;             // rows of a panel before its word
 constexpr int64_t kMostInt8Inputs = 1 << 17;  // of a row: so many products of 127 * 127 fit an int32
 constexpr float kLeastInt8Size = 0x1p-100f;   // 127 over it is finite
 
+// How a unit reads rows.
+struct Int8Format {
+  int64_t parts;  // 1: words of four int8. 2: words of two int16, first numbers 0 and 2 of all fours, then 1 and 3
+  uint32_t flip;  // words of four are xored with it: 0x80808080 adds 128 to each number, which is unsigned then
+};
+
 // What multiplies. All give the same sums.
 struct Int8Unit {
   const char* name;
   int64_t row_words;
-  uint32_t flip;  // rows are xored with it: 0x80808080 adds 128 to every number, for units that take them unsigned
-  // sums[r][n] = rows[r] * column n of a panel of `vectors` vectors. Rows of `words` words lie side by side; rows of
-  // sums are four vectors.
+  Int8Format format;
+  // sums[r][n] = rows[r] * column n of a panel of `vectors` vectors. Rows of `words` words, or of twice as many, lie side
+  // by side; rows of sums are four vectors.
   void (*multiply)(const uint32_t* rows, int64_t count, int64_t words, const uint32_t* panel, int64_t vectors,
                    int32_t* sums);
 };
@@ -40,8 +46,8 @@ struct Int8Table {
   // not projected.
   RecurrentTable recurrent;
   Int8Unit plain;  // in C++ for any processor of the set
-  // Quantizes a row to `words` words; returns its scale.
-  float (*quantize_row)(const float* from, int64_t count, int64_t words, uint32_t flip, uint32_t* to);
+  // Quantizes a row to `words` words, or twice as many; returns its scale.
+  float (*quantize_row)(const float* from, int64_t count, int64_t words, Int8Format format, uint32_t* to);
   // Panels [begin, end) of the results of `count` quantized rows; those of `to` are `outs` apart.
   void (*linear)(const Int8Linear&, const uint32_t* rows, const float* scales, int64_t count, int64_t begin,
                  int64_t end, float* to);

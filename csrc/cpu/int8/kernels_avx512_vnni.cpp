@@ -17,7 +17,7 @@
 namespace cnnlstm_fast {
 
 const Int8Unit* avx512_vnni_unit() {
-  static constexpr Int8Unit kUnit = {"avx512_vnni", kInt8RowWords, kInt8Flip, int8_multiply};
+  static constexpr Int8Unit kUnit = {"avx512_vnni", kInt8RowWords, kInt8Format, int8_multiply};
   return &kUnit;
 }
 
