@@ -1,7 +1,7 @@
 """Which layers of a frozen program multiply in int8, and why others do not.
 
-A program says nothing of it: it is captured and checked in float32. ``Program(..., int8=True)`` then packs the
-weights of its linear and recurrent layers in int8.
+A program says nothing of it: it is captured, checked and saved in float32. ``Program(..., int8=True)`` packs
+the weights of its linear and recurrent layers in int8.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ def freeze(model: nn.Module, *example_inputs: Any, dtype: torch.dtype | None = N
         Inputs and results are those of ``model``.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``dtype`` neither a floating dtype nor ``torch.int8``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``dtype`` neither a floating dtype nor
+            ``torch.int8``.
         ValueError: no example inputs are given.
 
     Example:

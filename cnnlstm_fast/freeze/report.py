@@ -67,7 +67,8 @@ def _stages(version: Version, tensors: list[Tensor]) -> Iterator[Stage]:
         if node["op"] != "view" or (moved and out.data_ptr() != values[node["x"]].data_ptr()):
             yield Stage(
                 outs[0], _name_of(node), tuple(out.shape), layout_of(out),
-                *_plan_of(node, program, id(node) in in_python), ms=best * 1e3, bytes=sum(t.nbytes for t in found),
+                *_plan_of(node, program, id(node) in in_python), ms=best * 1e3,
+                bytes=sum(t.nbytes for t in found),
             )  # fmt: skip
 
 
