@@ -63,6 +63,7 @@ sources = [
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",
     "csrc/cpu/int8/dispatch.cpp",
+    "csrc/cpu/int8/kernels_amx.cpp",
     "csrc/cpu/int8/kernels_avx512_vnni.cpp",
 ]
 

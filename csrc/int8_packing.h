@@ -14,8 +14,8 @@ inline int64_t int8_row(int64_t inputs) {
   return round_up(ceil_div(inputs, 4), int8_unit().row_words);
 }
 
-// Floats of memory of the panels of w_ih or w_hh, and the panels: a scale for every row of the weight, which is a gate's
-// unit. Contiguous float32, at most kMostInt8Inputs columns.
+// Floats of memory of the panels of w_ih or w_hh, and the panels: a scale for every row of the weight, which is a
+// gate's unit. Contiguous float32, at most kMostInt8Inputs columns.
 int64_t int8_gate_floats(int64_t mode, int64_t hidden, int64_t inputs);
 void pack_int8_gates(const torch::stable::Tensor& weight, int64_t mode, bool of_inputs, float* to);
 

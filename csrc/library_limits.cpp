@@ -40,7 +40,7 @@ bool allowed(std::initializer_list<const char*> words) {
 bool library_has_amx() {
   static const bool has = [] {
     const char* told = std::getenv("CNNLSTM_FAST_LIBRARY_ISA");
-    return (told && std::string(told) == "amx") || (cpu_has_amx_bf16() && allowed({"AMX"}));
+    return (told && std::string(told) == "amx") || (cpu_has_tiles_for(TileProducts::kBFloat16) && allowed({"AMX"}));
   }();
   return has;
 }

@@ -124,7 +124,7 @@ namespace {
 
 using Reader = std::unique_ptr<Node> (*)(Code&);
 // In the order of KINDS in cnnlstm_fast/ops/program.py.
-constexpr Reader kReaders[] = {read_call,      read_arithmetic, read_view,  read_block,
+constexpr Reader kReaders[] = {read_call,      read_arithmetic, read_view,   read_block,
                                read_recurrent, read_sum,        read_linear, read_int8_linear};
 constexpr int64_t kKinds = sizeof(kReaders) / sizeof(kReaders[0]);
 

@@ -450,4 +450,4 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="example inputs"):
         cf.freeze(small())
     with pytest.raises(TypeError, match="floating dtype"):
-        cf.freeze(small(), torch.randn(1, 3, 8, 8), dtype=torch.int8)
+        cf.freeze(small(), torch.randn(1, 3, 8, 8), dtype=torch.uint8)

@@ -399,7 +399,7 @@ def same_but_for_gates(a: Tensor, b: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("other", [unit for unit in ("emulated", "avx512_vnni") if unit != UNIT])
+@pytest.mark.parametrize("other", [unit for unit in ("emulated", "avx512_vnni", "amx") if unit != UNIT])
 def test_all_units_give_the_same_bits(other, tmp_path):
     used = compare_with(tmp_path, same_bits, CNNLSTM_FAST_INT8=other)
     assert used == other or UNIT == "emulated"

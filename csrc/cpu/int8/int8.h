@@ -1,10 +1,10 @@
 // Products of rows and weights in int8, whose sums are exact in int32. What surrounds them is float32: scales, biases,
 // gates and states.
 //
-// A row is words of four int8 side by side, with zeros up to a multiple of Int8Unit::row_words. Its scale is its largest
-// size / 127: NaN where it holds a NaN or an infinity, and 0, as all its numbers are then, where that size is below
-// kLeastInt8Size. Weights are panels of columns, a word of each column at a time: first the scales of the columns, then
-// -128 times their sums, then their words.
+// A row is words of four int8 side by side, with zeros up to a multiple of Int8Unit::row_words. Its scale is its
+// largest size / 127: NaN where it holds a NaN or an infinity, and 0, as all its numbers are then, where that size is
+// below kLeastInt8Size. Weights are panels of columns, a word of each column at a time: first the scales of the
+// columns, then -128 times their sums, then their words.
 #pragma once
 #include "../recurrent/recurrent.h"
 
@@ -25,8 +25,8 @@ struct Int8Unit {
   const char* name;
   int64_t row_words;
   Int8Format format;
-  // sums[r][n] = rows[r] * column n of a panel of `vectors` vectors. Rows of `words` words, or of twice as many, lie side
-  // by side; rows of sums are four vectors.
+  // sums[r][n] = rows[r] * column n of a panel of `vectors` vectors. Rows of `words` words, or of twice as many, lie
+  // side by side; rows of sums are four vectors.
   void (*multiply)(const uint32_t* rows, int64_t count, int64_t words, const uint32_t* panel, int64_t vectors,
                    int32_t* sums);
 };
@@ -42,8 +42,8 @@ struct Int8Linear {
 };
 
 struct Int8Table {
-  // Of layers whose `unit` is set and whose packed weights are panels, one for the gates of `lanes` units; forward only,
-  // not projected.
+  // Of layers whose `unit` is set and whose packed weights are panels, one for the gates of `lanes` units; forward
+  // only, not projected.
   RecurrentTable recurrent;
   Int8Unit plain;  // in C++ for any processor of the set
   // Quantizes a row to `words` words, or twice as many; returns its scale.
@@ -53,11 +53,13 @@ struct Int8Table {
                  int64_t end, float* to);
 };
 
-// The processor's unit; null where the compiler's target has none.
+// The processor's units; null where the compiler's target has none.
 const Int8Unit* avx512_vnni_unit();
+const Int8Unit* amx_int8_unit();
 
 // What this process multiplies by, chosen at the first call: the processor's unit, or plain C++ of its instruction set.
-// CNNLSTM_FAST_INT8=emulated chooses plain C++ everywhere, as a forced CNNLSTM_FAST_ISA does.
+// CNNLSTM_FAST_INT8=emulated chooses plain C++ everywhere, as a forced CNNLSTM_FAST_ISA does; avx512_vnni where it
+// would be amx.
 const Int8Unit& int8_unit();
 
 }  // namespace cnnlstm_fast
