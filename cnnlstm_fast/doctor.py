@@ -158,7 +158,8 @@ def _instruction_set() -> Finding:
         return Finding("instruction set", "warning", f"{chosen} (CNNLSTM_FAST_ISA={forced})", mend)
     unit = torch.ops.cnnlstm_fast.bfloat16_unit()
     low = f", bfloat16 by {unit}" if unit else ""
-    return Finding("instruction set", "ok", f"{chosen}{low}; PyTorch uses {cpu}")
+    small = f", int8 by {torch.ops.cnnlstm_fast.int8_unit()}"
+    return Finding("instruction set", "ok", f"{chosen}{low}{small}; PyTorch uses {cpu}")
 
 
 def _threads() -> Finding:

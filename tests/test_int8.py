@@ -109,7 +109,7 @@ def test_linear_layers_are_the_scheme():
     shapes += [(65, 130), (3, 64)]
     layers = nn.ModuleList(nn.Linear(ins, outs, bias=random.random() < 0.7) for ins, outs in shapes)
     made = frozen(Each(layers), *(torch.randn(3, ins) for ins, _ in shapes))
-    for rows in (1, random.randint(2, 40), 70):
+    for rows in (1, 0, random.randint(2, 40), 70):
         inputs = [torch.randn(rows, ins) * torch.exp2(4 * torch.randn(rows, 1)) for ins, _ in shapes]
         for layer, x, found in zip(layers, inputs, made(*inputs), strict=True):
             true, size = linear(x, layer)
@@ -168,7 +168,8 @@ def test_sums_that_fill_an_int32():
     layer.weight.fill_(1.0)
     layer.weight[1] = -1.0
     made = frozen(layer, torch.ones(2, most))
-    assert torch.equal(made(torch.ones(2, most)), torch.tensor([[most, -most]] * 2).float())
+    for rows in (1, 2, 8):
+        assert torch.equal(made(torch.ones(rows, most)), torch.tensor([[most, -most]] * rows).float())
     longer = nn.Linear(most + 1, 2)
     x = torch.randn(2, most + 1)
     made = frozen(longer, x)

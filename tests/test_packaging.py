@@ -27,7 +27,8 @@ from cnnlstm_fast.spec import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cpu"
-LOW_KERNELS = KERNELS / "bfloat16" / "kernels.inc"  # the list of those for units of bfloat16
+#: The lists of those for units of bfloat16 and of int8.
+UNIT_KERNELS = [KERNELS / of / "kernels.inc" for of in ("bfloat16", "int8")]
 LIBRARY = next(iter(Path(cnnlstm_fast.__file__).parent.glob("_C*.so")), None)
 needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs a checkout")
 
@@ -81,7 +82,9 @@ def test_needs_no_library_but_torchs_and_the_systems():
 
 @needs_extension
 @pytest.mark.some(1)
-@pytest.mark.parametrize("name", ["kernels_avx512.cpp", "bfloat16/kernels_avx512_bf16.cpp"])
+@pytest.mark.parametrize(
+    "name", ["kernels_avx512.cpp", "bfloat16/kernels_avx512_bf16.cpp", "int8/kernels_amx.cpp"]
+)
 def test_kernels_of_instruction_sets_share_no_function(name, tmp_path):
     """A weak symbol of an AVX-512 file could be the copy that the linker keeps for all processors."""
     compiler, nm = shutil.which(os.environ.get("CXX", "g++")), shutil.which("nm")
@@ -112,7 +115,7 @@ def test_kernels_compile_without_any_x86(tmp_path):
     The cross compiler for aarch64 where there is one, else this machine's with __x86_64__ undefined.
     """
     compiler, *pretend = without_x86(tmp_path)
-    sources = [*KERNELS.glob("kernels_*.cpp"), *LOW_KERNELS.parent.glob("kernels_*.cpp")]
+    sources = [*KERNELS.glob("kernels_*.cpp"), *KERNELS.glob("*/kernels_*.cpp")]
     for source in sources:
         run(compiler, "-fsyntax-only", "-std=c++17", "-Wno-psabi", *pretend, str(source))
     for source in sources:  # and none got in by another way
@@ -152,7 +155,7 @@ def including(instruction_set: Path, kernels: list[Path], to: Path) -> Path:
 def test_every_kernel_file_includes_what_it_needs(tmp_path):
     """Alone for the baseline without x86; in random order for all sets, whose intrinsics parse slowly."""
     kernels = sorted(
-        k for k in KERNELS.glob("*/*.inc") if not k.name.startswith("target_") and k != LOW_KERNELS
+        k for k in KERNELS.glob("*/*.inc") if not k.name.startswith("target_") and k not in UNIT_KERNELS
     )
     assert len(kernels) > 30
     compiler, *pretend = without_x86(tmp_path)
@@ -174,9 +177,9 @@ def test_every_kernel_file_includes_what_it_needs(tmp_path):
 
 @needs_checkout
 def test_list_of_kernels_names_every_file():
-    """What the two lists include, by way of others too, is all there is."""
-    todo = [KERNELS / "kernels.inc", LOW_KERNELS]
-    found = {LOW_KERNELS.resolve()}
+    """What the lists include, by way of others too, is all there is."""
+    todo = [KERNELS / "kernels.inc", *UNIT_KERNELS]
+    found = {k.resolve() for k in UNIT_KERNELS}
     while todo:
         file = todo.pop()
         for name in re.findall(r'#include "(.*\.inc)"', file.read_text()):

@@ -277,7 +277,7 @@ def test_the_fuzzer_reaches_every_op():
     }
     without_tensors = {
         "isa", "fma_peak", "recycle_outputs", "limit", "conv_plans", "library_has_amx",
-        "library_has_bfloat16", "bfloat16_unit", "bfloat16_peak",
+        "library_has_bfloat16", "bfloat16_unit", "bfloat16_peak", "int8_unit",
     }  # fmt: skip
     in_python = {"conv_fft", "conv_fft_backward", "holders"}
     programs = {"program_new", "program_run", "program_free"}  # tests/test_freeze_archive.py has crafted ones

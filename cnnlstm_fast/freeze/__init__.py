@@ -3,7 +3,8 @@
 - :mod:`.capture` gets a model's graph by ``torch.export``; :mod:`.passes` folds and fuses it; :mod:`.lower`
   makes plain data of it (:mod:`.nodes`), with :mod:`.layouts` for the order of maps in memory and
   :mod:`.sizes` for open sizes.
-- :mod:`.plans` times plans of blocks; :mod:`.program` runs the nodes.
+- :mod:`.plans` times plans of blocks; :mod:`.program` runs the nodes, and :mod:`.int8` says which of them
+  multiply in int8.
 - :mod:`.versions` is a program with what it holds for; :mod:`.module` the module that chooses among them, and
   :mod:`.pieces` what runs where there is no program of the whole. :mod:`.trials` finds whether a program does
   what the model does.

@@ -187,24 +187,20 @@ class Frozen(nn.Module):
             self.__dict__[name] = model.__dict__[name]
         self.__dict__.update(
             _model=model, _plain=plain, _pieces=None, _dtype=dtype, _versions=[], _routes={},
-            _lock=threading.RLock(), why_not=[],
+            _cast_to=None if dtype is torch.int8 else dtype, _lock=threading.RLock(), why_not=[],
         )  # fmt: skip
 
     # ---- calls
 
     def forward(self, *args, **kwargs):
         """As the model's; the arguments are those of the model."""
-        dtype = self._cast_to()
-        if dtype is None:
+        if self._cast_to is None:
             return self._run(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         given = next((leaf.dtype for leaf in leaves if _is_floating(leaf)), None)
-        args, kwargs = _cast((args, kwargs), dtype)
+        args, kwargs = _cast((args, kwargs), self._cast_to)
         results = self._run(args, kwargs)
         return results if given is None else _cast(results, given)
-
-    def _cast_to(self) -> torch.dtype | None:
-        return None if self._dtype is torch.int8 else self._dtype
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         key: Any
@@ -372,8 +368,7 @@ class Frozen(nn.Module):
 
     def cast(self, args: tuple) -> tuple:
         """The arguments of a call as the model's program takes them."""
-        dtype = self._cast_to()
-        return args if dtype is None else _cast(args, dtype)
+        return args if self._cast_to is None else _cast(args, self._cast_to)
 
     def version_of(self, args: tuple) -> Version | None:
         """The program that runs a call, if one does."""
@@ -477,7 +472,7 @@ class Frozen(nn.Module):
         if not self._versions:
             why = "; ".join(self.why_not) or "it has not been called on the CPU"
             raise ValueError(f"this model cannot run as a stream, since it has no program: {why}")
-        if self._cast_to() is not None:
+        if self._cast_to is not None:
             raise ValueError("a model that was frozen with another dtype cannot run as a stream")
         return FrozenStream(self._versions[0], batch)
 

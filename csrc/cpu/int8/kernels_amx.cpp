@@ -4,4 +4,4 @@
 #if !defined(__clang__) && __GNUC__ < 11  // the assemblers of that time know no tiles
 #define CNNLSTM_FAST_NO_UNIT
 #endif
-#include "unit.inc"
+#include "kernels.inc"
