@@ -128,6 +128,7 @@ def test_activations_follow_in_float32():
 
 
 @torch.no_grad()
+@pytest.mark.some(1)
 @pytest.mark.parametrize("bias", [True, False])
 def test_special_rows_of_linear_layers(bias):
     """NaN and infinities make their whole row NaN; rows of zeros, and of nearly none, give the bias."""
@@ -197,8 +198,8 @@ class WithStates(nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_recurrent_layers_are_the_scheme(kind):
     """Each step from the state that was there; the whole sequence has the bits of step after step."""
-    shapes = [(1, 1), (3, 17), (17, 65), (65, 3), (1100, 33), (140, 130), (random.randint(1, 90), 28)]
-    model, steps = WithStates(kind, shapes), 4
+    shapes = [(1, 1), (17, 65), (random.randint(2, 90), 3), (1100, 17), (140, 130)]
+    model, steps = WithStates(kind, shapes), 3
     made = None
     for batch in (random.randint(2, 40), 1, 70):
         xs = [torch.randn(steps, batch, inputs) for inputs, _ in shapes]
@@ -407,6 +408,7 @@ def test_all_units_give_the_same_bits(other, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.some(1)
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lower_sets_multiply_in_plain_code(isa, tmp_path):
     assert compare_with(tmp_path, same_but_for_gates, CNNLSTM_FAST_ISA=isa) == "emulated"
@@ -420,7 +422,7 @@ def test_errors_are_smaller_than_those_of_dynamic_quantization():
     """Against float64, of models of a linear layer behind recurrent ones, of all sizes."""
     if torch.backends.quantized.engine in ("none", ""):
         pytest.skip("this build of PyTorch has no engine for quantized layers")
-    for kind in (*KINDS, random.choice([*KINDS])):
+    for kind in KINDS:
         inputs, hidden = random.randint(8, 80), random.randint(8, 160)
         ways = random.choice([1, 2])
         recurrent = getattr(nn, kind)(inputs, hidden, random.randint(1, 2), bidirectional=ways == 2)
@@ -449,6 +451,8 @@ def test_files_copies_and_refreshing(kind, tmp_path):
     assert torch.equal(loaded(x), out) and plans(loaded, x) == ["fused int8"] * 2 + ["packed int8"]
     assert loaded(torch.randn(1, 4, 9)).shape == (1, 6, 7)
     assert torch.equal(copy.deepcopy(made)(x), out)
+    maps = torch.cat([cf.freeze(model.conv, x, dtype=torch.int8)(x), cf.freeze(model.conv, x)(x)])
+    assert torch.equal(maps[:3], maps[3:])  # a convolution stays float32
     other = Tagger(kind).eval()
     expected = frozen(other, x)(x)
     for one in (made, loaded):
@@ -509,15 +513,6 @@ def test_streams(kind):
     alone = frozen(getattr(nn, kind)(7, 20), torch.randn(5, 2, 7))
     stream, x = alone.stream(batch=2), torch.randn(11, 2, 7)
     assert torch.equal(torch.cat([stream(chunk)[0] for chunk in x.split(3)]), alone(x)[0])
-
-
-@torch.no_grad()
-def test_convolutions_stay_float32():
-    model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
-    x = torch.randn(2, 1, 16, 20)
-    made = cf.freeze(model, x, dtype=torch.int8)
-    true = copy.deepcopy(model).double()(x.double())
-    assert_close_as_torch(made(x), model(x), true, "convolution")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.qint8, torch.bool, "int8", int])
