@@ -33,6 +33,9 @@ using Maybe = std::optional<Tensor>;
 // Gradients of pre-activations that meet all weights of the inputs at a time.
 const int64_t kRowsFloats = limit("RECURRENT_ROWS_FLOATS", int64_t{1} << 16, 1);
 
+// Sequences whose rows every block of units quantizes for itself, sooner than all wait for one another.
+const int64_t kFewQuantized = limit("INT8_ROWS_ALONE", 4, 0);
+
 // ---- Forward
 
 // A direction as the kernels see it, and the memory that it points to.
@@ -51,10 +54,19 @@ struct Prepared {
   std::deque<AlignedFloats> cleared;
   std::vector<Tensor> held;
 
+  // Memory of the quantized rows of a step.
+  float* step_rows() {
+    if (!rows_of_step_) rows_of_step_ = zeros(int8_kernels().step_rows_floats(layer));
+    return rows_of_step_;
+  }
+
   float* zeros(int64_t floats) { return cleared.emplace_back(floats).data(); }
   float* memory(const Tensor& like, int64_t floats) {
     return mutable_floats(held.emplace_back(new_temporary(like, {floats}, ScalarType::Float)));
   }
+
+ private:
+  float* rows_of_step_ = nullptr;
 };
 
 // `out` may be missing where what is saved has it.
@@ -186,12 +198,24 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
       auto time = [&](int64_t i) { return l.reversed ? s.end - 1 - i : s.begin + i; };
       if (by_units(l, s.count)) {
         const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
-        run_with_step_barrier(steps, blocks.count, [&](int64_t step, int64_t i) {
+        auto run = [&](int64_t step, int64_t i) {
           for (int64_t b = 0; b < s.count; b += kMaxRows)
             k.forward_step(l, time(step), b, std::min(kMaxRows, s.count - b), blocks.begin(i), blocks.end(i),
                            thread_scratch(k.forward_scratch(l)));
+        };
+        l.rows_of_step = l.unit && s.count > kFewQuantized ? p.step_rows() : nullptr;
+        if (!l.rows_of_step) {
+          run_with_step_barrier(steps, blocks.count, run);
+          continue;
+        }
+        run_with_step_barrier(2 * steps, blocks.count, [&](int64_t half, int64_t i) {
+          if (half % 2) return run(half / 2, i);
+          const int64_t end = (i + 1) * s.count / blocks.count;
+          for (int64_t b = i * s.count / blocks.count; b < end; b += kMaxRows)
+            int8_kernels().quantize_step(l, time(half / 2), b, std::min(kMaxRows, end - b));
         });
       } else {
+        l.rows_of_step = nullptr;
         const Tiles tiles(s.count);
         for_each_item(tiles.count, [&](int64_t i) {
           float* scratch = thread_scratch(k.forward_scratch(l));

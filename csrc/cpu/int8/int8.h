@@ -45,6 +45,9 @@ struct Int8Table {
   // Of layers whose `unit` is set and whose packed weights are panels, one for the gates of `lanes` units; forward
   // only, not projected.
   RecurrentTable recurrent;
+  // Quantizes what step `t` of sequences [b0, b0 + n) reads, n <= kMaxRows, into `rows_of_step`: once for all units.
+  void (*quantize_step)(const RecurrentLayer&, int64_t t, int64_t b0, int64_t n);
+  int64_t (*step_rows_floats)(const RecurrentLayer&);
   Int8Unit plain;  // in C++ for any processor of the set
   // Quantizes a row to `words` words, or twice as many; returns its scale.
   float (*quantize_row)(const float* from, int64_t count, int64_t words, Int8Format format, uint32_t* to);

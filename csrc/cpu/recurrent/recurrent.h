@@ -45,6 +45,7 @@ struct RecurrentLayer {
   const float* packed_r;  // pack_columns of w_hr, transposed
   const float* bias;      // [unit / lanes][4][lanes]
   const Int8Unit* unit;   // not null: packed_x and packed_h are panels of int8 (int8/int8.h)
+  float* rows_of_step;    // of those, memory of step_rows_floats for quantize_step; null: forward_step quantizes
 
   // Not null: project_inputs of projected_rows rows, of which projected_first come before (see `starts`).
   const float* projected_x;
