@@ -149,6 +149,46 @@ void use_packed(const PackedDirection& w, Prepared& p) {
   if (l.projected) l.packed_r = floats(*w.r);
 }
 
+// The number of the i-th step that a stretch's forward takes.
+int64_t forward_time(const RecurrentLayer& l, const Stretch& s, int64_t i) {
+  return l.reversed ? s.end - 1 - i : s.begin + i;
+}
+
+void forward_by_units(Prepared& p, const Stretch& s) {
+  const RecurrentTable& k = p.kernels;
+  RecurrentLayer& l = p.layer;
+  const int64_t steps = s.end - s.begin;
+  const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
+  auto run = [&](int64_t step, int64_t i) {
+    for (int64_t b = 0; b < s.count; b += kMaxRows)
+      k.forward_step(l, forward_time(l, s, step), b, std::min(kMaxRows, s.count - b), blocks.begin(i), blocks.end(i),
+                     thread_scratch(k.forward_scratch(l)));
+  };
+  l.rows_of_step = l.unit && s.count > kFewQuantized ? p.step_rows() : nullptr;
+  if (!l.rows_of_step) return run_with_step_barrier(steps, blocks.count, run);
+  run_with_step_barrier(2 * steps, blocks.count, [&](int64_t half, int64_t i) {
+    if (half % 2) return run(half / 2, i);
+    const int64_t end = (i + 1) * s.count / blocks.count;
+    for (int64_t b = i * s.count / blocks.count; b < end; b += kMaxRows)
+      int8_kernels().quantize_step(l, forward_time(l, s, half / 2), b, std::min(kMaxRows, end - b));
+  });
+}
+
+void forward_by_sequences(Prepared& p, const Stretch& s) {
+  const RecurrentTable& k = p.kernels;
+  RecurrentLayer& l = p.layer;
+  l.rows_of_step = nullptr;
+  const Tiles tiles(s.count);
+  for_each_item(tiles.count, [&](int64_t i) {
+    float* scratch = thread_scratch(k.forward_scratch(l));
+    for (int64_t step = 0; step < s.end - s.begin; ++step) {
+      const int64_t t = forward_time(l, s, step);
+      k.forward_step(l, t, tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
+      if (l.projected) k.project_step(l, t, tiles.begin(i), tiles.size(i), scratch);
+    }
+  });
+}
+
 void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor& h_n, const Tensor& c_n) {
   const RecurrentTable& k = p.kernels;
   const int64_t threads = torch::stable::get_num_threads();
@@ -194,37 +234,10 @@ void run_forward(const RecurrentCall& call, int64_t d, Prepared& p, const Tensor
     std::vector<Stretch> stretches = cut_by_activity(call, t0, t1);
     if (l.reversed) std::reverse(stretches.begin(), stretches.end());
     for (const Stretch& s : stretches) {
-      const int64_t steps = s.end - s.begin;
-      auto time = [&](int64_t i) { return l.reversed ? s.end - 1 - i : s.begin + i; };
-      if (by_units(l, s.count)) {
-        const UnitBlocks blocks(l.padded_hidden, k.lanes, 4);
-        auto run = [&](int64_t step, int64_t i) {
-          for (int64_t b = 0; b < s.count; b += kMaxRows)
-            k.forward_step(l, time(step), b, std::min(kMaxRows, s.count - b), blocks.begin(i), blocks.end(i),
-                           thread_scratch(k.forward_scratch(l)));
-        };
-        l.rows_of_step = l.unit && s.count > kFewQuantized ? p.step_rows() : nullptr;
-        if (!l.rows_of_step) {
-          run_with_step_barrier(steps, blocks.count, run);
-          continue;
-        }
-        run_with_step_barrier(2 * steps, blocks.count, [&](int64_t half, int64_t i) {
-          if (half % 2) return run(half / 2, i);
-          const int64_t end = (i + 1) * s.count / blocks.count;
-          for (int64_t b = i * s.count / blocks.count; b < end; b += kMaxRows)
-            int8_kernels().quantize_step(l, time(half / 2), b, std::min(kMaxRows, end - b));
-        });
-      } else {
-        l.rows_of_step = nullptr;
-        const Tiles tiles(s.count);
-        for_each_item(tiles.count, [&](int64_t i) {
-          float* scratch = thread_scratch(k.forward_scratch(l));
-          for (int64_t step = 0; step < steps; ++step) {
-            k.forward_step(l, time(step), tiles.begin(i), tiles.size(i), 0, l.padded_hidden, scratch);
-            if (l.projected) k.project_step(l, time(step), tiles.begin(i), tiles.size(i), scratch);
-          }
-        });
-      }
+      if (by_units(l, s.count))
+        forward_by_units(p, s);
+      else
+        forward_by_sequences(p, s);
     }
   }
   for (int64_t q = 0; q < l.batch; ++q) {
