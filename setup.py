@@ -35,6 +35,7 @@ sources = [
     "csrc/norm_statistics.cpp",
     "csrc/packed_library.cpp",
     "csrc/packed_memory.cpp",
+    "csrc/packed_recurrent.cpp",
     "csrc/plan_chunked.cpp",
     "csrc/plan_direct.cpp",
     "csrc/plan_fft.cpp",

@@ -19,10 +19,11 @@ struct PackedDirection {
 
 class PackedRecurrent {
  public:
-  // One direction or two, contiguous float32; packed in int8, if that is asked for, where they are not projected.
+  // One direction or two, contiguous float32 or bfloat16; those of float32 are packed in int8, if that is asked for,
+  // where they are not projected.
   PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode, bool int8);
 
-  // (out, h_n, c_n) as the op recurrent_layer gives them, of the same bits unless in int8.
+  // (out, h_n, c_n) as the op recurrent_layer gives them, of the same bits unless in int8. `x` has the weights' dtype.
   std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> run(
       const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& h0,
       const std::optional<torch::stable::Tensor>& c0, const std::optional<torch::stable::Tensor>& reset,
@@ -33,6 +34,8 @@ class PackedRecurrent {
                          const std::optional<torch::stable::Tensor>& c0, bool batch_first) const {
     return describe_recurrent(x, h0, c0, directions_, {}, {}, mode_, batch_first);
   }
+  // Whether run_stack takes it.
+  bool is_float32() const { return directions_[0].w_hh.scalar_type() == torch::headeronly::ScalarType::Float; }
   bool has_one_direction() const { return directions_.size() == 1 && !directions_[0].w_hr; }  // not projected
   int64_t hidden() const { return directions_[0].w_hh.size(0) / gates_of(mode_); }
   const PackedDirection& packed(int64_t direction) const { return packed_[direction]; }

@@ -406,17 +406,22 @@ class RecurrentNode : public Node {
     STD_TORCH_CHECK(!layers_.empty() && (layers_.size() == 1 || (reset_ < 0 && lengths_ < 0)) &&
                         (keep_ < 0 || (reset_ < 0 && lengths_ < 0)),
                     "program: layers one behind the other have neither resets nor lengths");
+    STD_TORCH_CHECK(keep_ < 0 || layers_[0].layer->is_float32(), "program: states are multiplied in float32 only");
     out_ = code.next_maybe_written();
     for (Layer& l : layers_) l.h_n = code.next_maybe_written(), l.c_n = code.next_maybe_written();
   }
 
   void run(Frame& frame) const override {
     const Tensor& x = frame.tensor(x_);
-    if (layers_.size() == 1 && keep_ < 0) {
-      const Layer& l = layers_[0];
-      auto [out, h_n, c_n] = l.layer->run(x, maybe(frame, l.h0), maybe(frame, l.c0), maybe(frame, reset_),
-                                          maybe(frame, lengths_), batch_first_);
-      put(frame, out_, out), put(frame, l.h_n, h_n), put(frame, l.c_n, c_n);
+    if (keep_ < 0 && (layers_.size() == 1 || !layers_[0].layer->is_float32())) {
+      Tensor at = x;
+      for (const Layer& l : layers_) {
+        auto [out, h_n, c_n] = l.layer->run(at, maybe(frame, l.h0), maybe(frame, l.c0), maybe(frame, reset_),
+                                            maybe(frame, lengths_), batch_first_);
+        put(frame, l.h_n, h_n), put(frame, l.c_n, c_n);
+        at = out;
+      }
+      put(frame, out_, at);
       return;
     }
     std::vector<StackLayer> stack;

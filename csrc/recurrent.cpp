@@ -14,7 +14,6 @@
 #include "limits.h"
 #include "memory.h"
 #include "op.h"
-#include "packed_memory.h"
 #include "packed_recurrent.h"
 #include "recurrent_description.h"
 #include "recurrent_packing.h"
@@ -265,7 +264,7 @@ LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved
   const int64_t directions = static_cast<int64_t>(call.directions.size());
   const ScalarType wide = ScalarType::Float;
   const Ints cells = call.mode == kLSTM ? Ints{directions, call.batch, call.hidden} : Ints{0};
-  const BFloat16Table* low = packed ? nullptr : low_kernels(call);
+  const BFloat16Table* low = low_kernels(call);
   const LayerResults results{new_output(x, call.sequence(directions * call.width), low ? ScalarType::BFloat16 : wide),
                              torch::stable::new_empty(x, Ints{directions, call.batch, call.width}, wide),
                              torch::stable::new_empty(x, cells, wide)};
@@ -651,39 +650,12 @@ recurrent_layer_backward(Maybe grad_out, Maybe grad_h_n, Maybe grad_c_n, Tensor 
 
 }  // namespace
 
-PackedRecurrent::PackedRecurrent(std::vector<DirectionWeights> directions, int64_t mode, bool int8)
-    : mode_(mode), unit_(int8 ? &int8_unit() : nullptr), directions_(std::move(directions)) {
-  const auto floats_of = unit_ ? int8_gate_floats : gate_floats;
-  const auto pack = unit_ ? pack_int8_gates : pack_gate_weight;
-  for (DirectionWeights& w : directions_) {
-    for (const Tensor* weight : {&w.w_ih, &w.w_hh})
-      STD_TORCH_CHECK(weight->dim() == 2 && weight->scalar_type() == ScalarType::Float && weight->is_contiguous(),
-                      "a packed recurrent layer: expected contiguous float32 weights of 2 dimensions");
-    const int64_t hidden = w.w_hh.size(0) / gates_of(mode);
-    auto memory = [&](int64_t size) { return new_packed(w.w_ih, size); };
-    STD_TORCH_CHECK(!unit_ || !w.w_hr, "a packed recurrent layer: a projected one has no int8");
-    PackedDirection packed{memory(floats_of(mode, hidden, w.w_ih.size(1))),
-                           memory(floats_of(mode, hidden, w.w_hh.size(1))),
-                           memory(bias_floats(hidden)),
-                           {}};
-    pack(w.w_ih, mode, true, mutable_floats(packed.x));
-    pack(w.w_hh, mode, false, mutable_floats(packed.h));
-    if (w.b_ih) pack_bias(*w.b_ih, *w.b_hh, mode, mutable_floats(packed.bias));
-    if (w.w_hr) {
-      packed.r = memory(projection_floats(hidden, w.w_hr->size(0)));
-      pack_projection(*w.w_hr, mutable_floats(*packed.r));
-    }
-    packed_.push_back(std::move(packed));
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> PackedRecurrent::run(const Tensor& x, const Maybe& h0, const Maybe& c0,
                                                         const Maybe& reset, const Maybe& lengths,
                                                         bool batch_first) const {
   RecurrentCall call = describe_recurrent(x, h0, c0, directions_, reset, lengths, mode_, batch_first);
-  STD_TORCH_CHECK(call.dtype == ScalarType::Float, "a packed recurrent layer: expected a float32 input");
   const LayerResults found = run_layer(call, x, no_elements(x), this);
-  return {found.out, found.h_n, found.c_n};
+  return {as_dtype(found.out, call.dtype), as_dtype(found.h_n, call.dtype), as_dtype(found.c_n, call.dtype)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cnnlstm_fast, CPU, m) {

@@ -18,9 +18,8 @@ namespace cnnlstm_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const BFloat16Table* low_kernels(const RecurrentCall& call) {
-  const bool suits = call.dtype == ScalarType::BFloat16 && !call.directions[0].w_hr;
-  return suits ? bfloat16_kernels() : nullptr;
+const BFloat16Table* low_kernels(ScalarType dtype, bool projected) {
+  return dtype == ScalarType::BFloat16 && !projected ? bfloat16_kernels() : nullptr;
 }
 
 Tensor as_word_rows(const Tensor& t, const BFloat16Table& low) {

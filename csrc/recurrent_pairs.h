@@ -9,7 +9,10 @@
 namespace cnnlstm_fast {
 
 // The kernels of a layer that is bfloat16 and not projected, if the processor has a unit for them; else null.
-const BFloat16Table* low_kernels(const RecurrentCall& call);
+const BFloat16Table* low_kernels(torch::headeronly::ScalarType dtype, bool projected);
+inline const BFloat16Table* low_kernels(const RecurrentCall& call) {
+  return low_kernels(call.dtype, call.directions[0].w_hr.has_value());
+}
 
 // Words of a row of so many numbers, with the zeros behind it.
 inline int64_t row_words(int64_t size, const BFloat16Table& low) {

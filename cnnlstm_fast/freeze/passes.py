@@ -392,7 +392,7 @@ def _fuse_recurrent(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> 
     value = value_of(x)
     if (
         keep
-        or value.dtype is not torch.float32
+        or value.dtype not in (torch.float32, torch.bfloat16)
         or value.device.type != "cpu"
         or not all(w is None or w in constant for w in weights)
     ):
