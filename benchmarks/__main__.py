@@ -200,6 +200,9 @@ def latency(
     seconds: Annotated[
         float, typer.Option(min=0.1, help="How long the calls of a model at a batch are counted.")
     ] = latencies.SECONDS,
+    bfloat16: Annotated[
+        bool, typer.Option("--bfloat16", help="Engines that compute in bfloat16: ours and OpenVINO.")
+    ] = False,
     serve: Annotated[
         bool, typer.Option("--serve", help="Calls a second of 1, 4 and 16 Python threads instead.")
     ] = False,
@@ -219,10 +222,12 @@ def latency(
     engines: tuple[str, ...] = latencies.QUICK_ENGINES
     if engine:
         engines = tuple(e for e in latencies.ENGINES if any(e.startswith(prefix) for prefix in engine))
+    if bfloat16:
+        engines = latencies.LOW_OURS, latencies.LOW_OPENVINO
     if serve:
         _serve(chosen, engines, as_json)
         return
-    report = Report.begin("latency")
+    report = Report.begin("latency-bfloat16" if bfloat16 else "latency")
     path = output or (None if model or batch or engine else report.path)
     with _progress() as progress:
         report.roofline.append(roofline.measure())

@@ -68,7 +68,9 @@ def latency_table(found: Sequence[Latency | Throughput]) -> Table:
         "model", "batch", "engine", "p50, ms", "p99, ms", "over ours", title="Latency", box=box.SIMPLE
     )
     ours = {
-        (one.model, one.batch): one.p50 for one in found if isinstance(one, Latency) and one.engine == OURS
+        (one.model, one.batch): one.p50
+        for one in found
+        if isinstance(one, Latency) and one.engine.startswith(OURS)
     }
     for one in found:
         assert isinstance(one, Latency)
@@ -78,7 +80,11 @@ def latency_table(found: Sequence[Latency | Throughput]) -> Table:
         ratio = one.p50 / (ours.get((one.model, one.batch)) or float("nan"))
         cells = (f"{one.p50:.3f}", f"{one.p99:.3f}", f"{ratio:.2f}")
         table.add_row(
-            one.model, str(one.batch), one.engine, *cells, style="bold" if one.engine == OURS else None
+            one.model,
+            str(one.batch),
+            one.engine,
+            *cells,
+            style="bold" if one.engine.startswith(OURS) else None,
         )
     return table
 

@@ -53,6 +53,10 @@ def test_latency_of_frozen_models(monkeypatch, tmp_path):
     assert [one.engine for one in found] == ["cnnlstm_fast", "eager"]
     assert all(0 < one.p50 <= one.p99 and one.batch == 2 and one.calls == 10 for one in found)
     assert "cnnlstm_fast" in done.stdout
+    done = CliRunner().invoke(
+        command_line.app, [*arguments[:3], "--bfloat16", "--batch", "2", "--calls", "10"]
+    )
+    assert done.exit_code == 0 and "cnnlstm_fast, bfloat16" in done.stdout and "OpenVINO" in done.stdout
     done = CliRunner().invoke(command_line.app, [*arguments, "--serve", "--json"])
     served = json.loads(done.stdout)
     assert [(one["threads"], one["calls_per_second"] > 0) for one in served] == [(1, True), (2, True)]
