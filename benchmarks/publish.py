@@ -44,14 +44,14 @@ class Committed:
         found = {p: read(p) for p in folder.glob(f"*{DEVICE}.json") if not p.name.startswith("demo-")}
         return cls(dict(sorted(found.items(), key=lambda item: item[1].date, reverse=True)))
 
-    def with_any(self, field: str) -> tuple[Path, Report]:
-        """The youngest file that has any of a :class:`Report`'s lists.
+    def with_any(self, field: str, mode: str = "") -> tuple[Path, Report]:
+        """The youngest file that has any of a :class:`Report`'s lists, of one mode where one is named.
 
         Raises:
             LookupError: no file has.
         """
         for path, report in self.reports.items():
-            if getattr(report, field):
+            if getattr(report, field) and mode in ("", report.mode):
                 return path, report
         raise LookupError(_NONE.format(field))
 
@@ -226,7 +226,7 @@ def _growth(committed: Committed) -> str:
 
 def _latency(committed: Committed) -> str:
     """Ours at each batch, and the p50 of the faster of the two engines over it."""
-    path, report = committed.with_any("latencies")
+    path, report = committed.with_any("latencies", "latency")
     found = {(one.model, one.batch, one.engine): one for one in report.latencies if one.p50}
     models = list(dict.fromkeys(one.model for one in report.latencies))
     batches = sorted({one.batch for one in report.latencies})
