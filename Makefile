@@ -24,14 +24,14 @@ test:
 
 # All of `test` but the tests. More at once than there are cores: installing waits for the network, and compiling ends
 # with one long file.
-checks: $(READY) lint lint-project docs sanitize-subset compile-some-kernels
+checks: sanitize-subset $(READY) lint lint-project docs compile-some-kernels
 
 # Apart from `test`, of which the tracer would be a seventh. It counts what runs in the processes of pytest alone, not in
 # those that tests start (the demo, the examples).
 coverage: $(READY)
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
-# A twelfth of the variants for one architecture each, which ones the seed decides; below all for all three: minutes.
+# A twentieth of the variants for one architecture each, which ones the seed decides; below all for all three: minutes.
 compile-some-kernels: $(READY)
 	$(BIN)/python tests/native/compile_some.py
 

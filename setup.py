@@ -54,15 +54,15 @@ sources = [
     "csrc/recurrent_stream.cpp",
     "csrc/tensors.cpp",
     "csrc/winograd_conv.cpp",
+    "csrc/cpu/kernels_avx512.cpp",
+    "csrc/cpu/kernels_avx2.cpp",
+    "csrc/cpu/kernels_baseline.cpp",
     "csrc/cpu/bfloat16/dispatch.cpp",
     "csrc/cpu/bfloat16/kernels_amx.cpp",
     "csrc/cpu/bfloat16/kernels_avx512_bf16.cpp",
     "csrc/cpu/bfloat16/kernels_emulated.cpp",
     "csrc/cpu/bfloat16/kernels_emulated_amx.cpp",
     "csrc/cpu/dispatch.cpp",
-    "csrc/cpu/kernels_baseline.cpp",
-    "csrc/cpu/kernels_avx2.cpp",
-    "csrc/cpu/kernels_avx512.cpp",
     "csrc/cpu/int8/dispatch.cpp",
     "csrc/cpu/int8/kernels_amx.cpp",
     "csrc/cpu/int8/kernels_avx512_vnni.cpp",
@@ -74,7 +74,7 @@ JOINED = 4
 
 
 def joined(sources, folder):
-    """The sources, those of csrc itself as a few files that include them."""
+    """The sources, those of csrc itself as a few files that include them. What takes longest comes first."""
     alike = [source for source in sources if os.path.dirname(source) == "csrc"]
     os.makedirs(folder, exist_ok=True)
     files = [os.path.join(folder, f"joined_{i}.cpp") for i in range(JOINED)]
@@ -83,7 +83,7 @@ def joined(sources, folder):
         if not os.path.exists(file) or open(file).read() != text:  # an old one is not compiled again
             with open(file, "w") as new:
                 new.write(text)
-    return files + [source for source in sources if source not in alike]
+    return [source for source in sources if source not in alike] + files
 
 
 def extension():

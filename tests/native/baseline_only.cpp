@@ -1,6 +1,7 @@
-// In place of the other instruction sets' kernels, and of those of bfloat16 units, which the baseline does not call:
-// their compilation takes most of a sanitized build.
+// In place of the other instruction sets' kernels, and of those of units for bfloat16 and int8, which the baseline does
+// not call: their compilation takes most of a sanitized build.
 #include "../../csrc/cpu/bfloat16/bfloat16.h"
+#include "../../csrc/cpu/int8/int8.h"
 #include "../../csrc/cpu/kernels.h"
 
 namespace cnnlstm_fast {
@@ -20,6 +21,12 @@ const BFloat16Table* emulated_kernels() {
   return nullptr;
 }
 const BFloat16Table* emulated_amx_kernels() {
+  return nullptr;
+}
+const Int8Unit* avx512_vnni_unit() {
+  return nullptr;
+}
+const Int8Unit* amx_int8_unit() {
   return nullptr;
 }
 }  // namespace cnnlstm_fast

@@ -82,7 +82,7 @@ def build(kind: str) -> None:
     distribution = run_setup("setup.py", ["-q", "build_ext"], stop_after="commandline")
     for module in distribution.ext_modules:
         if baseline_only():
-            others = ("csrc/cpu/kernels_avx", "csrc/cpu/bfloat16/kernels_")
+            others = ("csrc/cpu/kernels_avx", "csrc/cpu/bfloat16/kernels_", "csrc/cpu/int8/kernels_")
             module.sources = [s for s in module.sources if not s.startswith(others)]
             module.sources.append("tests/native/baseline_only.cpp")
         module.extra_compile_args += [
