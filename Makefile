@@ -23,7 +23,7 @@ test:
 	$(PYTEST)
 
 # All of `test` but the tests. More at once than there are cores: installing waits for the network, and compiling ends
-# with one long file.
+# with one long file. The sanitized tests wait longest for theirs, so that the others are nice to it.
 checks: sanitize-subset $(READY) lint lint-project docs compile-some-kernels
 
 # Apart from `test`, of which the tracer would be a seventh. It counts what runs in the processes of pytest alone, not in
@@ -33,7 +33,7 @@ coverage: $(READY)
 
 # A twentieth of the variants for one architecture each, which ones the seed decides; below all for all three: minutes.
 compile-some-kernels: $(READY)
-	$(BIN)/python tests/native/compile_some.py
+	nice $(BIN)/python tests/native/compile_some.py
 
 compile-kernels: $(READY)
 	$(BIN)/python -m cnnlstm_fast doctor --compile-kernels
@@ -124,7 +124,7 @@ versions: $(READY) compile-kernels-newest
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m mypy
+	nice $(BIN)/python -m mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.inc") tests/native/*.cpp
 
 # The project's own files, each by its linter. What is in version control must be in the source archive too, which is
@@ -147,10 +147,10 @@ lint-project: $(VENV)/installed
 
 # Guides and API reference as one site, build/docs/index.html. A warning is an error.
 docs: $(VENV)/installed
-	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
+	nice $(BIN)/python -m sphinx -q -E -W --keep-going -b html docs build/docs
 
 # What is imported is compiled then; compiling all files of all packages would take a minute.
-INSTALL := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check
+INSTALL := nice $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check
 $(VENV)/build-tools: requirements-build.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -r requirements-build.txt
@@ -163,7 +163,7 @@ $(VENV)/installed: $(VENV)/build-tools requirements-dev.txt requirements-data.tx
 	touch $@
 
 $(VENV)/built: $(VENV)/build-tools $(SOURCES)
-	CNNLSTM_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	CNNLSTM_FAST_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:
