@@ -429,7 +429,7 @@ def repeat_with_instruction_set(isa: str, *pytest_args: str) -> None:
     root = Path(cnnlstm_fast.__file__).parents[1]
     # glibc fills what malloc returns: the kernels' scratch memory is poisoned as well as tensors
     env = os.environ | {"CNNLSTM_FAST_ISA": isa, "PYTHONPATH": str(root), "MALLOC_PERTURB_": "128"}
-    env |= _OTHERS_SETS[isa] | {"CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "7")}
+    env |= _OTHERS_SETS[isa] | {"CNNLSTM_FAST_SHARE": os.environ.get("CNNLSTM_FAST_SHARE", "10")}
     asked = run_forked(
         "import cnnlstm_fast, torch; print(torch.ops.cnnlstm_fast.isa())", CNNLSTM_FAST_ISA=isa
     )

@@ -28,6 +28,7 @@ def run(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.first
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=needs_aeon) if n == "sensors.py" else n for n in EXAMPLES]
 )

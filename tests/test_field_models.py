@@ -80,7 +80,7 @@ def assert_like_eager(fast: nn.Module, model: nn.Module, inputs, grad) -> None:
             assert_close_as_torch(got, [way[name] for way in ways], true[name], name)
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(5)
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", [*FIELD, *PUBLIC])

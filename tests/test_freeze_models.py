@@ -38,7 +38,7 @@ def inputs_of(kind, shape):
 
 
 @pytest.mark.first
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", [*FIELD, *PUBLIC])
 @torch.no_grad()
 def test_models_of_the_field(name):

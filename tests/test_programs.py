@@ -140,6 +140,7 @@ def some_programs(seed: int = SEED, count: int = 1000):
     return (programs.Writer(seed * 10**6 + at).write() for at in range(count))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("wrong", [late_operands, late_statistics, reused_memory], ids=lambda f: f.__name__)
 def test_planted_faults_are_found(wrong, one_thread):
     """Each is found, and what is left of a program that shows it is a short script, which runs."""

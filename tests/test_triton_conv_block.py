@@ -53,7 +53,7 @@ from triton_blocks import (
 )
 
 # In the interpreter a case takes a tenth of a second or more.
-pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(2)]
+pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(3)]
 
 
 class Kernels:

@@ -49,7 +49,7 @@ from triton_norms import BACKWARD_OP, FORWARD_OP, SMALL, _forward, _map_size, mo
 from cnnlstm_fast.ops import conv_norm as op
 
 # In the interpreter a case takes a tenth of a second or more.
-pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(2)]
+pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(3)]
 
 
 @interpreter_and_cuda

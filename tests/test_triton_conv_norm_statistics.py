@@ -17,7 +17,7 @@ from triton_blocks import PLANS, _op_args, plans
 from triton_norms import SMALL, _forward, modes, norm_kernels
 
 # In the interpreter a case takes a tenth of a second or more.
-pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(2)]
+pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(3)]
 
 
 @interpreter_and_cuda

@@ -17,7 +17,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 # In the interpreter a case takes a tenth of a second or more.
-pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(2)]
+pytestmark = [pytest.mark.usefixtures("float32_means_float32"), pytest.mark.some(10), pytest.mark.share(3)]
 
 MODES = {"LSTM": 0, "GRU": 1}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
