@@ -39,6 +39,20 @@ class Node {
   virtual void run(Frame& frame) const = 0;
 };
 
+// A linear layer of float32 rows of `in_` numbers, which become rows of `out_`.
+class LinearNode : public Node {
+ public:
+  void run(Frame& frame) const final;
+
+ protected:
+  explicit LinearNode(int64_t x) : x_(x) {}
+  // `x` is contiguous and has at least one row.
+  virtual void multiply(const torch::stable::Tensor& x, int64_t rows, float* out) const = 0;
+
+  const int64_t x_;
+  int64_t in_ = 0, out_ = 0, to_ = -1;
+};
+
 // The arguments of program_new, read from front to back. Whatever does not fit is an error: a file may say anything.
 class Code {
  public:

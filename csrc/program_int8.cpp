@@ -31,13 +31,13 @@ namespace {
 // Products that are worth waking another thread, and rows that meet the weights together.
 const int64_t kInt8Work = limit("INT8_WORK", int64_t{1} << 20, 1), kInt8ItemRows = limit("INT8_ROWS", 64, 1);
 
-class Int8LinearNode : public Node {
+class Int8LinearNode : public LinearNode {
  public:
-  explicit Int8LinearNode(Code& code) : x_(code.next_read()) {
+  explicit Int8LinearNode(Code& code) : LinearNode(code.next_read()) {
     const Tensor weight = code.next_constant();
     const std::optional<Tensor> bias = code.next_maybe_constant();
     packed_ = code.packed_int8(weight);
-    in_ = weight.size(1), layer_.outs = weight.size(0);
+    in_ = weight.size(1), out_ = layer_.outs = weight.size(0);
     layer_.words = int8_row(in_), layer_.unit = &int8_unit();
     layer_.panels = reinterpret_cast<const uint32_t*>(packed_->data());
     bias_ = std::make_unique<AlignedFloats>(round_up(layer_.outs, recurrent_kernels().lanes));
@@ -52,21 +52,9 @@ class Int8LinearNode : public Node {
     to_ = code.next_written();
   }
 
-  void run(Frame& frame) const override {
-    const Tensor& given = frame.tensor(x_);
-    STD_TORCH_CHECK(given.dim() >= 1 && given.size(given.dim() - 1) == in_ && given.scalar_type() == ScalarType::Float,
-                    "a frozen linear layer: expected float32 rows of ", in_);
-    const Tensor x = torch::stable::contiguous(given);
-    Ints size = sizes(x);
-    size.back() = layer_.outs;
-    const Tensor out = new_output(x, size, ScalarType::Float);
-    if (const int64_t rows = x.numel() / in_; rows > 0) multiply(x, rows, mutable_floats(out));
-    frame.tensors[to_] = out;
-  }
-
  private:
   // Rows are quantized first, once for all panels.
-  void multiply(const Tensor& x, int64_t rows, float* out) const {
+  void multiply(const Tensor& x, int64_t rows, float* out) const override {
     const Int8Table& k = int8_kernels();
     const int64_t row = layer_.unit->format.parts * layer_.words;
     const Tensor memory = new_temporary(x, {rows * (row + 1)}, ScalarType::Float);
@@ -100,12 +88,9 @@ class Int8LinearNode : public Node {
     });
   }
 
-  const int64_t x_;
-  int64_t in_;
   std::shared_ptr<const PackedFloats> packed_;
   std::unique_ptr<AlignedFloats> bias_;
   Int8Linear layer_{};
-  int64_t to_ = -1;
 };
 
 }  // namespace

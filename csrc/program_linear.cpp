@@ -55,12 +55,24 @@ std::shared_ptr<const PackedLibraryConv> Code::packed(const Ints& conv, const Te
   return found;
 }
 
+void LinearNode::run(Frame& frame) const {
+  const Tensor& given = frame.tensor(x_);
+  STD_TORCH_CHECK(given.dim() >= 1 && given.size(given.dim() - 1) == in_ && given.scalar_type() == ScalarType::Float,
+                  "a frozen linear layer: expected float32 rows of ", in_);
+  const Tensor x = torch::stable::contiguous(given);
+  Ints size = sizes(x);
+  size.back() = out_;
+  const Tensor out = new_output(x, size, ScalarType::Float);
+  if (const int64_t rows = x.numel() / in_; rows > 0) multiply(x, rows, mutable_floats(out));
+  frame.tensors[to_] = out;
+}
+
 namespace {
 
 // activation(x @ weight.T + bias), a convolution of one tap whose positions are the rows of x.
-class Linear : public Node {
+class Linear : public LinearNode {
  public:
-  explicit Linear(Code& code) : x_(code.next_read()) {
+  explicit Linear(Code& code) : LinearNode(code.next_read()) {
     const Tensor weight = code.next_constant();
     const std::optional<Tensor> bias = code.next_maybe_constant();
     STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float,
@@ -74,25 +86,13 @@ class Linear : public Node {
     to_ = code.next_written();
   }
 
-  void run(Frame& frame) const override {
-    const Tensor& given = frame.tensor(x_);
-    STD_TORCH_CHECK(given.dim() >= 1 && given.size(given.dim() - 1) == in_ && given.scalar_type() == ScalarType::Float,
-                    "a frozen linear layer: expected float32 rows of ", in_);
-    const Tensor x = torch::stable::contiguous(given);
-    Ints size = sizes(x);
-    size.back() = out_;
-    const Tensor out = new_output(x, size, ScalarType::Float);
-    if (const int64_t rows = x.numel() / in_; rows > 0) {
-      const FrozenConvCall call{1, 1, rows, floats(x), mutable_floats(out)};
-      const int64_t bytes = packed_->scratch_bytes(call);
-      packed_->run(call, thread_scratch(bytes / static_cast<int64_t>(sizeof(float))), bytes);
-    }
-    frame.tensors[to_] = out;
+ private:
+  void multiply(const Tensor& x, int64_t rows, float* out) const override {
+    const FrozenConvCall call{1, 1, rows, floats(x), out};
+    const int64_t bytes = packed_->scratch_bytes(call);
+    packed_->run(call, thread_scratch(bytes / static_cast<int64_t>(sizeof(float))), bytes);
   }
 
- private:
-  const int64_t x_;
-  int64_t out_, in_, to_;
   std::shared_ptr<const FrozenConv> packed_;
 };
 
