@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, assert_close_as_torch, evaluate, floats, plans
+from helpers import ACTIVATIONS, assert_close_as_torch, evaluate, floats, fused_plans, plans
 from torch import nn
 
 from cnnlstm_fast.functional import conv_block
@@ -56,6 +56,23 @@ def test_activations_over_their_whole_range(plan, activation):
         if name == "x" and activation in ("hardtanh", "relu6", "elu", "hardswish"):
             same |= x.flatten().isnan()  # PyTorch's vectors and its scalars differ
         assert same.all(), (name, x.flatten()[~same][:5], mine[~same][:5], their[~same][:5])
+
+
+@pytest.mark.instruction_sets
+@fused_plans
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_every_value_of_gelu_alone_obeys_the_rule(plan, approximate):
+    """Within 16 roundings, since PyTorch may be exact by chance: an absolute error is too much in tails."""
+    x = torch.linspace(-8, 8, 100_003).view(1, 1, 1, -1)
+    ours = conv_block(x, torch.ones(1, 1, 1, 1), activation=nn.GELU(approximate), plan=plan)
+    z = x.double()
+    tail = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+    true = z * torch.sigmoid(2 * tail) if approximate == "tanh" else z * torch.erfc(-math.sqrt(0.5) * z) / 2
+    error = ((ours - true) / true).abs() / torch.finfo(torch.float32).eps
+    # What e^x is taken of is rounded too.
+    allowed = 16 + (2 * tail.abs() if approximate == "tanh" else z**2 / 2)
+    worst = (error / allowed).argmax()
+    assert (error <= allowed).all(), (x.flatten()[worst].item(), error.flatten()[worst].item())
 
 
 @plans
