@@ -203,8 +203,9 @@ def test_kernels_of_aarch64_under_emulation(tmp_path):
 
 
 @needs_checkout
+@pytest.mark.long
 def test_baseline_kernels_without_pytorch(tmp_path):
-    """What the emulator runs, on this machine."""
+    """What the emulator runs, on this machine. Long: compiling the baseline kernels once more takes 20 s."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
