@@ -144,6 +144,7 @@ FOOTER = """
 import os, sys
 os.environ["CNNLSTM_FAST_LEAST"] = "1"
 import cnnlstm_fast as cf
+from torch.utils import _pytree as pytree
 
 {begin}
 
@@ -155,7 +156,7 @@ def compiled(model):
 torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
 begin_at_any_size()
 runs = []
-for wrap in (lambda model: model, {wrap}):
+for wrap in ({plain}, {wrap}):
     seen.clear()
     with caught():
         drive(wrap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import grammar
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 
 def begin_at_any_size() -> None:
@@ -27,19 +29,41 @@ def begin_at_any_size() -> None:
     choose.GAIN_PERCENT = -(2**31)
 
 
-class Frozen(nn.Module):
-    """A model that is frozen for its first input."""
+class Lowered(nn.Module):
+    """A model as PyTorch itself runs it in a lower precision.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        dtype: to which parameters and the input are cast; int8 quantizes as PyTorch does.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.model, self.frozen, self.whole = model, None, False
+        self.model, self.dtype = model, None
+        if dtype is torch.int8:
+            layers = {nn.Linear, nn.LSTM, nn.GRU}
+            self.lowered = torch.ao.quantization.quantize_dynamic(model.eval(), layers, torch.qint8)
+        else:
+            self.lowered, self.dtype = copy.deepcopy(model).to(dtype).eval(), dtype
+
+    def forward(self, x):
+        if self.dtype is None:
+            return self.lowered(x)
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(x.dtype), self.lowered(x.to(self.dtype)))
+
+
+class Frozen(nn.Module):
+    """A model that is frozen for its first input, to compute in ``dtype``."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.model, self.dtype, self.frozen, self.whole = model, dtype, None, False
 
     def forward(self, x):
         import cnnlstm_fast as cf
 
         if self.frozen is None:
             try:
-                self.frozen = cf.freeze(self.model, x.clone())
+                self.frozen = cf.freeze(self.model, x.clone(), dtype=self.dtype)
             except Exception:
                 self.model(x)  # what raises may have written to its input before
                 raise
@@ -80,6 +104,8 @@ def lines(nodes: tuple[Node, ...], indent: int, each: str = "") -> Iterator[str]
         yield from put(each)
 
 
+#: Modes that freeze, and the lower precision in which they do.
+LOWER = {"freeze": None, "freeze bfloat16": torch.bfloat16, "freeze int8": torch.int8}
 #: How a program begins that is frozen: as frozen models always are.
 EVAL = "model.eval()"
 #: What a program does that a frozen model, which runs none of its Python, need not do again.
@@ -138,9 +164,14 @@ class Program:
 
     def script(self, mode: str) -> str:
         """All of it, to be run as it is."""
-        wrap = {"accelerate": "cf.accelerate", "compile": "compiled", "freeze": "Frozen"}[mode]
-        begin = inspect.getsource(begin_at_any_size) + "\n\n" + inspect.getsource(Frozen)
-        footer = grammar.FOOTER.format(begin=begin, wrap=wrap)
+        wrap = {"accelerate": "cf.accelerate", "compile": "compiled"}.get(mode)
+        usual = "lambda model: model"
+        if wrap is None:
+            dtype = LOWER[mode]
+            wrap = f"lambda model: Frozen(model, {dtype})"
+            usual = f"lambda model: Lowered(model, {dtype})" if dtype else usual
+        begin = "\n\n".join(map(inspect.getsource, (begin_at_any_size, Lowered, Frozen)))
+        footer = grammar.FOOTER.format(begin=begin, plain=usual, wrap=wrap)
         prelude = grammar.PRELUDE.replace("NUDGE = 0", f"NUDGE = {self.seed}")
         return prelude + self.source() + footer
 

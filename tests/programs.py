@@ -3,7 +3,8 @@
 Random Python programs are written by program_writer.py: a module with a forward as people write them, what
 may happen between a convolution and the end of its block, and a driver that calls the model several times.
 Each runs plain, accelerated and, one in :data:`COMPILED`, compiled with our backend. Of as many the model
-runs frozen in inference, without what else happens. All that can be seen must be the same: results, strides,
+runs frozen in inference, without what else happens: in float32, in bfloat16, where the plain one is cast to
+that, or in int8, where PyTorch quantizes it. All that can be seen must be the same: results, strides,
 gradients, buffers, inputs, what hooks saw, kept values, answers to questions of identity, exceptions.
 What fails is shrunk and printed as a script of its own.
 
@@ -43,7 +44,17 @@ if __name__ == "__main__":  # who imports this for its judge keeps the usual siz
 
 import torch
 import torch._dynamo  # here, so that no child has to
-from program_writer import EVAL, PRELUDE_CODE, Frozen, Program, Writer, begin_at_any_size, labels
+from program_writer import (
+    EVAL,
+    LOWER,
+    PRELUDE_CODE,
+    Frozen,
+    Lowered,
+    Program,
+    Writer,
+    begin_at_any_size,
+    labels,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -177,10 +188,11 @@ class Judge:
         seed: of its data.
         low: it computes in low precision.
         frozen: results may require no gradient where the model's do, as those of frozen models.
+        usual: what makes of the program's model the one to compare with.
     """
 
-    def __init__(self, code, seed: int, low: bool, source: str = "", frozen: bool = False):
-        self.code, self.seed, self.frozen = code, seed, frozen
+    def __init__(self, code, seed: int, low: bool, source: str = "", frozen: bool = False, usual=plain):
+        self.code, self.seed, self.frozen, self.usual = code, seed, frozen, usual
         self.steps = "optimizer.step" in source.partition("def drive")[2]
         # Who reads a map that is handed on in its own layout without asking gets results that lie as it does.
         self.compares_strides = "vmap(" not in source
@@ -188,7 +200,9 @@ class Judge:
         self.compares_gradients = UNSEEN_WRITES.search(source) is None
         self.may_refuse = UNSEEN_BY_OPERATORS.search(source) is not None
         self.eps = torch.finfo(torch.bfloat16 if low else torch.float32).eps
-        self.plain = execute(code, plain, seed)
+        # Where every value is rounded to this, 16 eps would hide anything.
+        self.slack = (16 if usual is plain else 1) * self.eps
+        self.plain = execute(code, usual, seed)
         self.ways: list[Seen] = []
         self.largest = 0.0  # of what gradients are sums of: one that cancels is as exact as its terms
         for name, value in self.plain:
@@ -265,13 +279,13 @@ class Judge:
         if not value.is_floating_point():
             return None if torch.equal(mine, value) else f"{mine.tolist()} where {value.tolist()} was"
         floor = self.largest if name.startswith("gradient") else 0.0
-        slack = 16 * self.eps * max(value.double().norm().nan_to_num(0, 0, 0).item(), floor)
+        slack = self.slack * max(value.double().norm().nan_to_num(0, 0, 0).item(), floor)
         if far(mine, value) <= slack:  # so it is within the rule too
             return None
         if not self.ways:
             self.ways = [execute(self.code, plain, self.seed, torch.float64)]
             for steps in (0.3, 0.5, 0.7, 1, 2, 4):
-                self.ways.append(execute(self.code, plain, self.seed, nudge=steps * self.eps))
+                self.ways.append(execute(self.code, self.usual, self.seed, nudge=steps * self.eps))
             self.ways = [way for way in self.ways if [n for n, _ in way] == [n for n, _ in self.plain]]
         ways = [value, *(v[2] for way in self.ways if isinstance(v := way[at][1], tuple))]
         ways = [way for way in ways if way.shape == value.shape]
@@ -298,7 +312,8 @@ class Runner:
     def fails(self, program: Program, mode: str, seeds: int = 2) -> tuple[str, str] | None:
         """How a program differs under a mode, if it does so with every drawing of its data."""
         source = program.source()
-        if mode == "freeze" and EVAL not in source:  # a frozen model is always in eval mode
+        lower = LOWER.get(mode)
+        if mode in LOWER and EVAL not in source:  # a frozen model is always in eval mode
             return None
         try:
             code = compile(source, "<program>", "exec")
@@ -311,13 +326,17 @@ class Runner:
             return models[-1]
 
         def frozen(model):
-            models.append(Frozen(model))
+            models.append(Frozen(model, lower))
             return models[-1]
 
-        wrap = {"accelerate": accelerated, "compile": compiled("cnnlstm_fast"), "freeze": frozen}[mode]
+        def lowered(model):
+            return Lowered(model, lower)
+
+        wrap = {"accelerate": accelerated, "compile": compiled("cnnlstm_fast")}.get(mode, frozen)
+        usual, low = (plain, "bfloat16" in source) if lower is None else (lowered, True)
         difference = None
         for seed in range(program.seed, program.seed + seeds):
-            judge = Judge(code, seed, "bfloat16" in source, source, mode == "freeze")
+            judge = Judge(code, seed, low, source, mode in LOWER, usual)
             difference = judge.difference(execute(code, wrap, seed))
             if models and seed == program.seed:
                 frozen = isinstance(models[0], Frozen)
@@ -411,7 +430,9 @@ def programs_of(program: Program, at: int, asked) -> Iterator[tuple[str, Program
     if asked.frozen_only or at % asked.compiled == asked.compiled // 2:
         plain_model = program.frozen()
         if plain_model is not None:
-            yield "freeze", plain_model
+            modes = [*LOWER]
+            for mode in modes if asked.frozen_only else (modes[at // asked.compiled % len(modes)],):
+                yield mode, plain_model
 
 
 def finding(at: int, mode: str, kind: str, program: Program) -> dict:

@@ -158,23 +158,25 @@ def test_planted_faults_are_found(wrong, one_thread):
     assert "values seen" in ran.stdout, ran.stderr
 
 
-def test_planted_faults_of_frozen_models_are_found(one_thread, monkeypatch):
+@pytest.mark.some(1)
+@pytest.mark.parametrize("mode", programs.LOWER)
+def test_planted_faults_of_frozen_models_are_found(mode, one_thread, monkeypatch):
     """A frozen model that is a little wrong is found, and a right one runs as one call into C++."""
     runner = programs.Runner()
     plain_models = (model for program in some_programs() if (model := program.frozen()) is not None)
     for model in plain_models:
-        assert runner.fails(model, "freeze") is None, model.script("freeze")
+        assert runner.fails(model, mode) is None, model.script(mode)
         if runner.counts["one program"]:
             break
     freeze = programs.cf.freeze
 
-    def wrong(model, x):
+    def wrong(model, x, dtype):
         for c in convolutions(model):
-            c.weight.data.mul_(1.01)
-        return freeze(model, x)
+            c.weight.data.mul_(1.01 if dtype is None else 1.1)
+        return freeze(model, x, dtype=dtype)
 
     monkeypatch.setattr(programs.cf, "freeze", wrong)
-    assert any(runner.fails(m, "freeze") == ("other values", ANY) for m in [model, *islice(plain_models, 5)])
+    assert any(runner.fails(m, mode) == ("other values", ANY) for m in [model, *islice(plain_models, 5)])
 
 
 def test_rounding_is_no_fault(one_thread):
