@@ -2,14 +2,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <string>
 
-#include "block_rows.h"
-#include "conv_plan.h"
 #include "library_calls.h"
 #include "library_limits.h"
-#include "memory.h"
 
 namespace cnnlstm_fast {
 
@@ -38,7 +34,7 @@ PackedLibraryConv::PackedLibraryConv(const Ints& conv, const Tensor& weight, con
     : conv_(conv), weight_(weight), packed_(reordered(conv, weight)), bias_(bias) {}
 
 // The library's own activations are not used: its ReLU makes zeros of NaN.
-Tensor PackedLibraryConv::map_of(const Block& b, const Tensor& x, const std::optional<Tensor>& added) const {
+Tensor PackedLibraryConv::map_of(const Block& b, const Tensor& x, const std::optional<Tensor>& added, bool) const {
   const LibraryLimits limits = library_limits(x, weight_, conv_, b.ow);
   if (limits.contiguous || limits.as_float || conv_.size() > 7) {
     const Tensor map = library_convolution(x, weight_, bias_, conv_, b.ow);
@@ -71,24 +67,6 @@ Tensor PackedLibraryConv::map_of(const Block& b, const Tensor& x, const std::opt
     found = stack[0];
   }
   return view_channels_inside(channels_last(to<Tensor>(found)));
-}
-
-Tensor PackedLibraryConv::run(const BlockDescription& description, const Ints& order, const Tensor& x,
-                              const std::optional<Tensor>& added) const {
-  const Block& b = description.block;
-  if (b.activation == kNone && !b.pooled && order == Ints{0, 2, 3, 1}) return map_of(b, x, added);
-  const Tensor out = new_output(x, result_shape(description), x.scalar_type());
-  const Outputs outputs{out.data_ptr(), nullptr, nullptr};
-  const int64_t chunk = chunked_plan().images_per_chunk(b);
-  auto images = [](const Tensor& t, int64_t n0, int64_t count) {
-    return torch::stable::narrow(const_cast<Tensor&>(t), 0, n0, count);
-  };
-  for (int64_t n0 = 0; n0 < b.n; n0 += chunk) {
-    const int64_t count = std::min(chunk, b.n - n0);
-    const Tensor map = map_of(b, images(x, n0, count), added ? images(*added, n0, count) : added);
-    run_epilogue(b, map.data_ptr(), n0, count, nullptr, nullptr, outputs);
-  }
-  return out;
 }
 
 }  // namespace cnnlstm_fast

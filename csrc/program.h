@@ -13,6 +13,7 @@
 
 #include "frozen_conv.h"
 #include "packed_library.h"
+#include "packed_pairs.h"
 #include "packed_recurrent.h"
 #include "tensors.h"
 
@@ -39,7 +40,7 @@ class Node {
   virtual void run(Frame& frame) const = 0;
 };
 
-// A linear layer of float32 rows of `in_` numbers, which become rows of `out_`.
+// A linear layer of rows of `in_` numbers of one dtype, which become rows of `out_`.
 class LinearNode : public Node {
  public:
   void run(Frame& frame) const final;
@@ -47,9 +48,10 @@ class LinearNode : public Node {
  protected:
   explicit LinearNode(int64_t x) : x_(x) {}
   // `x` is contiguous and has at least one row.
-  virtual void multiply(const torch::stable::Tensor& x, int64_t rows, float* out) const = 0;
+  virtual void multiply(const torch::stable::Tensor& x, int64_t rows, const torch::stable::Tensor& out) const = 0;
 
   const int64_t x_;
+  torch::headeronly::ScalarType dtype_ = torch::headeronly::ScalarType::Float;
   int64_t in_ = 0, out_ = 0, to_ = -1;
 };
 
@@ -97,18 +99,35 @@ class Code {
   std::shared_ptr<const FrozenConv> packed(const FrozenConvDescription& description,
                                            const torch::stable::Tensor& weight,
                                            const std::optional<torch::stable::Tensor>& bias);
-  std::shared_ptr<const PackedLibraryConv> packed(const Ints& conv, const torch::stable::Tensor& weight,
-                                                  const std::optional<torch::stable::Tensor>& bias);
+  // PackedLibraryConv or PackedPairs.
+  template <class Conv>
+  std::shared_ptr<const Conv> packed(const Ints& conv, const torch::stable::Tensor& weight,
+                                     const std::optional<torch::stable::Tensor>& bias) {
+    std::shared_ptr<const Conv>& found = packed_of<Conv>()[key_of(conv, weight, bias)];
+    if (!found) found = std::make_shared<const Conv>(conv, weight, bias);
+    return found;
+  }
   // The same of a linear layer's weight in int8 (program_int8.cpp).
   std::shared_ptr<const PackedFloats> packed_int8(const torch::stable::Tensor& weight);
 
  private:
+  static Ints key_of(const Ints& conv, const torch::stable::Tensor& weight,
+                     const std::optional<torch::stable::Tensor>& bias);
+  template <class Conv>
+  auto& packed_of() {
+    if constexpr (std::is_same_v<Conv, PackedPairs>)
+      return pairs_;
+    else
+      return libraries_;
+  }
+
   const Ints& values_;
   const Floats& floats_;
   const std::vector<std::string>& names_;
   size_t at_ = 0;
   std::map<Ints, std::shared_ptr<const FrozenConv>> packed_;
   std::map<Ints, std::shared_ptr<const PackedLibraryConv>> libraries_;
+  std::map<Ints, std::shared_ptr<const PackedPairs>> pairs_;
   std::map<Ints, std::shared_ptr<const PackedFloats>> packed_int8_;
   std::vector<bool> written_, ints_written_;
   std::vector<int64_t> reads_;

@@ -54,7 +54,8 @@ class Int8LinearNode : public LinearNode {
 
  private:
   // Rows are quantized first, once for all panels.
-  void multiply(const Tensor& x, int64_t rows, float* out) const override {
+  void multiply(const Tensor& x, int64_t rows, const Tensor& result) const override {
+    float* out = mutable_floats(result);
     const Int8Table& k = int8_kernels();
     const int64_t row = layer_.unit->format.parts * layer_.words;
     const Tensor memory = new_temporary(x, {rows * (row + 1)}, ScalarType::Float);

@@ -280,7 +280,8 @@ class BlockNode : public Node {
                     "program: only packed plans add a tensor");
     to_ = code.next_written();
     if (has_plan([](int64_t plan) { return plan == kPackedDirect || plan == kPackedWinograd; })) pack(code);
-    if (has_plan([](int64_t plan) { return plan == kPackedLibrary; })) library_ = code.packed(conv_, weight_, bias_);
+    if (has_plan([](int64_t plan) { return plan == kPackedLibrary; }))
+      library_ = code.packed<PackedLibraryConv>(conv_, weight_, bias_);
   }
 
   void run(Frame& frame) const override {
@@ -318,6 +319,7 @@ class BlockNode : public Node {
     const Block& b = description.block;
     const int64_t plan = plan_of(b);
     if (plan == kPackedLibrary && b.n > 0) return library_->run(description, order_, x, added);
+    if (plan == kPackedDirect && pairs_ && b.n > 0) return pairs_->run(description, order_, x, added);
     const Tensor out = new_output(x, result_shape(description), x.scalar_type());
     if (b.n == 0) return out;
     if (plan < 0)
@@ -336,8 +338,14 @@ class BlockNode : public Node {
 
   // By weights that lie in the order in which the kernels read them.
   void pack(Code& code) {
+    if (weight_.scalar_type() == ScalarType::BFloat16) {
+      STD_TORCH_CHECK(!has_plan([](int64_t plan) { return plan == kPackedWinograd; }) && conv_.size() > 6,
+                      "program: weights in bfloat16 are not transformed");
+      pairs_ = code.packed<PackedPairs>(conv_, weight_, bias_);
+      return;
+    }
     STD_TORCH_CHECK(weight_.scalar_type() == ScalarType::Float && weight_.dim() == 4 && conv_.size() > 6,
-                    "program: only float32 weights of 4 dimensions are packed");
+                    "program: only float32 and bfloat16 weights of 4 dimensions are packed");
     FrozenConvDescription description{weight_.size(1) * conv_[6], weight_.size(0), weight_.size(2), weight_.size(3)};
     description.conv = conv_, description.pool = pool_, description.out_order = order_;
     description.activation = activation_, description.act = act_;
@@ -387,6 +395,7 @@ class BlockNode : public Node {
   std::vector<Measured> plans_;
   std::shared_ptr<const FrozenConv> packed_;
   std::shared_ptr<const PackedLibraryConv> library_;
+  std::shared_ptr<const PackedPairs> pairs_;
   int64_t to_ = -1;
 };
 

@@ -36,6 +36,8 @@ LAYOUTS = (
     "columns_channels_last_time_major", "rows_channels_last", "rows_channels_last_time_major",
 )  # fmt: skip
 
+#: The processor's unit for bfloat16, or what the environment puts in its place; "" where there is none.
+UNIT = torch.ops.cnnlstm_fast.bfloat16_unit() if _ext.loaded else ""
 needs_extension = pytest.mark.skipif(not _ext.loaded, reason=f"needs the compiled kernels: {_ext.error}")
 plans = pytest.mark.parametrize(
     "plan", [pytest.param(p, marks=needs_extension if p in FUSED else ()) for p in PLANS]

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from forked import run_forked
-from helpers import needs_extension
+from helpers import UNIT, needs_extension
 from sequences import assert_case, kinds, random_cases, result_gradients
 from torch import nn
 
 import cnnlstm_fast as cf
 from cnnlstm_fast.planning import recurrent as planning
 
-UNIT = torch.ops.cnnlstm_fast.bfloat16_unit() if cf._ext.loaded else ""
 needs_unit = pytest.mark.skipif(not UNIT, reason="the processor or this build has no unit for bfloat16")
 pytestmark = needs_extension
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from field_models import freshen
-from helpers import assert_close_as_torch, needs_extension
+from helpers import UNIT, assert_close_as_torch, needs_extension
 from public_models import ResidualRecogniser
 from torch import Tensor, nn
 
@@ -34,7 +34,9 @@ def assert_equal_to(model: nn.Module, frozen: nn.Module, shapes: list[tuple[int,
                 assert got.stride() == plain.stride() or 1 in got.shape
                 assert_close_as_torch(got, plain, exact(x.double()), str(shape))
                 x.view(-1)[:: x.numel() // 3 + 1] = float("inf")
-                assert torch.equal(frozen(x).isnan(), model(x).isnan())
+                # PyTorch's convolution in bfloat16 multiplies infinities beyond a window by zeros.
+                nan, either = frozen(x).isnan(), (model(x).isnan(), exact(x.double()).isnan())
+                assert torch.equal(nan, either[0]) or torch.equal(nan, either[1])
     finally:
         torch.set_num_threads(before)
 
@@ -83,9 +85,10 @@ def test_sums_of_all_kinds(signal, activation, pool, dtype):
     image = (17,) if signal else (7, 9)
     frozen = cf.freeze(model, torch.randn(2, 12, *image).to(dtype))
     assert sum(node["added"] is not None for node in blocks_of(frozen)) == 3
-    for plan in PACKED if dtype is torch.float32 else ["packed library"]:
+    for plan in PACKED if dtype is torch.float32 else ["packed library", *["packed"] * bool(UNIT)]:
         for node in blocks_of(frozen):
-            node["plans"] = [[1.0, plan]]
+            grouped = dtype is torch.bfloat16 and node["conv"][6] > 1  # which the unit does not take
+            node["plans"] = [[1.0, "packed library" if grouped else plan]]
         frozen.refresh()
         assert_equal_to(
             model,

@@ -368,7 +368,8 @@ def _fuse_linear(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> Non
         or weight not in constant
         or (bias is not None and bias not in constant)
         or value_of(x).device.type != "cpu"
-        or any(value_of(t).dtype is not torch.float32 for t in (x, weight))
+        or value_of(x).dtype not in (torch.float32, torch.bfloat16)
+        or value_of(weight).dtype is not value_of(x).dtype
         or value_of(weight).dim() != 2
         or 0 in value_of(weight).shape
     ):

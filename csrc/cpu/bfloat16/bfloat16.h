@@ -3,6 +3,7 @@
 //
 // A word is two bfloat16 that lie side by side, the first in its lower half. Rows of an odd length end with a zero.
 #pragma once
+#include "../conv_block/block.h"
 #include "../recurrent/recurrent.h"
 
 namespace cnnlstm_fast {
@@ -21,6 +22,19 @@ struct PairBackward : RecurrentBackward {
   uint16_t* gates_low;
 };
 
+// What a convolution of packed weights reads and writes, one group. A row is what the taps of a position (n, oh, ow) of
+// the map read, in the order (kh, kw, c). The map and what is added to it are [position][co].
+struct PairsConv {
+  int64_t words;           // of a row of inputs, a multiple of row_words
+  const uint32_t* panels;  // of conv_columns columns, [words][columns] each, the last one of as few vectors as it needs
+  const float* bias;       // whole panels
+  const uint16_t* x;       // channels side by side, Block::x_stride apart otherwise
+  const uint32_t* rows;    // of all positions, row_stride words apart; null: they are gathered from x
+  int64_t row_stride;
+  const uint16_t* added;  // may be null
+  uint16_t* out;
+};
+
 struct BFloat16Table {
   const char* name;
   int64_t row_words;  // rows of inputs, of states and of their packed weights are zeros up to a multiple of so many
@@ -32,6 +46,13 @@ struct BFloat16Table {
   // c[r][n] += sum over k of a[r][k] * panel[k][n], words of `rows` rows and a panel of as many columns as lanes: what
   // every product here is made of.
   void (*multiply)(const uint32_t* a, int64_t rows, int64_t words, const uint32_t* panel, float* c);
+  int64_t conv_columns;  // of a panel
+  // Rows of positions [first, first + count), `words` words each.
+  void (*gather_rows)(const Block&, const uint16_t* x, int64_t words, int64_t first, int64_t count, uint32_t* to);
+  // The activation of the sums, for positions [first, first + count) and panels [begin, end); floats of scratch.
+  void (*conv)(const Block&, const PairsConv&, int64_t first, int64_t count, int64_t begin, int64_t end,
+               float* scratch);
+  int64_t (*conv_scratch)(const PairsConv&, int64_t count);
   // Multiplies pairs at full rate; returns the number of operations, two for a product.
   double (*product_burst)(int64_t rounds);
 };
