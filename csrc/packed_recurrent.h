@@ -34,8 +34,7 @@ class PackedRecurrent {
                          const std::optional<torch::stable::Tensor>& c0, bool batch_first) const {
     return describe_recurrent(x, h0, c0, directions_, {}, {}, mode_, batch_first);
   }
-  // Whether run_stack takes it.
-  bool is_float32() const { return directions_[0].w_hh.scalar_type() == torch::headeronly::ScalarType::Float; }
+  torch::headeronly::ScalarType dtype() const { return directions_[0].w_hh.scalar_type(); }
   bool has_one_direction() const { return directions_.size() == 1 && !directions_[0].w_hr; }  // not projected
   int64_t hidden() const { return directions_[0].w_hh.size(0) / gates_of(mode_); }
   const PackedDirection& packed(int64_t direction) const { return packed_[direction]; }

@@ -415,14 +415,13 @@ class RecurrentNode : public Node {
     STD_TORCH_CHECK(!layers_.empty() && (layers_.size() == 1 || (reset_ < 0 && lengths_ < 0)) &&
                         (keep_ < 0 || (reset_ < 0 && lengths_ < 0)),
                     "program: layers one behind the other have neither resets nor lengths");
-    STD_TORCH_CHECK(keep_ < 0 || layers_[0].layer->is_float32(), "program: states are multiplied in float32 only");
     out_ = code.next_maybe_written();
     for (Layer& l : layers_) l.h_n = code.next_maybe_written(), l.c_n = code.next_maybe_written();
   }
 
   void run(Frame& frame) const override {
     const Tensor& x = frame.tensor(x_);
-    if (keep_ < 0 && (layers_.size() == 1 || !layers_[0].layer->is_float32())) {
+    if (keep_ < 0 && layers_.size() == 1) {
       Tensor at = x;
       for (const Layer& l : layers_) {
         auto [out, h_n, c_n] = l.layer->run(at, maybe(frame, l.h0), maybe(frame, l.c0), maybe(frame, reset_),

@@ -133,15 +133,6 @@ void pack_weights(const RecurrentCall& call, int64_t d, Prepared& p) {
   if (w.b_ih) pack_bias(as_contiguous_floats(*w.b_ih), as_contiguous_floats(*w.b_hh), call.mode, bias, p.kernels.lanes);
 }
 
-// Makes a described layer one of words: of its input, its state and its output.
-void use_words(const RecurrentCall& call, int64_t d, const Tensor& out, Prepared& p) {
-  PairLayer& l = p.layer;
-  l.inputs = row_words(call.inputs, *p.low), l.x_step /= l.x_step == kPacked ? 1 : 2, l.x_sequence /= 2;
-  l.out_low = static_cast<uint16_t*>(out.data_ptr()) + d * call.width;
-  l.h_words = row_words(call.width, *p.low);
-  l.h_pairs = reinterpret_cast<uint32_t*>(p.zeros(2 * l.batch * l.h_words));
-}
-
 void use_packed(const PackedDirection& w, Prepared& p) {
   RecurrentLayer& l = p.layer;
   l.packed_x = floats(w.x), l.packed_h = floats(w.h), l.bias = floats(w.bias);
@@ -275,7 +266,10 @@ LayerResults run_layer(RecurrentCall& call, const Tensor& x, const Tensor& saved
   for (int64_t d = 0; d < directions; ++d) {
     Prepared p(low, packed ? packed->unit() : nullptr);
     describe_layer(call, d, from, results.out, saved, p);
-    if (low) use_words(call, d, results.out, p);
+    if (low) {
+      float* pairs = p.zeros(2 * call.batch * row_words(call.width, *low));
+      use_words(call, results.out, d, *low, reinterpret_cast<uint32_t*>(pairs), p.layer);
+    }
     if (packed)
       use_packed(packed->packed(d), p);
     else

@@ -36,6 +36,14 @@ Tensor as_word_rows(const Tensor& t, const BFloat16Table& low) {
   return rows;
 }
 
+void use_words(const RecurrentCall& call, const Tensor& out, int64_t direction, const BFloat16Table& low,
+               uint32_t* h_pairs, PairLayer& l) {
+  l.inputs = row_words(call.inputs, low), l.x_step /= l.x_step == kPacked ? 1 : 2, l.x_sequence /= 2;
+  l.out_low = static_cast<uint16_t*>(out.data_ptr()) + direction * call.width;
+  l.h_words = row_words(call.width, low);
+  l.h_pairs = h_pairs;
+}
+
 void pack_gate_words(const Tensor& words, int64_t mode, bool of_inputs, const BFloat16Table& low, float* to) {
   const RecurrentTable& k = low.recurrent;
   const int64_t gates = gates_of(mode), hidden = words.size(0) / gates;

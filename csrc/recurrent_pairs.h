@@ -22,6 +22,11 @@ inline int64_t row_words(int64_t size, const BFloat16Table& low) {
 // A bfloat16 tensor whose rows are whole words: contiguous in the last dimension, which is as long as row_words says.
 torch::stable::Tensor as_word_rows(const torch::stable::Tensor& t, const BFloat16Table& low);
 
+// Makes a described layer one of words: of its input, its state and its output. `h_pairs` are words of the state before
+// and after a step, cleared.
+void use_words(const RecurrentCall& call, const torch::stable::Tensor& out, int64_t direction, const BFloat16Table& low,
+               uint32_t* h_pairs, PairLayer& layer);
+
 // As pack_gate_weight, of as_word_rows of a weight.
 void pack_gate_words(const torch::stable::Tensor& words, int64_t mode, bool of_inputs, const BFloat16Table& low,
                      float* to);

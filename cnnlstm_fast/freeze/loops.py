@@ -82,7 +82,7 @@ def _unscaled(state: GraphNode | None) -> tuple[GraphNode | None, GraphNode | No
             value, whole = value_of(factor), value_of(other)
             if (
                 value.dim() == 3
-                and value.dtype is torch.float32
+                and value.dtype in (torch.float32, torch.bfloat16)
                 and same_size(value.shape[0], 1)
                 and same_size(value.shape[2], 1)
                 and whole.dim() == 3
@@ -132,7 +132,11 @@ def _roll(graph: Graph, chain: list[_Step]) -> None:
             else:
                 h0, c0 = chain[0].states
             keep = _call(graph, aten.squeeze.dims, _stacked(graph, keeps) or _gathered(graph, keeps), [1, 3])
-            keep = _call(graph, aten.clone.default, keep, memory_format=torch.contiguous_format)
+            if value_of(keep).dtype is torch.float32:
+                keep = _call(graph, aten.clone.default, keep, memory_format=torch.contiguous_format)
+            else:
+                form = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
+                keep = _call(graph, aten._to_copy.default, keep, **form)
         x = _stacked(graph, inputs) or _gathered(graph, inputs)
         x = _call(graph, aten.squeeze.dim, x, 2 if batch_first else 1)  # [T, B, I]
         rolled = graph.call_function(
