@@ -10,6 +10,7 @@
 
 namespace cnnlstm_fast {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor PackedMap::run(const BlockDescription& description, const Ints& order, const Tensor& x,
@@ -17,7 +18,8 @@ Tensor PackedMap::run(const BlockDescription& description, const Ints& order, co
   const Block& b = description.block;
   const bool activates = b.activation != kNone;
   if (!b.pooled && order == Ints{0, 2, 3, 1} && (!activates || can_activate())) return map_of(b, x, added, activates);
-  const Tensor out = new_output(x, result_shape(description), x.scalar_type());
+  const ScalarType dtype = b.dtype == kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const Tensor out = new_output(x, result_shape(description), dtype);
   const Outputs outputs{out.data_ptr(), nullptr, nullptr};
   const int64_t chunk = chunked_plan().images_per_chunk(b);
   auto images = [](const Tensor& t, int64_t n0, int64_t count) {

@@ -23,6 +23,9 @@ const int64_t kPairsRowBytes = limit("PAIRS_ROW_BYTES", int64_t{1} << 20, 1);
 // Multiply-adds that are worth waking another thread.
 const int64_t kPairsWork = limit("PAIRS_WORK", int64_t{1} << 21, 0);
 
+// Numbers that a thread interleaves at a time.
+const int64_t kInterleaved = limit("PAIRS_INTERLEAVED", 16384, 1);
+
 const BFloat16Table& unit_for(const Ints& conv, const Tensor& weight) {
   const BFloat16Table* kernels = bfloat16_kernels();
   STD_TORCH_CHECK(kernels, "packed weights in bfloat16: the processor has no unit for their products");
@@ -32,8 +35,10 @@ const BFloat16Table& unit_for(const Ints& conv, const Tensor& weight) {
   return *kernels;
 }
 
-int64_t words_of(const Tensor& weight, const BFloat16Table& k) {
-  return row_words(weight.size(1) * weight.size(2) * weight.size(3), k);
+// Three planes become four, the last of zeros: pixels of 64 bits.
+int64_t padded_channels(const Tensor& weight) {
+  const int64_t c = weight.size(1);
+  return c == 3 && weight.size(2) * weight.size(3) > 1 ? 4 : c;
 }
 
 // Items of a call: so many positions, and so many groups of panels.
@@ -56,8 +61,9 @@ struct PairsItems {
 PackedPairs::PackedPairs(const Ints& conv, const Tensor& weight, const std::optional<Tensor>& bias)
     : kernels_(unit_for(conv, weight)),
       channels_(weight.size(1)),
+      padded_channels_(padded_channels(weight)),
       out_channels_(weight.size(0)),
-      words_(words_of(weight, kernels_)) {
+      words_(row_words(padded_channels_ * weight.size(2) * weight.size(3), kernels_)) {
   const int64_t columns = kernels_.conv_columns, lanes = kernels_.recurrent.lanes, kh = weight.size(2),
                 kw = weight.size(3);
   const int64_t width = round_up(out_channels_, lanes);
@@ -77,7 +83,7 @@ PackedPairs::PackedPairs(const Ints& conv, const Tensor& weight, const std::opti
     for (int64_t n = 0; n < std::min(some, out_channels_ - first); ++n)
       for (int64_t c = 0; c < channels_; ++c)
         for (int64_t tap = 0; tap < kh * kw; ++tap) {
-          const int64_t k = tap * channels_ + c;
+          const int64_t k = tap * padded_channels_ + c;
           panel[(k / 2 * some + n) * 2 + k % 2] = from[((first + n) * channels_ + c) * kh * kw + tap];
         }
   });
@@ -126,12 +132,30 @@ void PackedPairs::compute(const Block& b, const Tensor& x, const Tensor* added, 
   });
 }
 
+Tensor PackedPairs::interleaved(const Tensor& x) const {
+  const bool wide = x.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(wide || x.scalar_type() == ScalarType::BFloat16,
+                  "a frozen block: its packed weights take bfloat16 or float32");
+  const int64_t n = x.size(0), c = channels_, padded = padded_channels_, h = x.size(2), w = x.size(3), rows = n * h;
+  if (!wide && c == padded && (c == 1 || x.stride(1) == 1)) return x;
+  constexpr int64_t kFewPlanes = 16;  // more are transposed by tiles
+  if (c > kFewPlanes && x.stride(1) != 1) return channels_last(as_dtype(x, ScalarType::BFloat16));
+  const Tensor found = new_temporary(x, {n, h, w, padded}, ScalarType::BFloat16);
+  const int64_t stride[4] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+  const int64_t together = std::max<int64_t>(1, kInterleaved / (w * padded)), items = ceil_div(rows, together);
+  for_each_item(items, [&](int64_t i) {
+    const int64_t first = i * together;
+    kernels_.interleave(x.data_ptr(), wide, stride, c, padded, h, w, first, std::min(together, rows - first),
+                        static_cast<uint16_t*>(found.data_ptr()) + first * w * padded, thread_scratch(w * c));
+  });
+  return view_channels_first(found);
+}
+
 Tensor PackedPairs::map_of(const Block& b, const Tensor& given, const std::optional<Tensor>& added,
                            bool activated) const {
-  STD_TORCH_CHECK(given.scalar_type() == ScalarType::BFloat16, "a frozen block: its packed weights take bfloat16 only");
-  const Tensor x = given.size(1) > 1 && given.stride(1) != 1 ? channels_last(given) : given;
+  const Tensor x = interleaved(given);
   Block block = b;
-  block.n = x.size(0);
+  block.n = x.size(0), block.c = padded_channels_, block.taps = padded_channels_ * b.kh * b.kw;
   if (!activated) block.activation = kNone;
   for (int i = 0; i < 4; ++i) block.x_stride[i] = x.stride(i);
   const Tensor out = new_output(x, {block.n, b.oh, b.ow, b.co}, ScalarType::BFloat16);

@@ -12,6 +12,7 @@
 
 namespace cnnlstm_fast {
 
+// An input in float32 is rounded first.
 class PackedPairs : public PackedMap {
  public:
   // Packs a bfloat16 weight (co, c, kh, kw) and the bias, which may be missing; `conv` as in the schema of conv_block,
@@ -26,11 +27,13 @@ class PackedPairs : public PackedMap {
   torch::stable::Tensor map_of(const Block& b, const torch::stable::Tensor& x,
                                const std::optional<torch::stable::Tensor>& added, bool activated) const override;
   bool can_activate() const override { return true; }
+  // `x` in bfloat16, its channels side by side and padded.
+  torch::stable::Tensor interleaved(const torch::stable::Tensor& x) const;
   void compute(const Block& b, const torch::stable::Tensor& x, const torch::stable::Tensor* added,
                const torch::stable::Tensor& out) const;
 
   const BFloat16Table& kernels_;
-  const int64_t channels_, out_channels_, words_;
+  const int64_t channels_, padded_channels_, out_channels_, words_;
   std::unique_ptr<const PackedFloats> panels_, bias_;
 };
 

@@ -286,14 +286,22 @@ class BlockNode : public Node {
 
   void run(Frame& frame) const override {
     const Tensor& given = frame.tensor(x_);
-    const Tensor x = signal_ ? with_height(given) : given;
-    const BlockDescription description = describe_block(x, weight_, conv_, activation_, act_, pool_, order_);
+    Tensor x = signal_ ? with_height(given) : given;
+    // Of an input that is to be rounded, which packed weights read as it is.
+    const bool wide = x.scalar_type() == ScalarType::Float && weight_.scalar_type() == ScalarType::BFloat16;
+    const Tensor like = wide ? torch::stable::new_empty(x, {1}, ScalarType::BFloat16) : x;
+    BlockDescription description = describe_block(wide ? view_strided(like, sizes(x), Ints(x.dim(), 0), 0) : x, weight_,
+                                                  conv_, activation_, act_, pool_, order_);
     const Block& b = description.block;
-    check_argument("a frozen block", "bias", bias_, {b.co}, x.scalar_type());
+    if (wide && !(pairs_ && plan_of(b) == kPackedDirect)) {
+      x = as_dtype(x, ScalarType::BFloat16);
+      description = describe_block(x, weight_, conv_, activation_, act_, pool_, order_);
+    }
+    check_argument("a frozen block", "bias", bias_, {b.co}, weight_.scalar_type());
     std::optional<Tensor> added;
     if (added_ >= 0) {
       added = signal_ ? with_height(frame.tensor(added_)) : frame.tensor(added_);
-      check_argument("a frozen block", "the tensor to add", *added, {b.n, b.co, b.oh, b.ow}, x.scalar_type());
+      check_argument("a frozen block", "the tensor to add", *added, {b.n, b.co, b.oh, b.ow}, weight_.scalar_type());
     }
     frame.tensors[to_] = as_given(result_of(description, x, added));
   }

@@ -445,6 +445,50 @@ def test_in_another_dtype():
     assert "one program" not in str(cf.explain(frozen, x)) and "Conv2d+relu" in str(cf.explain(frozen, x))
 
 
+class Clip(nn.Module):
+    """Frames (B, T, 3, H, W), one after the other, through layers of one weight each."""
+
+    def __init__(self):
+        super().__init__()
+        self.cnn = nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3))
+
+    def forward(self, x):
+        return torch.stack([self.cnn(x[:, t]) for t in range(x.shape[1])], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+def test_frames_in_bfloat16(threads):
+    """Weights are folded once for all frames, and an input in float32 is rounded where it is read."""
+    torch.set_num_threads(threads)
+    model = freshen(Clip()).eval()
+    frozen = cf.freeze(model, torch.randn(2, 4, 3, 20, 23), dtype=torch.bfloat16)
+    (version,) = frozen._versions
+    folded = [node for node in version.data["prelude"] if node["op"] == "folded"]
+    assert len(folded) == 2
+    blocks = [node for node in version.data["nodes"] if node["op"] == "block"]
+    low, exact = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).double()
+    for plan in ("packed", "packed library") if UNIT else ("packed library",):
+        for node in blocks:
+            node["plans"] = [[1.0, plan]]
+        version.rounds_its_input = plan == "packed"
+        frozen.refresh()
+        for batch, height in ((1, 20), (3, 31), (3, 31)):
+            x = torch.randn(batch, 4, 3, height, 17)
+            x.view(-1)[5] = float("nan")
+            before = x.clone()
+            for given in (x, x, x.transpose(3, 4).contiguous().transpose(3, 4)):
+                found, plain = frozen(given), low(given.bfloat16()).float()
+                assert found.dtype == torch.float32 and torch.equal(given.nan_to_num(), before.nan_to_num())
+                true = exact(given.bfloat16().double())
+                assert torch.equal(found.isnan(), true.isnan())
+                assert_close_as_torch(
+                    found.bfloat16().nan_to_num(), plain.bfloat16().nan_to_num(), true.nan_to_num(), plan
+                )
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="no gradients"):
+        frozen(x.requires_grad_())
+
+
 def test_wrong_calls():
     with pytest.raises(TypeError, match=r"expected an nn\.Module"):
         cf.freeze(torch.relu, torch.randn(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
@@ -196,11 +197,38 @@ class Frozen(nn.Module):
         """As the model's; the arguments are those of the model."""
         if self._cast_to is None:
             return self._run(args, kwargs)
+        if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
+            return self._run_rounded(args[0])
         leaves = pytree.tree_leaves((args, kwargs))
         given = next((leaf.dtype for leaf in leaves if _is_floating(leaf)), None)
         args, kwargs = _cast((args, kwargs), self._cast_to)
         results = self._run(args, kwargs)
         return results if given is None else _cast(results, given)
+
+    def _run_rounded(self, x: Tensor) -> Any:
+        """The call of one tensor. A program that rounds its input itself gets it as it is."""
+        if not x.is_floating_point():
+            return self._run((x,), {})
+        key = _key_of(x)
+        route = self._routes.get(key)
+        if (
+            isinstance(route, _RunRounding)
+            and _may_run([x])
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        ):
+            with contextlib.suppress(RuntimeError):
+                return _cast(route.version.results_of([x]), x.dtype)
+        rounded = x.to(self._cast_to)
+        results = _cast(self._run((rounded,), {}), x.dtype)
+        route = self._routes.get(_key_of(rounded))
+        if (
+            type(route) is _Run
+            and route.version.rounds_its_input
+            and x.dtype is torch.float32
+            and x.is_contiguous()
+        ):
+            self._routes[key] = _RunRounding(route.version)
+        return results
 
     def _run(self, args: tuple, kwargs: dict) -> Any:
         key: Any
@@ -535,6 +563,10 @@ class _Run:
             if frozen._plain is None:
                 raise
             return frozen._as_plain(args, kwargs)
+
+
+class _RunRounding(_Run):
+    """The same for an input in float32, which the program rounds."""
 
 
 class _RunStrided(_Run):

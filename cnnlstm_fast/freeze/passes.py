@@ -268,14 +268,9 @@ def _fuse_block(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None
             and only.target is operator.getitem
             and only.args[1] == 0
         ):
-            with graph.inserting_before(node):
-                parts = [
-                    graph.call_function(folded, (part, weight, bias, *statistics, following.args[6]))
-                    for part in ("weight", "bias")
-                ]
-            parts[0].meta["val"] = value_of(weight)
-            constant.update(parts)
-            new_weight, new_bias = parts
+            new_weight, new_bias = _folded(
+                graph, node, (weight, bias, *statistics, following.args[6]), constant
+            )
             end = only
             following = _only_user(end)
     added = None if following is None else _addend(following, end)
@@ -302,6 +297,22 @@ def _fuse_block(graph: Graph, node: GraphNode, constant: set[GraphNode]) -> None
     fused.meta = dict(end.meta)
     end.replace_all_uses_with(fused)
     graph.eliminate_dead_code()
+
+
+def _folded(graph: Graph, node: GraphNode, given: tuple, constant: set[GraphNode]) -> list[GraphNode]:
+    """Weight and bias with the norm folded into them: one of each for all convolutions of the same."""
+    found = []
+    for part in ("weight", "bias"):
+        args = (part, *given)
+        same = (n for n in constant if n.target is folded and n.args == args)
+        new = next(same, None)
+        if new is None:
+            with graph.inserting_before(node):
+                new = graph.call_function(folded, args)
+            new.meta["val"] = value_of(given[0])
+            constant.add(new)
+        found.append(new)
+    return found
 
 
 def _addend(node: GraphNode, end: GraphNode) -> GraphNode | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cnnlstm_fast import backends
-from cnnlstm_fast.freeze.nodes import Node
+from cnnlstm_fast.freeze.nodes import Node, names_in
 from cnnlstm_fast.freeze.program import Program, compute_constants
 from cnnlstm_fast.ops.program import BLOCK_PLANS
 from cnnlstm_fast.spec import map_size
@@ -21,7 +21,32 @@ PACKED = ("packed", "packed winograd", "packed library")
 _LARGER, _MOST_ELEMENTS = 8, 2**21
 #: Plans that round otherwise than a sum of products.
 _TRANSFORMS = ("winograd", "fft", "packed winograd")
-_ROUNDS, _SECONDS = 5, 0.05
+_PASSES, _ROUNDS, _SECONDS = 2, 4, 0.04
+
+
+def read_by_blocks(program: dict) -> set[str]:
+    """The input and views of it, if blocks alone read its values; else nothing.
+
+    A block on packed weights of bfloat16 takes such an input in float32 and rounds it.
+    """
+    if len(program["inputs"]) != 1:
+        return set()
+    found = {*program["inputs"]}
+    for node in program["nodes"]:
+        if found.isdisjoint(names_in(node)):
+            continue
+        if node["op"] == "view":
+            found.add(node["out"])
+        elif node["op"] != "arithmetic" and (node["op"] != "block" or node["added"] in found):
+            return set()
+    return found if found.isdisjoint(program["outputs"]) else set()
+
+
+def rounds_its_input(program: dict) -> bool:
+    """Whether the program, in bfloat16, may as well be given its input in float32."""
+    given = read_by_blocks(program)
+    readers = [node for node in program["nodes"] if node["op"] == "block" and node["x"] in given]
+    return any(plan == "packed" for node in readers for _, plan in node["plans"])
 
 
 def choose_plans(program: dict, values: dict[str, Tensor], inputs: list[Tensor] | None = None) -> None:
@@ -43,14 +68,19 @@ def choose_plans(program: dict, values: dict[str, Tensor], inputs: list[Tensor] 
         observed = Program({**program, "outputs": names}, values)
         for node, t in zip(blocks, _inputs_of(blocks, names, observed.run(inputs)), strict=True):
             node["size"] = list(t.shape)
-    known: dict[Any, list] = {}
+    given = read_by_blocks(program)
+    alike: dict[Any, list[Node]] = {}
     for node in blocks:
-        size = tuple(node["size"])
         same = {k: v for k, v in node.items() if k not in ("x", "out", "plans", "added")}
-        key = (size, node["weight"], node["added"] is None, str(same))
-        if key not in known:
-            known[key] = _measured(node, size, constants)
-        node["plans"] = known[key]
+        key = (node["weight"], node["added"] is None, node["x"] in given, str(same))
+        alike.setdefault(key, []).append(node)
+    found = [_Timed(nodes[0], constants, nodes[0]["x"] in given) for nodes in alike.values()]
+    for _ in range(_PASSES):  # some time apart: others may be busy for a while
+        for timed in found:
+            timed.take()
+    for timed, nodes in zip(found, alike.values(), strict=True):
+        for node in nodes:
+            node["plans"] = timed.plans()
 
 
 def _inputs_of(blocks: list[Node], names: list[str], tensors: list[Tensor]) -> list[Tensor]:
@@ -58,17 +88,35 @@ def _inputs_of(blocks: list[Node], names: list[str], tensors: list[Tensor]) -> l
     return [by_name[node["x"]] for node in blocks]
 
 
-def _measured(node: Node, shape: tuple[int, ...], constants: dict[str, Tensor]) -> list:
-    """Pairs of positions and the fastest plan for so many."""
-    found = []
-    for times in (1, _LARGER):
-        size = (shape[0] * times, *shape[1:])
-        if times > 1 and torch.Size(size).numel() > _MOST_ELEMENTS:
-            break
-        plan = _fastest(node, size, constants)
-        if plan is not None:
-            found.append([float(_positions(node, size, constants)), plan])
-    return found or [[1.0, _any_plan(node, constants)]]
+class _Timed:
+    """The best times of a block's plans, for one number of images or two.
+
+    Args:
+        given: whether it reads the program's input.
+    """
+
+    def __init__(self, node: Node, constants: dict[str, Tensor], given: bool):
+        self.node, self.constants, self.given = node, constants, given
+        first, *rest = node["size"]
+        sizes = [(first, *rest), (first * _LARGER, *rest)]
+        self.best: dict[tuple[int, ...], dict[str, float]] = {
+            size: {} for i, size in enumerate(sizes) if i == 0 or torch.Size(size).numel() <= _MOST_ELEMENTS
+        }
+
+    def take(self) -> None:
+        """Time all plans once more."""
+        for size, best in self.best.items():
+            for plan, seconds in _times(self.node, size, self.constants, self.given).items():
+                best[plan] = min(seconds, best.get(plan, seconds))
+
+    def plans(self) -> list:
+        """Pairs of positions and the fastest plan for so many."""
+        found = [
+            [float(_positions(self.node, size, self.constants)), min(best, key=best.__getitem__)]
+            for size, best in self.best.items()
+            if best
+        ]
+        return found or [[1.0, _any_plan(self.node, self.constants)]]
 
 
 def _any_plan(node: Node, constants: dict[str, Tensor]) -> str:
@@ -99,8 +147,12 @@ def _addend(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> 
     return added.squeeze(2) if node["signal"] else added
 
 
-def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) -> str | None:
-    x = torch.randn(size).to(constants[node["weight"]].dtype)
+def _times(node: Node, size: tuple[int, ...], constants: dict[str, Tensor], given: bool) -> dict[str, float]:
+    """The best time of each plan that takes the block, in turn."""
+    dtype = constants[node["weight"]].dtype
+    x = torch.randn(size)
+    if dtype is not torch.bfloat16 or not given:  # else every plan rounds it
+        x = x.to(dtype)
     inputs = [x]
     if len(size) == 4 and node["order"] == [0, 2, 3, 1] and size[1] > 1:
         inputs = [x.contiguous(memory_format=torch.channels_last)]
@@ -128,7 +180,7 @@ def _fastest(node: Node, size: tuple[int, ...], constants: dict[str, Tensor]) ->
             best[plan] = min(best[plan], time.perf_counter() - start)
         if time.perf_counter() > end:
             break
-    return min(best, key=best.__getitem__, default=None)
+    return best
 
 
 def _alone(node: Node, constants: dict[str, Tensor]) -> Program:

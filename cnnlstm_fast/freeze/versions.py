@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from cnnlstm_fast.freeze.capture import capture, size_text, tensors_of
 from cnnlstm_fast.freeze.lower import lower
 from cnnlstm_fast.freeze.nodes import Node, names_in
-from cnnlstm_fast.freeze.plans import PACKED, choose_plans
+from cnnlstm_fast.freeze.plans import PACKED, choose_plans, rounds_its_input
 from cnnlstm_fast.freeze.program import Program
 from cnnlstm_fast.freeze.sizes import Sizes, compiled
 
@@ -40,6 +40,8 @@ class Version:
         self.sizes, self.signature, self.results, self.out_spec = sizes, signature, results, out_spec
         self.checker = sizes.checker()
         self.single = results == [None] and out_spec.is_leaf()
+        #: Whether an input in bfloat16 may be given in float32 too.
+        self.rounds_its_input = rounds_its_input(program)
         self._of_sizes = [
             compiled(r[1], sizes.names()) if r is not None and r[0] == "size" else None for r in results
         ]

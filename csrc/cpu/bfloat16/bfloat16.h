@@ -47,6 +47,10 @@ struct BFloat16Table {
   // every product here is made of.
   void (*multiply)(const uint32_t* a, int64_t rows, int64_t words, const uint32_t* panel, float* c);
   int64_t conv_columns;  // of a panel
+  // Rows [first, first + count) of images (n, h) of float32 or bfloat16 planes with strides by (N, C, H, W), rounded to
+  // [row][w][padded]: as many as `c`, or four of three. `scratch` has as many floats as a row numbers.
+  void (*interleave)(const void* x, bool wide, const int64_t* stride, int64_t c, int64_t padded, int64_t h, int64_t w,
+                     int64_t first, int64_t count, uint16_t* to, float* scratch);
   // Rows of positions [first, first + count), `words` words each.
   void (*gather_rows)(const Block&, const uint16_t* x, int64_t words, int64_t first, int64_t count, uint32_t* to);
   // The activation of the sums, for positions [first, first + count) and panels [begin, end); floats of scratch.
