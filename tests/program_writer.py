@@ -41,14 +41,15 @@ class Lowered(nn.Module):
         self.model, self.dtype = model, None
         if dtype is torch.int8:
             layers = {nn.Linear, nn.LSTM, nn.GRU}
-            self.lowered = torch.ao.quantization.quantize_dynamic(model.eval(), layers, torch.qint8)
+            lowered = torch.ao.quantization.quantize_dynamic(model.eval(), layers, torch.qint8)
         else:
-            self.lowered, self.dtype = copy.deepcopy(model).to(dtype).eval(), dtype
+            lowered, self.dtype = copy.deepcopy(model).to(dtype).eval(), dtype
+        self.run = lowered.forward  # no submodule: parameters are the model's
 
     def forward(self, x):
         if self.dtype is None:
-            return self.lowered(x)
-        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(x.dtype), self.lowered(x.to(self.dtype)))
+            return self.run(x)
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(x.dtype), self.run(x.to(self.dtype)))
 
 
 class Frozen(nn.Module):
@@ -63,12 +64,13 @@ class Frozen(nn.Module):
 
         if self.frozen is None:
             try:
-                self.frozen = cf.freeze(self.model, x.clone(), dtype=self.dtype)
+                frozen = cf.freeze(self.model, x.clone(), dtype=self.dtype)
             except Exception:
                 self.model(x)  # what raises may have written to its input before
                 raise
-            self.whole = self.frozen.version_of((x,)) is not None  # it is one call into C++
-        return self.frozen(x)
+            self.frozen = [frozen]  # no submodule: parameters are the model's
+            self.whole = frozen.version_of((x,)) is not None  # it is one call into C++
+        return self.frozen[0](x)
 
 
 # ---------------------------------------------------------------- programs

@@ -350,3 +350,35 @@ def test_the_gradient_of_a_sum_lies_as_its_operand():
         ]
         for got, expected in zip(*found, strict=True):
             torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_penalty_on_gradients_through_a_sum(batch):
+    """A gradient of one image that PyTorch's norm reads has the strides that PyTorch would give it."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 2, 5)
+            self.left, self.right = nn.Conv2d(2, 3, 1, bias=False), nn.Conv2d(2, 3, 1, bias=False)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.first(x)
+            return F.relu(self.norm(self.left(y)) + self.norm(self.right(y)))
+
+    def gradients(model, x, grad):
+        x = x.requires_grad_()
+        (slope,) = torch.autograd.grad(model(x), x, grad.to(x.dtype), create_graph=True)
+        return slope, *torch.autograd.grad(slope.square().sum(), [*model.parameters()], allow_unused=True)
+
+    model = Sum()
+    fast, twin = cf.accelerate(copy.deepcopy(model)), copy.deepcopy(model).double()
+    x = torch.randn(batch, 3, 6, 11)
+    grad = torch.randn_like(model(x))
+    expected = gradients(twin, x.double(), grad)
+    for _ in range(4):
+        found = gradients(fast, x.clone(), grad)
+        for name, got, true in zip(("x", *dict(model.named_parameters())), found, expected, strict=True):
+            if true is not None and true.norm() > 1e-9:
+                assert (got - true).norm() < 1e-3 * true.norm(), name

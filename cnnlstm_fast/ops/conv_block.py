@@ -252,7 +252,7 @@ def _through_slopes(grad, slopes, activation):
 def _recomputed_backward(grad, x, weight, bias, args, needs):
     """Gradients through a second forward in plain PyTorch."""
     # Views: where one argument depends on another, gradients do not flow that way.
-    inputs: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias)]
+    inputs: list[Any] = [None if t is None else torch.ops.aten.alias.default(t) for t in (x, weight, bias)]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(conv_block_by_args(*inputs, *args), wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]
@@ -264,7 +264,7 @@ class WithZeros(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *others):
         ctx.others = [None if t is None else (t.shape, t.dtype) for t in others]
-        return x.view_as(x)
+        return torch.ops.aten.alias.default(x)  # view_as gives sizes of 1 other strides, which norms misread
 
     @staticmethod
     def backward(ctx, grad):

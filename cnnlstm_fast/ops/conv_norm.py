@@ -191,7 +191,7 @@ class ConvNormFunction(torch.autograd.Function):
             x = of_x.value() if x is None else x
             weight = of_weight.value() if weight is None else weight
             inputs = [x, weight, ctx.bias.as_it_was(), gamma, ctx.beta.as_it_was()]
-            inputs = [None if t is None else t.view_as(t) for t in inputs]
+            inputs = [None if t is None else torch.ops.aten.alias.default(t) for t in inputs]
             wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
             x, weight, bias, *affine = inputs
             again = conv_block_by_args(x, weight, bias, *args, norm=(mean, var, *affine, eps))

@@ -233,7 +233,9 @@ def _differentiable(ctx, grad, z, gamma, mean, var, passed, stats, needs) -> tup
     if not before:
         found[0] = grad
         return tuple(found)
-    inputs: list[Any] = [None if t is None else t.view_as(t) for t in (z, gamma, ctx.beta.as_it_was())]
+    inputs: list[Any] = [
+        None if t is None else torch.ops.aten.alias.default(t) for t in (z, gamma, ctx.beta.as_it_was())
+    ]
     wanted = [t for t, need in zip(inputs, needs[:3], strict=True) if need]
     z, gamma, beta = inputs
     again = epilogue_by_args(z, gamma, beta, mean, var, None, before, of_numbers, eps)
