@@ -73,6 +73,9 @@ SHARE ?= 48
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,conv_block_ops functional_conv_block conv_block activations conv_norm epilogue winograd frozen_conv conv_fft python_inside recurrent_ops properties)
 # (Those that would take minutes there, and what starts processes or compilers of its own.)
 LEFT_OUT := not wrong_calls and not compile and not export and not graph_break and not opcheck and not bounded and not several_chunks and not shared_by_cores and not large and not ctrl_c and not explain and not real_size and not pointwise_strided_in_bfloat16
+# Then what multiplies by a processor's unit, by one in plain C++.
+UNIT_TESTS := tests/test_packed_pairs.py tests/test_bfloat16.py
+OF_UNITS := test_packed_pairs and not again or layers and not other_units and not small or ahead or many_sequences
 HAS_SANITIZER := $${CXX:-g++} -print-file-name=libasan.so | grep -q /
 BASELINE := CNNLSTM_FAST_ISA=baseline CNNLSTM_FAST_CASES=10
 sanitize-subset: sanitized-calls sanitized-kernels
@@ -94,7 +97,9 @@ sanitized-calls: sanitized-build $(VENV)/installed
 sanitized-kernels: sanitized-build $(VENV)/installed
 	@if $(HAS_SANITIZER); then \
 		export $(BASELINE) CNNLSTM_FAST_LEAST=1 CNNLSTM_FAST_FENCES=1 CNNLSTM_FAST_SHARE=$(SHARE); \
-		$(BIN)/python tests/native/sanitized.py --built address $(SANITIZED) $(KERNEL_TESTS) -k "$(LEFT_OUT)"; \
+		$(BIN)/python tests/native/sanitized.py --built address $(SANITIZED) $(KERNEL_TESTS) -k "$(LEFT_OUT)" && \
+		CNNLSTM_FAST_BFLOAT16=emulated_amx CNNLSTM_FAST_SHARE=12 \
+			$(BIN)/python tests/native/sanitized.py --built address $(SANITIZED) $(UNIT_TESTS) -k "$(OF_UNITS)"; \
 	fi
 
 FUZZ_SECONDS ?= 60

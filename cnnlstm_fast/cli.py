@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import Enum
 from functools import reduce
 from math import prod
 from pathlib import Path
@@ -169,6 +170,28 @@ def profile(
         typer.echo(f"written: {trace}")
 
 
+class Precision(str, Enum):
+    """What a frozen model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+def _difference(expected: Any, found: Any) -> float:
+    """The norm of the difference of two results' floating tensors, over that of the first."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    pairs = [
+        (a.double(), b.double())
+        for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+    ]
+    norm = sum(a.square().sum().item() for a, _ in pairs) ** 0.5
+    return sum((a - b).square().sum().item() for a, b in pairs) ** 0.5 / (norm or 1.0)
+
+
 @app.command()
 def freeze(
     model: Model,
@@ -177,6 +200,9 @@ def freeze(
         Path, typer.Option("--output", "-o", dir_okay=False, help="Where to write the frozen model.")
     ] = Path("model.cf"),
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each side.")] = 50,
+    dtype: Annotated[
+        Precision, typer.Option(help="What the frozen model computes in; int8: linear and recurrent layers.")
+    ] = Precision.float32,
     as_json: Json = False,
 ) -> None:
     """Freeze a model for inference, write it to a file, and show the time of a call before and after.
@@ -192,7 +218,9 @@ def freeze(
     with _waiting("freezing the model"), torch.no_grad():
         made, xs = _model_and_inputs(model, inputs, "cpu")
         with _in_words(model):
-            frozen = cf.freeze(made.eval(), *xs)
+            lower = None if dtype is Precision.float32 else getattr(torch, dtype.value)
+            frozen = cf.freeze(made.eval(), *xs, dtype=lower)
+            differs = _difference(made(*xs), frozen(*xs))
             fast = cf.accelerate(made)
             sides = {
                 name: compare_ms(made, side, [xs] * (rounds + 1))
@@ -205,12 +233,18 @@ def freeze(
             _fail(f"{output} is not written: {error}")
     found = {name: asdict(side) for name, side in sides.items()}
     if as_json:
-        typer.echo(json.dumps({"file": str(output), "bytes": output.stat().st_size, "ms": found}, indent=1))
+        typer.echo(
+            json.dumps(
+                {"file": str(output), "bytes": output.stat().st_size, "differs": differs, "ms": found},
+                indent=1,
+            )
+        )
         return
     table = Table("", "before, ms", "after, ms", "times as fast", title="A call, median of calls in turn")
     for name, side in sides.items():
         table.add_row(name, f"{side.reference:.3f}", f"{side.fast:.3f}", f"{side.ratio:.2f}")
     _console().print(table)
+    typer.echo(f"{dtype.value}: results differ by {differs:.1e} of their norm")
     typer.echo(f"written: {output} ({output.stat().st_size / 2**20:.1f} MiB)")
 
 

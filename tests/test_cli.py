@@ -135,9 +135,12 @@ def test_a_file_in_a_package_may_import_relatively(tmp_path, monkeypatch):
 def test_freeze(plain_file, tmp_path):
     path = tmp_path / "new folder" / "net.cf"
     args = ("freeze", f"{plain_file}:Net", "--input", "1x1x8x60", "-o", str(path), "--rounds", "2")
-    found = call(*args, "--json")
-    assert found.exit_code == 0, found.output
-    report = json.loads(found.stdout)
+    for dtype, most in (("int8", 0.05), ("bfloat16", 0.05), ("float32", 1e-5)):
+        found = call(*args, "--json", "--dtype", dtype)
+        assert found.exit_code == 0, found.output
+        report = json.loads(found.stdout)
+        assert (report["differs"] > 1e-4) == (dtype != "float32") and report["differs"] < most
+    assert call(*args, "--dtype", "float16").exit_code == 2
     assert report["bytes"] == path.stat().st_size and set(report["ms"]) == {"accelerated", "frozen"}
     assert cnnlstm_fast.load_frozen(path)(torch.randn(3, 1, 8, 40)).isfinite().all()
     text = call(*args)
