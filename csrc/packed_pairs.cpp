@@ -44,15 +44,16 @@ int64_t padded_channels(const Tensor& weight) {
 // Items of a call: so many positions, and so many groups of panels.
 struct PairsItems {
   int64_t positions, parts, groups;
-  PairsItems(int64_t total, int64_t words, int64_t panels) {
-    constexpr int64_t kRows = 32;  // what the unit takes together
+  // Weights that a second-level cache does not hold are read once for many positions, and threads share them.
+  PairsItems(int64_t total, int64_t words, int64_t panels, bool heavy) {
+    constexpr int64_t kRows = 16;  // a tile
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t most = std::clamp<int64_t>(kPairsRowBytes / (4 * words), 1, kPairsPositions);
-    positions = std::min(most, ceil_div(total, 2 * threads));
-    if (positions > kRows) positions -= positions % kRows;
-    positions = std::max(positions, std::min(most, kRows));
+    const int64_t least = ceil_div(total, most);
+    const int64_t wanted = heavy ? least : round_up(std::max(least, 2 * threads), threads);
+    positions = std::min(most, round_up(ceil_div(total, wanted), kRows));
     parts = ceil_div(total, positions);
-    groups = parts < threads ? std::min(panels, 2 * threads) : 1;
+    groups = parts < threads || (heavy && parts % threads) ? std::min(panels, 2 * threads) : 1;
   }
 };
 
@@ -106,7 +107,7 @@ void PackedPairs::compute(const Block& b, const Tensor& x, const Tensor* added, 
     const FlushDenormals flush;
     for (int64_t i = 0; i < count; ++i) run(i);
   };
-  PairsItems items(total, words_, panels);
+  PairsItems items(total, words_, panels, 4 * words_ * out_channels_ > kPairsRowBytes);
   if (alone) items.groups = 1;
   auto positions_of = [&](int64_t part) { return std::min(items.positions, total - part * items.positions); };
   // Positions of a pointwise convolution are rows as they lie, if these are words.
