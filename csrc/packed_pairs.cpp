@@ -152,13 +152,42 @@ Tensor PackedPairs::interleaved(const Tensor& x) const {
   return view_channels_first(found);
 }
 
+Tensor PackedPairs::padded(const Tensor& x, Block& b) const {
+  Block around = b;
+  around.h = b.padded_h, around.w = b.padded_w, around.ph = around.pw = 0;
+  const int64_t row = b.padded_w * b.c, strides[4] = {b.padded_h * row, 1, row, b.c};
+  std::copy_n(strides, 4, around.x_stride);
+  const bool lies = b.w == 1 || b.x_stride[3] == b.c;  // a row of the input
+  if ((b.padded_h == b.h && b.padded_w == b.w) || !lies || !kernels_.reads_in_place(around, nullptr)) return x;
+  const Tensor found = new_temporary(x, {b.n, b.padded_h, row}, ScalarType::BFloat16);
+  const uint16_t* from = static_cast<const uint16_t*>(x.data_ptr());
+  uint16_t* to = static_cast<uint16_t*>(found.data_ptr());
+  const int64_t rows = b.n * b.padded_h, together = std::max<int64_t>(1, kInterleaved / row);
+  for_each_item(ceil_div(rows, together), [&](int64_t item) {
+    for (int64_t i = item * together; i < std::min(rows, (item + 1) * together); ++i) {
+      uint16_t* begin = to + i * row;
+      const int64_t h = i % b.padded_h - b.ph;
+      if (h < 0 || h >= b.h) {
+        std::fill_n(begin, row, uint16_t{0});
+        continue;
+      }
+      std::fill_n(begin, b.pw * b.c, uint16_t{0});
+      std::copy_n(from + i / b.padded_h * b.x_stride[0] + h * b.x_stride[2], b.w * b.c, begin + b.pw * b.c);
+      std::fill_n(begin + (b.pw + b.w) * b.c, row - (b.pw + b.w) * b.c, uint16_t{0});
+    }
+  });
+  b = around;
+  return found;
+}
+
 Tensor PackedPairs::map_of(const Block& b, const Tensor& given, const std::optional<Tensor>& added,
                            bool activated) const {
-  const Tensor x = interleaved(given);
+  Tensor x = interleaved(given);
   Block block = b;
   block.n = x.size(0), block.c = padded_channels_, block.taps = padded_channels_ * b.kh * b.kw;
   if (!activated) block.activation = kNone;
   for (int i = 0; i < 4; ++i) block.x_stride[i] = x.stride(i);
+  x = padded(x, block);
   const Tensor out = new_output(x, {block.n, b.oh, b.ow, b.co}, ScalarType::BFloat16);
   const std::optional<Tensor> addend = added ? std::optional<Tensor>(channels_last(*added)) : std::nullopt;
   compute(block, x, addend ? &*addend : nullptr, out);

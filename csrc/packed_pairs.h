@@ -29,6 +29,8 @@ class PackedPairs : public PackedMap {
   bool can_activate() const override { return true; }
   // `x` in bfloat16, its channels side by side and padded.
   torch::stable::Tensor interleaved(const torch::stable::Tensor& x) const;
+  // A copy with the convolution's zeros around it, where that lets it be multiplied as it lies; `b` is then of that.
+  torch::stable::Tensor padded(const torch::stable::Tensor& x, Block& b) const;
   void compute(const Block& b, const torch::stable::Tensor& x, const torch::stable::Tensor* added,
                const torch::stable::Tensor& out) const;
 

@@ -51,6 +51,8 @@ struct BFloat16Table {
   // [row][w][padded]: as many as `c`, or four of three. `scratch` has as many floats as a row numbers.
   void (*interleave)(const void* x, bool wide, const int64_t* stride, int64_t c, int64_t padded, int64_t h, int64_t w,
                      int64_t first, int64_t count, uint16_t* to, float* scratch);
+  // Whether conv multiplies what the taps of positions read where it lies, and gathers nothing.
+  bool (*reads_in_place)(const Block&, const uint16_t* x);
   // Rows of positions [first, first + count), `words` words each.
   void (*gather_rows)(const Block&, const uint16_t* x, int64_t words, int64_t first, int64_t count, uint32_t* to);
   // The activation of the sums, for positions [first, first + count) and panels [begin, end); floats of scratch.
