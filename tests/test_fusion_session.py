@@ -212,3 +212,15 @@ def test_what_a_shape_does_not_tell(change):
         ours, theirs = fast(x), plain(x)
         assert ours.stride() == theirs.stride() and ours.requires_grad == theirs.requires_grad
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (2, 3), (4, 2)])
+def test_a_weight_of_another_size_than_its_module_was_made_for(size):
+    """PyTorch pads by the weight's size where the padding is the same on both sides."""
+    model = Block()
+    model.conv = nn.Conv2d(3, 6, 2, padding="same", dilation=(1, 3))
+    model.conv.weight = nn.Parameter(torch.randn(6, 3, *size))
+    plain, fast = pair(model)
+    for _ in range(4):
+        x = grid(2, 3, 8, 6)
+        close(fast(x), plain(x))

@@ -86,7 +86,7 @@ class ConvSite:
         if module.padding_mode != "zeros":
             x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
         elif padding == "same" and records_gradients() and weight.requires_grad:
-            x, padding = _padded_after(x, module)
+            x, padding = _padded_after(x, weight, module)
         conv = Conv(weight, bias, module.stride, padding, module.dilation, module.groups)
         return self._convolve(running, module, function, x, conv)
 
@@ -248,18 +248,18 @@ class ConvSite:
             observer.current.as_is(cast(nn.Module, self.module()), why)
 
 
-def _padded_after(x: Tensor, module: nn.Module) -> tuple[Tensor, Any]:
+def _padded_after(x: Tensor, weight: Tensor, module: nn.Module) -> tuple[Tensor, Any]:
     """Input and padding of a convolution with ``padding="same"``, whose sides may differ by one.
 
     PyTorch pads the longer side in a copy, and its graph saves that copy. Later writes to the input are
-    then allowed, so the same copy is made here.
+    then allowed, so the same copy is made here. The weight may be of another size than the module was made
+    for; PyTorch goes by the weight's.
     """
-    sides: Any = module._reversed_padding_repeated_twice
-    before, after = sides[0::2], sides[1::2]
-    if before == after:
+    dilation: Any = module.dilation
+    sums = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    if not any([both % 2 for both in sums]):
         return x, module.padding
-    pads = [side for b, a in zip(before, after, strict=True) for side in (0, a - b)]
-    return F.pad(x, pads), tuple(reversed(before))
+    return F.pad(x, [side for both in reversed(sums) for side in (0, both % 2)]), tuple(s // 2 for s in sums)
 
 
 def _call_key(module: nn.Module, x: Tensor) -> tuple:
