@@ -177,6 +177,19 @@ def test_specials(program, last, training):
         assert torch.equal(a[a.isinf()], b[b.isinf()]), k
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("program", [program for program in PROGRAMS if "+" in program])
+def test_a_gradient_of_the_added_tensor_alone(program, training):
+    shape = (2, 6, 5, 4)
+    z, added, grad = torch.randn(shape), torch.randn(shape, requires_grad=True), torch.randn(shape)
+    norm = norm_of(shape, training).requires_grad_(False)
+    found = [
+        torch.autograd.grad(fn(z, stages_of(program, copy.deepcopy(norm), 0.5), added), added, grad)
+        for fn in (eager, ours)
+    ]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("program", ["n+r", "+l", "rn", "+", "tn+h", "n"])
 @pytest.mark.parametrize("last", [False, True])
 def test_second_derivatives(program, last):

@@ -265,7 +265,8 @@ BEHIND = {
 @pytest.mark.parametrize("image", [True, False])
 @pytest.mark.parametrize("behind", BEHIND)
 @pytest.mark.parametrize("how", ["in place", "first", "second"])
-def test_a_gradient_that_only_the_other_operand_needs(programs, how, behind, image):
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_gradient_that_only_the_other_operand_needs(programs, normed, how, behind, image):
     """The result needs one, too. Images are carried."""
 
     class Shortcut(nn.Module):
@@ -273,10 +274,12 @@ def test_a_gradient_that_only_the_other_operand_needs(programs, how, behind, ima
             super().__init__()
             conv = nn.Conv2d if image else nn.Conv1d
             self.entry, self.main, self.short = (conv(c, 6, 3, padding=1) for c in (2, 6, 6))
+            norm = nn.BatchNorm2d if image else nn.BatchNorm1d
+            self.norm = norm(6).requires_grad_(False) if normed else nn.Identity()
 
         def forward(self, x):
             x = self.entry(x)
-            y, short = self.main(x), self.short(x)
+            y, short = self.norm(self.main(x)), self.short(x)
             if how == "in place":
                 y += short
             else:

@@ -176,6 +176,9 @@ class EpilogueFunction(torch.autograd.Function):
             grad = zeros.new_zeros(ctx.shape, dtype=ctx.dtype)
         if torch.is_grad_enabled():  # create_graph=True: a backward that can be differentiated
             return *_differentiable(ctx, grad, z, gamma, mean, var, passed, stats, needs), None, None, None
+        if not any(needs[:3]):  # only the added tensor does: no gradient flows past the sum
+            at = stages.index(ADD_STAGE)
+            stages, numbers, stats = stages[at:], numbers[2 * at :], stats.new_empty(0)
         grad = _as_strides(grad, ctx.like)
         dz, dadded, sums = backward_op(
             grad, z, passed, stats, stages, numbers, eps, mean is not None, needs[0], needs[6]
