@@ -190,6 +190,19 @@ def test_a_gradient_of_the_added_tensor_alone(program, training):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("program", ["n", "+", "n+r", "l"])
+def test_gradients_of_zero(program, create_graph):
+    """PyTorch's gradient of ``sgn`` is a tensor without memory; an op gets an expanded number for it."""
+    shape = (2, 6, 5, 4)
+    for z in (torch.randn(shape), inside(shape, True)):
+        leaves = [z.requires_grad_(), *([torch.randn(shape, requires_grad=True)] if "+" in program else [])]
+        norm = norm_of(shape, True)
+        out = ours(z, stages_of(program, norm, 0.5), leaves[1] if "+" in program else None)
+        for grad in torch.autograd.grad(out.sgn().sum(), leaves, create_graph=create_graph):
+            assert torch.equal(grad, torch.zeros(shape))
+
+
 @pytest.mark.parametrize("program", ["n+r", "+l", "rn", "+", "tn+h", "n"])
 @pytest.mark.parametrize("last", [False, True])
 def test_second_derivatives(program, last):

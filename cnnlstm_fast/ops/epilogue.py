@@ -199,7 +199,8 @@ class EpilogueFunction(torch.autograd.Function):
 
 
 def _as_strides(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
-    if grad.stride() == stride:
+    """A gradient with these strides; of a tensor of zeros without memory an op would get one number."""
+    if grad.stride() == stride and not grad._is_zerotensor():
         return grad
     return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
