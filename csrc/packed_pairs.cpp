@@ -101,7 +101,8 @@ void PackedPairs::compute(const Block& b, const Tensor& x, const Tensor* added, 
                  0,
                  added ? static_cast<const uint16_t*>(added->data_ptr()) : nullptr,
                  static_cast<uint16_t*>(out.data_ptr())};
-  const bool alone = torch::stable::get_num_threads() == 1 || total * words_ * out_channels_ < kPairsWork;
+  const double work = static_cast<double>(total) * static_cast<double>(words_ * out_channels_);
+  const bool alone = torch::stable::get_num_threads() == 1 || work < static_cast<double>(kPairsWork);
   auto for_items = [&](int64_t count, const auto& run) {
     if (!alone) return for_each_item(count, run);
     const FlushDenormals flush;

@@ -1,5 +1,5 @@
-// In place of the other instruction sets' kernels, and of those of the processor's units for bfloat16 and int8, which the
-// baseline does not call: their compilation takes most of a sanitized build. One emulated unit stays.
+// In place of the other instruction sets' kernels, and of those of the processor's units for bfloat16 and int8, which
+// the baseline does not call: their compilation takes most of a sanitized build. One emulated unit stays.
 #include "../../csrc/cpu/bfloat16/bfloat16.h"
 #include "../../csrc/cpu/int8/int8.h"
 #include "../../csrc/cpu/kernels.h"
