@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerated import Kinks, ReluInside, assert_alike, assert_same_gradients, close, module_with, pair
+from forked import run_forked
 from helpers import assert_close_as_torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -408,3 +409,27 @@ def test_gradients_at_a_carried_map():
             return F.relu(z)
 
     assert_alike(*pair(Inside()))
+
+
+def test_without_compiled_kernels():
+    """A model whose maps would be carried runs as PyTorch's."""
+    ran = run_forked(
+        """
+import torch, warnings
+import cnnlstm_fast as cf
+from torch import nn
+warnings.simplefilter("ignore")
+model = nn.Sequential(nn.Conv2d(3, 32, 3, 2))
+for _ in range(3):
+    model.extend((nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, 2)))
+model.eval()
+x = torch.randn(2, 3, 130, 170)
+with torch.no_grad():
+    fast = cf.accelerate(model)
+    for _ in range(4):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+print(cf._ext.loaded)
+""",
+        CNNLSTM_FAST_NO_EXTENSION="1", CNNLSTM_FAST_CARRY_GAIN="-1000000",
+    )  # fmt: skip
+    assert ran.stdout.strip() == "False", ran.stdout + ran.stderr[-2000:]
