@@ -69,7 +69,7 @@ sanitize: $(VENV)/installed
 # quarter of what there is to compile. It is compiled once; then two halves may run side by side: wrong calls and
 # properties, and the suites of the kernels, one in SHARE of every test's cases, with every limit at its least and
 # every buffer fenced (docs/contributing.md), so that small tensors go where large ones do.
-SHARE ?= 48
+SHARE ?= 64
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,conv_block_ops functional_conv_block conv_block activations conv_norm epilogue winograd frozen_conv conv_fft python_inside recurrent_ops properties)
 # (Those that would take minutes there, and what starts processes or compilers of its own.)
 LEFT_OUT := not wrong_calls and not compile and not export and not graph_break and not opcheck and not bounded and not several_chunks and not shared_by_cores and not large and not ctrl_c and not explain and not real_size and not pointwise_strided_in_bfloat16
